@@ -1,0 +1,1 @@
+"""Bytes to batches: sources, tokenizer, token store, packing, loader. numpy only, no jax."""

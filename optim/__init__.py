@@ -1,0 +1,1 @@
+"""Gradient transformations and schedules in optax terms. Knows no model."""

@@ -1,0 +1,1 @@
+"""Where it is computed: mesh, logical axes, shardings. Knows no model."""
