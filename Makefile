@@ -1,0 +1,66 @@
+# Two commands: `make quickstart` trains a language model here, `make test` runs the suite.
+#   PY=python3.12       another interpreter (an existing .venv of another version is made anew)
+#   VENV=.venv-3.12     another environment beside the first
+#   ARGS="..."          more arguments: overrides for quickstart, pytest options for test
+#   TESTS=tests/models  a part of the suite
+VENV ?= .venv
+# An environment that is there already is kept, whatever python3 has become since.
+PY ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+TESTS ?= tests
+# Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+VERSION := $(shell $(PY) -c 'import sys; v = sys.version_info; print(("" if v >= (3, 11) else "old-") + "%d.%d" % v[:2])' 2>/dev/null)
+# Stamps are files inside the environment, so that removing it removes them too.
+MADE := $(VENV)/.made-$(VERSION)
+CORE := $(VENV)/.installed-core
+TEST := $(VENV)/.installed-test
+# The hashes are checked, and the project builds with the locked setuptools: nothing comes in unpinned.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: quickstart test lint lock clean
+.DELETE_ON_ERROR:
+
+quickstart: $(CORE)
+	@$(BIN)/python train.py +experiment=quickstart $(ARGS)
+
+test: $(TEST)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(ARGS)
+
+lint: $(TEST)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+$(MADE):
+	$(if $(VERSION),,$(error PY=$(PY) does not start; give an interpreter of Python 3.11 or newer, as in PY=python3.12))
+	$(if $(filter old-%,$(VERSION)),$(error PY=$(PY) is Python $(VERSION:old-%=%); 3.11 or newer is needed, as in PY=python3.12))
+	@echo "making $(VENV) with Python $(VERSION)"
+	@$(PY) -m venv --clear $(VENV)
+	@touch $@
+
+$(CORE): requirements.lock pyproject.toml | $(MADE)
+	@echo "installing requirements.lock into $(VENV) (about a minute, once)"
+	@$(PIP) install --require-hashes -r requirements.lock
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(TEST): requirements-test.lock | $(CORE)
+	@echo "installing requirements-test.lock into $(VENV)"
+	@$(PIP) install --require-hashes -r requirements-test.lock
+	@touch $@
+
+# For developers, with `uv` on PATH: the one tool that resolves for every Python and platform at once.
+# An existing lock is kept where it still fits; `make lock ARGS=--upgrade` takes the newest of everything.
+UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group build pyproject.toml \
+	--no-config --no-emit-index-url --no-emit-find-links --no-annotate --no-header
+lock:
+	@$(UV) $(ARGS) -o requirements.lock
+	@$(UV) $(ARGS) -c requirements.lock --extra test -o requirements-test.lock
+	@$(UV) $(ARGS) -c requirements.lock --extra cuda -o requirements-cuda.lock
+
+clean:
+	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

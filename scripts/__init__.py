@@ -1,0 +1,1 @@
+"""One file per errand: run as `python scripts/NAME.py key=value`."""
