@@ -1,5 +1,7 @@
 """How long, in what batches and precision, and what is written down on the way."""
 
+import difflib
+import re
 from dataclasses import dataclass, field
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -7,63 +9,117 @@ REMAT = ("none", "dots", "full")
 ATTENTION = ("reference", "chunked")
 
 
+def _choice(key: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        near = difflib.get_close_matches(str(value), options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}={value} is not one of {', '.join(options)}{hint}")
+
+
+def _require(ok: bool, key: str, value: object, limit: str) -> None:
+    # `ok` is False for nan as well: every comparison with it is.
+    if not ok:
+        raise ValueError(f"{key}={value} must be {limit}")
+
+
 @dataclass
 class RunConfig:
     """One run, one directory, found again by name."""
 
-    name: str = "???"
-    dir: str = "runs/${run.name}"
+    name: str = "???"  # the directory under runs/; the same name resumes
+    dir: str = "runs/${run.name}"  # where everything the run writes goes
     compile_cache: str | None = ".cache/xla"  # null turns the persistent compile cache off
+
+    def __post_init__(self) -> None:
+        """A name that is one directory, on every file system."""
+        if self.name == "???":  # not given yet: Hydra's own mark
+            return
+        ok = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@-]{0,199}", self.name) is not None
+        limit = "a directory name: at most 200 of letters, digits and _ . , = + @ -, not starting with . or -"
+        _require(ok, "run.name", repr(self.name), limit)
 
 
 @dataclass
 class TrainingConfig:
-    """The step: batch in sequences, precision of the compute (parameters are always float32), what is recomputed."""
+    """The step: batch in rows, precision of the compute (parameters stay float32), what is recomputed."""
 
-    num_steps: int = 1000
-    global_batch_size: int = 8
-    accumulation_steps: int = 1
+    num_steps: int = 1000  # optimizer steps in all
+    global_batch_size: int = 8  # rows of seq_len tokens in one step, over all devices
+    accumulation_steps: int = 1  # microbatches whose gradients add up to one step
     precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"
-    scan_layers: bool = True
-    attention: str = "reference"
+    remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
+    scan_layers: bool = True  # compile one layer and loop; false unrolls
+    attention: str = "reference"  # reference | chunked
     loss_chunk: int = 512  # tokens whose logits exist at once, per device group
-    z_loss: float = 0.0
-    ema_decay: float | None = None
+    z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
+    ema_decay: float | None = None  # such as 0.999: also keep a moving average of the weights
+
+    def __post_init__(self) -> None:
+        """Each value by itself; what two values must agree on is checked in `configs.schema`."""
+        _choice("training.precision", self.precision, PRECISIONS)
+        _choice("training.remat", self.remat, REMAT)
+        _choice("training.attention", self.attention, ATTENTION)
+        for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk"):
+            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
+        _require(self.z_loss >= 0, "training.z_loss", self.z_loss, "0 or more")
+        ema = self.ema_decay
+        _require(ema is None or 0 < ema < 1, "training.ema_decay", ema, "between 0 and 1, or null")
 
 
 @dataclass
 class CheckpointConfig:
-    """Steps between saves and how many to keep. `average_last=K` also evaluates and keeps the mean of the last K checkpoints."""
+    """Steps between saves (`every`) and how many to `keep`; `average_last=K` adds the mean of the last K."""
 
-    every: int = 200
-    keep: int = 3
-    average_last: int = 0
+    every: int = 200  # steps
+    keep: int = 3  # newest checkpoints on disk
+    average_last: int = 0  # 0: off
+
+    def __post_init__(self) -> None:
+        """Each value by itself."""
+        _require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
+        _require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
 
 
 @dataclass
 class EvalConfig:
-    """Steps between evaluations on held-out documents, and batches in each; -1 batches takes the whole split."""
+    """Steps between evaluations on held-out documents (`every`), and `batches` in each."""
 
-    every: int = 200
-    batches: int = 16
+    every: int = 200  # steps
+    batches: int = 16  # -1: the whole held-out split
+
+    def __post_init__(self) -> None:
+        """Each value by itself."""
+        _require(self.every >= 1, "eval.every", self.every, "1 step or more")
+        ok = self.batches == -1 or self.batches >= 1
+        _require(ok, "eval.batches", self.batches, "1 or more, or -1 for the whole split")
 
 
 @dataclass
 class LoggingConfig:
     """`metrics.jsonl` is always written, a row a step; these add to it."""
 
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files in the run directory
     live: bool = True  # a live line where stdout is a terminal, else plain lines
     every: int = 20  # steps between plain lines and TensorBoard points
+
+    def __post_init__(self) -> None:
+        """Each value by itself."""
+        _require(self.every >= 1, "logging.every", self.every, "1 step or more")
 
 
 @dataclass
 class SampleConfig:
-    """Text generated at the end of the run. `parse_snippets` counts how many of that many snippets are Python that parses."""
+    """Text generated at the end of the run; of `parse_snippets` snippets, the share that is valid Python."""
 
-    prompts: list[str] = field(default_factory=list)
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 0  # 0: all
-    parse_snippets: int = 0
+    prompts: list[str] = field(default_factory=list)  # empty: no samples
+    max_new_tokens: int = 128  # for each prompt
+    temperature: float = 0.8  # 0: the likeliest token each time
+    top_k: int = 0  # draw from the k likeliest tokens; 0: all
+    parse_snippets: int = 0  # 0: do not count
+
+    def __post_init__(self) -> None:
+        """Each value by itself."""
+        _require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "1 or more")
+        for key in ("temperature", "top_k", "parse_snippets"):
+            _require(getattr(self, key) >= 0, f"sample.{key}", getattr(self, key), "0 or more")
