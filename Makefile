@@ -17,8 +17,7 @@ VERSION := $(shell $(PY) -c 'import sys; v = sys.version_info; print(("" if v >=
 MADE := $(VENV)/.made-$(VERSION)
 CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
-# The hashes are checked, and the project builds with the locked setuptools: nothing comes in unpinned.
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
 .PHONY: quickstart test lint lock clean
 .DELETE_ON_ERROR:
@@ -38,16 +37,17 @@ $(MADE):
 	$(if $(VERSION),,$(error PY=$(PY) does not start; give an interpreter of Python 3.11 or newer, as in PY=python3.12))
 	$(if $(filter old-%,$(VERSION)),$(error PY=$(PY) is Python $(VERSION:old-%=%); 3.11 or newer is needed, as in PY=python3.12))
 	@echo "making $(VENV) with Python $(VERSION)"
-	@$(PY) -m venv --clear $(VENV)
+	@$(PY) -m venv $(if $(wildcard $(VENV)/.made-*),--clear) $(VENV)
 	@touch $@
 
-$(CORE): requirements.lock pyproject.toml | $(MADE)
+$(CORE): requirements.lock pyproject.toml $(MADE)
 	@echo "installing requirements.lock into $(VENV) (about a minute, once)"
 	@$(PIP) install --require-hashes -r requirements.lock
+	@# Built with the setuptools of the lock: an isolated build would fetch another one, unhashed.
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(TEST): requirements-test.lock | $(CORE)
+$(TEST): requirements-test.lock $(CORE)
 	@echo "installing requirements-test.lock into $(VENV)"
 	@$(PIP) install --require-hashes -r requirements-test.lock
 	@touch $@
