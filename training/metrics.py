@@ -24,9 +24,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def encode_row(row: Mapping[str, Any]) -> bytes:
     """One line of `metrics.jsonl`, newline included. Values: numbers, strings, None, or 0-d arrays."""
     assert isinstance(row.get("step"), int), f"a row needs an integer step: {dict(row)}"
-    text = json.dumps(
-        {key: _plain(value) for key, value in row.items()}, allow_nan=False
-    )
+    text = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
     return text.encode() + b"\n"
 
 
@@ -46,9 +44,7 @@ def decode_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    return {
-        k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()
-    }
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
 
 
 class MetricsLog:

@@ -41,11 +41,7 @@ def test_every_step_exactly_once_after_a_crash_at_any_byte(tmp_path):
         # rows are whole could be the newest one.
         lines = [json.loads(line) for line in data[:cut].split(b"\n")[:-1]]
         steps = [r["step"] for r in lines if "loss" in r]
-        complete = [
-            s
-            for s in steps
-            if s % 2 or any(r == {"step": s, "eval/loss": 1.0 / s} for r in lines)
-        ]
+        complete = [s for s in steps if s % 2 or any(r == {"step": s, "eval/loss": 1.0 / s} for r in lines)]
         resume = max(complete, default=0)
         assert MetricsLog.open(path, resume).missing == 0
         _write_run(path, 6, resume)
@@ -94,9 +90,7 @@ def test_a_new_start_keeps_nothing_and_a_missing_file_is_counted(tmp_path):
 
 def test_float32_round_trips_exactly_on_random_bit_patterns(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
-    edges = np.array(
-        [0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000], np.uint32
-    )
+    edges = np.array([0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000], np.uint32)
     values = np.concatenate([edges, bits]).view(np.float32)
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog.open(path)
@@ -143,9 +137,7 @@ def test_a_full_disk_is_a_fault_and_leaves_no_torn_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", half_then_full)
-    with pytest.raises(
-        RunFault, match=r"metrics\.jsonl.*No space left on device.*resume"
-    ):
+    with pytest.raises(RunFault, match=r"metrics\.jsonl.*No space left on device.*resume"):
         log.write(_row(2))
     monkeypatch.undo()
     assert path.read_bytes() == encode_row(_row(1))
