@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass, field
 
-MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
+MESH_AXES = (
+    "replica",
+    "pipeline",
+    "data",
+    "fsdp",
+    "expert",
+    "context",
+    "tensor",
+)  # slowest link first
 
 
 @dataclass

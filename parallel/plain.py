@@ -1,0 +1,139 @@
+"""The plain schedule: scan over layers, accumulate over microbatches.
+
+One value of the interface that every schedule shares: `value_and_grad(model, params, batch, key, ops) ->
+(metrics, grads)` and its forward-only twin `evaluate`. It knows a model only by `embed`, `segments`, `layer`, `head`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Params = Any
+Batch = dict[str, Array]
+Sums = dict[str, Array]
+
+
+class Model(Protocol):
+    """What a schedule needs of a model: pure functions over its parameter tree."""
+
+    segments: tuple[Any, ...]
+
+    def embed(self, params: Params, batch: Batch, ops: Any) -> Float[Array, "B T D"]:
+        """Tokens to the residual stream."""
+
+    def layer(
+        self,
+        spec: Any,
+        params: Params,
+        x: Float[Array, "B T D"],
+        batch: Batch,
+        key: Array,
+        ops: Any,
+    ) -> tuple[Float[Array, "B T D"], Sums]:
+        """One layer, its own parameters unstacked."""
+
+    def head(self, params: Params, x: Float[Array, "B T D"], batch: Batch, ops: Any) -> tuple[Array, Sums]:
+        """The sum over tokens of what is minimized, and sums to report."""
+
+
+def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
+    # By primitive, because naming attention's output does not stop its forward from being recomputed.
+    if "dot_product_attention_fwd" in prim.name:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
+
+
+POLICIES = {
+    "dots": _attention_or_dots,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Layers in order on every device; `unroll` trades compile time for speed on CPU."""
+
+    accumulation_steps: int = 1
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def forward(self, model: Model, params: Params, batch: Batch, key: Array, ops: Any) -> tuple[Array, Sums]:
+        """(sum of what is minimized, sums to report) of one microbatch, every array [B, T]."""
+        x = model.embed(params, batch, ops)
+        layers_before = 0
+        totals: Sums = {}
+        for number, segment in enumerate(model.segments):
+            stacked = params["segments"][str(number)]
+            body = self._period(model, segment.period, batch, key, ops)
+            first = layers_before + jnp.arange(segment.count) * len(segment.period)
+            unroll = 1 if self.scan_layers else segment.count
+            x, sums = jax.lax.scan(body, x, (stacked, first), unroll=unroll)
+            totals = _add(totals, jax.tree.map(jnp.sum, sums))
+            layers_before += segment.count * len(segment.period)
+        loss, sums = model.head(params, x, batch, ops)
+        return loss + totals.get("loss", 0.0), _add(totals, sums)
+
+    def _period(self, model: Model, period: tuple[Any, ...], batch: Batch, key: Array, ops: Any) -> Any:
+        def body(x: Array, item: tuple[Params, Array]) -> tuple[Array, Sums]:
+            params, first = item
+            totals: Sums = {}
+            for i, spec in enumerate(period):
+                layer_key = jax.random.fold_in(key, first + i)
+                x, sums = model.layer(spec, params[str(i)], x, batch, layer_key, ops)
+                totals = _add(totals, sums)
+            return x, totals
+
+        if self.remat == "none":
+            return body
+        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
+
+    def value_and_grad(
+        self, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+    ) -> tuple[Sums, Params]:
+        """Means over the batch's total weight, and gradients of `objective` among them.
+
+        The weight is known before any forward pass, so that microbatches of unequal weight still sum to the exact
+        gradient of the whole batch.
+        """
+        weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+
+        def loss_of(params: Params, micro: Batch) -> tuple[Array, Sums]:
+            loss, sums = self.forward(model, params, micro, key, ops)
+            return loss / weight, jax.tree.map(lambda s: s / weight, {"objective": loss, **sums})
+
+        grad = jax.grad(loss_of, has_aux=True)
+        if self.accumulation_steps == 1:
+            grads, means = grad(params, batch)
+            return means, grads
+
+        def add(carry: Any, micro: Batch) -> tuple[Any, None]:
+            grads, means = grad(params, micro)
+            return jax.tree.map(jnp.add, carry, (means, grads)), None
+
+        micros = split_microbatches(batch, self.accumulation_steps, ops)
+        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0]))
+        (means, grads), _ = jax.lax.scan(add, zeros, micros)
+        return means, grads
+
+    def evaluate(self, model: Model, params: Params, batch: Batch, ops: Any) -> Sums:
+        """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
+        _, sums = self.forward(model, params, batch, jax.random.key(0), ops)
+        return {"nll": sums["nll"], "weight": jnp.sum(batch["loss_weights"])}
+
+
+def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
+    """[B, T] to [steps, B/steps, T]; row r goes to microbatch r mod steps, so each one spreads over all devices."""
+
+    def split(x: Array) -> Array:
+        rows = x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)
+        return ops.constrain(rows, (None, "batch", "length"))
+
+    return jax.tree.map(split, batch)
+
+
+def _add(left: Sums, right: Sums) -> Sums:
+    return {k: left.get(k, 0.0) + right.get(k, 0.0) for k in (*left, *(k for k in right if k not in left))}

@@ -1,0 +1,233 @@
+"""Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
+
+    checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
+    checkpoints/STEP/_CHECKPOINT_METADATA       our record: digests of every array, data position, manifest
+
+A restore recomputes every digest. A checkpoint that fails is moved to `STEP.quarantined` with its reason, and the
+newest one that passes is used: never a silent wrong number.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
+
+from training.config import CheckpointConfig
+from training.digest import combined, differing, digests
+from training.errors import RunFault
+from training.state import TrainState
+
+FORMAT = 1
+Leaves = dict[str, Array]
+
+
+class CorruptCheckpoint(RunFault):
+    """What was read is not what was saved."""
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path: the canonical names of a checkpoint."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _items(state: TrainState) -> dict[str, Leaves]:
+    items = {"params": named_leaves(state.params), "opt_state": named_leaves(state.opt_state)}
+    if state.ema is not None:
+        items["ema"] = named_leaves(state.ema)
+    return items
+
+
+def _flat_digests(items: Mapping[str, Leaves]) -> dict[str, int]:
+    return digests(
+        {f"{item}.{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()}
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving is asynchronous; `wait` raises what went wrong behind its back."""
+
+    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+        policies = ocp.training
+        self.directory = Path(directory).absolute()
+        self._checkpointer = policies.Checkpointer(
+            str(self.directory),
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.LatestN(max(config.keep, config.average_last)),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint, oldest first."""
+        return sorted(c.step for c in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
+        """Begin to write the state after `step` steps; `record` is JSON (data position, manifest).
+
+        The call returns when the arrays are safe from donation. Raises RunFault where this or the previous save
+        failed: a checkpoint that was not written must never pass for one.
+        """
+        items = _items(state)
+        # jax reuses donated buffers, and on CPU the writer would read the very same memory.
+        if jax.default_backend() == "cpu":
+            items = jax.tree.map(jnp.copy, items)
+        body = {"format": FORMAT, "step": step, "digests": _flat_digests(items), **record}
+        with _faults(f"checkpoint at step {step} could not be written"):
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=_seal(body))
+        assert saving is not None
+
+    def wait(self) -> None:
+        """Block until the save under way has been committed."""
+        with _faults("a checkpoint could not be written"):
+            self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Commit what is under way and stop the writer."""
+        with _faults("a checkpoint could not be written"):
+            self._checkpointer.close()
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays. Raises CorruptCheckpoint where it was altered."""
+        with _corruption(step):
+            return _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The verified state at `step`, placed as `abstract` says, and its record.
+
+        Raises ValueError where the checkpoint is of another shape or dtype, CorruptCheckpoint where its numbers are
+        not those that were saved.
+        """
+        record = self.record(step)
+        wanted = _items(abstract)
+        restored = self._load(step, wanted, record)
+        trees = {
+            item: _like(getattr(abstract, item), leaves)
+            for item, leaves in restored.items()
+            if item in wanted
+        }
+        count = jax.device_put(jnp.asarray(record["step"], jnp.int32), abstract.step.sharding)
+        return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema")), record
+
+    def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
+        """Only the parameters (or their average, `item="ema"`), verified."""
+        record = self.record(step)
+        if not any(name.startswith(f"{item}.") for name in record["digests"]):
+            raise ValueError(
+                f"{self.directory} has no {item} at step {step}; set training.ema_decay to keep one"
+            )
+        restored = self._load(step, {item: named_leaves(abstract_params)}, record)
+        return _like(abstract_params, restored[item])
+
+    def _load(self, step: int, wanted: dict[str, Leaves], record: dict[str, Any]) -> dict[str, Leaves]:
+        self._check_shapes(step, wanted)
+        with _corruption(step):
+            restored = self._checkpointer.load_checkpointables(step, wanted)
+        found = _flat_digests(restored)
+        saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
+        bad = differing(saved, found)
+        if bad:
+            raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
+        return restored
+
+    def _check_shapes(self, step: int, wanted: dict[str, Leaves]) -> None:
+        # Orbax would pad, cut or cast in silence.
+        with _corruption(step):
+            metadata = self._checkpointer.checkpointables_metadata(step).metadata
+            stored = {item: dict(tree) for item, tree in metadata.items()}
+        for item, leaves in wanted.items():
+            for name in sorted({*leaves, *stored.get(item, {})}):
+                here, there = leaves.get(name), stored.get(item, {}).get(name)
+                mine = f"{here.dtype}{list(here.shape)}" if here is not None else "nothing"
+                theirs = f"{there.dtype}{list(there.shape)}" if there is not None else "nothing"
+                if mine != theirs:
+                    raise ValueError(
+                        f"{self.directory}/{step}: {item}.{name} is {theirs} there and {mine} in this config; "
+                        f"use the config that wrote it (config.yaml beside checkpoints/)"
+                    )
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that passes, and what was quarantined on the way; None where there is none."""
+        quarantined: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                state, record = self.restore(step, abstract)
+                return state, record, quarantined
+            except CorruptCheckpoint as error:
+                quarantined.append(self._quarantine(step, str(error)))
+        if quarantined:
+            raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
+        return None
+
+    def _quarantine(self, step: int, reason: str) -> str:
+        target = self.directory.parent / "quarantine" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(self.directory / str(step), target)
+        (target / "REASON").write_text(reason + "\n")
+        self._checkpointer.reload()
+        return reason
+
+    def mean_weights(self, steps: Sequence[int], abstract_params: Any) -> Any:
+        """Arithmetic mean of the parameters at several steps, accumulated in float32."""
+        assert steps, "a mean of nothing"
+        total = None
+        for step in steps:
+            params = self.restore_weights(step, abstract_params)
+            total = params if total is None else jax.tree.map(jnp.add, total, params)
+        return jax.tree.map(lambda x: x / len(steps), total)
+
+
+def _like(tree: Any, leaves: Leaves) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
+
+
+def _seal(body: Mapping[str, Any]) -> dict[str, str]:
+    text = json.dumps(body, sort_keys=True)
+    return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _unseal(sealed: Mapping[str, str]) -> dict[str, Any]:
+    text = sealed["record"]
+    if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
+        raise CorruptCheckpoint("the record of digests was altered")
+    return json.loads(text)
+
+
+def state_digest(record: Mapping[str, Any]) -> str:
+    """The digest by which one run names another's checkpoint."""
+    return combined(record["digests"])
+
+
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax, tensorstore and the file system each raise their own
+        raise RunFault(f"{what}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _corruption(step: int) -> Iterator[None]:
+    try:
+        yield
+    except CorruptCheckpoint:
+        raise
+    except Exception as error:  # a truncated file surfaces as any of a dozen types
+        raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -1,0 +1,98 @@
+"""The state of a run: born abstract, initialized sharded, never whole on one device."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from parallel.axes import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any = None
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """A copy with other fields."""
+        return replace(self, **changes)
+
+
+def is_info(leaf: Any) -> bool:
+    """A parameter's birth certificate (`models.param.ParamInfo`), told by what it carries."""
+    return hasattr(leaf, "axes") and hasattr(leaf, "reduction")
+
+
+def decay_mask(info: Any) -> Any:
+    """True where weight decay applies, a tree like the parameters."""
+    return jax.tree.map(lambda i: i.decay, info, is_leaf=is_info)
+
+
+def matrix_dims(info: Any) -> Any:
+    """(reduction dims, output dims) of every hidden matrix and None of everything else: what Muon asks for."""
+
+    def dims(i: Any) -> Any:
+        if i.role != "matrix":
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=i.reduction, output_axis=i.output)
+
+    return jax.tree.map(dims, info, is_leaf=is_info)
+
+
+def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+    """Step 0: fresh optimizer, and the average starting at the parameters."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
+    """Shapes, dtypes and shardings of the whole state; nothing is allocated.
+
+    A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)` would
+    replicate it on every device.
+    """
+    shapes = jax.eval_shape(lambda key: make_state(model.init(key), tx, ema), jax.random.key(0))
+    params = layout.tree(model.info, is_info)
+    by_path = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        owner = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
+        assert owner is not None or leaf.ndim == 0, f"{names}: a state array that belongs to no parameter"
+        sharding = owner if owner is not None and leaf.ndim else layout.replicated()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def shardings(tree: Any) -> Any:
+    """Shardings of an abstract tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def init_state(
+    model: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int, ema: bool
+) -> TrainState:
+    """Initialize every leaf on the devices that own it; the same numbers on any mesh."""
+
+    def init(key: Array) -> TrainState:
+        return make_state(model.init(key), tx, ema)
+
+    return jax.jit(init, out_shardings=shardings(abstract))(jax.random.key(seed))
+
+
+def state_bytes_per_device(state: TrainState) -> int:
+    """Bytes of the state that the first device holds."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))

@@ -1,0 +1,97 @@
+"""One optimizer step as a pure function, compiled once, ahead of the first batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from parallel.axes import Layout
+from training.state import TrainState, shardings
+
+Batch = dict[str, Array]
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+    "loss_weights": jnp.float32,
+}
+
+
+def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
+    """Shapes and shardings of a batch: every array [B, T], rows over the data axes."""
+    shape = (batch_size, seq_len)
+    sharding = layout.sharding(("batch", "length"), shape, "batch")
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()
+    }
+
+
+def make_train_step(
+    model: Any,
+    tx: optax.GradientTransformation,
+    strategy: Any,
+    ops: Any,
+    *,
+    learning_rate: Callable[[Array], Array],
+    grad_clip: float | None,
+    ema_decay: float | None,
+    seed: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The step `(state, batch) -> (state, metrics)`.
+
+    Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
+    `learning_rate`, `tokens` (positions with weight). Random keys are folded from (seed, step), so that neither mesh
+    nor schedule changes them.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
+        norm = optax.global_norm(grads)
+        if grad_clip is not None:
+            scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        metrics = {
+            "loss": means["nll"],
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "tokens": jnp.sum(batch["loss_weights"] > 0).astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def compile_train_step(step: Callable[..., Any], state: TrainState, batch: Batch, layout: Layout) -> Any:
+    """Lower from abstract arguments with pinned shardings and compile; the result takes no other layout."""
+    placed = shardings(state)
+    jitted = jax.jit(
+        step,
+        in_shardings=(placed, shardings(batch)),
+        out_shardings=(placed, layout.replicated()),
+        donate_argnums=0,
+    )
+    return jitted.lower(state, batch).compile()
+
+
+def compile_eval_step(
+    model: Any, strategy: Any, ops: Any, params: Any, batch: Batch, layout: Layout
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """The forward-only twin, compiled the same way: sums over one batch."""
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
+        return strategy.evaluate(model, params, batch, ops)
+
+    jitted = jax.jit(
+        eval_step, in_shardings=(shardings(params), shardings(batch)), out_shardings=layout.replicated()
+    )
+    return jitted.lower(params, batch).compile()
