@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: every family (GPT-2, Llama, Gemma, …) is a set of these values."""
+"""What a decoder-only transformer is made of: each family (GPT-2, Llama, Gemma, …) is a set of these values."""
 
 import difflib
 from dataclasses import dataclass, field
