@@ -1,12 +1,13 @@
 """`metrics.jsonl`: the record of a run, one JSON object a line, every training step exactly once.
 
-Training rows have `step` (1-based) and `loss`; evaluation rows have `step` and `eval/loss`. Numbers are written with
-the shortest digits that give the same float64 back, so a float32 survives exactly. JSON has no non-finite numbers:
-they are the strings "nan", "inf" and "-inf", which `MetricsLog.read` turns back into floats.
+Training rows have `step` (1-based) and `loss`; evaluation rows have `step` and `eval/loss`. Numbers are
+written with the shortest digits that give the same float64 back, so a float32 survives exactly. JSON has no
+non-finite numbers: they are the strings "nan", "inf" and "-inf", which `MetricsLog.read` turns back.
 
-Durability: a row is one unbuffered `write`, so it outlives the process the moment `write` returns. It outlives the
-machine only after `sync`; an fsync each step would cost more than many a step does, and rows above the last
-checkpoint are redone anyway. So `sync` is called before a checkpoint commits: then no checkpoint is ever ahead of its rows.
+Durability: a row is one unbuffered `write`, so it outlives the process the moment `write` returns. It outlives
+the machine only after `sync`; an fsync each step would cost more than many a step does, and rows above the
+last checkpoint are redone anyway. So `sync` is called before a checkpoint commits: then no checkpoint is ever
+ahead of its rows.
 """
 
 import json
@@ -37,7 +38,7 @@ def _plain(value: Any) -> Any:
 
 
 def decode_row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line, or None where the line is torn or is no row (a prefix of an object is never an object)."""
+    """The row in a line, or None where it is torn or no row (a prefix of an object is never an object)."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -50,7 +51,7 @@ def decode_row(line: bytes) -> dict[str, Any] | None:
 class MetricsLog:
     """An append-only log, cut back on opening to what the checkpoint that we resume from has seen.
 
-    `missing` counts the training steps up to the checkpoint that have no row (0 unless the file was damaged or
+    `missing` counts the training steps up to the checkpoint without a row (0 unless the file was damaged or
     deleted): the caller says so, nobody invents rows.
     """
 

@@ -20,14 +20,8 @@ def test_scalars_and_text_read_back(tmp_path):
     board.text(4, "samples", "def f():\n    return 'é'")
     board.close()
     read = _read(tmp_path)
-    assert [(s.step, s.value) for s in read.Scalars("loss")] == [
-        (1, 8.0),
-        (2, 4.0),
-        (3, 8 / 3),
-        (4, 2.0),
-    ] or [(s.step, pytest.approx(s.value)) for s in read.Scalars("loss")] == [
-        (k, 8.0 / k) for k in range(1, 5)
-    ]
+    assert [s.step for s in read.Scalars("loss")] == [1, 2, 3, 4]
+    assert [s.value for s in read.Scalars("loss")] == pytest.approx([8.0, 4.0, 8 / 3, 2.0])
     assert len(read.Scalars("learning_rate")) == 4
     assert read.Tensors("samples")[0].tensor_proto.string_val == ["def f():\n    return 'é'".encode()]
     assert read.SummaryMetadata("samples").plugin_data.plugin_name == "text"
