@@ -1,0 +1,113 @@
+"""Attention as a plain masked einsum, and the same numbers with the queries processed in blocks.
+
+B batch, T query position, S key position, N query heads, K key/value heads, G = N/K, H head size.
+Query i sees key j where both lie in the same document (equal segment, not 0), j is not later than i,
+and, with a window, i is less than `window` positions behind j's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+QUERY_BLOCK = 256
+
+
+def attention_mask(
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    window: int | None,
+) -> Bool[Array, "B T S"]:
+    """True where a query may see a key. Segment 0 is padding: it sees nothing and nothing sees it."""
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    same = q_segments[:, :, None] == kv_segments[:, None, :]
+    mask = same & (q_segments > 0)[:, :, None] & (distance >= 0)
+    return mask if window is None else mask & (distance < window)
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Masked attention with the softmax in float32 and K/V heads shared by G = N/K query heads.
+
+    `softcap` bounds the scores: cap * tanh(score / cap) (Gemma 2). A padding query gives zeros.
+    Holds [B, N, T, S] scores; see `chunked_attention` for long sequences.
+    """
+    batch, length, heads, size = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)[:, None, None]
+    # A finite floor, and the mask once more after it: a row that sees nothing gives zeros, not NaN.
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1) * mask
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
+    return out.reshape(q.shape)
+
+
+def chunked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float,
+    block: int = QUERY_BLOCK,
+) -> Float[Array, "B T N H"]:
+    """`reference_attention` for one block of queries at a time, scores recomputed in the backward pass.
+
+    Nothing larger than [B, N, block, S] lives, so memory grows with T and not with T². `block` is lowered to a
+    divisor of T.
+    """
+    size = largest_divisor(q.shape[1], block)
+
+    @jax.checkpoint
+    def attend_block(queries: tuple[Array, Array, Array]) -> Array:
+        q_block, positions, segments = queries
+        return reference_attention(
+            q_block,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=kv_positions,
+            q_segments=segments,
+            kv_segments=kv_segments,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
+
+    blocks = jax.tree.map(lambda a: split_length(a, size), (q, q_positions, q_segments))
+    return join_length(jax.lax.map(attend_block, blocks))
+
+
+def largest_divisor(length: int, limit: int) -> int:
+    """The largest divisor of `length` that is at most `limit`, and at least 1."""
+    return next(size for size in range(max(1, min(limit, length)), 0, -1) if length % size == 0)
+
+
+def split_length(x: Array, size: int) -> Array:
+    """[B, T, ...] as [T/size, B, size, ...]: what a scan over blocks of positions takes."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def join_length(x: Array) -> Array:
+    """The inverse of `split_length`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

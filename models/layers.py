@@ -1,0 +1,236 @@
+"""The parts of a decoder layer as Flax nnx modules. Float32 where it matters: norms, rotations, activations.
+
+B batch, T query position, D model, N query heads, K key/value heads, H head size, F feed-forward, V vocabulary;
+C counts the two of a fused pair (key and value, gate and up).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal, ones, zeros
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from models.ops import Ops
+from models.param import param, vector
+from models.rope import rope_frequencies, rotate
+from models.spec import LayerSpec
+
+RESIDUAL = ("batch", "length", "act_embed")
+
+
+def residual_init(config: ModelConfig) -> Any:
+    """Projections back into the residual stream: spread by 1/sqrt(2L), so that its variance does not grow with depth."""
+    if config.zero_init:
+        return zeros
+    return normal(config.init_std / math.sqrt(2 * config.num_layers))
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dim, computed in float32, returned in the input's dtype."""
+
+    def __init__(self, config: ModelConfig, size: int, axis: str | None, kind: str, rngs: nnx.Rngs):
+        self.kind, self.eps, self.offset = kind, config.norm_eps, config.norm_unit_offset
+        self.scale = vector(rngs, (size,), (axis,), zeros if self.offset else ones)
+        has_bias = config.bias and kind == "layernorm"
+        self.bias = vector(rngs, (size,), (axis,), zeros) if has_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalize, then scale and shift."""
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * (1.0 + self.scale[...] if self.offset else self.scale[...])
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with shared K/V heads; the kernel itself is `ops.attention`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        init = normal(config.init_std)
+        self.q = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), init, reduction=(0,), output=(1, 2))
+        # Fused, but the pair keeps a dim of its own: a flat [D, 2KH] would be split across shards (parallel's permutes).
+        kv_axes = (None, "kv_heads", "head_dim")
+        self.kv = param(rngs, (D, 2, K, H), ("embed", *kv_axes), init, reduction=(0,), output=(2, 3))
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = param(rngs, (N, H, D), out_axes, residual_init(config), reduction=(0, 1), output=(2,))
+        biased = config.bias or config.qkv_bias
+        self.q_bias = vector(rngs, (N, H), ("heads", "head_dim"), zeros) if biased else None
+        self.kv_bias = vector(rngs, (2, K, H), kv_axes, zeros) if biased else None
+        self.o_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
+        self.q_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
+        self.k_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
+        """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
+        config = self.config
+        q, k, v = self.project(x, batch["positions"], spec, ops)
+        positions, segments = batch["positions"], batch["segment_ids"]
+        if cache is not None:
+            cache = extend_cache(cache, k, v, positions[0, 0])
+            k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+        k, v = repeat_heads(k, ops), repeat_heads(v, ops)
+        mixed = ops.attention(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=batch.get("kv_positions", positions),
+            q_segments=segments,
+            kv_segments=batch.get("kv_segment_ids", segments),
+            window=spec.window,
+            softcap=config.attention_softcap,
+            scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        )
+        out = ops.einsum("BTNH,NHD->BTD", mixed, self.o[...])
+        return add_bias(out, self.o_bias), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values, normalized and rotated as the family wants them."""
+        q = add_bias(ops.einsum("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        kv = add_bias(ops.einsum("BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
+        q = ops.constrain(q, ("batch", "length", "act_heads", None))
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.position == "rope":
+            frequencies, amplitude = rope_frequencies(self.config, spec)
+            q, k = rotate((q, k), positions, frequencies, amplitude)
+        return q, k, v
+
+
+def extend_cache(cache: dict[str, Array], k: Array, v: Array, start: Array) -> dict[str, Array]:
+    """The cache with new keys and values written from position `start` on."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    new = {"k": k, "v": v}
+    return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=1) for name in new}
+
+
+def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"]:
+    """Each K/V head `ops.repeat_kv` times in place, so that query head n still finds its own at n // G."""
+    if ops.repeat_kv == 1:
+        return ops.constrain(x, ("batch", "length", "act_kv_heads", None))
+    return ops.constrain(jnp.repeat(x, ops.repeat_kv, axis=2), ("batch", "length", "act_heads", None))
+
+
+class FeedForward(nnx.Module):
+    """Gated (SwiGLU, GeGLU) or plain (GELU, ReLU²) feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.d_model, config.d_ff
+        self.activation = config.activation
+        pair, pair_axes = ((2,), (None,)) if config.gated else ((), ())
+        self.up = param(
+            rngs,
+            (D, *pair, F),
+            ("embed", *pair_axes, "mlp"),
+            normal(config.init_std),
+            reduction=(0,),
+            output=(1 + len(pair),),
+        )
+        self.down = param(rngs, (F, D), ("mlp", "embed"), residual_init(config), reduction=(0,), output=(1,))
+        self.up_bias = vector(rngs, (*pair, F), (*pair_axes, "mlp"), zeros) if config.bias else None
+        self.down_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
+
+    def __call__(self, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
+        """Up, activate, down."""
+        gated = self.activation in GATES
+        spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
+        hidden = add_bias(ops.einsum(spec, x, self.up[...]), self.up_bias)
+        hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
+        return add_bias(ops.einsum("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
+
+
+GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}  # GELU by tanh, as GPT-2 and Gemma were trained
+
+
+def activate(x: Array, activation: str) -> Array:
+    """In float32: [B, T, 2, F] (gate, up) to [B, T, F] where gated, else [B, T, F] to itself."""
+    y = x.astype(jnp.float32)
+    if activation in GATES:
+        y = GATES[activation](y[:, :, 0]) * y[:, :, 1]
+    elif activation == "relu2":
+        y = jnp.square(jax.nn.relu(y))
+    else:
+        y = jax.nn.gelu(y)
+    return y.astype(x.dtype)
+
+
+def add_bias(x: Array, bias: nnx.Param | None) -> Array:
+    """`x` plus a bias over its last dims, if there is one."""
+    return x if bias is None else x + bias[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and feed-forward, each normed before (and, for Gemma, after) and added."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        def norm() -> Norm:
+            return Norm(config, config.d_model, "embed", config.norm, rngs)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention, self.mlp = Attention(config, rngs), FeedForward(config, rngs)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
+        """The residual stream after this layer, and the cache with its keys and values."""
+        mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
+        x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
+        hidden = self.mlp(self.mlp_norm(x), ops)
+        x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+        return ops.constrain(x, RESIDUAL), cache
+
+
+class Embedding(nnx.Module):
+    """Token table, and position table where positions are learned."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        init = normal(config.init_std)
+        V, D = config.vocab_size, config.d_model
+        self.multiplier = math.sqrt(D) if config.embed_scale else 1.0
+        self.table = param(rngs, (V, D), ("vocab", "embed"), init, role="embedding")
+        learned = config.position == "learned"
+        shape, axes = (config.max_seq_len, D), ("positions", "embed")
+        self.positions = param(rngs, shape, axes, init, role="embedding") if learned else None
+
+    def __call__(self, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T D"]:
+        """The start of the residual stream, in the compute dtype."""
+        # Ids are within the table by construction, so a gather needs no bounds check: it stays one gather per shard.
+        x = self.table[...].at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
+        if self.positions is not None:
+            x = x + self.positions[...].at[batch["positions"]].get(mode="clip")
+        return ops.constrain(x.astype(ops.compute_dtype), RESIDUAL)
+
+
+class Head(nnx.Module):
+    """An output table of its own, laid out like the token table, so that tied and untied heads are one code path."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.d_model)
+        self.table = param(rngs, shape, ("vocab", "embed"), normal(config.init_std), role="head")

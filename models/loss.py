@@ -1,0 +1,124 @@
+"""Next-token cross-entropy over chunks of tokens, so that [B*T, V] logits never exist.
+
+B batch, T position, D model, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models.attention import join_length, largest_divisor, split_length
+
+LOGIT_AXES = ("batch", "length", "act_vocab")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What of the loss is static: positions in a chunk, soft cap, z-loss weight, and how logits are placed."""
+
+    size: int
+    softcap: float | None
+    z_loss: float
+    constrain: Callable[[Array, tuple[str | None, ...]], Array]
+
+
+def chunked_cross_entropy(
+    x: Float[Array, "B T D"],
+    w: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Weighted sum of next-token losses in nats, and its parts `nll` and `z_loss` (sums too, without gradient).
+
+    x: final hidden states, in the compute dtype; w: output table, cast to it; targets, weights: what is predicted
+    and how much it counts. The loss of a token is -log softmax(cap(x·w))[target] + z_loss * log²(sum exp cap(x·w)).
+    About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
+    lowered to a divisor of T. When differentiated, the forward pass makes dx and dw chunk by chunk while the
+    logits are there, so that backward is a scale: three matmuls, no recompute. No gradient goes to `weights`.
+    """
+    size = largest_divisor(x.shape[1], chunk // x.shape[0])
+    spec = LossSpec(size, softcap, z_loss, constrain)
+    loss, parts = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
+    # The backward rule knows only the loss's cotangent: the parts must not seem differentiable.
+    return loss, jax.lax.stop_gradient(parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
+    table = w.astype(x.dtype)
+
+    def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, None]:
+        nll, z, _ = _chunk_loss(*chunk, table, spec)
+        return (sums[0] + nll, sums[1] + z), None
+
+    zero = jnp.zeros((), jnp.float32)
+    (nll, z), _ = jax.lax.scan(step, (zero, zero), _chunks(x, targets, weights, spec))
+    return nll + z, {"nll": nll, "z_loss": z}
+
+
+def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
+    table = w.astype(x.dtype)
+
+    def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        nll_sum, z_sum, dw = carry
+        nll, z, dlogits = _chunk_loss(*chunk, table, spec)
+        dlogits = dlogits.astype(x.dtype)
+        dx = jnp.einsum("BTV,VD->BTD", dlogits, table)
+        dw += jnp.einsum("BTV,BTD->VD", dlogits, chunk[0], preferred_element_type=jnp.float32)
+        return (nll_sum + nll, z_sum + z, dw), dx
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
+    (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
+    return (nll + z, {"nll": nll, "z_loss": z}), (join_length(dx), dw.astype(w.dtype))
+
+
+def _backward(spec: LossSpec, residuals: tuple[Array, Array], cotangents: Any) -> Any:
+    dx, dw = residuals
+    scale = cotangents[0]
+    return (scale * dx).astype(dx.dtype), (scale * dw).astype(dw.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(x: Array, targets: Array, weights: Array, spec: LossSpec) -> tuple[Array, Array, Array]:
+    split = partial(split_length, size=spec.size)
+    return split(x), split(targets), split(weights)
+
+
+def _chunk_loss(
+    x: Array, targets: Array, weights: Array, table: Array, spec: LossSpec
+) -> tuple[Array, Array, Array]:
+    """Sums of nll and z-loss over one chunk, and the gradient by its logits (dead code where nobody uses it)."""
+    logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+    logits = spec.constrain(logits, LOGIT_AXES)
+    capped = softcap_logits(logits, spec.softcap)
+    top = jnp.max(capped, axis=-1, keepdims=True)
+    exps = jnp.exp(capped - top)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    log_total = (jnp.log(total) + top)[..., 0]
+    # Compare and sum instead of a gather: a vocabulary split over devices needs one small all-reduce.
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    nll = log_total - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)
+    z = spec.z_loss * jnp.square(log_total)
+    share = (weights * (1.0 + 2.0 * spec.z_loss * log_total))[..., None]
+    dlogits = exps / total * share - jnp.where(hit, weights[..., None], 0.0)
+    if spec.softcap is not None:
+        dlogits *= 1.0 - jnp.square(capped / spec.softcap)
+    return jnp.sum(weights * nll), jnp.sum(weights * z), dlogits
+
+
+def softcap_logits(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
+    """cap * tanh(logits / cap), so that none is larger than the cap (Gemma 2, section 2)."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

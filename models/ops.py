@@ -1,0 +1,42 @@
+"""The operations a model does not choose for itself: training injects them, so models see no mesh and no kernel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from models.attention import reference_attention
+
+
+def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """On one device an array is where it is."""
+    assert len(axes) == x.ndim, (axes, x.shape)
+    return x
+
+
+def plain_einsum(spec: str, x: Array, w: Array) -> Array:
+    """`jnp.einsum` in the activation's dtype: a float32 master weight is cast where it is used."""
+    return jnp.einsum(spec, x, w.astype(x.dtype))
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What training decides; the default is one device in float32.
+
+    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], *, q_positions [B,T], kv_positions [B,S], q_segments [B,T],
+    kv_segments [B,S], window, softcap, scale) -> [B,T,N,H]`; the last three are static.
+    einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
+    constrain: `(x, logical axes, one a dim) -> x`.
+    loss_chunk: tokens whose logits exist at once. z_loss: weight of log²(sum exp logits).
+    repeat_kv: how often each K/V head stands in the activations, so that `tensor` > num_kv_heads divides them.
+    """
+
+    attention: Callable[..., Array] = reference_attention
+    einsum: Callable[[str, Array, Array], Array] = plain_einsum
+    constrain: Callable[[Array, tuple[str | None, ...]], Array] = identity_constrain
+    compute_dtype: Any = jnp.float32
+    loss_chunk: int = 512
+    z_loss: float = 0.0
+    repeat_kv: int = 1

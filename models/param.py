@@ -1,0 +1,73 @@
+"""What a parameter is born with: shape, logical axes, initializer and role. Every later reading starts here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+ROLES = ("matrix", "embedding", "head", "vector")
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """One parameter, before it has a value.
+
+    `axes` holds one logical axis (or None) a dim. `reduction` and `output` are the dims a matrix contracts with
+    its input and the dims it produces; dims in neither are batch dims (stacked layers, the two of a fused pair).
+    Both are empty for what is not a matrix. `init(key, shape, dtype)` makes the value of one layer.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+    role: str
+    decay: bool
+    init: Callable[..., Any]
+
+    def stacked(self, count: int) -> "ParamInfo":
+        """The same parameter of `count` layers in one array, layers first."""
+        return replace(
+            self,
+            shape=(count, *self.shape),
+            axes=("layers", *self.axes),
+            reduction=tuple(dim + 1 for dim in self.reduction),
+            output=tuple(dim + 1 for dim in self.output),
+        )
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable[..., Any],
+    *,
+    reduction: tuple[int, ...] = (),
+    output: tuple[int, ...] = (),
+    role: str = "matrix",
+    decay: bool = True,
+) -> nnx.Param:
+    """A float32 parameter that remembers, as metadata, all that ParamInfo holds."""
+    assert len(axes) == len(shape) and role in ROLES, (axes, shape, role)
+    value = init(rngs.params(), shape, jnp.float32)
+    # `axes`, not Flax's own sharding keys: those would make Flax look for a mesh when the value is created.
+    return nnx.Param(value, axes=axes, init=init, reduction=reduction, output=output, role=role, decay=decay)
+
+
+def vector(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable[..., Any]
+) -> nnx.Param:
+    """A scale or a bias: added or multiplied, never contracted, never decayed."""
+    return param(rngs, shape, axes, init, role="vector", decay=False)
+
+
+def info_of(variable: Any) -> ParamInfo:
+    """The ParamInfo of an (abstract or real) Variable made by `param`."""
+    metadata = variable.get_metadata()
+    names = ("axes", "reduction", "output", "role", "decay", "init")
+    return ParamInfo(
+        shape=tuple(variable.shape), dtype=variable.dtype, **{name: metadata[name] for name in names}
+    )

@@ -1,0 +1,62 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them over longer texts."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from models.spec import LayerSpec
+
+
+def rope_frequencies(config: ModelConfig, spec: LayerSpec) -> tuple[np.ndarray, float]:
+    """Radians per position of each of the H/2 planes (float64), and the factor on the rotated vectors (yarn, else 1)."""
+    planes = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = spec.rope_theta**-planes
+    scaling = config.rope_scaling if spec.rope_scaled else "none"
+    if scaling == "linear":
+        return frequencies / config.rope_factor, 1.0
+    if scaling == "llama3":
+        return _llama3(frequencies, config), 1.0
+    if scaling == "yarn":
+        return _yarn(frequencies, config, spec.rope_theta), 0.1 * math.log(config.rope_factor) + 1.0
+    return frequencies, 1.0
+
+
+def _llama3(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Llama 3.1: slow planes are stretched, fast ones kept, those between blended by their turns in the old context."""
+    turns = config.rope_original_length * frequencies / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / config.rope_factor
+
+
+def _yarn(frequencies: np.ndarray, config: ModelConfig, theta: float) -> np.ndarray:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over planes between beta_fast and beta_slow turns."""
+
+    def plane(turns: float) -> float:
+        ratio = config.rope_original_length / (turns * 2 * math.pi)
+        return config.head_dim * math.log(ratio) / (2 * math.log(theta))
+
+    low = max(math.floor(plane(config.rope_beta_fast)), 0)
+    high = min(math.ceil(plane(config.rope_beta_slow)), config.head_dim - 1)
+    stretched = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return stretched * frequencies / config.rope_factor + (1.0 - stretched) * frequencies
+
+
+def rotate(
+    xs: tuple[Float[Array, "B T _ H"], ...],
+    positions: Int[Array, "B T"],
+    frequencies: np.ndarray,
+    amplitude: float,
+) -> tuple[Float[Array, "B T _ H"], ...]:
+    """Turn plane i, made of elements i and i + H/2, by position * frequency_i; in float32, back in the input's dtype."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+
+    def turn(x: Array) -> Array:
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+    return tuple(turn(x) for x in xs)
