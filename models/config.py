@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: GPT-2, Llama, Mistral, Qwen and Gemma are sets of these values."""
+"""What a decoder-only transformer is made of: each family (GPT-2, Llama, Gemma, ...) is a set of these values."""
 
 from dataclasses import dataclass, field
 
@@ -13,9 +13,9 @@ WINDOW_KINDS = ("global", "local")
 class ModelConfig:
     """Shape and features of the model; sizes in elements, angles in radians, initial spread as a deviation.
 
-    `vocab_size=-1` takes the tokenizer's size, rounded up to a multiple of 128 so that it splits over devices.
+    `vocab_size=-1` takes the tokenizer's size, rounded up to a multiple of 128 to split over devices.
     `window_pattern` is the repeating order of layer kinds: `["local", "global"]` is Gemma 2, `["global"]` is
-    Llama. `max_seq_len` is the rows of a learned position table; with RoPE only a statement of what was trained.
+    Llama. `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained.
     """
 
     name: str = "llama"
@@ -76,7 +76,8 @@ def check_model(config: ModelConfig) -> None:
         )
     if config.position == "rope" and config.head_dim % 2:
         raise ValueError(
-            f"model.head_dim={config.head_dim} must be even for model.position=rope; use {config.head_dim + 1}"
+            f"model.head_dim={config.head_dim} must be even for model.position=rope; "
+            f"use {config.head_dim + 1}"
         )
     if "local" in config.window_pattern and config.window is None:
         raise ValueError(
@@ -86,7 +87,8 @@ def check_model(config: ModelConfig) -> None:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     if config.rope_scaling == "llama3" and low >= high:
         raise ValueError(
-            f"model.rope_low_freq_factor={low} must be below model.rope_high_freq_factor={high}; Llama 3 has 1 and 4"
+            f"model.rope_low_freq_factor={low} must be below "
+            f"model.rope_high_freq_factor={high}; Llama 3 has 1 and 4"
         )
 
 
@@ -105,8 +107,8 @@ def _check_choices(config: ModelConfig) -> None:
 
 
 SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
-POSITIVE = ("norm_eps", "rope_theta", "rope_factor", "rope_original_length", "rope_low_freq_factor")
-POSITIVE += ("rope_beta_fast", "rope_beta_slow", "init_std")
+ROPE_NUMBERS = ("rope_theta", "rope_factor", "rope_original_length", "rope_low_freq_factor")
+POSITIVE = (*ROPE_NUMBERS, "rope_beta_fast", "rope_beta_slow", "norm_eps", "init_std")
 POSITIVE_OR_NULL = ("window", "rope_local_theta", "attention_softcap", "logit_softcap", "attention_scale")
 
 

@@ -1,0 +1,317 @@
+"""The root of the configuration and the checks that need more than one value.
+
+A config passes three gates: each value by itself (`__post_init__` beside its consumer), values against each
+other (here), and tensors against the mesh (`parallel.axes`). Past `from_hydra` there is no OmegaConf.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from data.config import DataConfig, TokenizerConfig
+from models.config import ModelConfig
+from optim.config import (
+    AdamWConfig,
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    LionConfig,
+    MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
+    WSDConfig,
+)
+from parallel.config import MESH_AXES, HardwareConfig, MeshConfig
+from training.config import (
+    CheckpointConfig,
+    EvalConfig,
+    LoggingConfig,
+    RunConfig,
+    SampleConfig,
+    TrainingConfig,
+)
+
+OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig)
+SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)
+
+# Every name a rule may have: parameters' dims, then activations' dims.
+LOGICAL_AXES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "positions") + (
+    "batch",
+    "length",
+    "act_embed",
+    "act_heads",
+    "act_kv_heads",
+    "act_mlp",
+    "act_vocab",
+)
+
+
+class ConfigError(ValueError):
+    """The person who typed the command can put it right; the message is one line."""
+
+
+@dataclass
+class Config:
+    """Everything that decides a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)  # its name and directory
+    seed: int = 0  # of initial weights, data order and samples
+    deterministic: bool = False  # ask the compiler for bitwise repeatable kernels on accelerators
+    init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
+    model: ModelConfig = field(default_factory=ModelConfig)  # what is computed
+    data: DataConfig = field(default_factory=DataConfig)  # from what text
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # on which devices
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
+    optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+    eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
+    logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way
+
+
+def register() -> None:
+    """Put the schemas in Hydra's store; the YAML files inherit from them by name. May be called again."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for schema in OPTIMIZERS:
+        store.store(group="schema/optim", name=schema.name, node=schema)
+    for schedule in SCHEDULES:
+        store.store(group="schema/schedule", name=schedule.name, node=schedule)
+
+
+def from_hydra(cfg: DictConfig) -> Config:
+    """The composed config as plain dataclasses, each value checked by itself.
+
+    Raises ConfigError for a value out of range, and OmegaConf's own errors for missing or mistyped ones.
+    """
+    for key, value in leaves(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)):
+        # OmegaConf takes nan and inf for floats, and no comparison below would catch every one.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} is not a finite number; give an ordinary one, such as 0.1")
+    try:
+        config = OmegaConf.to_object(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested dicts; a list is one leaf."""
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def known_keys() -> dict[str, list[str]]:
+    """Every key a command may set, with the optimizers or schedules that have it where not all do."""
+    keys: dict[str, list[str]] = {}
+    for item in fields(Config):
+        default = getattr(Config(), item.name)
+        if not is_dataclass(default):
+            keys[item.name] = []
+            continue
+        keys.update({f"{item.name}.{sub.name}": [] for sub in fields(default)})
+    for group, schemas in (("optim", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for schema in schemas:
+            for sub in fields(schema):
+                owners = keys.setdefault(f"{group}.{sub.name}", [])
+                if sub.name not in {f.name for f in fields(schema.__bases__[0])}:
+                    owners.append(schema.name)
+    return keys
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """The option most like `word`, by the whole or by its last part (`num_layers` → `model.num_layers`)."""
+    options = list(options)
+    if close := difflib.get_close_matches(word, options, n=1):
+        return close[0]
+    last = {option.rsplit(".", 1)[-1]: option for option in options}
+    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)
+    return last[close[0]] if close else None
+
+
+def check(config: Config, device_count: int | None) -> None:
+    """Raise ConfigError where two values cannot both be had; `device_count=None` before devices are known."""
+    _check_model(config)
+    _check_text(config)
+    _check_steps(config)
+    _check_rules(config.mesh)
+    sizes = mesh_sizes(config.mesh, device_count)
+    if sizes is not None:
+        _check_batch(config, sizes)
+        _check_split(config, sizes)
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _check_model(config: Config) -> None:
+    m = config.model
+    if m.num_heads % m.num_kv_heads:
+        legal = ", ".join(str(k) for k in divisors(m.num_heads))
+        _refuse(
+            f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
+            f"use one of {legal}"
+        )
+    if m.position == "rope" and m.head_dim % 2:
+        _refuse(f"model.head_dim={m.head_dim} is odd, and RoPE turns pairs; use {m.head_dim + 1}")
+    if "local" in m.window_pattern and m.window is None:
+        _refuse("model.window_pattern has local layers but model.window=null; give model.window=1024, say")
+    if m.window is not None and "local" not in m.window_pattern:
+        _refuse(
+            f"model.window={m.window} has no effect, since model.window_pattern={m.window_pattern} has no local "
+            "layer; add local to the pattern or set model.window=null"
+        )
+    if m.position == "learned" and config.data.seq_len > m.max_seq_len:
+        _refuse(
+            f"data.seq_len={config.data.seq_len} is longer than the learned position table, "
+            f"model.max_seq_len={m.max_seq_len}; lower the one or raise the other"
+        )
+    if m.rope_scaling != "none" and m.position != "rope":
+        _refuse(f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}")
+    if m.rope_scaling == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:
+        _refuse(
+            f"model.rope_high_freq_factor={m.rope_high_freq_factor} must be above "
+            f"model.rope_low_freq_factor={m.rope_low_freq_factor}; Llama 3 uses 4 and 1"
+        )
+
+
+def _check_text(config: Config) -> None:
+    d, t, m = config.data, config.tokenizer, config.model
+    if d.source == "folder" and not d.path:
+        _refuse("data.source=folder needs data.path=DIR, the folder with the text files")
+    if d.source == "tfds" and not (d.name or d.path):
+        _refuse("data.source=tfds needs data.name=BUILDER/CONFIG:VERSION or data.path=DIR of a prepared one")
+    if d.mode == "streaming" and d.packing != "concat":
+        _refuse(
+            f"data.mode=streaming packs by concat only, not data.packing={d.packing}; use data.mode=cached"
+        )
+    if t.kind == "file" and not t.path:
+        _refuse("tokenizer.kind=file needs tokenizer.path=FILE, a tokenizer.json")
+    least = {"bpe": t.vocab_size, "byte": 257}.get(t.kind, 0)
+    if 0 < m.vocab_size < least:
+        _refuse(
+            f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {least}; "
+            f"use {-(-least // 128) * 128}, or -1 to take it from the tokenizer"
+        )
+
+
+def _check_steps(config: Config) -> None:
+    steps, schedule = config.training.num_steps, config.schedule
+    if schedule.warmup_steps > steps:
+        _refuse(
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than training.num_steps={steps}; "
+            f"use at most {steps}"
+        )
+    # In steps, not shares: the shortest warm-up of a long run and the longest decay may still meet.
+    decay = getattr(schedule, "decay_fraction", 0.0) * steps
+    if schedule.warmup_steps + decay > steps:
+        _refuse(
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_fraction="
+            f"{schedule.decay_fraction} of training.num_steps={steps} overlap; "  # type: ignore[attr-defined]
+            f"use at most {int(steps - decay)} warm-up steps"
+        )
+
+
+def _check_rules(mesh: MeshConfig) -> None:
+    for axis, targets in mesh.rules.items():
+        if axis not in LOGICAL_AXES:
+            _refuse(f"mesh.rules.{axis} is no logical axis; {did_you_mean(axis, LOGICAL_AXES)}")
+        for target in targets:
+            if target not in MESH_AXES:
+                _refuse(f"mesh.rules.{axis} names {target}; {did_you_mean(target, MESH_AXES)}")
+        if len(set(targets)) < len(targets):
+            _refuse(f"mesh.rules.{axis}={targets} names an axis twice; name each once")
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """The remedy for a word that is not among the options: the nearest, or all of them."""
+    options = list(options)
+    near = nearest(word, options)
+    return f"did you mean {near}?" if near else f"use one of {', '.join(options)}"
+
+
+def mesh_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | None:
+    """Devices along each mesh axis, -1 filled in; None where that needs the device count and it is not known.
+
+    Raises ConfigError where the sizes and the devices do not multiply out.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    text = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "a mesh of one"
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            _refuse(f"mesh.{axis}={size} must be 1 or more, or -1 for what is left")
+    for axis in ("pipeline", "expert", "context"):
+        if sizes[axis] != 1:
+            _refuse(
+                f"mesh.{axis}={sizes[axis]} is not supported yet; use mesh.{axis}=1 and split by mesh.fsdp"
+            )
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        _refuse(f"{' and '.join(f'mesh.{a}=-1' for a in free)}: only one axis can take what is left")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if device_count is None:
+        return None if free else sizes
+    legal = ", ".join(str(d) for d in divisors(device_count))
+    if free and device_count % fixed:
+        _refuse(f"{text} does not divide {device_count} devices; the sizes must multiply to one of {legal}")
+    if not free and fixed != device_count:
+        _refuse(
+            f"{text} is {fixed} devices but {device_count} are here; use mesh.data=-1 to take what is left"
+        )
+    return {axis: device_count // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def divisors(n: int) -> list[int]:
+    """All of them, in order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _check_batch(config: Config, sizes: dict[str, int]) -> None:
+    t = config.training
+    names = config.mesh.rules.get("batch", [])
+    ways = math.prod(sizes[name] for name in names) * t.accumulation_steps
+    if t.global_batch_size % ways:
+        above = -(-t.global_batch_size // ways) * ways
+        legal = f"{above - ways} or {above}" if above > ways else f"{above}"
+        axes = " * ".join([f"mesh.{n}={sizes[n]}" for n in names if sizes[n] > 1])
+        parts = " * ".join(
+            part for part in (axes, f"training.accumulation_steps={t.accumulation_steps}") if part
+        )
+        _refuse(
+            f"training.global_batch_size={t.global_batch_size} does not split into {parts}; "
+            f"use a multiple of {ways}, such as {legal}"
+        )
+
+
+def _check_split(config: Config, sizes: dict[str, int]) -> None:
+    m = config.model
+    dims = {
+        "embed": ("d_model", m.d_model),
+        "heads": ("num_heads", m.num_heads),
+        "kv_heads": ("num_kv_heads", m.num_kv_heads),
+        "mlp": ("d_ff", m.d_ff),
+        "vocab": ("vocab_size", m.vocab_size),
+    }
+    for axis, (key, size) in dims.items():
+        names = config.mesh.rules.get(axis, [])
+        ways = math.prod(sizes[name] for name in names)
+        # Fewer K/V heads than devices are repeated, which needs a whole number of copies.
+        if size == -1 or size % ways == 0 or (axis == "kv_heads" and ways % size == 0):
+            continue
+        by = " * ".join(f"mesh.{name}={sizes[name]}" for name in names if sizes[name] > 1)
+        also = " or a multiple of it" if axis == "kv_heads" else ""
+        legal = ", ".join(str(d) for d in divisors(size)[:12])
+        _refuse(f"model.{key}={size} cannot be split over {by}; use a divisor of {size} ({legal}){also}")
