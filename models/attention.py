@@ -72,8 +72,8 @@ def chunked_attention(
 ) -> Float[Array, "B T N H"]:
     """`reference_attention` for one block of queries at a time, scores recomputed in the backward pass.
 
-    Nothing larger than [B, N, block, S] lives, so memory grows with T and not with T². `block` is lowered to a
-    divisor of T.
+    Nothing larger than [B, N, block, S] lives, so memory grows with T and not with T².
+    `block` is lowered to a divisor of T.
     """
     size = largest_divisor(q.shape[1], block)
 

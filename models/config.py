@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: each family (GPT-2, Llama, Gemma, ...) is a set of these values."""
+"""What a decoder-only transformer is made of: a family (GPT-2, Llama, Gemma, ...) is a set of values."""
 
 from dataclasses import dataclass, field
 

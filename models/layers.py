@@ -1,7 +1,7 @@
 """The parts of a decoder layer as Flax nnx modules. Float32 where it matters: norms, rotations, activations.
 
-B batch, T query position, D model, N query heads, K key/value heads, H head size, F feed-forward, V vocabulary;
-C counts the two of a fused pair (key and value, gate and up).
+B batch, T query position, D model, N query heads, K key/value heads, H head size, F feed-forward,
+V vocabulary; C counts the two of a fused pair (key and value, gate and up).
 """
 
 import math
@@ -23,7 +23,7 @@ RESIDUAL = ("batch", "length", "act_embed")
 
 
 def residual_init(config: ModelConfig) -> Any:
-    """Projections back into the residual stream: spread by 1/sqrt(2L), so that its variance does not grow with depth."""
+    """Projections back into the residual: spread over sqrt(2L), so that its variance is even over depths."""
     if config.zero_init:
         return zeros
     return normal(config.init_std / math.sqrt(2 * config.num_layers))
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         init = normal(config.init_std)
         self.q = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), init, reduction=(0,), output=(1, 2))
-        # Fused, but the pair keeps a dim of its own: a flat [D, 2KH] would be split across shards (parallel's permutes).
+        # Fused, but the pair keeps a dim of its own: splitting a sharded flat [D, 2KH] costs permutes.
         kv_axes = (None, "kv_heads", "head_dim")
         self.kv = param(rngs, (D, 2, K, H), ("embed", *kv_axes), init, reduction=(0,), output=(2, 3))
         out_axes = ("heads", "head_dim", "embed")
@@ -137,7 +137,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F = config.d_model, config.d_ff
         self.activation = config.activation
-        pair, pair_axes = ((2,), (None,)) if config.gated else ((), ())
+        # A gate and what it lets through, side by side in a dim of their own.
+        pair: tuple[int, ...] = (2,) if config.gated else ()
+        pair_axes: tuple[None, ...] = (None,) if config.gated else ()
         self.up = param(
             rngs,
             (D, *pair, F),
@@ -221,7 +223,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T D"]:
         """The start of the residual stream, in the compute dtype."""
-        # Ids are within the table by construction, so a gather needs no bounds check: it stays one gather per shard.
+        # Ids lie within the table by construction: without a bounds check it stays one gather per shard.
         x = self.table[...].at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
         if self.positions is not None:
             x = x + self.positions[...].at[batch["positions"]].get(mode="clip")
@@ -229,7 +231,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """An output table of its own, laid out like the token table, so that tied and untied heads are one code path."""
+    """An output table of its own, laid out like the token table, so that tied or not is one code path."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.d_model)

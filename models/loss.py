@@ -19,7 +19,7 @@ LOGIT_AXES = ("batch", "length", "act_vocab")
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What of the loss is static: positions in a chunk, soft cap, z-loss weight, and how logits are placed."""
+    """What of the loss is static: positions in a chunk, soft cap, z-loss weight, placement of logits."""
 
     size: int
     softcap: float | None
@@ -38,10 +38,11 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Weighted sum of next-token losses in nats, and its parts `nll` and `z_loss` (sums too, without gradient).
+    """Weighted sum of next-token losses in nats, and its parts `nll` and `z_loss` (sums, without gradient).
 
-    x: final hidden states, in the compute dtype; w: output table, cast to it; targets, weights: what is predicted
-    and how much it counts. The loss of a token is -log softmax(cap(x·w))[target] + z_loss * log²(sum exp cap(x·w)).
+    x: final hidden states, in the compute dtype; w: output table, cast to it; targets, weights: what is
+    predicted and how much it counts. With logits l = cap(x·w), the loss of a token is
+    -log softmax(l)[target] + z_loss * log²(sum exp l).
     About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
     lowered to a divisor of T. When differentiated, the forward pass makes dx and dw chunk by chunk while the
     logits are there, so that backward is a scale: three matmuls, no recompute. No gradient goes to `weights`.
@@ -100,7 +101,7 @@ def _chunks(x: Array, targets: Array, weights: Array, spec: LossSpec) -> tuple[A
 def _chunk_loss(
     x: Array, targets: Array, weights: Array, table: Array, spec: LossSpec
 ) -> tuple[Array, Array, Array]:
-    """Sums of nll and z-loss over one chunk, and the gradient by its logits (dead code where nobody uses it)."""
+    """Sums of nll and z-loss over one chunk, and the gradient by its logits (dead code where unused)."""
     logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
     logits = spec.constrain(logits, LOGIT_AXES)
     capped = softcap_logits(logits, spec.softcap)
@@ -120,5 +121,5 @@ def _chunk_loss(
 
 
 def softcap_logits(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
-    """cap * tanh(logits / cap), so that none is larger than the cap (Gemma 2, section 2)."""
+    """Bound logits smoothly: cap * tanh(logits / cap) (Gemma 2 report, section 2)."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""The operations a model does not choose for itself: training injects them, so models see no mesh and no kernel."""
+"""The operations a model does not choose itself: training injects them, so models see no mesh, no kernel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ def plain_einsum(spec: str, x: Array, w: Array) -> Array:
 class Ops:
     """What training decides; the default is one device in float32.
 
-    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], *, q_positions [B,T], kv_positions [B,S], q_segments [B,T],
-    kv_segments [B,S], window, softcap, scale) -> [B,T,N,H]`; the last three are static.
+    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], *, q_positions [B,T], kv_positions [B,S],
+    q_segments [B,T], kv_segments [B,S], window, softcap, scale) -> [B,T,N,H]`; the last three are static.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     constrain: `(x, logical axes, one a dim) -> x`.
     loss_chunk: tokens whose logits exist at once. z_loss: weight of log²(sum exp logits).
-    repeat_kv: how often each K/V head stands in the activations, so that `tensor` > num_kv_heads divides them.
+    repeat_kv: copies of each K/V head in the activations, so that `tensor` > num_kv_heads divides them.
     """
 
     attention: Callable[..., Array] = reference_attention

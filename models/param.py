@@ -1,4 +1,4 @@
-"""What a parameter is born with: shape, logical axes, initializer and role. Every later reading starts here."""
+"""What a parameter is born with: shape, logical axes, initializer and role. All later readings start here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ ROLES = ("matrix", "embedding", "head", "vector")
 class ParamInfo:
     """One parameter, before it has a value.
 
-    `axes` holds one logical axis (or None) a dim. `reduction` and `output` are the dims a matrix contracts with
-    its input and the dims it produces; dims in neither are batch dims (stacked layers, the two of a fused pair).
+    `axes` holds one logical axis (or None) a dim. `reduction` and `output` are the dims a matrix contracts
+    with its input and the dims it produces; dims in neither are batch dims (stacked layers, a fused pair).
     Both are empty for what is not a matrix. `init(key, shape, dtype)` makes the value of one layer.
     """
 

@@ -11,7 +11,7 @@ from models.spec import LayerSpec
 
 
 def rope_frequencies(config: ModelConfig, spec: LayerSpec) -> tuple[np.ndarray, float]:
-    """Radians per position of each of the H/2 planes (float64), and the factor on the rotated vectors (yarn, else 1)."""
+    """Radians per position of each of the H/2 planes (float64), and the factor on rotated vectors (yarn)."""
     planes = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = spec.rope_theta**-planes
     scaling = config.rope_scaling if spec.rope_scaled else "none"
@@ -25,7 +25,7 @@ def rope_frequencies(config: ModelConfig, spec: LayerSpec) -> tuple[np.ndarray, 
 
 
 def _llama3(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Llama 3.1: slow planes are stretched, fast ones kept, those between blended by their turns in the old context."""
+    """Llama 3.1: slow planes are stretched, fast ones kept, others blended by turns in the old context."""
     turns = config.rope_original_length * frequencies / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -51,7 +51,7 @@ def rotate(
     frequencies: np.ndarray,
     amplitude: float,
 ) -> tuple[Float[Array, "B T _ H"], ...]:
-    """Turn plane i, made of elements i and i + H/2, by position * frequency_i; in float32, back in the input's dtype."""
+    """Turn plane i, made of elements i and i + H/2, by position * frequency_i; computed in float32."""
     angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 

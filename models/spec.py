@@ -7,7 +7,7 @@ from models.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs between layers of one model: a window (positions seen, itself included) and the rotation."""
+    """What differs between a model's layers: a window (positions seen, itself included) and the rotation."""
 
     window: int | None
     rope_theta: float
@@ -16,7 +16,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` repetitions of a period of layers; the parameters of each layer of the period are stacked [count, ...]."""
+    """`count` repetitions of a period of layers; each place in the period has parameters [count, ...]."""
 
     count: int
     period: tuple[LayerSpec, ...]
@@ -31,7 +31,7 @@ def layer_spec(config: ModelConfig, kind: str) -> LayerSpec:
 
 
 def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """Whole periods of `window_pattern`, and one more segment for what is left over (Gemma 3: 26 layers in sixes)."""
+    """Whole periods of `window_pattern`, and a segment for what is left (Gemma 3: 26 layers in sixes)."""
     pattern = tuple(layer_spec(config, kind) for kind in config.window_pattern)
     whole, rest = divmod(config.num_layers, len(pattern))
     parts = [pattern * whole] if whole else []
@@ -40,7 +40,7 @@ def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
 
 
 def fold_repetition(specs: tuple[LayerSpec, ...]) -> Segment:
-    """The shortest period whose repetition gives `specs`: the fewer distinct layers, the less there is to compile."""
+    """The shortest period whose repetition gives `specs`: fewer distinct layers are less to compile."""
     for size in range(1, len(specs) + 1):
         if len(specs) % size == 0 and specs[:size] * (len(specs) // size) == specs:
             return Segment(len(specs) // size, specs[:size])

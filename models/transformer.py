@@ -1,8 +1,8 @@
 """A decoder-only transformer as pure functions over its parameter tree; the configuration makes it a family.
 
 B batch, T position, S cache position, D model, V vocabulary, L layers.
-The tree is {"embed", "segments": {segment: {place in the period: stacked [count, ...]}}, "final_norm", "head"};
-"head" is absent where the token table is tied.
+The tree is {"embed", "segments": {segment: {place in the period: stacked [count, ...]}}, "final_norm",
+"head"}; "head" is absent where the token table is tied.
 """
 
 import zlib
@@ -28,44 +28,45 @@ Tree = dict[str, Any]
 
 
 def build_model(config: ModelConfig) -> "Model":
-    """The model that `config` describes, without a single array. Raises ValueError for sizes that make no model."""
+    """The model that `config` describes, without a single array. ValueError for values that make no model."""
     check_model(config)
     if config.vocab_size < 1:
         raise ValueError(
             f"model.vocab_size={config.vocab_size} must be positive when a model is built; "
             "take the tokenizer's size rounded up to a multiple of 128"
         )
-    parts = {"embed": partial(Embedding, config), "block": partial(Block, config)}
-    parts["final_norm"] = partial(Norm, config, config.d_model, "embed", config.norm)
+    parts: dict[str, Callable[..., nnx.Module]] = {
+        "embed": partial(Embedding, config),
+        "block": partial(Block, config),
+        "final_norm": partial(Norm, config, config.d_model, "embed", config.norm),
+    }
     if not config.tie_embeddings:
         parts["head"] = partial(Head, config)
-    graphs, infos = {}, {}
+    graphs, info = {}, {}
     for name, make in parts.items():
-        graphs[name], infos[name] = describe(make)
-    segments = make_segments(config)
-    block = infos.pop("block")
-    infos["segments"] = {
-        str(s): {
-            str(p): jax.tree.map(lambda leaf, n=segment.count: leaf.stacked(n), block)
-            for p in range(len(segment.period))
-        }
-        for s, segment in enumerate(segments)
-    }
-    return Model(config, segments, infos, graphs)
+        graphs[name], info[name] = describe(make)
+    block, segments = info.pop("block"), make_segments(config)
+    info["segments"] = {str(s): stack_info(block, segment) for s, segment in enumerate(segments)}
+    return Model(config, segments, info, graphs)
+
+
+def stack_info(block: Tree, segment: Segment) -> Tree:
+    """The ParamInfo of a segment's layers: one stacked tree a place in its period."""
+    stacked = jax.tree.map(lambda leaf: leaf.stacked(segment.count), block)
+    return {str(p): stacked for p in range(len(segment.period))}
 
 
 def describe(make: Callable[..., nnx.Module]) -> tuple[Any, Tree]:
     """A module's structure and the ParamInfo of each of its parameters, without computing any."""
     graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    return graph, jax.tree.map(info_of, nnx.to_pure_dict(state, lambda v: v), is_leaf=is_variable)
+    return graph, nnx.to_pure_dict(state, info_of)
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """What `parallel` composes and `training` drives. Holds no arrays; methods are pure and may be traced.
 
-    A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32), loss_weights (float32).
+    A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32), loss_weights (f32).
     """
 
     config: ModelConfig
@@ -74,7 +75,7 @@ class Model:
     graphs: dict[str, Any] = field(repr=False)  # structure of each nnx module, to merge parameters into
 
     def init(self, key: Key[Array, ""]) -> Tree:
-        """Float32 parameters. A leaf's key depends on its name and layer alone, so no sharding or order changes it."""
+        """Float32 parameters. A leaf's key depends on its name and layer alone, not on sharding or order."""
         tree = {
             name: jax.tree_util.tree_map_with_path(partial(init_leaf, key, name), infos)
             for name, infos in self.info.items()
@@ -103,7 +104,7 @@ class Model:
         key: Any,
         ops: Ops,
     ) -> tuple[Float[Array, "B T D"], Tree]:
-        """One layer with its own (unstacked) parameters, and what it reports; `key` is for layers that draw."""
+        """One layer with its own (unstacked) parameters, and what it reports; `key` is for random layers."""
         del key
         x, _ = self._module("block", params)(x, batch, spec, ops)
         return x, {}
@@ -111,7 +112,7 @@ class Model:
     def head(
         self, params: Tree, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Weighted sum of the losses in nats, with its parts: `nll`, the loss to report, and `z_loss` (sums too)."""
+        """Weighted sum of losses in nats, and its parts (sums): `nll`, the loss to report, and `z_loss`."""
         return chunked_cross_entropy(
             self._module("final_norm", params["final_norm"])(x),
             self._output_table(params),
@@ -136,7 +137,7 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache for `length` positions: keys and values [count, B, S, K, H] of every layer, and the fill."""
+        """An empty cache: keys and values [count, B, length, K, H] of each layer, and how far it is filled."""
         shape = (batch_size, length, self.config.num_kv_heads, self.config.head_dim)
         places: Tree = {
             str(s): {
@@ -150,7 +151,7 @@ class Model:
     def decode(
         self, params: Tree, tokens: Int[Array, "B T"], cache: Tree, ops: Ops
     ) -> tuple[Float[Array, "B T V"], Tree]:
-        """Logits of the next T tokens of each row, and the cache with them: T > 1 to read a prompt, then T = 1.
+        """Logits of the next T tokens of each row, and the cache with them: a prompt's T, then T = 1.
 
         All rows are equally long. The caller keeps the total within the cache's length (and, with learned
         positions, max_seq_len): past it the last entries would be overwritten.
@@ -176,10 +177,10 @@ class Model:
         return {"total": sum(map(_size, leaves)), "non_embedding": sum(map(_size, body))}
 
     def flops_per_token(self, seq_len: int) -> dict[str, float]:
-        """Floating-point operations of a forward pass per token of a full row; training takes three times as many.
+        """Operations of a forward pass per token of a `seq_len` row; training takes three times as many.
 
-        `matmul`: two a weight, the head's included; `attention_full`: scores and their product with the values over all
-        the positions a window allows; `attention_causal`: over those that are not in the future, on average.
+        `matmul`: two a weight, the head's included; `attention_full`: scores and values over all positions that
+        a window allows; `attention_causal`: over those of them that are not in the future, on average.
         """
         config = self.config
         weights = [leaf for leaf in jax.tree.leaves(self.info) if leaf.role == "matrix"]
