@@ -1,0 +1,163 @@
+"""Who may import whom. A back edge here is how a house becomes a ball of mud."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("benchmarks", "configs", "data", "models", "optim", "parallel", "scripts", "serving", "training")
+CONFIGS = (
+    "data.config",
+    "models.config",
+    "optim.config",
+    "parallel.config",
+    "serving.config",
+    "training.config",
+)
+
+# Room → what it may import of ours besides itself; a prefix covers the modules below it.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "optim": (),
+    "parallel": (),
+    "models": ("parallel.axes",),
+    "training": ("data", "optim", "parallel", "models"),
+    "serving": ("models", "parallel", "data.tokenizer", "training.state", "training.checkpoint"),
+    "configs": CONFIGS,
+    "scripts": (*ROOMS, "train"),
+    "benchmarks": (*ROOMS, "train"),
+    "train": ROOMS,
+}
+OURS = frozenset(MAY_IMPORT)
+# `data` runs in worker processes that must start quickly and never touch a device.
+DEVICE_LIBRARIES = ("chex", "flax", "jax", "jaxlib", "optax", "orbax")
+HEAVY = (
+    *DEVICE_LIBRARIES,
+    "array_record",
+    "matplotlib",
+    "numpy",
+    "pyarrow",
+    "tensorboard",
+    "tensorflow_datasets",
+)
+
+
+def sources() -> list[Path]:
+    """Every source file of ours: train.py and the rooms, without the tests."""
+    return [ROOT / "train.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+
+
+def module_name(path: Path) -> str:
+    """`data/loader.py` → `data.loader`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(source: str, module: str) -> list[tuple[int, str]]:
+    """(line, dotted name) of all that `source` imports, wherever it stands: in functions and for types too.
+
+    `from a import b` counts as `a.b`, since b may be a module; relative imports resolve against `module`.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{base}.{alias.name}" if base else alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.append((node.lineno, node.args[0].value))
+    return found
+
+
+def below(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def back_edges(source: str, module: str) -> list[str]:
+    """What `module` imports of ours and may not, one line each."""
+    room = module.split(".")[0]
+    allowed = (room, *MAY_IMPORT[room])
+    return [
+        f"{module}:{line} imports {name}; {room} may import {', '.join(MAY_IMPORT[room]) or 'no other room'}"
+        for line, name in imports(source, module)
+        if name.split(".")[0] in OURS and not below(name, allowed)
+    ]
+
+
+def test_layers_import_only_downward():
+    edges = [edge for path in sources() for edge in back_edges(path.read_text("utf-8"), module_name(path))]
+    assert not edges, "\n".join(edges)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("data.loader", "from training.step import train_step"),
+        ("data.loader", "def f():\n    import models.transformer"),
+        ("optim.optimizers", "from parallel import mesh"),
+        ("models.attention", "from parallel.mesh import make_mesh"),
+        ("models.attention", "from parallel import mesh"),
+        ("training.loop", "from ..serving import generate"),
+        ("training.loop", "import configs.schema"),
+        ("serving.generate", "from data.loader import Loader"),
+        ("configs.schema", "from training.loop import fit"),
+        ("parallel.plain", "import importlib\nimportlib.import_module('models.ops')"),
+    ],
+)
+def test_a_back_edge_is_seen(module, source):
+    assert back_edges(source, module)
+
+
+def test_forward_edges_pass():
+    assert not back_edges("from parallel.axes import partition_spec\nimport models.ops", "models.attention")
+    assert not back_edges("from data.tokenizer import load_tokenizer", "serving.generate")
+    assert not back_edges("from training.config import RunConfig\nimport dataclasses", "configs.schema")
+
+
+def test_data_names_no_device_library():
+    found = [
+        f"{module_name(path)}:{line} imports {name}"
+        for path in sorted((ROOT / "data").rglob("*.py"))
+        for line, name in imports(path.read_text("utf-8"), module_name(path))
+        if below(name, DEVICE_LIBRARIES)
+    ]
+    assert not found, "\n".join(found)
+
+
+def loaded(modules: list[str], watched: tuple[str, ...]) -> str:
+    """Which of `watched` a new interpreter holds once it has imported `modules`, comma-separated."""
+    code = f"import sys, {', '.join(modules)}\nprint(','.join(m for m in {watched!r} if m in sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_data_loads_no_device_library_through_others():
+    modules = [module_name(path) for path in sorted((ROOT / "data").rglob("*.py")) if path.stem != "__init__"]
+    assert loaded(modules, DEVICE_LIBRARIES) == ""
+
+
+def test_configs_load_nothing_heavy():
+    """`python train.py --help` answers at once because of this."""
+    modules = [name for name in CONFIGS if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()]
+    assert loaded([*modules, "configs.schema"], HEAVY) == ""
+
+
+def test_packages_import_nothing_by_themselves():
+    """An `__init__.py` with imports makes every import of the room pay for all of it."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources()
+        if path.name == "__init__.py"
+        for line, name in imports(path.read_text("utf-8"), module_name(path))
+    ]
+    assert not found, "\n".join(found)
