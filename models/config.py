@@ -1,5 +1,6 @@
 """What a decoder-only transformer is made of: a family (GPT-2, Llama, Gemma, ...) is a set of values."""
 
+import difflib
 from dataclasses import dataclass, field
 
 NORMS = ("rmsnorm", "layernorm")
@@ -18,42 +19,42 @@ class ModelConfig:
     Llama. `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained.
     """
 
-    name: str = "llama"
+    name: str = "llama"  # the family, for tables and logs
     vocab_size: int = -1
-    num_layers: int = 4
-    d_model: int = 256
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    d_ff: int = 768
+    num_layers: int = 4  # decoder blocks
+    d_model: int = 256  # width of the residual stream
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 4  # key and value heads; divides num_heads
+    head_dim: int = 32  # of one head; need not be d_model / num_heads
+    d_ff: int = 768  # width inside the feed-forward
     max_seq_len: int = 2048
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-6
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6  # added to the mean square
     norm_unit_offset: bool = False  # Gemma: the stored scale is the distance from one
     post_norms: bool = False  # Gemma 2 and 3: a norm after attention and after the feed-forward as well
     bias: bool = False  # GPT-2: a bias on every projection and norm
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3, Gemma 3
-    position: str = "rope"
-    rope_theta: float = 10000.0
+    position: str = "rope"  # rope | learned | none
+    rope_theta: float = 10000.0  # base of the rotation frequencies
     rope_local_theta: float | None = None  # Gemma 3: of local layers, which are then not scaled either
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_length: int = 8192
+    rope_scaling: str = "none"  # none | linear | llama3 | yarn
+    rope_factor: float = 1.0  # how many times longer than rope_original_length
+    rope_original_length: int = 8192  # tokens, before scaling
     rope_low_freq_factor: float = 1.0  # llama3 scaling
     rope_high_freq_factor: float = 4.0  # llama3 scaling
     rope_beta_fast: float = 32.0  # yarn
     rope_beta_slow: float = 1.0  # yarn
-    activation: str = "swiglu"
+    activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
     window: int | None = None  # positions a local layer sees, itself included
     window_pattern: list[str] = field(default_factory=lambda: ["global"])
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
+    attention_softcap: float | None = None  # Gemma 2: 50, on attention scores
+    logit_softcap: float | None = None  # Gemma 2: 30, on logits
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embed_scale: bool = False  # Gemma: embeddings times sqrt(d_model)
-    tie_embeddings: bool = True
+    tie_embeddings: bool = True  # the head is the embedding table
     zero_init: bool = False  # projections back into the residual start at zero
-    init_std: float = 0.02
+    init_std: float = 0.02  # spread of what no other rule covers
 
     def __post_init__(self) -> None:
         check_model(self)
@@ -96,9 +97,9 @@ def _check_choices(config: ModelConfig) -> None:
     kinds = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS, "rope_scaling": ROPE_SCALINGS}
     for key, choices in kinds.items():
         if getattr(config, key) not in choices:
-            raise ValueError(
-                f"model.{key}={getattr(config, key)} is not known; use one of {', '.join(choices)}"
-            )
+            near = difflib.get_close_matches(str(getattr(config, key)), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model.{key}={getattr(config, key)} is not one of {', '.join(choices)}{hint}")
     pattern = list(config.window_pattern)
     if not pattern or any(kind not in WINDOW_KINDS for kind in pattern):
         raise ValueError(
