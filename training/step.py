@@ -51,7 +51,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if grad_clip is not None:
             scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
