@@ -1,6 +1,5 @@
 """Where text comes from and how it becomes batches."""
 
-import difflib
 from dataclasses import dataclass
 
 SOURCES = ("stdlib", "folder", "tfds")
@@ -9,59 +8,73 @@ PACKINGS = ("concat", "best_fit", "none")
 TOKENIZERS = ("bpe", "file", "byte")
 
 
-def _choice(key: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        near = difflib.get_close_matches(str(value), options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{key}={value} is not one of {', '.join(options)}{hint}")
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value} is not known; use one of {', '.join(allowed)}")
 
 
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    # `ok` is False for nan as well: every comparison with it is.
-    if not ok:
-        raise ValueError(f"{key}={value} must be {limit}")
+def _at_least(key: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ValueError(f"{key}={value} is too small; use {limit} or more")
 
 
 @dataclass
 class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
-    source: str = "stdlib"  # stdlib | folder | tfds
+    source: str = "stdlib"
     path: str | None = None  # folder: where the files are; tfds: the prepared dataset's directory
     name: str | None = None  # tfds: builder name with config and version, as in `wiki40b/en:1.3.0`
-    text_key: str = "text"  # the field that holds the text, in jsonl, parquet and tfds records
-    train_split: str = "train"  # tfds: a split or a slice of one, as in `train[:90%]`
-    validation_split: str = "validation"  # tfds: the same for held-out documents
+    text_key: str = "text"
+    train_split: str = "train"
+    validation_split: str = "validation"
     validation_fraction: float = 0.05  # stdlib and folder: share of documents held out, by content hash
-    cache_dir: str = ".cache/data"  # corpora, tokenizers and token stores, found again by hash
-    mode: str = "cached"  # cached: tokenize once | streaming: tokenize while training
-    packing: str = "concat"  # concat | best_fit | none: how documents fill rows
-    seq_len: int = 256  # tokens in a row
+    cache_dir: str = ".cache/data"
+    mode: str = "cached"
+    packing: str = "concat"
+    seq_len: int = 256
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
 
     def __post_init__(self) -> None:
-        """Each value by itself; what two values must agree on is checked in `configs.schema`."""
         _choice("data.source", self.source, SOURCES)
         _choice("data.mode", self.mode, MODES)
         _choice("data.packing", self.packing, PACKINGS)
-        share = self.validation_fraction
-        _require(0 < share < 1, "data.validation_fraction", share, "between 0 and 1, such as 0.05")
-        _require(self.seq_len >= 2, "data.seq_len", self.seq_len, "2 or more")
-        _require(self.workers >= 1, "data.workers", self.workers, "1 or more")
-        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        _at_least("data.seq_len", self.seq_len, 2)
+        _at_least("data.workers", self.workers, 1)
+        _at_least("data.prefetch", self.prefetch, 1)
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"
+            )
+        if self.mode == "streaming" and self.packing != "concat":
+            raise ValueError(
+                f"data.packing={self.packing} needs every document's length beforehand; "
+                "use data.packing=concat with data.mode=streaming, or data.mode=cached"
+            )
+        if self.source == "folder" and not self.path:
+            raise ValueError("data.source=folder needs data.path, the folder with your files")
+        if self.source == "tfds" and not (self.path or self.name):
+            raise ValueError(
+                "data.source=tfds needs data.path, a prepared dataset's directory, or data.name "
+                "with data.path as its TFDS root"
+            )
 
 
 @dataclass
 class TokenizerConfig:
-    """`bpe` trains a byte-level BPE on the corpus, `file` reads one, `byte` is 256 bytes and a separator."""
+    """What cuts text into tokens.
 
-    kind: str = "bpe"  # bpe | file | byte
+    `bpe` trains a byte-level BPE on the corpus, `file` reads a `tokenizer.json`,
+    `byte` is the 256 bytes and one separator.
+    """
+
+    kind: str = "bpe"
     vocab_size: int = 4096  # bpe only, the separator included
-    path: str | None = None  # file only: a `tokenizer.json`
+    path: str | None = None  # file only
 
     def __post_init__(self) -> None:
-        """Each value by itself; what two values must agree on is checked in `configs.schema`."""
         _choice("tokenizer.kind", self.kind, TOKENIZERS)
-        limit = "257 or more: the 256 bytes and the separator"
-        _require(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size, limit)
+        _at_least("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
+        if self.kind == "file" and not self.path:
+            raise ValueError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")

@@ -1,0 +1,207 @@
+"""A folder's files as documents: which are read, in what order, and what each holds."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data.cache import file_digest
+from data.errors import DataError
+
+TEXT = (".txt", ".md", ".py")
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = TEXT + RECORDS
+# Left out so that machines agree: some distributions ship these with Python and some do not.
+STDLIB_EXCLUDED = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+)
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return the readable kinds of files under `folder`, sorted; hidden files and directories are passed over.
+
+    Raises DataError when the folder is missing, is no folder or holds none.
+    """
+    if not folder.exists():
+        raise DataError(f"data.path={folder} does not exist; give the folder that holds your files")
+    if not folder.is_dir():
+        raise DataError(f"data.path={folder} is not a folder; give the folder that holds your files")
+    found = [path for path in _walk(folder, frozenset()) if path.name.endswith(SUFFIXES)]
+    if not found:
+        raise DataError(
+            f"data.path={folder} holds no documents; put files there that end in {' '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def list_stdlib(root: Path) -> list[Path]:
+    """Return the standard library's own source files, sorted.
+
+    `_sysconfigdata*` is left out: it is written when Python is built and holds that machine's paths.
+    """
+    files = _walk(root, STDLIB_EXCLUDED)
+    return [path for path in files if path.suffix == ".py" and not path.name.startswith("_sysconfigdata")]
+
+
+def _walk(root: Path, excluded: frozenset[str]) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"data.path: {error.filename} cannot be read ({error.strerror}); grant access or move it away"
+        )
+
+    found = []
+    for directory, names, files in os.walk(root, onerror=fail):
+        names[:] = [name for name in names if name not in excluded and not name.startswith(".")]
+        found += [Path(directory, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def fingerprint(root: Path, files: list[Path], workers: int) -> list[tuple[str, str]]:
+    """Return (path relative to `root`, sha256) of each file: content, not dates, says whether inputs are the same."""
+    with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter lock
+        digests = list(pool.map(_input_digest, files))
+    return [(relative(root, path), digest) for path, digest in zip(files, digests, strict=True)]
+
+
+def relative(root: Path, path: Path) -> str:
+    """Return a file's name inside `root`, as text that can always be encoded."""
+    return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
+
+
+def _input_digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"data.path: {path} cannot be read ({error.strerror or error}); grant access or move it away"
+
+
+def in_validation(text: str, fraction: float) -> bool:
+    """Say whether a document is held out, by its content alone: duplicates always fall on the same side."""
+    head = hashlib.sha256(text.encode()).digest()[:8]
+    return int.from_bytes(head, "big") < fraction * 2**64
+
+
+def read_documents(path: Path, text_key: str) -> Iterator[str]:
+    """Yield a file's documents: the whole file, or one a record under `text_key`. Empty records are passed over.
+
+    Raises DataError for an empty file (save .py: an empty module is ordinary), one that is unreadable or not
+    UTF-8, a broken line and a record without `text_key`.
+    """
+    try:
+        if path.stat().st_size == 0:
+            if path.suffix == ".py":
+                return
+            raise DataError(f"data.path: {path} is empty; fill it or move it away")
+        if path.name.endswith(TEXT):
+            yield _decode(path.read_bytes(), str(path))
+        elif path.suffix == ".parquet":
+            yield from _parquet(path, text_key)
+        else:
+            yield from _json_lines(path, text_key)
+    except OSError as error:  # gzip's BadGzipFile is one too
+        raise DataError(_unreadable(path, error)) from None
+
+
+def _decode(raw: bytes, where: str, base: int = 0) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.path: {where} is not UTF-8 at byte {base + error.start}; convert it, as with iconv -t UTF-8"
+        ) from None
+
+
+def _open_lines(path: Path) -> io.BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import zstandard  # only this format needs it
+
+        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
+    return open(path, "rb")
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}:{number}"
+        text = _decode(line, where, offset)
+        offset += len(line)
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"data.path: {where} is not JSON ({error.msg}); mend or remove that line"
+            ) from None
+        yield from _text_of(record, text_key, where)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with _open_lines(path) as file:
+            yield from file
+    except (EOFError, OSError) as error:
+        raise DataError(f"data.path: {path} is truncated or corrupt ({error}); fetch it again") from None
+    except Exception as error:
+        if type(error).__name__ in (
+            "ZstdError",
+            "error",
+        ):  # zstandard's and zlib's own, not imported for this
+            raise DataError(f"data.path: {path} is truncated or corrupt ({error}); fetch it again") from None
+        raise
+
+
+def _text_of(record: object, text_key: str, where: str) -> Iterator[str]:
+    if not isinstance(record, dict):
+        raise DataError(
+            f"data.path: {where} is a {type(record).__name__}; each line must be an object with text"
+        )
+    if text_key not in record:
+        keys = ", ".join(sorted(map(str, record))) or "none"
+        raise DataError(f"data.text_key={text_key} is not in {where}; its keys are {keys}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise DataError(f"data.text_key={text_key} is a {type(text).__name__} in {where}; it must be text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800" is legal JSON but no character
+        raise DataError(
+            f"data.path: {where} has half a surrogate pair at character {error.start}; mend or remove it"
+        ) from None
+    if text:
+        yield text
+
+
+def _parquet(path: Path, text_key: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_key not in names:
+                raise DataError(
+                    f"data.text_key={text_key} is not in {path}; its columns are {', '.join(names)}"
+                )
+            kind = file.schema_arrow.field(text_key).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(f"data.text_key={text_key} is {kind} in {path}; it must be text")
+            for batch in file.iter_batches(columns=[text_key], batch_size=1024):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"data.path: {path} is not a sound parquet file ({reason}); fetch it again") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.path: {path} holds text that is not UTF-8 ({error.reason}); convert it"
+        ) from None

@@ -1,0 +1,159 @@
+"""Documents to rows. A plan says which pieces of which documents make up each row; filling copies them.
+
+Letters: R rows, P pieces, T row length, B rows in a batch. A piece is a run of inputs of one document: an address in
+the token file and a length. Whatever the packing, each (input, target) pair of an epoch is in exactly one piece.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from data.errors import DataError
+
+WINDOW = 1 << 16  # pieces that best_fit considers together
+KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pieces in the order of their rows; row r has the pieces [row_offsets[r], row_offsets[r + 1])."""
+
+    starts: Int[np.ndarray, "P"]
+    lengths: Int[np.ndarray, "P"]
+    row_offsets: Int[np.ndarray, "R1"]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows an epoch has."""
+        return len(self.row_offsets) - 1
+
+
+def permutation(n: int, *key: int) -> Int[np.ndarray, "n"]:
+    """Return a permutation of range(n) that is a function of the key alone.
+
+    Sorting splitmix64 hashes rather than asking numpy's Generator, whose streams may change between versions.
+    """
+    state = np.uint64(0)
+    for part in key:
+        state = _splitmix(np.array([part], np.int64).astype(np.uint64) + state)[0]
+    return np.argsort(_splitmix(np.arange(n, dtype=np.uint64) ^ state), kind="stable")
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    """Steele, Lea and Flood (2014), the mixing step of SplitMix64; arithmetic is modulo 2^64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+    """Pack documents, given in the order of visiting, into rows of `seq_len` by `concat`, `best_fit` or `none`."""
+    if packing == "concat":
+        return _concat(starts, lengths, seq_len)
+    if packing == "best_fit":
+        return _best_fit(starts, lengths, seq_len)
+    if packing == "none":
+        starts, lengths = _pieces(starts, lengths, seq_len)
+        return Plan(starts, lengths, np.arange(len(starts) + 1))
+    raise DataError(f"data.packing={packing} is not known; use concat, best_fit or none")
+
+
+def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+    """One long stream, cut every `seq_len`: only the last row is padded."""
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    rows = np.arange(0, ends[-1], seq_len)
+    cuts = np.union1d(begins, rows)
+    document = np.searchsorted(begins, cuts, side="right") - 1
+    return Plan(
+        starts=starts[document] + cuts - begins[document],
+        lengths=np.diff(cuts, append=ends[-1]),
+        row_offsets=np.append(np.searchsorted(cuts, rows), len(cuts)),
+    )
+
+
+def _pieces(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut each document into pieces of `seq_len` and a shorter last one."""
+    counts = -(-lengths // seq_len)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    skipped = number * seq_len
+    return np.repeat(starts, counts) + skipped, np.minimum(np.repeat(lengths, counts) - skipped, seq_len)
+
+
+def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+    """Best-fit decreasing within windows of the visiting order: documents are cut only where they exceed a row."""
+    starts, lengths = _pieces(starts, lengths, seq_len)
+    row_of = np.empty(len(starts), dtype=np.int64)
+    num_rows = 0
+    for first in range(0, len(starts), WINDOW):
+        window = slice(first, first + WINDOW)
+        row_of[window] = _fit(lengths[window], seq_len) + num_rows
+        num_rows = int(row_of[window].max()) + 1
+    order = np.argsort(row_of, kind="stable")
+    return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(num_rows + 1)))
+
+
+def _fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Put each piece, longest first, into the fullest row that still takes it; return the row of each piece."""
+    rows_with: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by room left
+    rooms = 0  # bit r is set where rows_with[r] is not empty: the best fit is a lowest set bit
+    result = np.empty(len(lengths), dtype=np.int64)
+    num_rows = 0
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        fitting = rooms >> length
+        if fitting:
+            room = (fitting & -fitting).bit_length() - 1 + length
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        else:
+            room, row, num_rows = seq_len, num_rows, num_rows + 1
+        result[piece] = row
+        if room > length:
+            rows_with[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return result
+
+
+def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Return a batch of padding: segment 0 and weight 0 everywhere."""
+    batch = {key: np.zeros((num_rows, seq_len), np.int32) for key in KEYS}
+    batch["loss_weights"] = np.zeros((num_rows, seq_len), np.float32)
+    return batch
+
+
+def fill(
+    batch: dict[str, np.ndarray], where: np.ndarray, tokens: np.ndarray, plan: Plan, rows: np.ndarray
+) -> None:
+    """Copy the plan's `rows` into the batch's rows `where`.
+
+    Segment ids number a row's pieces from 1; positions restart at each piece.
+    """
+    seq_len = batch["tokens"].shape[1]
+    first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
+    piece, number = _ranges(first, last - first)
+    lengths = plan.lengths[piece]
+    row = np.repeat(np.arange(len(rows)), last - first)
+    before = np.cumsum(lengths) - lengths
+    in_row = before - before[np.cumsum(last - first) - (last - first)][row]
+    source, position = _ranges(plan.starts[piece], lengths)
+    target = np.repeat(where[row] * seq_len + in_row, lengths) + position
+    values = {
+        "tokens": tokens[source],
+        "targets": tokens[source + 1],
+        "positions": position,
+        "segment_ids": np.repeat(number + 1, lengths),
+        "loss_weights": 1.0,
+    }
+    for key, value in values.items():
+        batch[key].reshape(-1)[target] = value
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the concatenation of range(start, start + count), and each entry's number within its range."""
+    before = np.cumsum(counts) - counts
+    within = np.arange(int(counts.sum())) - np.repeat(before, counts)
+    return np.repeat(starts, counts) + within, within

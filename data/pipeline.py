@@ -1,0 +1,243 @@
+"""`prepare`: from a config to tokenizer and token stores, each made once and reused while its inputs are the same."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.bigram import bigram_bits_per_byte
+from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
+from data.config import DataConfig, TokenizerConfig
+from data.errors import DataError
+from data.sources import Corpus, Documents
+from data.store import TokenStore, write_store
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+BPE_SAMPLE_BYTES = 32 << 20  # text that a tokenizer is trained on; a larger corpus is sampled evenly
+BIGRAM_TOKENS = 1 << 24  # training tokens that the bigram baseline counts
+BLOCK = 64  # documents read at a time
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads. `train` is None in streaming mode, where `documents` is read instead.
+
+    `digest` covers the corpus and the tokenizer, not how they are packed. `description` is json-able: source, digests
+    and paths, documents, tokens and bytes of each split, and under "rebuilt" why anything was built again.
+    """
+
+    tokenizer: Tokenizer
+    train: TokenStore | None
+    validation: TokenStore
+    documents: Documents | None
+    digest: str
+    description: dict[str, Any]
+
+    def bigram_bits_per_byte(self) -> float:
+        """Return the held-out bits per byte of a bigram model of the training tokens: what a run has to beat."""
+        cached = self.validation.path.with_name(f"bigram-{self.digest[:16]}.json")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads(cached.read_text())["bits_per_byte"])
+        value = bigram_bits_per_byte(
+            _some(self.train.framed() if self.train else self._streamed()),
+            self.validation.framed(),
+            vocab_size=self.tokenizer.vocab_size,
+            validation_bytes=self.validation.num_bytes,
+        )
+        aside = cached.with_name(f".bigram-{os.getpid()}")
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
+            aside.write_text(json.dumps({"bits_per_byte": value}))
+            os.replace(aside, cached)
+        return value
+
+    def _streamed(self) -> Iterator[np.ndarray]:
+        assert self.documents is not None
+        for texts in _blocks(self.documents):
+            for ids in self.tokenizer.encode_batch(texts):
+                yield np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]])
+
+
+def _some(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield documents until BIGRAM_TOKENS are counted; TFDS has shuffled them, so the first are a fair sample."""
+    tokens = 0
+    for ids in documents:
+        yield ids
+        tokens += len(ids)
+        if tokens >= BIGRAM_TOKENS:
+            return
+
+
+def _blocks(documents: Documents) -> Iterator[list[str]]:
+    for first in range(0, len(documents), BLOCK):
+        yield documents.read(range(first, min(first + BLOCK, len(documents))))
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Prepared:
+    """Make, or find in the cache, everything that training reads. Calling it again costs a hash of the inputs.
+
+    Where several processes call it at once, one works and the others wait. Tokenizing spawns `data.workers`
+    processes, which import the main script anew: call this under `if __name__ == "__main__":`.
+
+    Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
+    """
+    root = Path(data.cache_dir)
+    with locked(root):
+        return _Preparation(data, tokenizer, root, Console(stderr=True, quiet=not progress)).run()
+
+
+class _Preparation:
+    """The steps of one `prepare`, sharing the corpus, the console, and the reasons for building again."""
+
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console):
+        self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
+        self.corpus = Corpus(data)
+        self.ensured = False
+        self.rebuilt: list[str] = []
+
+    def run(self) -> Prepared:
+        directory = self._tokenizer_directory()
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
+        digest = digest_of({"format": FORMAT, "corpus": self.corpus.digest, "tokenizer": tokenizer.digest})
+        streaming = self.data.mode == "streaming"
+        train = None if streaming else self._store("train", directory, digest)
+        validation = self._store("validation", directory, digest)
+        documents = self._documents("train") if streaming else None
+        if train is not None and train.num_tokens < self.data.seq_len:
+            raise DataError(
+                f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train split; "
+                "use shorter rows or a larger corpus"
+            )
+        return Prepared(
+            tokenizer,
+            train,
+            validation,
+            documents,
+            digest,
+            self._describe(train, validation, tokenizer, digest),
+        )
+
+    def _documents(self, split: str) -> Documents:
+        """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
+        if not self.ensured:
+            if self.data.source != "tfds" and not self.corpus.directory.exists():
+                self._say(f"making the {self.data.source} corpus ({len(self.corpus.inputs['files'])} files)")
+            reason = self.corpus.ensure()
+            if reason:
+                self._rebuilding(reason)
+            self.ensured = True
+        return self.corpus.split(split)
+
+    def _tokenizer_directory(self) -> Path:
+        config = self.tokenizer_config
+        given = load_tokenizer(str(config.path)) if config.kind == "file" else None
+        inputs: dict[str, Any] = {"kind": config.kind, "format": FORMAT}
+        if given:
+            inputs["digest"] = given.digest
+        if config.kind == "bpe":
+            inputs |= {
+                "vocab_size": config.vocab_size,
+                "corpus": self.corpus.digest,
+                "sample": BPE_SAMPLE_BYTES,
+            }
+
+        def make(directory: Path) -> None:
+            made = given or train_tokenizer(self._sample() if config.kind == "bpe" else (), config)
+            made.save(directory / "tokenizer.json")
+
+        return self._once("tokenizer", digest_of(inputs)[:16], make, {"kind": "tokenizer", **inputs})
+
+    def _sample(self) -> Iterator[str]:
+        """Yield training documents, evenly spread over the split, up to BPE_SAMPLE_BYTES."""
+        documents = self._documents("train")
+        self._say(f"training a tokenizer of {self.tokenizer_config.vocab_size} tokens")
+        stride = max(1, -(-documents.num_bytes // BPE_SAMPLE_BYTES))
+        for first in range(0, len(documents), stride * BLOCK):
+            yield from documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
+
+    def _store(self, split: str, tokenizer_directory: Path, digest: str) -> TokenStore:
+        about: dict[str, Any] = {"kind": "tokens", "split": split, "inputs": digest}
+
+        def make(directory: Path) -> None:
+            documents = self._documents(split)
+            with _bar(self.console, f"tokenizing {split}", len(documents)) as advance:
+                write_store(
+                    directory,
+                    documents,
+                    tokenizer_directory / "tokenizer.json",
+                    workers=self.data.workers,
+                    about=about,
+                    advance=advance,
+                )
+
+        return TokenStore.open(self._once("tokens", f"{digest[:16]}-{split}", make, about))
+
+    def _once(self, kind: str, key: str, make: Callable[[Path], None], about: dict[str, Any]) -> Path:
+        """Return the cached directory of that key, made when it is missing or fails its checksums."""
+        directory = self.root / kind / key
+        if directory.exists():
+            try:
+                verify(directory)
+                return directory
+            except CorruptCache as error:
+                self._rebuilding(str(error))
+        with building(directory, about) as aside:
+            make(aside)
+        return directory
+
+    def _rebuilding(self, reason: str) -> None:
+        reason = reason.split("; delete")[0]
+        self.rebuilt.append(reason)
+        self._say(f"building again: {reason}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(f"data: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def _describe(
+        self, train: TokenStore | None, validation: TokenStore, tokenizer: Tokenizer, digest: str
+    ) -> dict[str, Any]:
+        splits = {"train": train, "validation": validation}
+        return {
+            "source": self.data.source,
+            "mode": self.data.mode,
+            "digest": digest,
+            "corpus_digest": self.corpus.digest,
+            "tokenizer_digest": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+            "documents_path": str(self.corpus.directory),
+            "rebuilt": self.rebuilt,
+            **{name: _counts(store) for name, store in splits.items() if store},
+        }
+
+
+def _counts(store: TokenStore) -> dict[str, Any]:
+    return {
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "bytes": store.num_bytes,
+        "path": str(store.path),
+    }
+
+
+@contextlib.contextmanager
+def _bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal; elsewhere one line says what is under way."""
+    if not console.is_terminal:
+        console.print(f"data: {title} ({total} documents)", highlight=False, markup=False, soft_wrap=True)
+        yield lambda documents: None
+        return
+    columns = (
+        TextColumn("data: {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda documents: bar.advance(task, documents)

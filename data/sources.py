@@ -1,0 +1,278 @@
+"""Documents by index, whatever they come from. TFDS is the front door of all three sources.
+
+`stdlib` and `folder` are built on the spot by `data.tfds_builders` into the cache; `tfds` is a directory that somebody
+prepared. From there on they are the same thing: ArrayRecord files with random access.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.cache import CorruptCache, building, digest_of, verify
+from data.config import DataConfig
+from data.errors import DataError
+from data.files import fingerprint, list_folder, list_stdlib
+
+
+class Documents(Sequence):
+    """One split of a prepared TFDS directory: `documents[i]` is a text, opened when first asked and picklable."""
+
+    def __init__(self, directory: Path, split: str, text_key: str):
+        self.directory = Path(directory)
+        self.split = split
+        self.text_key = text_key
+        self._source: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None}  # workers open their own
+
+    def __len__(self) -> int:
+        return len(self._opened())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.read(range(*index.indices(len(self))))
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[str]:
+        """Return the texts at `indices`. Raises DataError where the files are truncated or corrupt."""
+        try:
+            records = self._opened().__getitems__(list(indices))
+        except DataError:
+            raise
+        except Exception as error:
+            raise self._broken(error) from None
+        return [self._text(record[self.text_key]) for record in records]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the records as TFDS counted them: only good for sizing work. 0 where TFDS did not count."""
+        return int(self._builder().info.splits[self.split].num_bytes or 0)
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, bytes):
+            raise DataError(
+                f"data.text_key={self.text_key} holds no text in {self.directory}; choose another key"
+            )
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.directory} holds text that is not UTF-8 at byte {error.start} of a record"
+            ) from None
+
+    def _builder(self) -> Any:
+        with quiet():
+            import tensorflow_datasets as tfds
+
+            try:
+                return tfds.builder_from_directory(self.directory)
+            except Exception as error:
+                raise self._broken(error) from None
+
+    def _opened(self) -> Any:
+        if self._source is None:
+            info = self._builder().info
+            self._check(info)
+            try:
+                with quiet():
+                    self._source = self._builder().as_data_source(split=self.split)
+                    len(self._source)
+            except Exception as error:
+                self._source = None
+                raise self._broken(error) from None
+        return self._source
+
+    def _check(self, info: Any) -> None:
+        if info.file_format is None or info.file_format.value != "array_record":
+            kind = info.file_format.value if info.file_format else "unknown"
+            raise DataError(
+                f"data.path={self.directory} is stored as {kind}; prepare it with file_format=array_record, "
+                "which is read without TensorFlow"
+            )
+        if self.text_key not in info.features:
+            keys = ", ".join(sorted(info.features))
+            raise DataError(f"data.text_key={self.text_key} is not in {self.directory}; its keys are {keys}")
+        known = set(info.splits)
+        wanted = {part.split("[")[0].strip() for part in self.split.split("+")}
+        if not wanted <= known:
+            raise DataError(
+                f"split {self.split} is not in {self.directory}; it has {', '.join(sorted(known))}; a part of one "
+                "can serve, as in data.train_split='train[5%:]' data.validation_split='train[:5%]'"
+            )
+
+    def _broken(self, error: Exception) -> DataError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return DataError(f"{self.directory} is no sound TFDS dataset ({reason}); prepare it again")
+
+
+def documents(config: DataConfig, split: str) -> Documents:
+    """Return the "train" or "validation" documents of a corpus, building it into the cache when it is not there."""
+    corpus = Corpus(config)
+    corpus.ensure()
+    return corpus.split(split)
+
+
+class Corpus:
+    """A corpus by its inputs: their digest, and the TFDS directory that they become."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.inputs = _inputs(config)
+        self.digest = digest_of(self.inputs)
+        cached = Path(config.cache_dir) / "documents" / self.digest[:16]
+        self.directory = Path(self.inputs["directory"]) if config.source == "tfds" else cached
+        if config.source == "tfds":
+            del self.inputs["directory"]
+            self.digest = digest_of(self.inputs)
+
+    def ensure(self) -> str | None:
+        """Build the TFDS directory unless a sound one is there; return why one was replaced, else None."""
+        if self.config.source == "tfds":
+            return None
+        reason = None
+        if self.directory.exists():
+            try:
+                verify(self.directory)
+                return None
+            except CorruptCache as error:
+                reason = str(error)
+        with building(self.directory, {"kind": "documents", "digest": self.digest}) as aside:
+            _build(self.config, aside)
+        return reason
+
+    def split(self, split: str) -> Documents:
+        """Return one split's documents. Raises DataError when it is empty."""
+        config = self.config
+        if config.source == "tfds":
+            name = config.train_split if split == "train" else config.validation_split
+            found = Documents(self.directory, name, config.text_key)
+        else:
+            found = Documents(_version_directory(self.directory), split, "text")
+        if len(found) == 0:
+            raise DataError(_empty_split(config, split))
+        return found
+
+
+def _empty_split(config: DataConfig, split: str) -> str:
+    if config.source == "tfds":
+        return f"data.{split}_split={getattr(config, f'{split}_split')} is empty; name a split that has documents"
+    change = "raise" if split == "validation" else "lower"
+    return (
+        f"data.validation_fraction={config.validation_fraction} leaves no {split} documents; "
+        f"{change} it, or add documents to the corpus (a file or a record is one document)"
+    )
+
+
+def stdlib_root() -> Path:
+    """Return where this interpreter keeps its standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _inputs(config: DataConfig) -> dict[str, Any]:
+    """Return everything that decides which documents come out, json-able."""
+    if config.source == "tfds":
+        return _prepared_inputs(config)
+    root = stdlib_root() if config.source == "stdlib" else Path(str(config.path))
+    files = list_stdlib(root) if config.source == "stdlib" else list_folder(root)
+    return {
+        "source": config.source,
+        "text_key": config.text_key if config.source == "folder" else "text",
+        "validation_fraction": config.validation_fraction,
+        "files": fingerprint(root, files, config.workers),
+    }
+
+
+def _prepared_inputs(config: DataConfig) -> dict[str, Any]:
+    """A prepared dataset can be terabytes, so names and sizes stand for its shards; ArrayRecord has checksums."""
+    directory = _prepared_directory(config)
+    shards = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".json")
+    return {
+        "source": "tfds",
+        "directory": str(directory),
+        "text_key": config.text_key,
+        "splits": [config.train_split, config.validation_split],
+        "info": json.loads((directory / "dataset_info.json").read_text()),
+        "shards": [[path.name, path.stat().st_size] for path in shards],
+    }
+
+
+def _prepared_directory(config: DataConfig) -> Path:
+    root = Path(config.path) if config.path else Path.home() / "tensorflow_datasets"
+    directory = root
+    if config.name:
+        directory = root.joinpath(*config.name.replace(":", "/").split("/"))
+        versions = sorted(directory.glob("*/dataset_info.json"), key=_version) if directory.is_dir() else []
+        if not (directory / "dataset_info.json").exists() and versions:
+            directory = versions[-1].parent
+    if not directory.is_dir():
+        key = f"data.name={config.name}" if config.name else f"data.path={config.path}"
+        raise DataError(f"{key}: {directory} does not exist; give a directory that tfds prepared")
+    try:
+        json.loads((directory / "dataset_info.json").read_text())
+    except (OSError, ValueError):
+        raise DataError(
+            f"data.path: {directory} has no readable dataset_info.json, so it is no prepared TFDS dataset; "
+            "point data.path at the version directory (as in wiki40b/en/1.3.0)"
+        ) from None
+    return directory
+
+
+def _version(info: Path) -> tuple[int, ...]:
+    parts = info.parent.name.split(".")
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+
+
+def _version_directory(cached: Path) -> Path:
+    return next(cached.glob("*/*/dataset_info.json")).parent
+
+
+def _build(config: DataConfig, aside: Path) -> None:
+    with quiet():
+        from data import tfds_builders
+
+        root = stdlib_root() if config.source == "stdlib" else Path(str(config.path))
+        kind = tfds_builders.StdlibCorpus if config.source == "stdlib" else tfds_builders.FolderCorpus
+        builder = kind(
+            data_dir=str(aside),
+            root=str(root),
+            validation_fraction=config.validation_fraction,
+            text_key=config.text_key,
+        )
+        try:
+            builder.download_and_prepare()
+        except (DataError, OSError):
+            raise
+        except Exception as error:
+            cause = _data_error_in(error)
+            raise cause if cause else error from None
+    shutil.rmtree(aside / "downloads", ignore_errors=True)
+
+
+def _data_error_in(error: BaseException | None) -> DataError | None:
+    """Find the line we meant to say under what tfds wrapped around it."""
+    while error is not None:
+        if isinstance(error, DataError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep tfds's prints, bars and absl's log lines off the terminal: what matters comes back as a DataError."""
+    import logging
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

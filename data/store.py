@@ -1,0 +1,196 @@
+"""The token store: a corpus split tokenized once, memory-mapped ever after.
+
+`tokens.bin` holds each document as [bos] t1 .. tn [eos] (uint16, or uint32 past 65536 ids), `offsets.npy` where each
+begins. The inputs of a document are its first n+1 entries and its targets the last n+1, so the target at an address
+is simply the next entry: packing never has to ask where a document ends.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from data.cache import verify
+from data.errors import DataError
+from data.sources import Documents
+from data.tokenizer import Tokenizer, load_tokenizer
+
+JOB_BYTES = 2 << 20  # text that a worker tokenizes at a time
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Tokenized documents of one split, in TFDS's order.
+
+    `num_tokens` counts targets: every document's tokens and one separator. `num_bytes` counts the text's UTF-8 bytes.
+    """
+
+    path: Path
+    tokens: Int[np.ndarray, "N"]
+    offsets: Int[np.ndarray, "D1"]  # num_documents + 1
+    token_bytes: Int[np.ndarray, "V"]
+    num_bytes: int
+    bos_id: int
+    eos_id: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Map a store, having checked every file's sha256. Raises DataError when one is missing or corrupt."""
+        path = Path(path)
+        about = verify(path)
+        return cls(
+            path=path,
+            tokens=np.memmap(path / "tokens.bin", dtype=about["dtype"], mode="r"),
+            offsets=np.load(path / "offsets.npy"),
+            token_bytes=np.load(path / "token_bytes.npy"),
+            num_bytes=about["num_bytes"],
+            bos_id=about["bos_id"],
+            eos_id=about["eos_id"],
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """How many targets an epoch has: tokens, and one separator a document."""
+        return int(self.offsets[-1]) - self.num_documents
+
+    @property
+    def starts(self) -> Int[np.ndarray, "D"]:
+        """Address of each document's bos."""
+        return self.offsets[:-1]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "D"]:
+        """Inputs (equally, targets) of each document."""
+        return np.diff(self.offsets) - 1
+
+    def document(self, index: int) -> Int[np.ndarray, "T"]:
+        """Return [bos] + tokens of a document, int32."""
+        return np.asarray(self.tokens[self.offsets[index] : self.offsets[index + 1] - 1], dtype=np.int32)
+
+    def framed(self) -> Iterator[Int[np.ndarray, "T"]]:
+        """Yield each document as stored: [bos] + tokens + [eos]."""
+        for index in range(self.num_documents):
+            yield self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def write_store(
+    directory: Path,
+    documents: Documents,
+    tokenizer_path: Path,
+    *,
+    workers: int,
+    about: dict[str, Any],
+    advance: Callable[[int], None] = lambda documents: None,
+) -> None:
+    """Tokenize a split into `directory` and add to `about` what `TokenStore.open` reads from the manifest.
+
+    The bytes written do not depend on `workers`: jobs are cut by document number and written in that order.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    lengths, num_bytes = [], 0
+    with open(directory / "tokens.bin", "wb") as file:
+        for tokens, counts, text_bytes in _tokenized(documents, tokenizer_path, workers):
+            file.write(tokens.astype(dtype).tobytes())
+            lengths.append(counts)
+            num_bytes += text_bytes
+            advance(len(counts))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+    np.save(directory / "offsets.npy", offsets)
+    np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
+    about |= {
+        "dtype": dtype.str,
+        "num_bytes": num_bytes,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+def _tokenized(documents: Documents, tokenizer_path: Path, workers: int) -> Iterator[tuple]:
+    jobs = _jobs(documents)
+    if workers == 1 or len(jobs) == 1:
+        tokenizer = load_tokenizer(tokenizer_path)
+        yield from (_tokenize(documents, tokenizer, job) for job in jobs)
+        return
+    # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their locks.
+    # A spawned child imports the main script anew, so a script that gets here needs `if __name__ == "__main__":`.
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(documents, tokenizer_path),
+    )
+    try:
+        yield from _in_order(pool, jobs, ahead=2 * workers)
+    except BrokenProcessPool:
+        raise DataError(
+            f"data.workers={workers}: a tokenizing process died (out of memory, or a main script without "
+            '`if __name__ == "__main__":`); use fewer workers'
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _jobs(documents: Documents) -> list[range]:
+    """Cut the split into runs of documents of about JOB_BYTES each."""
+    count = len(documents)
+    size = max(1, min(4096, count * JOB_BYTES // max(documents.num_bytes, 1)))
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _in_order(pool: ProcessPoolExecutor, jobs: list[range], ahead: int) -> Iterator[tuple]:
+    """Yield results in the order of jobs with only a few in flight: memory stays bounded however large the corpus."""
+    pending: deque[Future] = deque()
+    for job in jobs:
+        pending.append(pool.submit(_run_job, job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+_worker: tuple[Documents, Tokenizer]
+
+
+def _start_worker(documents: Documents, tokenizer_path: Path) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker = (documents, load_tokenizer(tokenizer_path))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when it is gone, killed too
+        os._exit(1)
+
+
+def _run_job(job: range) -> tuple:
+    return _tokenize(*_worker, job)
+
+
+def _tokenize(documents: Documents, tokenizer: Tokenizer, job: range) -> tuple:
+    """Return (entries of all documents in a row, entries of each, bytes of text)."""
+    texts = documents.read(job)
+    bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    framed = [np.concatenate([bos, ids, eos]) for ids in tokenizer.encode_batch(texts)]
+    counts = np.array([len(ids) for ids in framed], dtype=np.int64)
+    # Narrow before the trip through the pipe: it is most of what a worker sends.
+    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    return np.concatenate(framed).astype(narrow), counts, sum(len(text.encode()) for text in texts)

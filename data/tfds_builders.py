@@ -1,0 +1,58 @@
+"""TFDS builders for the corpora that are made on the user's machine. ArrayRecord, no TensorFlow.
+
+Importing this module imports tfds (about 0.4 s), so `data.sources` does it only when there is something to build.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
+
+
+class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Files under one root, split by document content; TFDS shuffles by the hash of each document's place."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, root: str, validation_fraction: float, text_key: str = "text", **kwargs: Any):
+        self._root = Path(root)
+        self._fraction = validation_fraction
+        self._text_key = text_key
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
+
+    def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
+        for path in self._files():
+            name = relative(self._root, path)
+            for number, text in enumerate(self._read(path)):
+                if in_validation(text, self._fraction) == held_out:
+                    yield f"{name}:{number}", {"text": text, "path": name}
+
+    def _files(self) -> list[Path]:
+        raise NotImplementedError
+
+    def _read(self, path: Path) -> Iterator[str]:
+        return read_documents(path, self._text_key)
+
+
+class StdlibCorpus(_TextCorpus):
+    """The source and docstrings of the Python standard library, as installed here: one document a module."""
+
+    def _files(self) -> list[Path]:
+        return list_stdlib(self._root)
+
+
+class FolderCorpus(_TextCorpus):
+    """A user's own .txt, .md, .py, .jsonl (.gz, .zst) and .parquet files."""
+
+    def _files(self) -> list[Path]:
+        return list_folder(self._root)
