@@ -7,7 +7,7 @@ other (here), and tensors against the mesh (`parallel.axes`). Past `from_hydra` 
 import difflib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -113,24 +113,6 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def known_keys() -> dict[str, list[str]]:
-    """Every key a command may set, with the optimizers or schedules that have it where not all do."""
-    keys: dict[str, list[str]] = {}
-    for item in fields(Config):
-        default = getattr(Config(), item.name)
-        if not is_dataclass(default):
-            keys[item.name] = []
-            continue
-        keys.update({f"{item.name}.{sub.name}": [] for sub in fields(default)})
-    for group, schemas in (("optim", OPTIMIZERS), ("schedule", SCHEDULES)):
-        for schema in schemas:
-            for sub in fields(schema):
-                owners = keys.setdefault(f"{group}.{sub.name}", [])
-                if sub.name not in {f.name for f in fields(schema.__bases__[0])}:
-                    owners.append(schema.name)
-    return keys
-
-
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option most like `word`, by the whole or by its last part (`num_layers` → `model.num_layers`)."""
     options = list(options)
@@ -159,20 +141,10 @@ def _refuse(message: str) -> None:
 
 def _check_model(config: Config) -> None:
     m = config.model
-    if m.num_heads % m.num_kv_heads:
-        legal = ", ".join(str(k) for k in divisors(m.num_heads))
-        _refuse(
-            f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
-            f"use one of {legal}"
-        )
-    if m.position == "rope" and m.head_dim % 2:
-        _refuse(f"model.head_dim={m.head_dim} is odd, and RoPE turns pairs; use {m.head_dim + 1}")
-    if "local" in m.window_pattern and m.window is None:
-        _refuse("model.window_pattern has local layers but model.window=null; give model.window=1024, say")
     if m.window is not None and "local" not in m.window_pattern:
         _refuse(
-            f"model.window={m.window} has no effect, since model.window_pattern={m.window_pattern} has no local "
-            "layer; add local to the pattern or set model.window=null"
+            f"model.window={m.window} has no effect: no layer of model.window_pattern={m.window_pattern} "
+            "is local; add local to the pattern or set model.window=null"
         )
     if m.position == "learned" and config.data.seq_len > m.max_seq_len:
         _refuse(
@@ -181,11 +153,6 @@ def _check_model(config: Config) -> None:
         )
     if m.rope_scaling != "none" and m.position != "rope":
         _refuse(f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}")
-    if m.rope_scaling == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:
-        _refuse(
-            f"model.rope_high_freq_factor={m.rope_high_freq_factor} must be above "
-            f"model.rope_low_freq_factor={m.rope_low_freq_factor}; Llama 3 uses 4 and 1"
-        )
 
 
 def _check_text(config: Config) -> None:

@@ -1,0 +1,216 @@
+"""From a command line to a checked `Config`: help, one-line errors, sweeps. For `train.py` and every script.
+
+Hydra composes; what it says when something is wrong fills several lines and names no remedy, so the
+words are ours.
+"""
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
+
+CONFIG_DIR = Path(__file__).resolve().parent
+Task = Callable[[Any], int]
+
+HELP = """\
+Cambrian trains language models on whatever is there: two CPU cores, one GPU, a pod.
+
+  {script} +experiment=NAME               take a named experiment
+  {script} +experiment=NAME KEY=VALUE     and change a value: training.num_steps=50
+  {script} +experiment=NAME GROUP=NAME    and change a part: optim=lion
+  {script} +experiment=NAME --cfg job     print the whole config, every key; run nothing
+  {script} +experiment=NAME -m seed=0,1   run every combination, each in its own directory
+
+Experiments (+experiment=NAME):
+{experiments}
+
+Parts (GROUP=NAME):
+{groups}
+
+The same command again goes on where the run stopped; what it writes is in runs/NAME/.
+Exit status: 0 done, 1 fault in mid-run, 2 bad input (HYDRA_FULL_ERROR=1 shows the traceback).
+"""
+
+
+def main(task: Task, argv: Sequence[str] | None = None, *, script: str = "python train.py") -> int:
+    """Run `task(config)` for what the command line asks and return the exit status.
+
+    Bad input (ValueError, OSError, Hydra's and OmegaConf's errors) is one line on stderr and status 2; a
+    RunFault is one line and status 1; anything else is a defect of ours and keeps its traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_page(script), end="")
+        return 0
+    trace = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    return _guarded(lambda: _launch(task, argv, script, trace), trace)
+
+
+def _guarded(action: Callable[[], int], trace: bool) -> int:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from training.errors import RunFault
+
+    try:
+        return action()
+    except KeyboardInterrupt:
+        return _report("interrupted", 130, trace)
+    except RunFault as error:
+        return _report(str(error), 1, trace)
+    except (HydraException, OmegaConfBaseException) as error:
+        from configs.explain import explain
+
+        return _report(explain(error), 2, trace)
+    except (ValueError, OSError) as error:
+        return _report(str(error), 2, trace)
+
+
+def _report(message: str, status: int, trace: bool) -> int:
+    if trace:
+        traceback.print_exc()
+    lines = (line.strip() for line in message.splitlines())
+    print("error: " + "; ".join(line for line in lines if line), file=sys.stderr)
+    return status
+
+
+def _launch(task: Task, argv: list[str], script: str, trace: bool) -> int:
+    import hydra
+
+    from configs import schema
+    from configs.explain import check_overrides
+
+    args = _parse(argv)
+    schema.register()
+    if not (args.shell_completion or args.info or args.hydra_help):
+        # Another config directory may bring groups and options that these files do not list.
+        check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
+    # Hydra's parser takes all overrides in one piece, after the flags.
+    argv = [word for word in argv if word not in args.overrides] + args.overrides
+    if args.multirun:
+        _check_sweep(args.overrides)
+    if args.cfg == "job" and not args.resolve:
+        argv = ["--resolve", *argv]
+    statuses: list[int] = []
+
+    def job(cfg: Any) -> None:
+        # Hydra adds lines of its own to whatever leaves a job, so nothing does.
+        statuses.append(_guarded(lambda: task(_configure(cfg)), trace))
+
+    with _as_command([script, *argv]):
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+    return max(statuses, default=0)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    from configs.schema import ConfigError
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage as well
+    return parser.parse_intermixed_args(argv)
+
+
+@contextmanager
+def _as_command(argv: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv`, and hands on exceptions only under HYDRA_FULL_ERROR; both are put back."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _configure(cfg: Any) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    swept = hydra_config.mode == RunMode.MULTIRUN
+    return _finish(cfg, list(hydra_config.overrides.task) if swept else [])
+
+
+def _finish(cfg: Any, overrides: list[str]) -> Any:
+    """The checked Config of one job; a job of a sweep, which has overrides, takes them into its name."""
+    from configs.schema import check, from_hydra
+
+    suffix = override_suffix(overrides)
+    if suffix and cfg.run.name is not None:
+        cfg.run.name = f"{cfg.run.name}-{suffix}"
+    config = from_hydra(cfg)
+    check(config, None)
+    return config
+
+
+def override_suffix(overrides: Sequence[str]) -> str:
+    """What tells a sweep's jobs apart, as part of a directory name: `optim.learning_rate=0.1,seed=1`.
+
+    run.name is left out, and so is the experiment, whose name run.name already is unless it was given.
+    """
+    given = {word.lstrip("+").split("=", 1)[0] for word in overrides}
+    hidden = {"run.name"} if "run.name" in given else {"experiment"}
+    kept = [word.lstrip("+") for word in overrides if word.lstrip("+").split("=", 1)[0] not in hidden]
+    text = ",".join(kept)
+    clean = re.sub(r"[^A-Za-z0-9_.,=+@-]+", "_", text)
+    if clean == text and len(clean) <= 120:
+        return clean
+    # Two values may look alike once cleaned or cut; the digest keeps them apart.
+    return f"{clean[:111]}-{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _check_sweep(overrides: list[str]) -> None:
+    """Refuse a sweep before it starts where a job is malformed or two would share a directory."""
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from configs.schema import ConfigError
+
+    if any(word.lstrip("+").startswith(("hydra/", "hydra.")) for word in overrides):
+        return  # another sweeper chooses its jobs as it goes
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        directories: set[str] = set()
+        for words in jobs:
+            config = _finish(compose("config", overrides=list(words)), list(words))
+            if config.run.dir in directories:
+                raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
+            directories.add(config.run.dir)
+
+
+def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
+    """What GROUP=NAME may name; files that begin with an underscore are shared parts."""
+    return sorted(p.stem for p in (root / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def groups(root: Path = CONFIG_DIR) -> list[str]:
+    """The groups there are: directories with YAML files."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and options(p.name, root))
+
+
+def help_page(script: str) -> str:
+    """What a stranger needs, read from the files' first comments: no heavy import, and never out of date."""
+    experiments = [f"  {name:12} {_summary('experiment', name)}" for name in options("experiment")]
+    parts = [f"  {group:10} {', '.join(options(group))}" for group in groups() if group != "experiment"]
+    return HELP.format(script=script, experiments="\n".join(experiments), groups="\n".join(parts))
+
+
+def _summary(group: str, name: str) -> str:
+    lines = (CONFIG_DIR / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comments = (line[2:] for line in lines if line.startswith("# ") and not line.startswith("# @"))
+    return next(comments, "")

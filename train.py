@@ -1,0 +1,34 @@
+"""Train a language model: `python train.py +experiment=NAME`; `--help` lists what there is.
+
+Composes the config, checks it, calls `fit`; nothing else. Exit status: 0 done, 1 fault in mid-run, 2 bad
+input.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from configs.cli import main
+from configs.schema import Config
+
+HERE = Path(__file__).resolve().parent
+
+
+def foreign_data() -> str | None:
+    """Where the package `data` comes from, if not from here: another of that common name may shadow ours."""
+    spec = find_spec("data")
+    origin = Path(spec.origin).resolve() if spec and spec.origin else None
+    return None if origin == HERE / "data" / "__init__.py" else str(origin)
+
+
+def train(config: Config) -> int:
+    """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
+    from training.loop import fit
+
+    return fit(config)
+
+
+if __name__ == "__main__":
+    if where := foreign_data():
+        sys.exit(f"`data` is imported from {where}, not from {HERE}; remove that one from PYTHONPATH")
+    sys.exit(main(train))
