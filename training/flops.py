@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from parallel.config import HardwareConfig
 
 # Dense bf16 TFLOP/s of a JAX device, by the beginning of `device_kind`; the longest match wins. From
-# NVIDIA's datasheets of the A100, A10, A40, L4, L40S, H100, H200, GH200, HGX B200 and GB200 (from H100 on they
-# print the figure with 2:4 sparsity: half of it is dense); Google's system architecture pages of TPU v3 to
+# NVIDIA's datasheets of A100, A10, A40, L4, L40S, H100, H200, GH200, HGX B200, GB200 (from H100 on they
+# print it with 2:4 sparsity: half is dense); Google's system architecture pages of TPU v3 to
 # TPU7x (v3 and 7x show each of a chip's two cores as a device, so theirs is half a chip).
 _PEAK_TFLOPS = {
     "NVIDIA A100": 312.0,

@@ -4,10 +4,10 @@ Training rows have `step` (1-based) and `loss`; evaluation rows have `step` and 
 written with the shortest digits that give the same float64 back, so a float32 survives exactly. JSON has no
 non-finite numbers: they are the strings "nan", "inf" and "-inf", which `MetricsLog.read` turns back.
 
-Durability: a row is one unbuffered `write`, so it outlives the process the moment `write` returns. It outlives
-the machine only after `sync`; an fsync each step would cost more than many a step does, and rows above the
-last checkpoint are redone anyway. So `sync` is called before a checkpoint commits: then no checkpoint is ever
-ahead of its rows.
+Durability: a row is one unbuffered `write`, so it outlives the process the moment `write` returns. It is safe
+from the machine's end only after `sync`; an fsync each step would cost more than many a step does, and rows
+above the last checkpoint are redone anyway. So `sync` is called before a checkpoint commits: then none
+is ever ahead of its rows.
 """
 
 import json

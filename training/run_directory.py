@@ -1,0 +1,304 @@
+"""One run, one directory, found again by name: made whole or not at all, resumed only by its own config.
+
+`open_run` only looks (and locks a directory that is there), so that everything a user can get wrong is said
+before anything is written; `begin` writes, once data and devices are known.
+
+What may change on a resume is what does not change the mathematics of the run: where it is computed (mesh,
+hardware, accumulation, remat, attention path, loss chunk: the same sums in another order), what is written
+down, and `training.num_steps` under the constant schedule (flat) and wsd (which only decides when the decay
+begins). Data and tokenizer paths may move; their contents may not: the digests in the manifest are compared.
+"""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.manifest import now
+
+_FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
+_FROZEN_KEYS = (
+    *("seed", "init_from", "training.global_batch_size", "training.precision"),
+    *("training.z_loss", "training.ema_decay", "training.num_steps"),
+)
+_FREE_KEYS = ("data.cache_dir", "data.workers", "data.prefetch", "data.path", "tokenizer.path")
+_OPEN_ENDED_SCHEDULES = ("constant", "wsd")
+_SHOWN = 6
+
+
+def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there."""
+    a, b = dict(_leaves(stored)), dict(_leaves(config))
+    keys = [*a, *(key for key in b if key not in a)]
+    pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def is_frozen(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a resume under another value of this key would be another run."""
+    if key in _FREE_KEYS:
+        return False
+    if key == "training.num_steps":
+        return (config.get("schedule") or {}).get("name") not in _OPEN_ENDED_SCHEDULES
+    return key in _FROZEN_KEYS or key.split(".")[0] in _FROZEN_GROUPS
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and (tree or not prefix):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+class RunDirectory:
+    """A run's directory, locked against a second process until `close` or the end of this one.
+
+    `resuming`: the directory was made by an earlier start. `changed`: the keys that differ from the last
+    start, with both values, all of them permitted.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, config
+        self.resuming = False
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        self._lock: int | None = None
+        self._manifest: dict[str, Any] = {}
+
+    def begin(self, manifest: dict[str, Any], *, resume_step: int = 0) -> None:
+        """Make the directory (a new run), or note this start in its restarts; `manifest`: `build_manifest`.
+
+        Raises ValueError where data or tokenizer are not those of the run, OSError where the disk refuses.
+        """
+        manifest = dict(manifest, git=dict(manifest["git"]) if manifest.get("git") else None)
+        diff = manifest["git"].pop("diff", "") if manifest["git"] else ""
+        if not self.resuming:
+            self._create(manifest, diff)
+            return
+        self._check_digests(manifest)
+        restarts = [*self._manifest.get("restarts", []), self._restart(manifest, resume_step)]
+        with _explained(self.path):
+            if diff:
+                _write(self.path / f"git.restart{len(restarts)}.diff", diff)
+            _write(self.path / "manifest.json", _json({**self._manifest, "restarts": restarts}))
+            # Last: until here a crash leaves the old values to compare the next start with.
+            _write(self.path / "config.yaml", _yaml(self.config))
+
+    def close(self) -> None:
+        """Let the lock go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_digests(self, manifest: Mapping[str, Any]) -> None:
+        for kind in ("data", "tokenizer"):
+            old, new = (m.get(kind, {}).get("digest") for m in (self._manifest, manifest))
+            if old != new:
+                self.close()
+                raise ValueError(
+                    f"{self.path} was made with other {kind} (digest {str(old)[:9]} there, {str(new)[:9]} now); "
+                    f"restore the {kind}, or use another run.name= (with init_from={self.path.name} to go on "
+                    "from its weights)"
+                )
+
+    def _restart(self, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """What of the manifest is not as it was at the first start."""
+        skipped = ("created", "restarts", "data", "tokenizer", "parent")
+        facts = {k: v for k, v in manifest.items() if k not in skipped and v != self._manifest.get(k)}
+        return {
+            "created": now(),
+            "step": step,
+            "config": {k: list(v) for k, v in self.changed.items()},
+            **facts,
+        }
+
+    def _create(self, manifest: dict[str, Any], diff: str) -> None:
+        made: list[Path] = []
+        temporary: Path | None = None
+        try:
+            with _explained(self.path):
+                made = _make_parents(self.path.parent)
+                _remove_stale(self.path)
+                temporary = self.path.parent / f".{self.path.name}.{os.urandom(4).hex()}.tmp"
+                temporary.mkdir()
+                # Locked before it has its name, so nobody can come between.
+                self._lock = _lock(temporary)
+                if diff:
+                    _write(temporary / "git.diff", diff)
+                _write(temporary / "manifest.json", _json(manifest))
+                _write(temporary / "config.yaml", _yaml(self.config))
+                os.rename(temporary, self.path)
+                _sync_directory(self.path.parent)
+        except BaseException:
+            self.close()
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            for parent in reversed(made):
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunDirectory:
+    """Look at `run_dir` and say whether `config` (plain nested dicts) may run there; nothing is written.
+
+    Raises ValueError where the directory is another run's, another process's, or none of ours, OSError where
+    it cannot be written. Each message is one line with the remedy.
+    """
+    path = Path(os.path.abspath(run_dir))
+    run = RunDirectory(path, yaml.safe_load(_yaml(config)))
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+        _check_writable(path)
+        return run
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file, not a run's directory; remove it or choose another run.name=")
+    if not (path / "config.yaml").exists():
+        raise ValueError(
+            f"{path} has files but no config.yaml, so it is no run of ours; "
+            "empty it or choose another run.name= or run.dir="
+        )
+    _check_writable(path)
+    run.resuming = True
+    run._lock = _lock(path)
+    try:
+        stored = _load(path / "config.yaml", yaml.safe_load)
+        run._manifest = _load(path / "manifest.json", json.loads)
+        run.changed = differing_keys(stored, run.config)
+        _refuse_frozen(path, run)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _refuse_frozen(path: Path, run: RunDirectory) -> None:
+    frozen = {key: pair for key, pair in run.changed.items() if is_frozen(key, run.config)}
+    if not frozen:
+        return
+    shown = [f"{key} is {old} there and {new} now" for key, (old, new) in list(frozen.items())[:_SHOWN]]
+    if len(frozen) > _SHOWN:
+        shown.append(f"{len(frozen) - _SHOWN} more")
+    if "training.num_steps" in frozen:
+        shown.append("num_steps may change only under schedule=constant and schedule=wsd")
+    raise ValueError(
+        f"{path} was made with another configuration: {'; '.join(shown)}. Restore the values to resume, or "
+        f"choose another run.name= (and init_from={path.name} to start from its weights)"
+    )
+
+
+def _load(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:120]
+    else:
+        if isinstance(tree, dict):
+            return tree
+        reason = "it holds no mapping"
+    raise ValueError(f"{path} cannot be read ({reason}); restore it, or choose another run.name=")
+
+
+def _lock(directory: Path) -> int | None:
+    """Take the directory's lock, or say that somebody has it. It goes with the process, however that ends."""
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ValueError(
+                f"{directory} is in use by another process; wait for it, stop it, or choose another run.name="
+            ) from error
+        raise OSError(
+            f"{directory} cannot be locked ({error.strerror}); choose a run.dir= on a file system with flock"
+        ) from error
+    return fd
+
+
+def _check_writable(path: Path) -> None:
+    existing = path
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file, so {path} cannot be made; choose another run.dir=")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{existing} cannot be written; change its permissions or choose another run.dir=")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """OSErrors of the system become one line with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # already explained
+            raise
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ValueError(
+                f"{path} was made by another process meanwhile; wait for it or choose another run.name="
+            ) from error
+        remedy = "free space or" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable or"
+        raise OSError(f"cannot write {path}: {error.strerror}; {remedy} choose another run.dir=") from error
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    missing = [p for p in (parent, *parent.parents) if not p.exists()][::-1]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_stale(path: Path) -> None:
+    """Directories of starts killed before they had a name; one in the making is locked and stays."""
+    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
+        with contextlib.suppress(ValueError, OSError):
+            fd = _lock(path.parent / name)
+            shutil.rmtree(path.parent / name, ignore_errors=True)
+            if fd is not None:
+                os.close(fd)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole: on the disk under another name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, indent=2, default=str) + "\n"
+
+
+def _yaml(tree: Any) -> str:
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples and mappings of any kind become what YAML gives back."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    return tree
