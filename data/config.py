@@ -1,5 +1,6 @@
 """Where text comes from and how it becomes batches."""
 
+import difflib
 from dataclasses import dataclass
 
 SOURCES = ("stdlib", "folder", "tfds")
@@ -10,7 +11,9 @@ TOKENIZERS = ("bpe", "file", "byte")
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{key}={value} is not known; use one of {', '.join(allowed)}")
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{hint}")
 
 
 def _at_least(key: str, value: int, limit: int) -> None:
@@ -22,17 +25,17 @@ def _at_least(key: str, value: int, limit: int) -> None:
 class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
-    source: str = "stdlib"
+    source: str = "stdlib"  # stdlib | folder | tfds
     path: str | None = None  # folder: where the files are; tfds: the prepared dataset's directory
     name: str | None = None  # tfds: builder name with config and version, as in `wiki40b/en:1.3.0`
-    text_key: str = "text"
-    train_split: str = "train"
-    validation_split: str = "validation"
+    text_key: str = "text"  # the field that holds the text, in jsonl, parquet and tfds records
+    train_split: str = "train"  # tfds: the name of a split
+    validation_split: str = "validation"  # tfds: the same for held-out documents
     validation_fraction: float = 0.05  # stdlib and folder: share of documents held out, by content hash
-    cache_dir: str = ".cache/data"
-    mode: str = "cached"
-    packing: str = "concat"
-    seq_len: int = 256
+    cache_dir: str = ".cache/data"  # corpora, tokenizers and token stores, found again by hash
+    mode: str = "cached"  # cached: tokenize once | streaming: tokenize while training
+    packing: str = "concat"  # concat | best_fit | none: how documents fill rows
+    seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
 
@@ -69,9 +72,9 @@ class TokenizerConfig:
     `byte` is the 256 bytes and one separator.
     """
 
-    kind: str = "bpe"
+    kind: str = "bpe"  # bpe | file | byte
     vocab_size: int = 4096  # bpe only, the separator included
-    path: str | None = None  # file only
+    path: str | None = None  # file only: a `tokenizer.json`
 
     def __post_init__(self) -> None:
         _choice("tokenizer.kind", self.kind, TOKENIZERS)

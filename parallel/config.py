@@ -2,37 +2,30 @@
 
 from dataclasses import dataclass, field
 
-MESH_AXES = (
-    "replica",
-    "pipeline",
-    "data",
-    "fsdp",
-    "expert",
-    "context",
-    "tensor",
-)  # slowest link first
+MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
 
 
 @dataclass
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what is left.
 
-    `rules` maps a logical axis (of a parameter or an activation) to the mesh axes that split it; one not named is not split.
+    `rules` maps a logical axis (of a parameter or an activation) to the mesh axes that split it; one that is
+    not named is not split.
     """
 
-    replica: int = 1
-    pipeline: int = 1
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    replica: int = 1  # synchronous data parallel across slices or sites
+    pipeline: int = 1  # stages of layers
+    data: int = -1  # rows of the batch; parameters whole
+    fsdp: int = 1  # rows of the batch; parameters, gradients and moments in parts
+    expert: int = 1  # experts of a mixture
+    context: int = 1  # positions of a row
+    tensor: int = 1  # heads, feed-forward width and vocabulary
     rules: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
 class HardwareConfig:
-    """The accelerator's datasheet: what MFU is a share of. `peak_tflops=null` measures a matrix product at start (CPU)."""
+    """The accelerator's datasheet: what MFU is a share of. `peak_tflops=null` measures at start (CPU)."""
 
-    name: str = "auto"
+    name: str = "auto"  # for tables; chosen with hardware=NAME
     peak_tflops: float | None = None  # dense bf16 (accelerators), or f32 (CPU), per device
