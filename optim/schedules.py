@@ -20,10 +20,10 @@ def make_schedule(config: ScheduleConfig, *, num_steps: int) -> optax.Schedule:
     Raises ValueError where warm-up (and WSD's decay) do not fit into num_steps.
     """
     warmup = config.warmup_steps
-    if warmup >= num_steps:
+    if warmup > num_steps:
         raise ValueError(
-            f"schedule.warmup_steps={warmup} leaves nothing of training.num_steps={num_steps}; "
-            f"use at most {num_steps - 1}"
+            f"schedule.warmup_steps={warmup} is more than training.num_steps={num_steps}; "
+            f"use at most {num_steps}"
         )
     after = _shape(config, num_steps - warmup, num_steps)
     if warmup == 0:
@@ -38,9 +38,9 @@ def _shape(config: ScheduleConfig, steps: int, num_steps: int) -> optax.Schedule
         case ConstantConfig():
             return optax.constant_schedule(1.0)
         case CosineConfig():
-            return optax.cosine_decay_schedule(1.0, steps, alpha=config.final_fraction)
+            return optax.cosine_decay_schedule(1.0, max(steps, 1), alpha=config.final_fraction)
         case LinearConfig():
-            return optax.linear_schedule(1.0, config.final_fraction, steps)
+            return optax.linear_schedule(1.0, config.final_fraction, max(steps, 1))
         case WSDConfig():
             return _stable_then_decay(config, steps, num_steps)
     raise ValueError(f"schedule.name={config.name} is unknown; use constant, cosine, linear or wsd")

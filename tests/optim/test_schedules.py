@@ -56,9 +56,12 @@ def test_schedule_equals_its_formula_at_every_step(config, values, formula, warm
     np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(steps), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", [ConstantConfig, CosineConfig, LinearConfig, WSDConfig])
-def test_every_update_has_a_positive_multiplier_of_at_most_one(config):
-    schedule = make_schedule(config(warmup_steps=5), num_steps=20)
+@pytest.mark.parametrize(
+    ("config", "warmup"),
+    [(ConstantConfig, 20), (CosineConfig, 20), (LinearConfig, 20), (LinearConfig, 5), (WSDConfig, 16)],
+)
+def test_every_update_has_a_positive_multiplier_of_at_most_one(config, warmup):
+    schedule = make_schedule(config(warmup_steps=warmup), num_steps=20)
     values = [float(schedule(s)) for s in range(20)]
     assert min(values) > 0 and max(values) == 1.0
 
@@ -71,8 +74,8 @@ def test_a_longer_run_repeats_the_steps_before_the_decay(config):
 
 
 def test_a_schedule_that_does_not_fit_names_both_numbers():
-    with pytest.raises(ValueError, match="schedule.warmup_steps=10 .* training.num_steps=10; use at most 9"):
-        make_schedule(CosineConfig(warmup_steps=10), num_steps=10)
+    with pytest.raises(ValueError, match="schedule.warmup_steps=11 .* training.num_steps=10; use at most 10"):
+        make_schedule(CosineConfig(warmup_steps=11), num_steps=10)
     with pytest.raises(ValueError, match="schedule.decay_fraction=0.5 .* schedule.warmup_steps=6 leaves 4"):
         make_schedule(WSDConfig(warmup_steps=6, decay_fraction=0.5), num_steps=10)
     with pytest.raises(ValueError, match="schedule.name=.* is unknown"):
