@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configs.cli import main
 from configs.schema import Config
+from training.errors import RunFault
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,5 +31,6 @@ def train(config: Config) -> int:
 
 if __name__ == "__main__":
     if where := foreign_data():
-        sys.exit(f"`data` is imported from {where}, not from {HERE}; remove that one from PYTHONPATH")
-    sys.exit(main(train))
+        print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main(train, faults=(RunFault,)))

@@ -38,31 +38,39 @@ Exit status: 0 done, 1 fault in mid-run, 2 bad input (HYDRA_FULL_ERROR=1 shows t
 """
 
 
-def main(task: Task, argv: Sequence[str] | None = None, *, script: str = "python train.py") -> int:
+def main(
+    task: Task,
+    argv: Sequence[str] | None = None,
+    *,
+    script: str = "python train.py",
+    faults: tuple[type[Exception], ...] = (),
+) -> int:
     """Run `task(config)` for what the command line asks and return the exit status.
 
-    Bad input (ValueError, OSError, Hydra's and OmegaConf's errors) is one line on stderr and status 2; a
-    RunFault is one line and status 1; anything else is a defect of ours and keeps its traceback.
+    Bad input (ValueError, OSError, Hydra's and OmegaConf's errors) is one line on stderr and status 2;
+    `faults` are one line and status 1; anything else is a defect of ours and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
         print(help_page(script), end="")
         return 0
     trace = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    return _guarded(lambda: _launch(task, argv, script, trace), trace)
+
+    def guard(action: Callable[[], int]) -> int:
+        return _guarded(action, faults, trace)
+
+    return guard(lambda: _launch(task, argv, script, guard))
 
 
-def _guarded(action: Callable[[], int], trace: bool) -> int:
+def _guarded(action: Callable[[], int], faults: tuple[type[Exception], ...], trace: bool) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
-    from training.errors import RunFault
 
     try:
         return action()
     except KeyboardInterrupt:
         return _report("interrupted", 130, trace)
-    except RunFault as error:
+    except faults as error:
         return _report(str(error), 1, trace)
     except (HydraException, OmegaConfBaseException) as error:
         from configs.explain import explain
@@ -80,7 +88,7 @@ def _report(message: str, status: int, trace: bool) -> int:
     return status
 
 
-def _launch(task: Task, argv: list[str], script: str, trace: bool) -> int:
+def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[[], int]], int]) -> int:
     import hydra
 
     from configs import schema
@@ -101,7 +109,7 @@ def _launch(task: Task, argv: list[str], script: str, trace: bool) -> int:
 
     def job(cfg: Any) -> None:
         # Hydra adds lines of its own to whatever leaves a job, so nothing does.
-        statuses.append(_guarded(lambda: task(_configure(cfg)), trace))
+        statuses.append(guard(lambda: task(_configure(cfg))))
 
     with _as_command([script, *argv]):
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()

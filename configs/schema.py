@@ -126,7 +126,7 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 def check(config: Config, device_count: int | None) -> None:
     """Raise ConfigError where two values cannot both be had; `device_count=None` before devices are known."""
     _check_model(config)
-    _check_text(config)
+    _check_vocabulary(config)
     _check_steps(config)
     _check_rules(config.mesh)
     sizes = mesh_sizes(config.mesh, device_count)
@@ -155,18 +155,8 @@ def _check_model(config: Config) -> None:
         _refuse(f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}")
 
 
-def _check_text(config: Config) -> None:
-    d, t, m = config.data, config.tokenizer, config.model
-    if d.source == "folder" and not d.path:
-        _refuse("data.source=folder needs data.path=DIR, the folder with the text files")
-    if d.source == "tfds" and not (d.name or d.path):
-        _refuse("data.source=tfds needs data.name=BUILDER/CONFIG:VERSION or data.path=DIR of a prepared one")
-    if d.mode == "streaming" and d.packing != "concat":
-        _refuse(
-            f"data.mode=streaming packs by concat only, not data.packing={d.packing}; use data.mode=cached"
-        )
-    if t.kind == "file" and not t.path:
-        _refuse("tokenizer.kind=file needs tokenizer.path=FILE, a tokenizer.json")
+def _check_vocabulary(config: Config) -> None:
+    t, m = config.tokenizer, config.model
     least = {"bpe": t.vocab_size, "byte": 257}.get(t.kind, 0)
     if 0 < m.vocab_size < least:
         _refuse(

@@ -1,0 +1,53 @@
+"""Make an experiment's token stores before training it: `python scripts/prepare_data.py +experiment=NAME`.
+
+Takes the overrides that `train.py` takes. Training does the same by itself when the stores are missing; this
+is for doing it elsewhere or beforehand. Done again, it finds everything made and only prints the table.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from data.pipeline import Prepared
+
+
+def prepare_data(config: "Config") -> int:
+    """Tokenize, and print what there is."""
+    from data.pipeline import prepare
+
+    prepared = prepare(config.data, config.tokenizer)
+    print_table(prepared, config.data.seq_len)
+    return 0
+
+
+def print_table(prepared: "Prepared", seq_len: int) -> None:
+    """Documents, bytes and tokens of each split; bytes per token say how well the tokenizer fits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("split", "documents", "bytes", "tokens", "bytes/token", "rows", title=prepared.digest[:16])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    stores = {"train": prepared.train, "validation": prepared.validation}
+    for split, store in stores.items():
+        if store is None:  # streaming reads the corpus while training
+            continue
+        counts = (store.num_documents, store.num_bytes, store.num_tokens)
+        ratio = store.num_bytes / max(store.num_tokens, 1)
+        rows = store.num_tokens // seq_len
+        table.add_row(split, *(f"{count:,}" for count in counts), f"{ratio:.2f}", f"{rows:,}")
+    console = Console()
+    console.print(table)
+    for split, store in stores.items():
+        if store is not None:
+            console.print(f"{split}: {store.path}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    # Found from a clone that was never installed, too.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from configs.cli import main
+
+    sys.exit(main(prepare_data, script="python scripts/prepare_data.py"))
