@@ -1,7 +1,8 @@
 """A bigram language model of the training tokens: the figure that a trained network must beat.
 
-Interpolated with Witten and Bell's weights (1991): p(b|a) = (c(ab) + N(a) p(b)) / (c(a) + N(a)), where N(a) counts the
-different followers of a, and p(b) = (c(b) + 1) / (n + V). No free parameter, so the figure is the corpus's own.
+Interpolated with Witten and Bell's weights (1991): p(b|a) = (c(ab) + N(a) p(b)) / (c(a) + N(a)), where N(a)
+counts the different followers of a, and p(b) = (c(b) + 1) / (n + V). No free parameter, so the figure is the
+corpus's own.
 """
 
 from collections.abc import Iterable
@@ -11,8 +12,8 @@ from jaxtyping import Int
 
 
 def bigram_bits_per_byte(
-    train: Iterable[Int[np.ndarray, "T"]],
-    validation: Iterable[Int[np.ndarray, "T"]],
+    train: Iterable[Int[np.ndarray, " T"]],
+    validation: Iterable[Int[np.ndarray, " T"]],
     *,
     vocab_size: int,
     validation_bytes: int,

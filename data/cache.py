@@ -1,7 +1,8 @@
 """Directories that are whole or absent: built aside, listed with checksums, renamed into place.
 
-Every cached thing (documents, tokenizer, token stores) is one directory named by the hash of its inputs, with a
-`manifest.json` of the sha256 of every file in it. Nobody meets a half-built one: it becomes visible by one rename.
+Every cached thing (documents, tokenizer, token stores) is one directory named by the hash of its inputs, with
+a `manifest.json` of the sha256 of every file in it. Nobody meets a half-built one: it becomes visible by one
+rename.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ def _sweep(root: Path) -> None:
 
 @contextlib.contextmanager
 def building(final: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """Yield a directory to fill; on success it is listed in its manifest and renamed to `final`, else removed.
+    """Yield a directory to fill; on success list it in its manifest and rename it to `final`, else remove it.
 
     `description` is stored under "about"; entries added to it while building are kept too.
     """

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A corpus, tokenizer or cache that cannot be used, said in one line for the person who typed the command."""
+    """A corpus, tokenizer or cache that cannot be used, in one line for whoever typed the command."""

@@ -22,7 +22,7 @@ STDLIB_EXCLUDED = frozenset(
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return the readable kinds of files under `folder`, sorted; hidden files and directories are passed over.
+    """Return the files under `folder` that can be documents, sorted; hidden ones are passed over.
 
     Raises DataError when the folder is missing, is no folder or holds none.
     """
@@ -61,7 +61,7 @@ def _walk(root: Path, excluded: frozenset[str]) -> list[Path]:
 
 
 def fingerprint(root: Path, files: list[Path], workers: int) -> list[tuple[str, str]]:
-    """Return (path relative to `root`, sha256) of each file: content, not dates, says whether inputs are the same."""
+    """Return (path in `root`, sha256) of each file: content, not dates, says whether inputs are the same."""
     with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter lock
         digests = list(pool.map(_input_digest, files))
     return [(relative(root, path), digest) for path, digest in zip(files, digests, strict=True)]
@@ -90,7 +90,7 @@ def in_validation(text: str, fraction: float) -> bool:
 
 
 def read_documents(path: Path, text_key: str) -> Iterator[str]:
-    """Yield a file's documents: the whole file, or one a record under `text_key`. Empty records are passed over.
+    """Yield a file's documents: the file itself, or one a record, under `text_key`; empty ones are left out.
 
     Raises DataError for an empty file (save .py: an empty module is ordinary), one that is unreadable or not
     UTF-8, a broken line and a record without `text_key`.
@@ -115,17 +115,17 @@ def _decode(raw: bytes, where: str, base: int = 0) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"data.path: {where} is not UTF-8 at byte {base + error.start}; convert it, as with iconv -t UTF-8"
+            f"data.path: {where} is not UTF-8 at byte {base + error.start}; convert it to UTF-8"
         ) from None
 
 
 def _open_lines(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.suffix == ".zst":
         import zstandard  # only this format needs it
 
-        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
+        return io.BufferedReader(zstandard.open(path, "rb"))
     return open(path, "rb")
 
 

@@ -1,7 +1,7 @@
 """Batches: by step from a token store (`cached`), or in order from documents (`streaming`).
 
-A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32; 0 pads, 1.. number a row's pieces)
-and loss_weights (float32).
+A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32; 0 pads, 1.. number a row's
+pieces) and loss_weights (float32).
 """
 
 import queue
@@ -26,9 +26,10 @@ Batch = dict[str, np.ndarray]
 class Loader:
     """Batches of `global_batch_size` rows, the same whatever the number of hosts: each asks for its own rows.
 
-    Cached: `batch(step)` is a pure function of (seed, step); steps count from 0 and may come in any order. Every
-    epoch visits documents and rows in another order, its last row padded, and a batch may span two epochs.
-    Streaming: steps are asked for in order, and `restore(state())` goes on with exactly the next batch.
+    Cached: `batch(step)` is a pure function of (seed, step); steps count from 0 and may come in any order.
+    Every epoch visits documents and rows in another order, its last row padded, and a batch may span two
+    epochs. Streaming: steps are asked for in order, and `restore(state())` goes on with exactly the next
+    batch.
     """
 
     def __init__(
@@ -137,9 +138,9 @@ class _Epochs:
 class EvalBatches:
     """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
 
-    Documents are concatenated whatever the training's packing, so that figures compare. Rows come shuffled by a
-    fixed key: the first few batches are a fair sample, not one long document.
-    `num_tokens` and `num_bytes` are what the batches cover: bits per byte = nll_sum / ln 2 / num_bytes.
+    Documents are concatenated whatever the training's packing, so that figures compare. Rows come shuffled by
+    a fixed key: the first few batches are a fair sample, not one long document. `num_tokens` and `num_bytes`
+    are what the batches cover: bits per byte = nll_sum / ln 2 / num_bytes.
     """
 
     def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int):
@@ -182,7 +183,7 @@ def eval_batches(
 
 
 class Prefetcher:
-    """A thread that makes batches ahead of the step, from the loader's `start` step on, `depth` at most waiting.
+    """A thread that makes batches ahead, from step `start` on, `depth` at most waiting.
 
     `place` (such as a copy to devices) is applied in the thread. What the thread raises, `next` raises.
     """

@@ -1,7 +1,8 @@
 """Documents to rows. A plan says which pieces of which documents make up each row; filling copies them.
 
-Letters: R rows, P pieces, T row length, B rows in a batch. A piece is a run of inputs of one document: an address in
-the token file and a length. Whatever the packing, each (input, target) pair of an epoch is in exactly one piece.
+Letters: R rows, P pieces, T row length, B rows in a batch. A piece is a run of inputs of one document: an
+address in the token file and a length. Whatever the packing, each (input, target) pair of an epoch is in
+exactly one piece.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
 class Plan:
     """Pieces in the order of their rows; row r has the pieces [row_offsets[r], row_offsets[r + 1])."""
 
-    starts: Int[np.ndarray, "P"]
-    lengths: Int[np.ndarray, "P"]
-    row_offsets: Int[np.ndarray, "R1"]
+    starts: Int[np.ndarray, " P"]
+    lengths: Int[np.ndarray, " P"]
+    row_offsets: Int[np.ndarray, " R1"]
 
     @property
     def num_rows(self) -> int:
@@ -29,7 +30,7 @@ class Plan:
         return len(self.row_offsets) - 1
 
 
-def permutation(n: int, *key: int) -> Int[np.ndarray, "n"]:
+def permutation(n: int, *key: int) -> Int[np.ndarray, " n"]:
     """Return a permutation of range(n) that is a function of the key alone.
 
     Sorting splitmix64 hashes rather than asking numpy's Generator, whose streams may change between versions.
@@ -49,7 +50,7 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
-    """Pack documents, given in the order of visiting, into rows of `seq_len` by `concat`, `best_fit` or `none`."""
+    """Pack documents, given in visiting order, into rows of `seq_len` by `concat`, `best_fit` or `none`."""
     if packing == "concat":
         return _concat(starts, lengths, seq_len)
     if packing == "best_fit":
@@ -83,7 +84,7 @@ def _pieces(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.n
 
 
 def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
-    """Best-fit decreasing within windows of the visiting order: documents are cut only where they exceed a row."""
+    """Best-fit decreasing within windows of the visiting order: only what exceeds a row is cut."""
     starts, lengths = _pieces(starts, lengths, seq_len)
     row_of = np.empty(len(starts), dtype=np.int64)
     num_rows = 0
@@ -96,7 +97,7 @@ def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
 
 
 def _fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Put each piece, longest first, into the fullest row that still takes it; return the row of each piece."""
+    """Put each piece, longest first, into the fullest row that still takes it; return each piece's row."""
     rows_with: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by room left
     rooms = 0  # bit r is set where rows_with[r] is not empty: the best fit is a lowest set bit
     result = np.empty(len(lengths), dtype=np.int64)

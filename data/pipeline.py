@@ -1,4 +1,4 @@
-"""`prepare`: from a config to tokenizer and token stores, each made once and reused while its inputs are the same."""
+"""`prepare`: from a config to tokenizer and token stores, each reused while its inputs are the same."""
 
 import contextlib
 import json
@@ -29,8 +29,9 @@ BLOCK = 64  # documents read at a time
 class Prepared:
     """What training reads. `train` is None in streaming mode, where `documents` is read instead.
 
-    `digest` covers the corpus and the tokenizer, not how they are packed. `description` is json-able: source, digests
-    and paths, documents, tokens and bytes of each split, and under "rebuilt" why anything was built again.
+    `digest` covers the corpus and the tokenizer, not how they are packed. `description` is json-able: source,
+    digests and paths, documents, tokens and bytes of each split, and under "rebuilt" why anything was built
+    again.
     """
 
     tokenizer: Tokenizer
@@ -41,7 +42,7 @@ class Prepared:
     description: dict[str, Any]
 
     def bigram_bits_per_byte(self) -> float:
-        """Return the held-out bits per byte of a bigram model of the training tokens: what a run has to beat."""
+        """Return a bigram model's held-out bits per byte: what a run has to beat."""
         cached = self.validation.path.with_name(f"bigram-{self.digest[:16]}.json")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return float(json.loads(cached.read_text())["bits_per_byte"])
@@ -65,7 +66,7 @@ class Prepared:
 
 
 def _some(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield documents until BIGRAM_TOKENS are counted; TFDS has shuffled them, so the first are a fair sample."""
+    """Yield documents up to BIGRAM_TOKENS; TFDS has shuffled them, so the first are a fair sample."""
     tokens = 0
     for ids in documents:
         yield ids
@@ -80,7 +81,7 @@ def _blocks(documents: Documents) -> Iterator[list[str]]:
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Prepared:
-    """Make, or find in the cache, everything that training reads. Calling it again costs a hash of the inputs.
+    """Make, or find in the cache, what training reads. Calling it again costs a hash of the inputs.
 
     Where several processes call it at once, one works and the others wait. Tokenizing spawns `data.workers`
     processes, which import the main script anew: call this under `if __name__ == "__main__":`.
@@ -111,8 +112,8 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if train is not None and train.num_tokens < self.data.seq_len:
             raise DataError(
-                f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train split; "
-                "use shorter rows or a larger corpus"
+                f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
+                "split; use shorter rows or a larger corpus"
             )
         return Prepared(
             tokenizer,

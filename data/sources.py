@@ -1,7 +1,7 @@
 """Documents by index, whatever they come from. TFDS is the front door of all three sources.
 
-`stdlib` and `folder` are built on the spot by `data.tfds_builders` into the cache; `tfds` is a directory that somebody
-prepared. From there on they are the same thing: ArrayRecord files with random access.
+`stdlib` and `folder` are built on the spot by `data.tfds_builders` into the cache; `tfds` is a directory that
+somebody prepared. From there on they are the same thing: ArrayRecord files with random access.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from data.files import fingerprint, list_folder, list_stdlib
 
 
 class Documents(Sequence):
-    """One split of a prepared TFDS directory: `documents[i]` is a text, opened when first asked and picklable."""
+    """One split of a prepared TFDS directory: `documents[i]` is a text. Opened when asked; picklable."""
 
     def __init__(self, directory: Path, split: str, text_key: str):
         self.directory = Path(directory)
@@ -51,7 +51,7 @@ class Documents(Sequence):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the records as TFDS counted them: only good for sizing work. 0 where TFDS did not count."""
+        """Bytes of the records as TFDS counted them, 0 where it did not: only good for sizing work."""
         return int(self._builder().info.splits[self.split].num_bytes or 0)
 
     def _text(self, value: Any) -> str:
@@ -102,8 +102,8 @@ class Documents(Sequence):
         wanted = {part.split("[")[0].strip() for part in self.split.split("+")}
         if not wanted <= known:
             raise DataError(
-                f"split {self.split} is not in {self.directory}; it has {', '.join(sorted(known))}; a part of one "
-                "can serve, as in data.train_split='train[5%:]' data.validation_split='train[:5%]'"
+                f"split {self.split} is not in {self.directory}, which has "
+                f"{', '.join(sorted(known))}; a part of one can serve, as in data.train_split='train[5%:]' data.validation_split='train[:5%]'"
             )
 
     def _broken(self, error: Exception) -> DataError:
@@ -112,7 +112,7 @@ class Documents(Sequence):
 
 
 def documents(config: DataConfig, split: str) -> Documents:
-    """Return the "train" or "validation" documents of a corpus, building it into the cache when it is not there."""
+    """Return the "train" or "validation" documents of a corpus, built into the cache if need be."""
     corpus = Corpus(config)
     corpus.ensure()
     return corpus.split(split)
@@ -161,7 +161,8 @@ class Corpus:
 
 def _empty_split(config: DataConfig, split: str) -> str:
     if config.source == "tfds":
-        return f"data.{split}_split={getattr(config, f'{split}_split')} is empty; name a split that has documents"
+        name = config.train_split if split == "train" else config.validation_split
+        return f"data.{split}_split={name} is empty; name a split that has documents"
     change = "raise" if split == "validation" else "lower"
     return (
         f"data.validation_fraction={config.validation_fraction} leaves no {split} documents; "
@@ -189,7 +190,7 @@ def _inputs(config: DataConfig) -> dict[str, Any]:
 
 
 def _prepared_inputs(config: DataConfig) -> dict[str, Any]:
-    """A prepared dataset can be terabytes, so names and sizes stand for its shards; ArrayRecord has checksums."""
+    """Names and sizes stand for the shards, which can be terabytes; ArrayRecord has checksums."""
     directory = _prepared_directory(config)
     shards = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".json")
     return {
@@ -265,7 +266,7 @@ def _data_error_in(error: BaseException | None) -> DataError | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep tfds's prints, bars and absl's log lines off the terminal: what matters comes back as a DataError."""
+    """Keep tfds's prints and bars and absl's log off the terminal: what matters becomes a DataError."""
     import logging
 
     logger = logging.getLogger("absl")

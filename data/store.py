@@ -1,8 +1,8 @@
 """The token store: a corpus split tokenized once, memory-mapped ever after.
 
-`tokens.bin` holds each document as [bos] t1 .. tn [eos] (uint16, or uint32 past 65536 ids), `offsets.npy` where each
-begins. The inputs of a document are its first n+1 entries and its targets the last n+1, so the target at an address
-is simply the next entry: packing never has to ask where a document ends.
+`tokens.bin` holds each document as [bos] t1 .. tn [eos] (uint16, or uint32 past 65536 ids), `offsets.npy`
+where each begins. The inputs of a document are its first n+1 entries and its targets the last n+1, so the
+target at an address is simply the next entry: packing never has to ask where a document ends.
 """
 
 import multiprocessing
@@ -32,20 +32,21 @@ JOB_BYTES = 2 << 20  # text that a worker tokenizes at a time
 class TokenStore:
     """Tokenized documents of one split, in TFDS's order.
 
-    `num_tokens` counts targets: every document's tokens and one separator. `num_bytes` counts the text's UTF-8 bytes.
+    `num_tokens` counts targets: every document's tokens and one separator. `num_bytes` counts the text's
+    UTF-8 bytes.
     """
 
     path: Path
-    tokens: Int[np.ndarray, "N"]
-    offsets: Int[np.ndarray, "D1"]  # num_documents + 1
-    token_bytes: Int[np.ndarray, "V"]
+    tokens: Int[np.ndarray, " N"]
+    offsets: Int[np.ndarray, " D1"]  # num_documents + 1
+    token_bytes: Int[np.ndarray, " V"]
     num_bytes: int
     bos_id: int
     eos_id: int
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
-        """Map a store, having checked every file's sha256. Raises DataError when one is missing or corrupt."""
+        """Map a store, every file's sha256 checked. Raises DataError when one is missing or corrupt."""
         path = Path(path)
         about = verify(path)
         return cls(
@@ -69,20 +70,20 @@ class TokenStore:
         return int(self.offsets[-1]) - self.num_documents
 
     @property
-    def starts(self) -> Int[np.ndarray, "D"]:
+    def starts(self) -> Int[np.ndarray, " D"]:
         """Address of each document's bos."""
         return self.offsets[:-1]
 
     @property
-    def lengths(self) -> Int[np.ndarray, "D"]:
+    def lengths(self) -> Int[np.ndarray, " D"]:
         """Inputs (equally, targets) of each document."""
         return np.diff(self.offsets) - 1
 
-    def document(self, index: int) -> Int[np.ndarray, "T"]:
+    def document(self, index: int) -> Int[np.ndarray, " T"]:
         """Return [bos] + tokens of a document, int32."""
         return np.asarray(self.tokens[self.offsets[index] : self.offsets[index + 1] - 1], dtype=np.int32)
 
-    def framed(self) -> Iterator[Int[np.ndarray, "T"]]:
+    def framed(self) -> Iterator[Int[np.ndarray, " T"]]:
         """Yield each document as stored: [bos] + tokens + [eos]."""
         for index in range(self.num_documents):
             yield self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -127,8 +128,9 @@ def _tokenized(documents: Documents, tokenizer_path: Path, workers: int) -> Iter
         tokenizer = load_tokenizer(tokenizer_path)
         yield from (_tokenize(documents, tokenizer, job) for job in jobs)
         return
-    # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their locks.
-    # A spawned child imports the main script anew, so a script that gets here needs `if __name__ == "__main__":`.
+    # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their
+    # locks. A spawned child imports the main script anew, so a script that gets here needs `if __name__ ==
+    # "__main__":`.
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),
@@ -154,7 +156,9 @@ def _jobs(documents: Documents) -> list[range]:
 
 
 def _in_order(pool: ProcessPoolExecutor, jobs: list[range], ahead: int) -> Iterator[tuple]:
-    """Yield results in the order of jobs with only a few in flight: memory stays bounded however large the corpus."""
+    """Yield results in the order of jobs with only a few in flight: memory stays bounded however large the
+    corpus.
+    """
     pending: deque[Future] = deque()
     for job in jobs:
         pending.append(pool.submit(_run_job, job))

@@ -1,9 +1,10 @@
 """Streaming: documents tokenized on the fly, with a small exact state.
 
-Each row of the batch reads a document of its own (a lane); a lane that reaches its document's end takes the next
-one from a queue that all lanes share. The queue is the documents in a seeded order, epoch after epoch, so each is
-read exactly once an epoch. The state is the queue's position and, per lane, which document it reads and from where.
-Every host tokenizes the whole global batch and keeps its rows: exact on any number of hosts, at the price of that work.
+Each row of the batch reads a document of its own (a lane); a lane that reaches its document's end takes the
+next one from a queue that all lanes share. The queue is the documents in a seeded order, epoch after epoch,
+so each is read exactly once an epoch. The state is the queue's position and, per lane, which document it
+reads and from where. Every host tokenizes the whole global batch and keeps its rows: exact on any number of
+hosts, at the price of that work.
 """
 
 from typing import Any
@@ -33,7 +34,8 @@ class Stream:
         """Return the next batch; `step` must be the one that is due."""
         if step != self.step:
             raise DataError(
-                f"data.mode=streaming goes in order: step {self.step} is due, not {step}; use data.mode=cached"
+                f"data.mode=streaming is read in order: step {self.step} is due, not {step}; "
+                "use data.mode=cached"
             )
         batch = empty_batch(self.batch_size, self.seq_len)
         for row in range(self.batch_size):
@@ -50,8 +52,8 @@ class Stream:
         """Go on after a state. Raises DataError where it has another number of lanes."""
         if len(state["lanes"]) != self.batch_size:
             raise DataError(
-                f"training.global_batch_size={self.batch_size} cannot go on from a stream of {len(state['lanes'])} "
-                "rows; keep the batch size, or start a new run with run.name="
+                f"training.global_batch_size={self.batch_size} cannot go on from a stream of "
+                f"{len(state['lanes'])} rows; keep the batch size, or start a new run with run.name="
             )
         self._set(step=state["step"], queue=state["queue"], lanes=state["lanes"])
 

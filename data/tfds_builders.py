@@ -1,6 +1,7 @@
 """TFDS builders for the corpora that are made on the user's machine. ArrayRecord, no TensorFlow.
 
-Importing this module imports tfds (about 0.4 s), so `data.sources` does it only when there is something to build.
+Importing this module imports tfds (about 0.4 s), so `data.sources` does it only when there is something to
+build.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import tensorflow_datasets as tfds
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
 
-class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Files under one root, split by document content; TFDS shuffles by the hash of each document's place."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,7 +1,7 @@
 """Text to token ids and back: HF `tokenizers` behind one small class.
 
-`bpe` and `byte` cut into bytes at bottom, so that any text comes back exactly. Texts never produce special tokens, even
-where they spell one: only the store writes the separator.
+`bpe` and `byte` cut into bytes at bottom, so that any text comes back exactly. Texts never produce special
+tokens, even where they spell one: only the store writes the separator.
 """
 
 import hashlib
@@ -26,7 +26,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class Tokenizer:
-    """A `tokenizer.json` in use. `digest` is the sha256 of its text; `bos_id` opens and `eos_id` ends a document."""
+    """A `tokenizer.json` in use. `digest` is the sha256 of its text; `bos_id` opens and `eos_id` ends a
+    document.
+    """
 
     def __init__(self, text: str, where: str = "tokenizer.json"):
         from tokenizers import Tokenizer as Backend
@@ -57,12 +59,14 @@ class Tokenizer:
             )
         return vocabulary[found]
 
-    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Return the text's int32 ids, without specials."""
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        """Encode many texts at once, which is faster: no offsets are kept, and the library uses several threads."""
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+        """Encode many texts at once, which is faster: no offsets are kept, and the library uses several
+        threads.
+        """
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
@@ -74,11 +78,11 @@ class Tokenizer:
         """Write the `tokenizer.json`, byte for byte what the digest covers."""
         Path(path).write_text(self._text, encoding="utf-8", newline="")
 
-    def token_bytes(self) -> Int[np.ndarray, "V"]:
+    def token_bytes(self) -> Int[np.ndarray, " V"]:
         """Return how many UTF-8 bytes each id stands for; specials and unused ids stand for none.
 
-        Exact for byte-level vocabularies. For the others (Llama 2's `▁`, byte fallback) it is the decoded piece's
-        length, which misses what the normalizer dropped.
+        Exact for byte-level vocabularies. For the others (Llama 2's `▁`, byte fallback) it is the decoded
+        piece's length, which misses what the normalizer dropped.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int32)
         added = self._backend.get_added_tokens_decoder()
