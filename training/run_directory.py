@@ -104,7 +104,7 @@ class RunDirectory:
             if old != new:
                 self.close()
                 raise ValueError(
-                    f"{self.path} was made with other {kind} (digest {str(old)[:9]} there, {str(new)[:9]} now); "
+                    f"{self.path} has other {kind} (digest {str(old)[:9]} there, {str(new)[:9]} now); "
                     f"restore the {kind}, or use another run.name= (with init_from={self.path.name} to go on "
                     "from its weights)"
                 )

@@ -1,0 +1,136 @@
+"""What a person watches: a table of what was chosen and why, then one live line, or plain lines in a log.
+
+Only process 0 prints. The live line shares its console with everything else that Python prints, which then
+scrolls by above it; where stdout is no terminal there are plain lines every `logging.every` steps.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+_FIGURES = ("step", "loss", "speed", "mfu", "eta", "eval")
+
+
+def startup_table(rows: Iterable[tuple[str, Any, str]], console: Console | None = None) -> None:
+    """Print (name, value, why) rows: nothing is chosen silently."""
+    table = Table.grid(padding=(0, 2))
+    for style in ("bold", "cyan", "dim"):
+        table.add_column(style=style, overflow="fold")
+    for name, value, why in rows:
+        table.add_row(*(escape(str(cell)) for cell in (name, value, why)))
+    (console or Console()).print(table)
+
+
+class Progress:
+    """A live line on a terminal, plain lines elsewhere, nothing on any process but the first.
+
+    A context manager; `step` and `evaluated` take rows of `metrics.jsonl` as they are written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        every: int = 20,
+        live: bool = True,
+        primary: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`start_step`: steps already done before this start; `primary`: whether this process prints."""
+        self._console = console or Console(quiet=not primary)
+        self._num_steps, self._start, self._every, self._clock = num_steps, start_step, every, clock
+        self._first: tuple[int, float] | None = None
+        self._eval = ""
+        self._live = _live_bar(self._console) if live and primary and self._console.is_terminal else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Progress":
+        """Show the line."""
+        if self._live is not None:
+            empty: dict[str, Any] = dict.fromkeys(_FIGURES, "")
+            text = f"{self._start}/{self._num_steps}"
+            self._task = self._live.add_task(
+                "",
+                total=self._num_steps,
+                completed=self._start,
+                **{**empty, "step": text, "loss": "starting"},
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state of the line on the screen."""
+        if self._live is not None:
+            self._live.stop()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A training row."""
+        figures = self._figures(row)
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=row["step"], **figures)
+        elif row["step"] in (self._start + 1, self._num_steps) or row["step"] % self._every == 0:
+            self.note("  ".join(["step " + figures.pop("step"), *filter(None, figures.values())]))
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """An evaluation row: a line that stays, and the last figure of the live line."""
+        bits = row.get("eval/bits_per_byte")
+        self._eval = f"eval {bits:.3f} bit/B" if bits is not None else f"eval {row['eval/loss']:.3f}"
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, eval=self._eval)
+        text = f"eval at step {row['step']}: {row['eval/loss']:.4f} nats/token"
+        self.note(text + (f", {bits:.4f} bits/byte" if bits is not None else ""))
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _figures(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        mfu = row.get("mfu_causal")
+        return {
+            "step": f"{row['step']}/{self._num_steps}",
+            "loss": f"loss {row['loss']:.3f}",
+            "speed": f"{human(row['tokens_per_second'])} tok/s" if "tokens_per_second" in row else "",
+            "mfu": f"MFU {100 * mfu:.1f}%" if mfu is not None else "",
+            "eta": self._eta(row["step"]),
+            "eval": self._eval,
+        }
+
+    def _eta(self, step: int) -> str:
+        """Time left at the pace since the first step, not counting that one: it may hold a compilation."""
+        if self._first is None:
+            self._first = (step, self._clock())
+            return ""
+        first, since = self._first
+        if step <= first:
+            return ""
+        return "ETA " + duration((self._clock() - since) / (step - first) * (self._num_steps - step))
+
+
+def _live_bar(console: Console) -> Bar:
+    columns = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in _FIGURES]
+    return Bar(BarColumn(bar_width=16), *columns, console=console, refresh_per_second=4)
+
+
+def human(count: float) -> str:
+    """A count in three digits: 950, 12.3k, 4.56M."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= scale * 0.9995:  # 999.6 thousand rounds to a million
+            return f"{count / scale:.3g}{suffix}"
+    return f"{count:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """0:07, 12:34, 1:02:03, 2d 03:04."""
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
