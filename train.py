@@ -19,7 +19,7 @@ def foreign_data() -> str | None:
     """Where the package `data` comes from, if not from here: another of that common name may shadow ours."""
     spec = find_spec("data")
     origin = Path(spec.origin).resolve() if spec and spec.origin else None
-    return None if origin == HERE / "data" / "__init__.py" else str(origin)
+    return None if origin == HERE / "data" / "__init__.py" else str(origin or "nowhere")
 
 
 def train(config: Config) -> int:

@@ -83,8 +83,8 @@ def _guarded(action: Callable[[], int], faults: tuple[type[Exception], ...], tra
 def _report(message: str, status: int, trace: bool) -> int:
     if trace:
         traceback.print_exc()
-    lines = (line.strip() for line in message.splitlines())
-    print("error: " + "; ".join(line for line in lines if line), file=sys.stderr)
+    line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
+    print("error: " + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr)
     return status
 
 

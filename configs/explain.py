@@ -169,7 +169,7 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         return f"{key} is not set; {NAME_IT if key == 'run.name' else f'give {key}=VALUE'}"
     base = re.sub(r"\[.*", "", key)
     if isinstance(error, ValidationError) and base in keys:
-        match = re.search(r"Value '(.*?)' of type", str(error))
+        match = re.search(r"Value '(.*?)' (of type|is not)", str(error))
         value = f"={match.group(1)}" if match else ""
         return f"{key}{value} has the wrong type; it takes {keys[base].type}"
     if key in keys and keys[key].owners:

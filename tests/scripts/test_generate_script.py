@@ -1,0 +1,166 @@
+"""`scripts/generate.py` on a run directory made by hand."""
+
+from dataclasses import asdict, replace
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import yaml
+
+from configs.schema import Config
+from data.config import TokenizerConfig
+from data.tokenizer import train_tokenizer
+from models.config import ModelConfig
+from models.ops import Ops
+from models.transformer import build_model
+from optim.config import ConstantConfig, LionConfig
+from parallel.config import MeshConfig
+from parallel.mesh import build_layout
+from scripts.generate import Options, load_config, main, parse_options
+from serving.generate import generate
+from serving.samples import encode_prompt
+from training.checkpoint import Checkpoints
+from training.config import CheckpointConfig, RunConfig
+from training.state import TrainState, abstract_state, shardings
+
+MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32)
+RULES = {
+    "embed": ["fsdp"],
+    "heads": ["tensor"],
+    "kv_heads": ["tensor"],
+    "mlp": ["tensor"],
+    "vocab": ["tensor"],
+}
+
+
+def weights(model, seed):
+    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model.init(jax.random.key(seed)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([], TokenizerConfig(kind="byte"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(replace(MODEL, vocab_size=384))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer, model):
+    """Two checkpoints with different weights, an average beside each."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    path.mkdir()
+    config = Config(
+        run=RunConfig(name="tiny", dir=str(path)),
+        model=MODEL,
+        tokenizer=TokenizerConfig(kind="byte"),
+        mesh=MeshConfig(rules=RULES),
+        optim=LionConfig(),
+        schedule=ConstantConfig(),
+        checkpoint=CheckpointConfig(every=1, keep=2),
+    )
+    (path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    tokenizer.save(path / "tokenizer.json")
+    tx = optax.sgd(0.1, momentum=0.9)
+    layout = build_layout(MeshConfig(data=1), jax.devices()[:1])
+    placed = shardings(abstract_state(model, tx, layout, ema=True))
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    for step in (1, 2):
+        params = weights(model, step)
+        state = TrainState(jnp.int32(step), params, tx.init(params), weights(model, 10 + step))
+        checkpoints.save(step, jax.device_put(state, placed), {})
+        checkpoints.wait()
+    checkpoints.close()
+    return path
+
+
+def expected(model, tokenizer, params, **settings):
+    prompt = encode_prompt(tokenizer, "def f")
+    tail = generate(
+        model,
+        params,
+        Ops(),
+        [prompt],
+        max_new_tokens=12,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        **settings,
+    )[0]
+    return tokenizer.decode([*prompt[1:], *tail]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"),
+    [
+        ([], [2]),
+        (["step=1"], [1]),
+        (["weights=ema"], [12]),
+        (["weights=mean"], [1, 2]),
+        (["tensor=2"], [2]),
+    ],
+)
+def test_the_text_is_that_of_the_weights_asked_for(run, model, tokenizer, capsys, words, seeds):
+    status = main([f"run={run}", "prompt=def f", "max_new_tokens=12", "temperature=0", *words])
+    assert status == 0
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *(weights(model, seed) for seed in seeds))
+    assert capsys.readouterr().out == expected(model, tokenizer, mean, temperature=0)
+
+
+def test_samples_are_numbered_and_repeat_under_their_seed(run, capsys):
+    def texts(seed):
+        words = [f"run={run}", "samples=2", "max_new_tokens=8", "temperature=1.5", "top_k=50", f"seed={seed}"]
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    first = texts(4)
+    assert first.startswith("--- 0\n") and "\n--- 1\n" in first
+    assert texts(4) == first and texts(5) != first
+
+
+def test_a_config_comes_back_from_its_file_as_it_was(run):
+    config = load_config(run / "config.yaml")
+    assert isinstance(config.optim, LionConfig) and isinstance(config.schedule, ConstantConfig)
+    assert config.model == MODEL and asdict(config) == yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_a_prompt_may_hold_an_equals_sign():
+    assert parse_options(["run=a", "prompt=x = 1"]) == Options(run="a", prompt="x = 1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run=nothing"], "run=nothing is no run's name or directory"),
+        ([], "run= is missing"),
+        (["run"], "'run' is no key=value"),
+        (["run=RUN", "temprature=1"], "temprature is no key of generate.py; did you mean temperature?"),
+        (["run=RUN", "top_k=many"], "top_k=many is not a whole number"),
+        (["run=RUN", "temperature=hot"], "temperature=hot is not a number"),
+        (["run=RUN", "temperature=-1"], "temperature=-1.0 is out of range"),
+        (["run=RUN", "max_new_tokens=0"], "max_new_tokens=0 is out of range"),
+        (["run=RUN", "samples=0"], "samples=0 is out of range"),
+        (["run=RUN", "seed=-1"], "seed=-1 is out of range"),
+        (["run=RUN", "weights=best"], "weights=best is unknown; use one of raw, ema, mean"),
+        (["run=RUN", "step=7"], "step=7 has no checkpoint; use latest or one of 1, 2"),
+        (["run=RUN", "tensor=99"], "tensor=99 is more than the 8 devices here"),
+    ],
+)
+def test_a_malformed_command_is_one_line_and_status_2(run, capsys, words, message):
+    assert main([word.replace("RUN", str(run)) for word in words]) == 2
+    output = capsys.readouterr()
+    last = output.err.splitlines()[-1]
+    assert last.startswith(f"error: {message}") and "Traceback" not in output.err and output.out == ""
+
+
+def test_a_run_without_checkpoints_or_with_a_broken_config_says_so(run, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
+    assert main([f"run={tmp_path}"]) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("model: [")
+    assert main([f"run={tmp_path}"]) == 2
+    assert "is no run's config" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()

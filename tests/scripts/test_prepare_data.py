@@ -1,0 +1,33 @@
+"""The errand that makes token stores beforehand."""
+
+from configs.cli import main
+from scripts.prepare_data import prepare_data
+
+
+def test_prepare_data_makes_the_stores_that_it_names_and_makes_them_once(tmp_path, monkeypatch, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"document {i}\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    words = ["+experiment=debug", "data=folder", "data.path=texts", "data.validation_fraction=0.3"]
+    assert main(prepare_data, words) == 0
+    first = capsys.readouterr().out
+    stores = [
+        line.split(": ")[1] for line in first.splitlines() if line.startswith(("train: ", "validation: "))
+    ]
+    assert len(stores) == 2
+    before = {store: (tmp_path / store).stat().st_mtime_ns for store in stores}
+    assert main(prepare_data, words) == 0
+    assert capsys.readouterr().out == first
+    assert {store: (tmp_path / store).stat().st_mtime_ns for store in stores} == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prepare_data_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(prepare_data, ["+experiment=debug", "data=folder", "data.path=nowhere"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "data.path=nowhere" in err
+    assert out == ""
