@@ -37,6 +37,8 @@ class Documents(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.read(range(*index.indices(len(self))))
+        if not 0 <= index < len(self):  # Sequence stops iterating at an IndexError
+            raise IndexError(f"document {index} of {len(self)}")
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[str]:
@@ -55,6 +57,8 @@ class Documents(Sequence):
         return int(self._builder().info.splits[self.split].num_bytes or 0)
 
     def _text(self, value: Any) -> str:
+        if value is None:  # what tfds gives where a shard was cut at a block's edge
+            raise self._broken(DataError("a record is missing"))
         if not isinstance(value, bytes):
             raise DataError(
                 f"data.text_key={self.text_key} holds no text in {self.directory}; choose another key"
@@ -102,8 +106,8 @@ class Documents(Sequence):
         wanted = {part.split("[")[0].strip() for part in self.split.split("+")}
         if not wanted <= known:
             raise DataError(
-                f"split {self.split} is not in {self.directory}, which has "
-                f"{', '.join(sorted(known))}; a part of one can serve, as in data.train_split='train[5%:]' data.validation_split='train[:5%]'"
+                f"split {self.split} is not in {self.directory}, which has {', '.join(sorted(known))}; "
+                "parts of one can serve: data.train_split='train[5%:]' data.validation_split='train[:5%]'"
             )
 
     def _broken(self, error: Exception) -> DataError:
@@ -148,26 +152,13 @@ class Corpus:
 
     def split(self, split: str) -> Documents:
         """Return one split's documents. Raises DataError when it is empty."""
-        config = self.config
-        if config.source == "tfds":
-            name = config.train_split if split == "train" else config.validation_split
-            found = Documents(self.directory, name, config.text_key)
-        else:
-            found = Documents(_version_directory(self.directory), split, "text")
+        if self.config.source != "tfds":  # the builder has made sure that both splits have documents
+            return Documents(_version_directory(self.directory), split, "text")
+        name = self.config.train_split if split == "train" else self.config.validation_split
+        found = Documents(self.directory, name, self.config.text_key)
         if len(found) == 0:
-            raise DataError(_empty_split(config, split))
+            raise DataError(f"data.{split}_split={name} is empty; name a split that has documents")
         return found
-
-
-def _empty_split(config: DataConfig, split: str) -> str:
-    if config.source == "tfds":
-        name = config.train_split if split == "train" else config.validation_split
-        return f"data.{split}_split={name} is empty; name a split that has documents"
-    change = "raise" if split == "validation" else "lower"
-    return (
-        f"data.validation_fraction={config.validation_fraction} leaves no {split} documents; "
-        f"{change} it, or add documents to the corpus (a file or a record is one document)"
-    )
 
 
 def stdlib_root() -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from data.errors import DataError
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
 
@@ -32,11 +33,19 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
+        empty = True
         for path in self._files():
             name = relative(self._root, path)
             for number, text in enumerate(self._read(path)):
                 if in_validation(text, self._fraction) == held_out:
+                    empty = False
                     yield f"{name}:{number}", {"text": text, "path": name}
+        if empty:  # tfds would say so with an assertion
+            split, change = ("validation", "raise") if held_out else ("train", "lower")
+            raise DataError(
+                f"data.validation_fraction={self._fraction} leaves no {split} documents; {change} it, "
+                "or add documents to the corpus (a file, or a record of one, is a document)"
+            )
 
     def _files(self) -> list[Path]:
         raise NotImplementedError
