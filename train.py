@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.cli import main
-from configs.schema import Config
+from configs.schema import Config, check
 from training.errors import RunFault
 
 HERE = Path(__file__).resolve().parent
@@ -24,9 +24,13 @@ def foreign_data() -> str | None:
 
 def train(config: Config) -> int:
     """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
+    import jax
+
+    from serving.samples import write_samples
     from training.loop import fit
 
-    return fit(config)
+    check(config, jax.device_count())  # once more, now that the machine is known
+    return fit(config, write_samples)
 
 
 if __name__ == "__main__":

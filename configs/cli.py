@@ -106,13 +106,19 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
     if args.cfg == "job" and not args.resolve:
         argv = ["--resolve", *argv]
     statuses: list[int] = []
+    defects: list[Exception] = []
 
     def job(cfg: Any) -> None:
         # Hydra adds lines of its own to whatever leaves a job, so nothing does.
-        statuses.append(guard(lambda: task(_configure(cfg))))
+        try:
+            statuses.append(guard(lambda: task(_configure(cfg))))
+        except Exception as error:
+            defects.append(error)
 
     with _as_command([script, *argv]):
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+    for error in defects:
+        raise error
     return max(statuses, default=0)
 
 
