@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources import documents
-from tests.data.conftest import BYTES, folder_config, some_texts, write_texts
+from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 
 
 def refuses(tmp_path, config, match, tokenizer=BYTES):
@@ -173,7 +174,7 @@ def dataset(corpus, tmp_path):
 
 
 def tfds_config(tmp_path, path, **values):
-    defaults = {"seq_len": 16, "workers": 1, "cache_dir": str(tmp_path / "cache")}
+    defaults: dict[str, Any] = {"seq_len": 16, "workers": 1, "cache_dir": str(tmp_path / "cache")}
     return DataConfig(source="tfds", path=str(path), **(defaults | values))
 
 
@@ -258,4 +259,4 @@ def test_impossible_tokenizer_configs(values):
 
 def test_json_escapes_do_not_count_as_broken(tmp_path):
     config = folder_with(tmp_path, "x.jsonl", json.dumps({"text": "\U0001f642\u0000"}).encode())
-    assert prepare(config, BYTES, progress=False).train.num_documents > 0
+    assert train_of(prepare(config, BYTES, progress=False)).num_documents > 0

@@ -8,7 +8,7 @@ import pytest
 from data.errors import DataError
 from data.loader import Loader, Prefetcher, eval_batches
 from data.packing import KEYS
-from tests.data.conftest import folder_config
+from tests.data.corpora import documents_of, folder_config, train_of
 
 BATCH = 4
 
@@ -60,9 +60,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(prepared, corpus, packing):
 @pytest.mark.parametrize("packing", ("concat", "best_fit", "none"))
 def test_each_epoch_has_every_pair_once_in_another_order(prepared, corpus, packing):
     loader = cached(prepared, corpus, batch=1, packing=packing)
-    wanted, rows, step = epoch_pairs(prepared.train), [], 0
+    wanted, step = epoch_pairs(train_of(prepared)), 0
+    rows: list[list[bytes]] = []
     for _ in range(3):
-        seen, first = Counter(), step
+        seen: Counter = Counter()
+        first = step
         while seen.total() < wanted.total():
             seen += pairs(loader.batch(step))
             step += 1
@@ -84,14 +86,14 @@ def test_rows_are_the_global_batchs_rows_on_any_number_of_hosts(prepared, stream
 
 def test_a_batch_larger_than_an_epoch_spans_epochs(prepared, corpus):
     one = cached(prepared, corpus, batch=1)
-    rows = len(list(eval_batches(prepared.train, folder_config(*corpus), batch_size=1)))
+    rows = len(list(eval_batches(train_of(prepared), folder_config(*corpus), batch_size=1)))
     big = cached(prepared, corpus, batch=3 * rows).batch(0)
     for row in (0, rows - 1, rows, 2 * rows, 3 * rows - 1):
         assert np.array_equal(big["tokens"][row], one.batch(row)["tokens"][0])
 
 
 def test_documents_start_with_bos_and_end_with_eos(prepared, corpus):
-    store, tokenizer = prepared.train, prepared.tokenizer
+    store, tokenizer = train_of(prepared), prepared.tokenizer
     assert tokenizer.decode(store.document(3)) in set(
         (corpus[0] / f"{n:03d}.txt").read_text() for n in range(40)
     )
@@ -128,8 +130,9 @@ def test_stream_goes_on_identically_after_a_restore_at_every_step(streamed, corp
 def test_stream_reads_what_the_store_holds(prepared, streamed, corpus, batch):
     """At any step: what came out is every document begun, less what its lane has not read yet."""
     loader = streaming(streamed, corpus, batch=batch)
-    stored = Counter(ids.tobytes() for ids in prepared.train.framed())
-    count, seen = len(streamed.documents), Counter()
+    stored = Counter(ids.tobytes() for ids in train_of(prepared).framed())
+    count = len(documents_of(streamed))
+    seen: Counter = Counter()
     orders = loader._stream
     step = 0
     while loader.state()["queue"] < 2 * count + batch:
@@ -139,8 +142,8 @@ def test_stream_reads_what_the_store_holds(prepared, streamed, corpus, batch):
             continue
         state = loader.state()
         begun = [orders._index(k) for k in range(state["queue"])]
-        framed = list(prepared.train.framed())
-        expected = sum((document_pairs(framed[i]) for i in begun), Counter())
+        framed = list(train_of(prepared).framed())
+        expected: Counter = sum((document_pairs(framed[i]) for i in begun), Counter())
         for k, at in state["lanes"]:
             expected -= document_pairs(framed[orders._index(k)], at)
         assert seen == expected
@@ -195,8 +198,11 @@ def test_prefetcher_gives_the_loaders_batches_and_states(streamed, prepared, cor
 
 
 def test_prefetcher_raises_what_the_loader_raised():
-    class Broken:
-        def batch(self, step, rows):
+    class Broken(Loader):
+        def __init__(self):
+            pass
+
+        def batch(self, step, rows=None):
             if step == 2:
                 raise DataError("broken at 2")
             return {}
@@ -213,7 +219,7 @@ def test_prefetcher_raises_what_the_loader_raised():
 
 
 def test_describe_counts_rows_and_steps(prepared, streamed, corpus):
-    rows = len(eval_batches(prepared.train, folder_config(*corpus), batch_size=1))
+    rows = len(eval_batches(train_of(prepared), folder_config(*corpus), batch_size=1))
     line = cached(prepared, corpus).describe()
-    assert f"{prepared.train.num_documents} documents" in line and f"{rows} rows of 16" in line
+    assert f"{train_of(prepared).num_documents} documents" in line and f"{rows} rows of 16" in line
     assert "streaming" in streaming(streamed, corpus).describe()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from data.loader import Loader
 from data.pipeline import prepare
 from data.sources import documents, stdlib_root
 from data.store import TokenStore
-from tests.data.conftest import BYTES, folder_config, some_texts, write_texts
+from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of, write_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_prepare_is_reused_without_building_again(corpus, prepared, monkeypatch)
     again = prepare(folder_config(*corpus), BYTES, progress=False)
     assert again.digest == prepared.digest
     assert again.description == prepared.description
-    assert np.array_equal(again.train.tokens, prepared.train.tokens)
+    assert np.array_equal(train_of(again).tokens, train_of(prepared).tokens)
 
 
 def test_prepare_builds_anew_when_a_file_changes(tmp_path):
@@ -108,7 +109,7 @@ def test_prepare_builds_anew_when_a_file_changes(tmp_path):
     after = prepare(config, BYTES, progress=False)
     assert after.digest != before.digest
     stored = [
-        after.tokenizer.decode(ids) for store in (after.train, after.validation) for ids in store.framed()
+        after.tokenizer.decode(ids) for store in (train_of(after), after.validation) for ids in store.framed()
     ]
     assert sorted(stored) == sorted(path.read_text() for path in folder.iterdir())
 
@@ -132,49 +133,49 @@ def test_store_is_the_same_from_one_process_and_from_two_spawned(corpus, tmp_pat
         config = folder_config(corpus[0], tmp_path / str(workers), workers=workers)
         stores.append(prepare(config, TokenizerConfig(vocab_size=300), progress=False))
     assert len(data.store._jobs(documents(folder_config(corpus[0], tmp_path / "1"), "train"))) > 2
-    one, two = (files_of(store.train.path.parent.parent / "tokens") for store in stores)
+    one, two = (files_of(train_of(store).path.parent.parent / "tokens") for store in stores)
     assert one == two
     assert stores[0].digest == stores[1].digest
 
 
 def test_store_counts_its_documents(corpus, prepared):
-    texts = [prepared.tokenizer.decode(ids) for ids in prepared.train.framed()]
+    texts = [prepared.tokenizer.decode(ids) for ids in train_of(prepared).framed()]
     assert texts == list(documents(folder_config(*corpus), "train"))
-    assert prepared.train.num_documents == len(texts)
-    assert prepared.train.num_bytes == sum(len(text.encode()) for text in texts)
-    assert prepared.train.num_tokens == prepared.train.num_bytes + len(
+    assert train_of(prepared).num_documents == len(texts)
+    assert train_of(prepared).num_bytes == sum(len(text.encode()) for text in texts)
+    assert train_of(prepared).num_tokens == train_of(prepared).num_bytes + len(
         texts
     )  # one byte a token, and separators
-    assert prepared.description["train"]["bytes"] == prepared.train.num_bytes
+    assert prepared.description["train"]["bytes"] == train_of(prepared).num_bytes
 
 
 def test_corruption_is_found_said_and_built_again(tmp_path):
     folder = write_texts(tmp_path / "texts", some_texts(20))
     config = folder_config(folder, tmp_path / "cache")
     first = prepare(config, BYTES, progress=False)
-    good = files_of(first.train.path)
+    good = files_of(train_of(first).path)
     for name in good:
-        path = first.train.path / name
+        path = train_of(first).path / name
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=f"{name} (is corrupt|is missing or broken|was changed)"):
-            TokenStore.open(first.train.path)
+            TokenStore.open(train_of(first).path)
         again = prepare(config, BYTES, progress=False)
         assert name in again.description["rebuilt"][0]
-        assert files_of(again.train.path) == good
+        assert files_of(train_of(again).path) == good
 
 
 def test_a_corrupt_corpus_is_built_again_before_streaming(tmp_path):
     folder = write_texts(tmp_path / "texts", some_texts(20))
     config = folder_config(folder, tmp_path / "cache", mode="streaming")
     first = prepare(config, BYTES, progress=False)
-    texts = list(first.documents)
-    shard = next(first.documents.directory.glob("*train*"))
+    texts = list(documents_of(first))
+    shard = next(documents_of(first).directory.glob("*train*"))
     shard.write_bytes(shard.read_bytes()[:100])
     again = prepare(config, BYTES, progress=False)
     assert "train.array_record" in again.description["rebuilt"][0]
-    assert list(again.documents) == texts
+    assert list(documents_of(again)) == texts
 
 
 def test_leftovers_of_a_killed_preparation_are_swept(corpus, prepared):
@@ -186,16 +187,18 @@ def test_leftovers_of_a_killed_preparation_are_swept(corpus, prepared):
 
 def test_a_prepared_tfds_directory_is_read_by_path_and_by_name(corpus, prepared, tmp_path):
     directory = documents(folder_config(*corpus), "train").directory
-    options = {"source": "tfds", "cache_dir": str(tmp_path), "seq_len": 16, "workers": 1}
+    options: dict[str, Any] = {"source": "tfds", "cache_dir": str(tmp_path), "seq_len": 16, "workers": 1}
     by_path = prepare(DataConfig(path=str(directory), **options), BYTES, progress=False)
-    assert by_path.train.num_bytes == prepared.train.num_bytes
+    assert train_of(by_path).num_bytes == train_of(prepared).num_bytes
     root = str(directory.parent.parent)
     for name in ("folder_corpus", "folder_corpus:1.0.0", "folder_corpus/1.0.0"):
         by_name = prepare(DataConfig(path=root, name=name, **options), BYTES, progress=False)
         assert by_name.digest == by_path.digest
-    slices = {"train_split": "train[25%:]", "validation_split": "train[:25%]"}
+    slices: dict[str, Any] = {"train_split": "train[25%:]", "validation_split": "train[:25%]"}
     sliced = prepare(DataConfig(path=str(directory), **options, **slices), BYTES, progress=False)
-    assert sliced.train.num_documents + sliced.validation.num_documents == prepared.train.num_documents
+    assert (
+        train_of(sliced).num_documents + sliced.validation.num_documents == train_of(prepared).num_documents
+    )
 
 
 def test_given_tokenizer_file_is_used_as_it_is(corpus, prepared, tmp_path):
