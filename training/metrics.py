@@ -25,11 +25,12 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def encode_row(row: Mapping[str, Any]) -> bytes:
     """One line of `metrics.jsonl`, newline included. Values: numbers, strings, None, or 0-d arrays."""
     assert isinstance(row.get("step"), int), f"a row needs an integer step: {dict(row)}"
-    text = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
+    text = json.dumps({key: json_value(value) for key, value in row.items()}, allow_nan=False)
     return text.encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A number as JSON can hold it: 0-d arrays as numbers, non-finite ones as strings; others as they are."""
     if hasattr(value, "item"):  # numpy and JAX scalars
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,40 +3,46 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from training.metrics import MetricsLog
 from training.progress import human
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _RAW, _SMOOTH, _EVAL, _QUIET = "#9db8d9", "#1f4e8c", "#d1495b", "#6b7280"
 _MOST_POINTS = 4000  # more than the picture has columns
 
 
 def plot_loss(
-    rows: Iterable[Mapping[str, Any]],
+    metrics: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
-    name: str,
+    title: str,
     bigram_bits_per_byte: float | None = None,
 ) -> Path | None:
-    """Draw the rows of a run into a PNG, replaced whole; None, and no picture, where no loss is finite.
+    """Draw a `metrics.jsonl` into a PNG, replaced whole; None, and no picture, where no loss is finite.
 
     Where evaluations and a bigram baseline are known, the baseline is drawn in the curve's own unit.
     Raises OSError.
     """
-    rows = list(rows)
+    # Only now: it takes a second, and on its very first use many, to look through the machine's fonts.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = MetricsLog.read(metrics)
     steps, losses = _series(rows, "loss")
     if not len(steps):
         return None
     figure = Figure(figsize=(9, 5.6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
-    figure.suptitle(name, fontsize=13, fontweight="bold")
+    figure.suptitle(title, parse_math=False, fontsize=13, fontweight="bold")
     _draw_training(top, steps, losses, sum("loss" in row for row in rows))
     _draw_evaluation(top, rows, bigram_bits_per_byte)
     _finish(top, "loss (nats per token)")
@@ -50,7 +56,7 @@ def plot_loss(
     return _save(figure, Path(path))
 
 
-def _draw_training(axes: Axes, steps: np.ndarray, losses: np.ndarray, total: int) -> None:
+def _draw_training(axes: "Axes", steps: np.ndarray, losses: np.ndarray, total: int) -> None:
     axes.plot(*_thin(steps, losses), color=_RAW, linewidth=0.8, alpha=0.7, label="training, each step")
     smooth = smoothed(losses)
     label = f"training, smoothed: {smooth[-1]:.3f}"
@@ -65,7 +71,7 @@ def _draw_training(axes: Axes, steps: np.ndarray, losses: np.ndarray, total: int
     axes.set_ylim(low - margin, high + margin)
 
 
-def _draw_evaluation(axes: Axes, rows: Sequence[Mapping[str, Any]], bigram: float | None) -> None:
+def _draw_evaluation(axes: "Axes", rows: Sequence[Mapping[str, Any]], bigram: float | None) -> None:
     steps, losses = _series(rows, "eval/loss")
     if not len(steps):
         return
@@ -76,7 +82,7 @@ def _draw_evaluation(axes: Axes, rows: Sequence[Mapping[str, Any]], bigram: floa
     low, high = axes.get_ylim()
     low = min(low, losses.min() - 0.05 * (high - low))
     if bigram is not None and len(bits):
-        # Both are of the same held-out text: an evaluation's ratio turns bits per byte into nats per token.
+        # Of the same held-out text: an evaluation's ratio turns bits per byte into nats per token.
         level = bigram * losses[-1] / bits[-1]
         line_label = f"bigram model: {level:.3f} ({bigram:.3f} bits per byte)"
         axes.axhline(level, color=_QUIET, linewidth=1.1, linestyle=(0, (5, 3)), label=line_label)
@@ -88,7 +94,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     n = len(values)
     total = np.concatenate([[0.0], np.cumsum(values)])
     i, half = np.arange(n), n // 60
-    # Narrow towards the steep start, one-sided at the flat end: the last figure is a mean, not one step's noise.
+    # Narrow towards the steep start, one-sided at the flat end: the last figure is a mean, not one step.
     first, last = np.maximum(i - half, 0), np.minimum(i + np.minimum(i, half), n - 1) + 1
     return (total[last] - total[first]) / (last - first)
 
@@ -110,7 +116,7 @@ def _step_label(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"step ({human(tokens[-1])} tokens in all)" if len(tokens) else "step"
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: "Axes", label: str) -> None:
     axes.set_ylabel(label, fontsize=10)
     axes.grid(True, color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -121,7 +127,7 @@ def _finish(axes: Axes, label: str) -> None:
         axes.spines[side].set_color("#9ca3af")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:

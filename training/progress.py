@@ -30,13 +30,13 @@ def startup_table(rows: Iterable[tuple[str, Any, str]], console: Console | None 
 class Progress:
     """A live line on a terminal, plain lines elsewhere, nothing on any process but the first.
 
-    A context manager; `step` and `evaluated` take rows of `metrics.jsonl` as they are written.
+    `update` and `evaluated` take rows of `metrics.jsonl` as they are written; `close` leaves the last state.
     """
 
     def __init__(
         self,
-        *,
         num_steps: int,
+        *,
         start_step: int = 0,
         every: int = 20,
         live: bool = True,
@@ -51,27 +51,18 @@ class Progress:
         self._eval = ""
         self._live = _live_bar(self._console) if live and primary and self._console.is_terminal else None
         self._task: TaskID | None = None
-
-    def __enter__(self) -> "Progress":
-        """Show the line."""
         if self._live is not None:
             empty: dict[str, Any] = dict.fromkeys(_FIGURES, "")
-            text = f"{self._start}/{self._num_steps}"
-            self._task = self._live.add_task(
-                "",
-                total=self._num_steps,
-                completed=self._start,
-                **{**empty, "step": text, "loss": "starting"},
-            )
+            empty |= {"step": f"{start_step}/{num_steps}", "loss": "starting"}
+            self._task = self._live.add_task("", total=num_steps, completed=start_step, **empty)
             self._live.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the last state of the line on the screen."""
+    def close(self) -> None:
+        """Leave the last state of the line on the screen; a second call does nothing."""
         if self._live is not None:
             self._live.stop()
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def update(self, row: Mapping[str, Any]) -> None:
         """A training row."""
         figures = self._figures(row)
         if self._live is not None and self._task is not None:

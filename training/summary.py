@@ -1,73 +1,56 @@
-"""The one screen that a finished run leaves; kept as `summary.json`, printed when it is started again."""
+"""The one screen a finished run leaves; kept as `summary.json`, printed when the run is started again."""
 
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from training.metrics import MetricsLog, json_value
 from training.progress import duration, human
 
-
-class Summary(TypedDict, total=False):
-    """Figures of a run; `name`, `run_dir` and `steps` are always there, what does not exist is left out."""
-
-    name: str
-    run_dir: str
-    steps: int
-    num_steps: int
-    tokens: int
-    seconds: float  # spent in training, over all starts
-    tokens_per_second: float
-    mfu_causal: float
-    mfu_full: float
-    peak: str  # how the hardware's peak is known
-    num_params: int
-    train_loss: float  # nats per token, mean of the last steps
-    eval_loss: float  # nats per token
-    eval_bits_per_byte: float
-    bigram_bits_per_byte: float
-    parse_share: float  # of generated snippets that are Python that parses
-    parse_snippets: int
-    compile_seconds: float
-    compile_cache: str  # "hit", "miss" or "off"
-    checkpoint: str
-    checkpoint_bytes: int
-    samples: str
-    plot: str
+_SAMPLE_LINES = 6
 
 
-def save_summary(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Write `summary.json`, whole or not at all. Raises OSError."""
-    path = Path(path)
+def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the loop's figures to what the run's files say, write `summary.json` whole, and return it.
+
+    `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
+    compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
+    bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text; others are kept as they are.
+    From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
+    tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
+    """
+    run_dir = Path(run_dir)
+    rows = [row for row in MetricsLog.read(run_dir / "metrics.jsonl") if "loss" in row]
+    summary = {
+        "name": run_dir.name,
+        "run_dir": _shown(run_dir),
+        **figures,
+        **_training_figures(rows),
+        **_outputs(run_dir),
+    }
+    path = run_dir / "summary.json"
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        plain = {key: json_value(value) for key, value in summary.items()}
+        temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    return summary
 
 
-def load_summary(path: str | os.PathLike[str]) -> Summary | None:
-    """What `save_summary` wrote, or None where nothing can be read: then it is computed anew."""
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(tree, dict) or not {"name", "run_dir", "steps"} <= tree.keys():
-        return None
-    return cast(Summary, tree)
-
-
-def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """The screen, on stdout."""
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the screen, on stdout; `summary` from `summarize`, or read back from `summary.json`."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -77,70 +60,114 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     for label, command in _next(summary):
         table.add_row(label, escape(command), style="cyan")
     title = f"[bold]{escape(summary['name'])}[/bold]"
-    (console or Console()).print(Panel(table, title=title, expand=False, padding=(0, 1)))
+    panels = [Panel(table, title=title, expand=False, padding=(0, 1))]
+    if summary.get("sample_text"):
+        panels.insert(0, _sample(summary["sample_text"]))
+    (console or Console()).print(Group(*panels))
 
 
-def summary_text(summary: Summary, width: int = 100) -> str:
+def summary_text(summary: Mapping[str, Any], width: int = 100) -> str:
     """The same screen as plain text."""
     out = io.StringIO()
     print_summary(summary, Console(file=out, width=width))
     return out.getvalue()
 
 
-def _lines(s: Summary) -> Iterator[tuple[str, str]]:
-    yield "steps", f"{s['steps']:,}" + (f" of {s['num_steps']:,}" if "num_steps" in s else "") + _tokens(s)
-    if "num_params" in s:
-        yield "parameters", f"{human(s['num_params'])}"
-    if "seconds" in s:
-        yield "time", duration(s["seconds"]) + _compile(s)
+def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    if not rows:
+        return {}
+    figures = {"train_loss": float(np.mean([row["loss"] for row in rows[-(len(rows) // 60 + 1) :]]))}
+    for key in ("tokens_per_second", "mfu_causal", "mfu_full"):
+        values = [row[key] for row in rows if key in row]
+        if values:
+            figures[key] = float(np.median(values))
+    seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
+    return {**figures, "train_seconds": float(sum(seconds))} if seconds else figures
+
+
+def _outputs(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    checkpoints = run_dir / "checkpoints"
+    steps = [p for p in checkpoints.glob("*") if p.is_dir() and p.name.isdecimal()]
+    if steps:
+        newest = max(steps, key=lambda p: int(p.name))
+        found["checkpoint"] = _shown(newest)
+        found["checkpoint_bytes"] = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    for key, path in (("samples", run_dir / "samples"), ("plot", run_dir / "plots" / "loss.png")):
+        if path.exists():
+            found[key] = _shown(path)
+    return found
+
+
+def _shown(path: Path) -> str:
+    """As a person in the current directory would type it."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _sample(text: str) -> Panel:
+    lines = text.strip("\n").splitlines()
+    shown = lines[:_SAMPLE_LINES] + (["..."] if len(lines) > _SAMPLE_LINES else [])
+    return Panel(escape("\n".join(shown)), title="a sample", border_style="dim", expand=False, padding=(0, 1))
+
+
+def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    of = f" of {s['num_steps']:,}" if "num_steps" in s else ""
+    tokens = f", {human(s['tokens'])} tokens" if "tokens" in s else ""
+    yield "steps", f"{s['step']:,}{of}{tokens}{_parameters(s)}"
+    if "train_seconds" in s:
+        yield "time", _time(s)
     if "tokens_per_second" in s:
-        yield "speed", f"{human(s['tokens_per_second'])} tokens/s" + _mfu(s)
+        yield "speed", f"{human(s['tokens_per_second'])} tokens/s{_mfu(s)}"
     if "train_loss" in s:
-        yield "training loss", f"{s['train_loss']:.4f} nats/token"
-    if "eval_loss" in s:
-        yield "held-out", f"{s['eval_loss']:.4f} nats/token" + _bits(s)
+        yield "training loss", f"{float(s['train_loss']):.4f} nats/token"
+    if "eval/loss" in s:
+        yield "held-out", f"{float(s['eval/loss']):.4f} nats/token{_bits(s)}"
+    for kind, label in (("ema", "moving average"), ("mean", "last averaged")):
+        if f"eval/loss_{kind}" in s:
+            yield label, f"{float(s[f'eval/loss_{kind}']):.4f} nats/token"
     if "parse_share" in s:
-        of = (
-            f" of {s['parse_snippets']} generated snippets"
-            if "parse_snippets" in s
-            else " of generated snippets"
-        )
+        of = f" ({s['parse_passed']} of {s['parse_total']} snippets)" if "parse_total" in s else ""
         yield "valid Python", f"{100 * s['parse_share']:.0f} %{of}"
     if "checkpoint" in s:
-        size = f" ({s['checkpoint_bytes'] / 1e6:,.1f} MB)" if "checkpoint_bytes" in s else ""
-        yield "checkpoint", s["checkpoint"] + size
-    if "samples" in s:
-        yield "samples", s["samples"]
-    if "plot" in s:
-        yield "plot", s["plot"]
+        yield "checkpoint", f"{s['checkpoint']} ({s['checkpoint_bytes'] / 1e6:,.1f} MB)"
+    for key in ("samples", "plot"):
+        if key in s:
+            yield key, s[key]
 
 
-def _tokens(s: Summary) -> str:
-    return f", {human(s['tokens'])} tokens" if "tokens" in s else ""
+def _parameters(s: Mapping[str, Any]) -> str:
+    return f", {human(s['parameters']['total'])} parameters" if "parameters" in s else ""
 
 
-def _compile(s: Summary) -> str:
-    if "compile_seconds" not in s:
-        return ""
-    cache = f" (cache: {s['compile_cache']})" if "compile_cache" in s else ""
-    return f", of it {s['compile_seconds']:.1f} s compiling{cache}"
+def _time(s: Mapping[str, Any]) -> str:
+    text = f"{duration(s['train_seconds'])} of steps"
+    if "wall_seconds" in s:
+        text += f", {duration(s['wall_seconds'])} since the last start"
+    if "compile_seconds" in s:
+        cache = s.get("compile_cache") or {}
+        hits, misses = cache.get("hits", 0), cache.get("misses", 0)
+        text += f", compiling {s['compile_seconds']:.1f} s"
+        text += f" (cache: {hits} hits, {misses} misses)" if cache else " (no cache)"
+    return text
 
 
-def _mfu(s: Summary) -> str:
+def _mfu(s: Mapping[str, Any]) -> str:
     if "mfu_causal" not in s or "mfu_full" not in s:
         return ""
-    peak = f"; peak {s['peak']}" if "peak" in s else ""
+    peak = f" of {human(s['peak_flops'])}FLOP/s" if "peak_flops" in s else ""
     return f", MFU {100 * s['mfu_causal']:.1f} % causal, {100 * s['mfu_full']:.1f} % full attention{peak}"
 
 
-def _bits(s: Summary) -> str:
-    if "eval_bits_per_byte" not in s:
+def _bits(s: Mapping[str, Any]) -> str:
+    if "eval/bits_per_byte" not in s:
         return ""
-    baseline = f" (bigram model: {s['bigram_bits_per_byte']:.3f})" if "bigram_bits_per_byte" in s else ""
-    return f", {s['eval_bits_per_byte']:.3f} bits per byte{baseline}"
+    baseline = s.get("bigram_bits_per_byte")
+    beside = f" (bigram model: {float(baseline):.3f})" if baseline is not None else ""
+    return f", {float(s['eval/bits_per_byte']):.3f} bits per byte{beside}"
 
 
-def _next(s: Summary) -> Iterator[tuple[str, str]]:
-    yield "generate", f"python scripts/generate.py run={s['name']} prompt='def '"
+def _next(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "generate", f'python scripts/generate.py run={s["name"]} prompt="def "'
     yield "curves", f"tensorboard --logdir {s['run_dir']}/tensorboard"
     yield "start from it", f"python train.py +experiment=NAME run.name=NEW init_from={s['name']}"

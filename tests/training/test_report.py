@@ -9,9 +9,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from training.metrics import MetricsLog, encode_row
 from training.plots import plot_loss, smoothed
 from training.progress import Progress, duration, human, startup_table
-from training.summary import load_summary, print_summary, save_summary, summary_text
+from training.summary import summarize, summary_text
 
 
 def _rows(n=300):
@@ -28,15 +29,17 @@ def _drive(terminal, **options):
     """The output of 40 steps that take 2 s each, with an evaluation at 20 and a foreign print at 30."""
     out, now = io.StringIO(), [0.0]
     console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
-    with Progress(num_steps=40, every=10, console=console, clock=lambda: now[0], **options) as progress:
-        for step in range(options.get("start_step", 0) + 1, 41):
-            now[0] += 2.0
-            row = {"step": step, "loss": 9.0 - step / 10, "tokens_per_second": 12345.0, "mfu_causal": 0.314}
-            progress.step(row)
-            if step == 20:
-                progress.evaluated({"step": 20, "eval/loss": 4.56, "eval/bits_per_byte": 1.678})
-            if step == 30:
-                progress.note("a [note] of somebody else")
+    progress = Progress(40, every=10, console=console, clock=lambda: now[0], **options)
+    for step in range(options.get("start_step", 0) + 1, 41):
+        now[0] += 2.0
+        row = {"step": step, "loss": 9.0 - step / 10, "tokens_per_second": 12345.0, "mfu_causal": 0.314}
+        progress.update(row)
+        if step == 20:
+            progress.evaluated({"step": 20, "eval/loss": 4.56, "eval/bits_per_byte": 1.678})
+        if step == 30:
+            progress.note("a [note] of somebody else")
+    progress.close()
+    progress.close()
     return out.getvalue()
 
 
@@ -76,17 +79,19 @@ def test_a_switched_off_live_line_is_plain_on_a_terminal_too():
 
 
 def test_only_the_first_process_prints(capsys):
-    with Progress(num_steps=2, primary=False) as progress:
-        progress.step({"step": 1, "loss": 1.0})
-        progress.evaluated({"step": 1, "eval/loss": 1.0})
-        progress.note("x")
+    progress = Progress(2, primary=False)
+    progress.update({"step": 1, "loss": 1.0})
+    progress.evaluated({"step": 1, "eval/loss": 1.0})
+    progress.note("x")
+    progress.close()
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_loss_that_is_not_finite_is_shown():
     out = io.StringIO()
-    with Progress(num_steps=1, console=Console(file=out)) as progress:
-        progress.step({"step": 1, "loss": math.nan})
+    progress = Progress(1, console=Console(file=out))
+    progress.update({"step": 1, "loss": math.nan})
+    progress.close()
     assert out.getvalue() == "step 1/1  loss nan\n"
 
 
@@ -105,6 +110,12 @@ def test_counts_and_durations_read_well():
     ]
 
 
+def _plot(rows, path, **options):
+    metrics = path.parent / "metrics.jsonl"
+    metrics.write_bytes(b"".join(encode_row(row) for row in rows))
+    return plot_loss(metrics, path, title="$x_{a", **options)
+
+
 def _coloured(path, target):
     """How many pixels are near an RGB colour, and their mean column."""
     near = np.abs(imread(path)[..., :3] * 255 - np.array(target)).max(-1) < 12
@@ -112,12 +123,12 @@ def _coloured(path, target):
 
 
 def test_the_plot_shows_both_curves_and_the_baseline(tmp_path):
-    path = plot_loss(_rows(), tmp_path / "plots" / "loss.png", name="a", bigram_bits_per_byte=2.0)
+    path = _plot(_rows(), tmp_path / "loss.png", bigram_bits_per_byte=2.0)
     assert imread(path).shape[:2] == (784, 1260)
     for colour in ((0x1F, 0x4E, 0x8C), (0xD1, 0x49, 0x5B), (0x6B, 0x72, 0x80)):
         assert _coloured(path, colour)[0] > 300
-    assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
-    without = plot_loss([r for r in _rows() if "loss" in r], tmp_path / "b.png", name="a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    without = _plot([r for r in _rows() if "loss" in r], tmp_path / "b.png")
     assert _coloured(without, (0xD1, 0x49, 0x5B))[0] == 0
 
 
@@ -126,11 +137,11 @@ def test_a_plot_survives_one_step_and_bad_numbers(tmp_path):
     rows[50] = {**rows[50], "loss": math.nan}
     rows[60] = {**rows[60], "loss": 1e30}
     # The curve still fills the picture: a divergence is cut off, not the rest flattened.
-    path = plot_loss(rows, tmp_path / "bad.png", name="$x_{bad")
+    path = _plot(rows, tmp_path / "bad.png")
     curve = np.abs(imread(path)[..., :3] * 255 - np.array([0x1F, 0x4E, 0x8C])).max(-1) < 12
     assert np.ptp(curve.any(1).nonzero()[0]) > 300
-    assert plot_loss(rows[:1], tmp_path / "one.png", name="one") is not None
-    assert plot_loss([{"step": 1, "loss": math.nan}], tmp_path / "none.png", name="none") is None
+    assert _plot(rows[:1], tmp_path / "one.png") is not None
+    assert _plot([{"step": 1, "loss": math.nan}], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
 
 
@@ -143,71 +154,95 @@ def test_smoothing_keeps_a_constant_and_has_no_lag(n):
     assert smoothed(line)[-1] == pytest.approx(line[-1 - half :].mean())
 
 
-SUMMARY = {
-    "name": "quick[start]",
-    "run_dir": "runs/quickstart",
-    "steps": 600,
+FIGURES = {
+    "step": 600,
     "num_steps": 600,
     "tokens": 2_457_600,
-    "seconds": 253.2,
-    "tokens_per_second": 12345.0,
-    "mfu_causal": 0.313,
-    "mfu_full": 0.352,
-    "peak": "measured",
-    "num_params": 5_243_904,
-    "train_loss": 2.3112,
-    "eval_loss": 2.4123,
-    "eval_bits_per_byte": 1.512,
-    "bigram_bits_per_byte": 2.234,
-    "parse_share": 0.62,
-    "parse_snippets": 64,
+    "wall_seconds": 301.0,
     "compile_seconds": 7.24,
-    "compile_cache": "miss",
-    "checkpoint": "runs/quickstart/checkpoints/600",
-    "checkpoint_bytes": 62_000_000,
-    "samples": "runs/quickstart/samples/600.txt",
-    "plot": "runs/quickstart/plots/loss.png",
+    "compile_cache": {"hits": 3, "misses": 17, "bytes": 5},
+    "parameters": {"total": 5_243_904, "non_embedding": 4_000_000},
+    "peak_flops": 1.5e11,
+    "eval/loss": 2.4123,
+    "eval/bits_per_byte": 1.512,
+    "eval/loss_ema": 2.3999,
+    "bigram_bits_per_byte": 2.234,
+    "parse_share": 0.625,
+    "parse_passed": 40,
+    "parse_total": 64,
+    "sample_text": "def f(x):\n    return [x]\n" + "# more\n" * 30,
 }
 
 
-def test_the_summary_has_every_figure_on_one_screen():
-    text = summary_text(SUMMARY)
+def _finished_run(tmp_path, figures=FIGURES):
+    run = tmp_path / "quick[start]"
+    for folder in (
+        "checkpoints/200/state",
+        "checkpoints/600/state",
+        "checkpoints/700.tmp",
+        "plots",
+        "samples",
+    ):
+        (run / folder).mkdir(parents=True)
+    (run / "checkpoints/600/state/x").write_bytes(bytes(2_500_000))
+    (run / "plots/loss.png").touch()
+    log = MetricsLog.open(run / "metrics.jsonl")
+    for step in range(1, 121):
+        speed = 1.0 if step == 1 else 12345.0  # one slow step must not spoil the figure
+        row = {"step": step, "loss": 2.0 if step > 117 else 9.0, "step_seconds": 2.0}
+        log.write({**row, "tokens_per_second": speed, "mfu_causal": 0.313, "mfu_full": 0.352})
+        log.write({"step": step, "eval/loss": 1.0})
+    log.close()
+    return run, summarize(run, figures)
+
+
+def test_the_summary_has_every_figure_on_one_screen(tmp_path):
+    text = summary_text(_finished_run(tmp_path)[1], width=110)
     for figure in (
-        *("quick[start]", "600 of 600", "2.46M", "5.24M", "4:13", "12.3k", "31.3 %", "35.2 %", "2.3112"),
-        *("2.4123", "1.512", "2.234", "62 % of 64", "7.2 s", "miss", "62.0 MB", "checkpoints/600"),
+        *("quick[start]", "600 of 600", "2.46M tokens", "5.24M parameters", "4:00 of steps", "5:01", "7.2 s"),
         *(
-            "samples/600.txt",
-            "plots/loss.png",
-            "scripts/generate.py run=quick[start]",
-            "init_from=quick[start]",
+            "3 hits, 17 misses",
+            "12.3k tokens/s",
+            "31.3 % causal",
+            "35.2 % full",
+            "2.0000 nats",
+            "2.4123 nats",
         ),
+        *(
+            "1.512 bits per byte",
+            "2.234",
+            "2.3999",
+            "62 % (40 of 64",
+            "2.5 MB",
+            "checkpoints/600",
+            "loss.png",
+        ),
+        *("return [x]", "run=quick[start] prompt=", "init_from=quick[start]"),
     ):
         assert figure in text, figure
-    assert len(text.splitlines()) <= 24
+    assert len(text.splitlines()) <= 34
 
 
-def test_a_figure_that_does_not_exist_has_no_line():
-    text = summary_text({"name": "a", "run_dir": "runs/a", "steps": 3})
-    assert "held-out" not in text and "MFU" not in text and "None" not in text
-    assert "run=a" in text
-    for key in SUMMARY:
-        if key not in ("name", "run_dir", "steps"):
-            assert "None" not in summary_text({k: v for k, v in SUMMARY.items() if k != key})
+def test_a_figure_that_does_not_exist_has_no_line(tmp_path):
+    summary = _finished_run(tmp_path)[1]
+    for key in summary.keys() - {"name", "run_dir", "step", "checkpoint_bytes", "parse_passed"}:
+        less = {k: v for k, v in summary.items() if k != key}
+        assert "None" not in summary_text(less) and summary_text(less) != summary_text(summary), key
+    bare = summary_text({"name": "a", "run_dir": "runs/a", "step": 3})
+    assert "held-out" not in bare and "MFU" not in bare and "run=a" in bare
 
 
 def test_a_saved_summary_prints_the_same_screen_again(tmp_path):
-    path = tmp_path / "summary.json"
-    save_summary(path, SUMMARY)
-    assert summary_text(load_summary(path)) == summary_text(SUMMARY)
-    out = io.StringIO()
-    print_summary(load_summary(path), Console(file=out, width=100))
-    assert out.getvalue() == summary_text(SUMMARY)
-    assert json.loads(path.read_text())["steps"] == 600
+    run, summary = _finished_run(tmp_path, FIGURES | {"eval/loss": math.nan, "eval/bits_per_byte": math.inf})
+    text = (run / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    stored = json.loads(text)
+    assert stored["step"] == 600
+    assert summary_text(stored) == summary_text(summary)
+    assert sorted(p.name for p in run.glob("*.tmp")) == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}'])
-def test_a_torn_summary_is_none(tmp_path, content):
-    path = tmp_path / "summary.json"
-    assert load_summary(path) is None
-    path.write_text(content)
-    assert load_summary(path) is None
+def test_a_run_without_rows_has_a_summary(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    summary = summarize(tmp_path, {"step": 0})
+    assert "steps" in summary_text(summary) and "train_loss" not in summary
