@@ -170,8 +170,6 @@ def test_every_import_is_declared():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "text", ["/" + "home/me/x", "/" + "root/.cache", "https://" + "pypi.org" + "/simple"]
-)
+@pytest.mark.parametrize("text", ["/" + "home/me/x", "/" + "root/.cache", "py" + "pi.org/simple"])
 def test_a_machine_path_or_registry_is_seen(text):
     assert MACHINE_PATH.search(text) or REGISTRY.search(text)
