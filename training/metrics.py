@@ -129,10 +129,10 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def _cut(path: Path, resume_step: int) -> int:
     """Keep what `resume_step` has seen and return how many training steps that is."""
     temporary = path.with_name(path.name + ".tmp")
-    seen: set[tuple[bool, int]] = set()
+    seen: set[tuple[int, str]] = set()
     with temporary.open("wb") as kept:
         for line, row in _rows(path):
-            key = ("loss" in row, row["step"])
+            key = (row["step"], "loss" if "loss" in row else " ".join(row))
             # Nothing of a run that begins anew is kept, not even an evaluation at step 0.
             if 0 < resume_step and row["step"] <= resume_step and key not in seen:
                 seen.add(key)
@@ -140,7 +140,7 @@ def _cut(path: Path, resume_step: int) -> int:
         kept.flush()
         os.fsync(kept.fileno())
     os.replace(temporary, path)
-    return sum(training and 1 <= step for training, step in seen)
+    return sum(kind == "loss" and 1 <= step for step, kind in seen)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -70,13 +70,21 @@ def test_a_repeated_step_is_kept_once_and_a_torn_middle_dropped(tmp_path):
         encode_row(_row(1))
         + encode_row(_row(2))
         + encode_row({"step": 2, "loss": 99.0})
+        + encode_row({"step": 2, "eval/loss": 1.0})
+        + encode_row({"step": 2, "event": "another kind of row"})
         + b'{"step": 3, "lo\n\0\0\0\n[1]\n{"loss": 1}\n'
         + encode_row(_row(4))
     )
     log = MetricsLog.open(path, 4)
     assert log.missing == 1
     log.close()
-    assert MetricsLog.read(path) == [_row(1), _row(2), _row(4)]
+    assert MetricsLog.read(path) == [
+        _row(1),
+        _row(2),
+        {"step": 2, "eval/loss": 1.0},
+        {"step": 2, "event": "another kind of row"},
+        _row(4),
+    ]
 
 
 def test_a_new_start_keeps_nothing_and_a_missing_file_is_counted(tmp_path):
