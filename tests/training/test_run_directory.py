@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ import yaml
 from training.manifest import build_manifest, git_state
 from training.run_directory import differing_keys, is_frozen, open_run
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
     "seed": 0,
     "deterministic": False,
@@ -146,7 +147,7 @@ def test_a_key_that_makes_another_run_is_refused_with_both_values(tmp_path, key)
     path = tmp_path / "a"
     _make(path)
     message = _refused(_with(key, FROZEN[key]), path, "another configuration")
-    old = dict(CONFIG) | {}
+    old: Any = CONFIG
     for part in key.split("."):
         old = old[part]
     assert f"{key} is {old} there and {FROZEN[key]} now" in message
@@ -315,7 +316,7 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        assert other.stdout.readline() == b"locked\n"
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
         _refused(CONFIG, path, "in use by another process.*run.name=")
         other.kill()
         other.wait()
@@ -366,10 +367,15 @@ def test_git_state_has_commit_diff_and_untracked_and_is_none_outside(tmp_path):
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *arguments], check=True)
     clean = git_state(tmp_path)
-    assert len(clean["sha"]) == 40 and clean["diff"] == "" and clean["untracked"] == []
+    assert clean is not None and len(clean["sha"]) == 40 and clean["diff"] == "" and clean["untracked"] == []
     (tmp_path / "code.py").write_text("x = 2\n")
     (tmp_path / "new.py").write_text("")
     dirty = git_state(tmp_path)
-    assert "+x = 2" in dirty["diff"] and len(dirty["diff_sha256"]) == 64 and dirty["untracked"] == ["new.py"]
+    assert (
+        dirty is not None
+        and "+x = 2" in dirty["diff"]
+        and len(dirty["diff_sha256"]) == 64
+        and dirty["untracked"] == ["new.py"]
+    )
     (tmp_path / "inside").mkdir()
     assert git_state(tmp_path / "inside") is None
