@@ -1,0 +1,68 @@
+"""What a run writes at its end: text after each prompt, and how much of its Python is Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serving.generate import generate
+from serving.python_share import parse_share
+
+PYTHON_PROMPT = "def "
+
+
+def write_samples(program: Any, params: Any, tokenizer: Any, config: Any, run_dir: Path) -> dict[str, Any]:
+    """Write `samples/STEP.txt` (and `samples/STEP.python.txt`) under `run_dir`; return figures for the summary.
+
+    program: `training.program.Program`; config: the root Config. Figures: `sample_text`, and with
+    `sample.parse_snippets` also `parse_share` in [0, 1], `parse_passed`, `parse_total`.
+    """
+    settings, step = config.sample, config.training.num_steps
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    figures: dict[str, Any] = {}
+    if settings.prompts:
+        texts, _ = complete(program, params, tokenizer, settings.prompts, settings, config.seed)
+        _write(folder / f"{step}.txt", texts)
+        figures["sample_text"] = texts[0]
+    if settings.parse_snippets:
+        prompts = [PYTHON_PROMPT] * settings.parse_snippets
+        texts, ended = complete(program, params, tokenizer, prompts, settings, config.seed)
+        _write(folder / f"{step}.python.txt", texts)
+        share, passed, total = parse_share(texts, ended)
+        figures |= {"parse_share": share, "parse_passed": passed, "parse_total": total}
+    return figures
+
+
+def complete(
+    program: Any, params: Any, tokenizer: Any, prompts: Sequence[str], settings: Any, seed: int
+) -> tuple[list[str], list[bool]]:
+    """Each prompt with its continuation, and whether the model itself ended it."""
+    heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    tails = generate(
+        program.model,
+        params,
+        program.ops,
+        heads,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        eos_id=tokenizer.eos_id,
+        seed=seed,
+        vocab_size=tokenizer.vocab_size,
+    )
+    texts = [tokenizer.decode([*head[1:], *tail]) for head, tail in zip(heads, tails, strict=True)]
+    return texts, [len(tail) < settings.max_new_tokens for tail in tails]
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Start-of-document and the prompt's tokens.
+
+    A space at the end is left for the model to write: in a byte-level BPE it belongs to the next word, and a lone
+    space token is something the model has hardly ever seen there.
+    """
+    text = prompt[:-1] if prompt.endswith(" ") and len(prompt) > 1 else prompt
+    return [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(text))]
+
+
+def _write(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")

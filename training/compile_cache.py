@@ -1,0 +1,36 @@
+"""The persistent compile cache, and whether it helped."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+HIT = "/jax/compilation_cache/cache_hits"
+MISS = "/jax/compilation_cache/cache_misses"
+
+
+class CacheWatch:
+    """Counts hits and misses of this process from here on."""
+
+    def __init__(self, directory: Path | None):
+        self.directory, self.hits, self.misses = directory, 0, 0
+        jax.monitoring.register_event_listener(self._listen)
+
+    def _listen(self, event: str, **_: Any) -> None:
+        self.hits += event == HIT
+        self.misses += event == MISS
+
+    def outcome(self) -> dict[str, Any]:
+        """Hits, misses and bytes on disk; an empty dict where there is no cache."""
+        if self.directory is None:
+            return {}
+        size = sum(file.stat().st_size for file in self.directory.glob("*") if file.is_file())
+        return {"hits": self.hits, "misses": self.misses, "bytes": size}
+
+
+def start_compile_cache(directory: str | None) -> CacheWatch:
+    """Keep every executable that took a while to compile in `directory`; None turns the cache off."""
+    path = Path(directory).absolute() if directory else None
+    jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return CacheWatch(path)

@@ -1,0 +1,324 @@
+"""The loop, to be read aloud: compose, resume, then step after step, with what happens once in a while in sight."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
+from data.pipeline import Prepared, prepare
+from parallel.mesh import build_layout
+from training.checkpoint import Checkpoints, state_digest
+from training.compile_cache import CacheWatch, start_compile_cache
+from training.evaluate import evaluate
+from training.flops import Flops, peak_flops, training_flops
+from training.manifest import build_manifest
+from training.metrics import MetricsLog
+from training.plots import plot_loss
+from training.program import Program, build_program, padded_vocab
+from training.progress import Progress, startup_table
+from training.recorder import Recorder
+from training.run_directory import RunDirectory, open_run
+from training.state import TrainState, init_state, shardings
+from training.summary import print_summary, summarize
+from training.tensorboard import TensorBoard
+
+Sampler = Callable[..., dict[str, Any]]
+
+
+def fit(config: Any, sample: Sampler | None = None) -> int:
+    """Train as `config` (the root Config) says, or go on where an earlier start of the same run stopped.
+
+    `sample(program, params, tokenizer, config, run_dir)` writes generated text at the end and returns figures for
+    the summary; it is handed in because serving stands above training. Returns the exit status.
+
+    Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
+    """
+    began = time.perf_counter()
+    watch = start_compile_cache(config.run.compile_cache)
+    with ExitStack() as stack:
+        run = open_run(asdict(config), config.run.dir)
+        stack.callback(run.close)
+        if (summary := finished(run.path, config)) is not None:
+            print_summary(summary)
+            return 0
+        job = compose(config, run, watch)
+        state, first = start(job, stack)
+        state = train(job, state, first, stack)
+        return finish(job, state, sample, began)
+
+
+@dataclass
+class Job:
+    """What one call of `fit` works with; the state is not here, it is handed on."""
+
+    config: Any
+    run: RunDirectory
+    prepared: Prepared
+    program: Program
+    loader: Loader
+    held_out: EvalBatches
+    train_step: Any
+    eval_step: Any
+    flops: Flops
+    parent: "Parent | None"
+    compile_seconds: float
+    watch: CacheWatch
+    checkpoints: Checkpoints | None = None
+    recorder: Recorder | None = None
+    position: dict[str, Any] | None = None  # of the data, after the last step
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where `init_from` points: the checkpoints of another run and the step to take."""
+
+    checkpoints: Checkpoints
+    step: int
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps: path and digest."""
+        record = self.checkpoints.record(self.step)
+        return {"path": str(self.checkpoints.directory), "step": self.step, "digest": state_digest(record)}
+
+
+def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
+    """Data, program and executables; whatever is wrong with a config shows here, and nothing has been written."""
+    layout = build_layout(config.mesh)
+    parent = find_parent(config) if not run.resuming else None
+    prepared = prepare(config.data, config.tokenizer)
+    config = with_vocab(config, prepared.tokenizer.vocab_size)
+    program = build_program(config, layout)
+    loader = Loader(
+        prepared, config.data, global_batch_size=config.training.global_batch_size, seed=config.seed
+    )
+    held_out = eval_batches(
+        prepared.validation,
+        config.data,
+        batch_size=config.training.global_batch_size,
+        max_batches=config.eval.batches,
+    )
+    device = layout.mesh.devices.flat[0]
+    peak, how = peak_flops(config.hardware, device.platform, device.device_kind)
+    flops = training_flops(
+        program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
+    )
+    startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
+    began = time.perf_counter()
+    train_step, eval_step = program.compile_train(), program.compile_eval()
+    seconds = time.perf_counter() - began
+    return Job(
+        config, run, prepared, program, loader, held_out, train_step, eval_step, flops, parent, seconds, watch
+    )
+
+
+def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
+    """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
+    config, run, program = job.config, job.run, job.program
+    manifest = build_manifest(
+        asdict(config),
+        prepared_digest=job.prepared.digest,
+        tokenizer_digest=job.prepared.tokenizer.digest,
+        mesh=dict(program.layout.mesh.shape),
+        data=job.prepared.description,
+        parent=job.parent.facts() if job.parent else None,
+        extra={"compute_dtype": str(program.ops.compute_dtype)},
+    )
+    first, tokens = 0, 0
+    state: TrainState | None = None
+    if run.resuming:
+        job.checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint)
+        stack.callback(job.checkpoints.close)
+        if (found := job.checkpoints.restore_newest(program.state)) is not None:
+            state, record, quarantined = found
+            first, tokens = record["step"], record["tokens"]
+            job.loader.restore(record["data"])
+            for reason in quarantined:
+                print(f"quarantined: {reason}")
+    run.begin(manifest, resume_step=first)
+    if job.checkpoints is None:
+        job.checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint)
+        stack.callback(job.checkpoints.close)
+    if state is None:
+        state = fresh_state(job)
+    log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
+    stack.callback(log.close)
+    board = TensorBoard(run.path / "tensorboard", first) if config.logging.tensorboard else None
+    if board:
+        stack.callback(board.close)
+    progress = Progress(
+        config.training.num_steps, start_step=first, live=config.logging.live, every=config.logging.every
+    )
+    stack.callback(progress.close)
+    job.recorder = Recorder(log, job.flops, progress, board, tokens=tokens, every=config.logging.every)
+    return state, first
+
+
+def fresh_state(job: Job) -> TrainState:
+    """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
+    ema = job.config.training.ema_decay is not None
+    state = init_state(job.program.model, job.program.tx, job.program.state, seed=job.config.seed, ema=ema)
+    if job.parent is None:
+        return state
+    params = job.parent.checkpoints.restore_weights(job.parent.step, job.program.state.params)
+    average = jax.tree.map(lambda x: x.copy(), params) if ema else None
+    return state.replace(params=params, ema=average)
+
+
+def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainState:
+    """From step `first` to the last."""
+    config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
+    assert recorder is not None and checkpoints is not None
+    last = config.training.num_steps
+    placed = shardings(job.program.batch)
+    feed = Prefetcher(
+        job.loader, start=first, depth=config.data.prefetch, place=lambda batch: jax.device_put(batch, placed)
+    )
+    stack.callback(feed.close)
+    recorder.resume_clock()
+    for step in range(first + 1, last + 1):
+        batch, wait, job.position = feed.next()
+        state, metrics = job.train_step(state, batch)
+        recorder.push(step, metrics, wait)
+
+        if every(config.eval.every, step, last):
+            recorder.flush()
+            recorder.event(step, held_out_figures(job, state))
+            recorder.resume_clock()
+
+        if every(config.checkpoint.every, step, last):
+            recorder.flush()
+            recorder.log.sync()  # a checkpoint is never ahead of its rows
+            record = {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
+            checkpoints.save(step, state, record)
+            recorder.resume_clock()
+    recorder.flush()
+    checkpoints.wait()
+    return state
+
+
+def every(period: int, step: int, last: int) -> bool:
+    """True once in a while, and at the last step; a period of 0 leaves only the last."""
+    return step == last or (period > 0 and step % period == 0)
+
+
+def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
+    """Loss and bits per byte on the held-out batches, of the average too where one is kept."""
+    figures = held_out_loss(job, state.params)
+    if state.ema is not None:
+        figures |= {f"{name}_ema": value for name, value in held_out_loss(job, state.ema).items()}
+    return figures
+
+
+def held_out_loss(job: Job, params: Any) -> dict[str, float]:
+    """`eval/loss` and `eval/bits_per_byte` of some weights."""
+    placed = shardings(job.program.batch)
+    batches = (jax.device_put(batch, placed) for batch in job.held_out)
+    return evaluate(job.eval_step, params, batches, job.held_out.num_bytes)
+
+
+def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) -> int:
+    """Averages, samples, plot and summary; all of it can be made again from what is on disk."""
+    config, run, recorder, checkpoints = job.config, job.run, job.recorder, job.checkpoints
+    assert recorder is not None and checkpoints is not None
+    recorder.progress.close()
+    figures: dict[str, Any] = held_out_figures(job, state)
+    if config.checkpoint.average_last > 0:
+        steps = checkpoints.steps()[-config.checkpoint.average_last :]
+        mean = checkpoints.mean_weights(steps, job.program.state.params)
+        figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
+    if sample is not None:
+        figures |= sample(job.program, state.params, job.prepared.tokenizer, config, run.path)
+    plot_loss(run.path / "metrics.jsonl", run.path / "plots" / "loss.png", title=config.run.name)
+    summary = summarize(
+        run.path,
+        figures
+        | {
+            "step": config.training.num_steps,
+            "num_steps": config.training.num_steps,
+            "tokens": recorder.tokens,
+            "bigram_bits_per_byte": job.prepared.bigram_bits_per_byte(),
+            "train_seconds": recorder.seconds,
+            "wall_seconds": time.perf_counter() - began,
+            "compile_seconds": job.compile_seconds,
+            "compile_cache": job.watch.outcome(),
+            "parameters": job.program.model.num_params(),
+            "peak_flops": job.flops.peak,
+        },
+    )
+    print_summary(summary)
+    return 0
+
+
+def finished(path: Path, config: Any) -> dict[str, Any] | None:
+    """The summary of a run that has reached its last step; None where there is work to do."""
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("step") == config.training.num_steps else None
+
+
+def with_vocab(config: Any, tokenizer_size: int) -> Any:
+    """`model.vocab_size=-1` becomes the tokenizer's padded size; a given one must hold every token."""
+    size = config.model.vocab_size
+    if size == -1:
+        return replace(config, model=replace(config.model, vocab_size=padded_vocab(tokenizer_size)))
+    if size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; "
+            f"use model.vocab_size=-1 or at least {padded_vocab(tokenizer_size)}"
+        )
+    return config
+
+
+def find_parent(config: Any) -> Parent | None:
+    """The checkpoints that `init_from` names: a run beside this one, a run's directory, or one step's directory."""
+    if config.init_from is None:
+        return None
+    asked = Path(config.init_from)
+    candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
+    for candidate in candidates:
+        if (candidate / "checkpoints").is_dir():
+            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint)
+            steps = checkpoints.steps()
+            if candidate == asked.parent.parent:
+                steps = [s for s in steps if str(s) == asked.name]
+            if steps:
+                return Parent(checkpoints, steps[-1])
+    raise ValueError(
+        f"init_from={config.init_from} is no run and no checkpoint; give a run's name (beside {config.run.dir}), "
+        f"its directory, or its checkpoints/STEP"
+    )
+
+
+def describe(
+    config: Any, run: RunDirectory, program: Program, loader: Loader, peak: str
+) -> list[tuple[str, str, str]]:
+    """The start-up table: what was chosen, and why."""
+    mesh = {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1}
+    devices = program.layout.mesh.devices
+    counts = program.model.num_params()
+    training = config.training
+    tokens = training.global_batch_size * config.data.seq_len
+    remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
+    free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
+    return [
+        ("run", str(run.path), "going on" if run.resuming else "new"),
+        ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
+        ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
+        ("model", f"{config.model.name}, {counts['total'] / 1e6:.1f}M parameters", "model="),
+        ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
+        ("attention", training.attention, "training.attention"),
+        ("layers", remat, "training.remat, training.scan_layers"),
+        ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
+        ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
+        ("data", loader.describe(), f"data.mode={config.data.mode}"),
+        ("disk", f"{free / 2**30:.0f} GiB free", "for checkpoints"),
+    ]

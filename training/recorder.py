@@ -1,0 +1,81 @@
+"""Every step a row: metrics are read one step late, so that the devices never wait for the host."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from training.errors import RunFault
+from training.flops import Flops
+from training.metrics import MetricsLog
+
+
+class Recorder:
+    """Turns the step's device scalars into rows of `metrics.jsonl`, TensorBoard and the live line.
+
+    `push` a step when it has been dispatched; its row is written when the next one has been, or at `flush`.
+    """
+
+    def __init__(self, log: MetricsLog, flops: Flops, progress: Any, board: Any, *, tokens: int, every: int):
+        self.log, self.flops, self.progress, self.board = log, flops, progress, board
+        self.tokens, self.every = tokens, every
+        self._pending: tuple[int, Mapping[str, Any], float] | None = None
+        self._mark = time.perf_counter()
+        self.seconds = 0.0  # of steps alone, without evaluation and saving
+        self.steps = 0
+        self.last: dict[str, Any] = {}
+
+    def push(self, step: int, metrics: Mapping[str, Any], wait: float) -> None:
+        """A step has been dispatched; the one before it is finished by now or soon."""
+        pending, self._pending = self._pending, (step, metrics, wait)
+        if pending:
+            self._write(*pending)
+
+    def flush(self) -> None:
+        """Wait for the last step and write its row."""
+        pending, self._pending = self._pending, None
+        if pending:
+            self._write(*pending)
+
+    def resume_clock(self) -> None:
+        """What happened since the last flush was no training step: do not count it as one."""
+        self._mark = time.perf_counter()
+
+    def event(self, step: int, values: Mapping[str, Any]) -> None:
+        """A row that is not a training step, such as an evaluation."""
+        self.log.write({"step": step, **values})
+        self.progress.evaluated({"step": step, **values})
+        if self.board:
+            self.board.scalars(step, values)
+
+    def _write(self, step: int, metrics: Mapping[str, Any], wait: float) -> None:
+        values = jax.device_get(dict(metrics))
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        tokens = int(values["tokens"])
+        self.tokens += tokens
+        self.seconds += seconds
+        self.steps += 1
+        row = {
+            "step": step,
+            "loss": float(values["loss"]),
+            "grad_norm": float(values["grad_norm"]),
+            "learning_rate": float(values["learning_rate"]),
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "input_wait_seconds": wait,
+            **self.flops.mfu(tokens / seconds),
+        }
+        self.log.write(row)
+        self.last = row
+        self.progress.update(row)
+        if self.board and (step % self.every == 0 or step == 1):
+            self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
+        if not math.isfinite(row["loss"]):
+            raise RunFault(
+                f"loss={row['loss']} at step {step}; lower optim.learning_rate={row['learning_rate']:.3g} or set "
+                f"optim.grad_clip, and run again: it goes on from the last checkpoint"
+            )
