@@ -37,7 +37,7 @@ def permutation(n: int, *key: int) -> Int[np.ndarray, " n"]:
     """
     state = np.uint64(0)
     for part in key:
-        state = _splitmix(np.array([part], np.int64).astype(np.uint64) + state)[0]
+        state = _splitmix(np.array([part % 2**64], np.uint64) + state)[0]
     return np.argsort(_splitmix(np.arange(n, dtype=np.uint64) ^ state), kind="stable")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = Tr
 
     Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker imports a main script that has no guard; its parent holds the lock and waits for it.
+        raise DataError(
+            'prepare ran as a worker imported the main script; put it under if __name__ == "__main__":'
+        )
     root = Path(data.cache_dir)
     with locked(root):
         return _Preparation(data, tokenizer, root, Console(stderr=True, quiet=not progress)).run()

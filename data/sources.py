@@ -111,8 +111,9 @@ class Documents(Sequence):
             )
 
     def _broken(self, error: Exception) -> DataError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return DataError(f"{self.directory} is no sound TFDS dataset ({reason}); prepare it again")
+        return DataError(
+            f"{self.directory} is no sound TFDS dataset ({_first_line(error)}); prepare it again"
+        )
 
 
 def documents(config: DataConfig, split: str) -> Documents:
@@ -228,31 +229,35 @@ def _build(config: DataConfig, aside: Path) -> None:
     with quiet():
         from data import tfds_builders
 
-        root = stdlib_root() if config.source == "stdlib" else Path(str(config.path))
         kind = tfds_builders.StdlibCorpus if config.source == "stdlib" else tfds_builders.FolderCorpus
         builder = kind(
             data_dir=str(aside),
-            root=str(root),
+            root=str(stdlib_root() if config.source == "stdlib" else config.path),
             validation_fraction=config.validation_fraction,
             text_key=config.text_key,
         )
         try:
             builder.download_and_prepare()
-        except (DataError, OSError):
-            raise
         except Exception as error:
-            cause = _data_error_in(error)
-            raise cause if cause else error from None
+            raise _said_plainly(error, config) from None
     shutil.rmtree(aside / "downloads", ignore_errors=True)
 
 
-def _data_error_in(error: BaseException | None) -> DataError | None:
-    """Find the line we meant to say under what tfds wrapped around it."""
-    while error is not None:
-        if isinstance(error, DataError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def _said_plainly(error: Exception, config: DataConfig) -> DataError:
+    """Return the line we meant to say, from under what tfds wrapped around it; else tfds's first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, DataError):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    return DataError(
+        f"data.cache_dir={config.cache_dir}: the {config.source} corpus cannot be built there "
+        f"({_first_line(error)}); free space or choose another"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextlib.contextmanager

@@ -129,8 +129,8 @@ def _tokenized(documents: Documents, tokenizer_path: Path, workers: int) -> Iter
         yield from (_tokenize(documents, tokenizer, job) for job in jobs)
         return
     # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their
-    # locks. A spawned child imports the main script anew, so a script that gets here needs `if __name__ ==
-    # "__main__":`.
+    # locks. A spawned child imports the main script anew, so a script that gets here needs
+    # `if __name__ == "__main__":`.
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),

@@ -137,7 +137,7 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache: keys and values [count, B, length, K, H] of each layer, and how far it is filled."""
+        """An empty cache: keys and values [count, B, length, K, H] of each layer, and its filled length."""
         shape = (batch_size, length, self.config.num_kv_heads, self.config.head_dim)
         places: Tree = {
             str(s): {
@@ -177,9 +177,9 @@ class Model:
         return {"total": sum(map(_size, leaves)), "non_embedding": sum(map(_size, body))}
 
     def flops_per_token(self, seq_len: int) -> dict[str, float]:
-        """Operations of a forward pass per token of a `seq_len` row; training takes three times as many.
+        """Operations of a forward pass per token of a `seq_len` row; training takes three times that.
 
-        `matmul`: two a weight, the head's included; `attention_full`: scores and values over all positions that
+        `matmul`: two a weight, with the head; `attention_full`: scores and values over all positions that
         a window allows; `attention_causal`: over those of them that are not in the future, on average.
         """
         config = self.config

@@ -189,7 +189,7 @@ def load_weights(directory: Path, config: "Config", model: Any, layout: Any, opt
 
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"{directory} has no checkpoint yet; the first comes at checkpoint.every")
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint, read_only=True)
     steps = wanted_steps(checkpoints, options.step)
     abstract = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),

@@ -1,9 +1,9 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/_CHECKPOINT_METADATA       our record: digests of every array, data position, manifest
+    checkpoints/STEP/_CHECKPOINT_METADATA       our record: digests of every array, data position, tokens
 
-A restore recomputes every digest. A checkpoint that fails is moved to `STEP.quarantined` with its reason, and the
+A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and the
 newest one that passes is used: never a silent wrong number.
 """
 
@@ -58,14 +58,17 @@ def _flat_digests(items: Mapping[str, Leaves]) -> dict[str, int]:
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous; `wait` raises what went wrong behind its back."""
 
-    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+    def __init__(
+        self, directory: str | os.PathLike[str], config: CheckpointConfig, *, read_only: bool = False
+    ):
+        """`read_only`: for a run that may be alive; what its writer has under way is left alone."""
         policies = ocp.training
         self.directory = Path(directory).absolute()
         self._checkpointer = policies.Checkpointer(
             str(self.directory),
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(max(config.keep, config.average_last)),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
 
     def steps(self) -> list[int]:

@@ -147,8 +147,13 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
         stack.callback(job.checkpoints.close)
     if state is None:
         state = fresh_state(job)
+    job.prepared.tokenizer.save(run.path / "tokenizer.json")
     log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
     stack.callback(log.close)
+    if log.missing:
+        print(
+            f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; it was altered"
+        )
     board = TensorBoard(run.path / "tensorboard", first) if config.logging.tensorboard else None
     if board:
         stack.callback(board.close)
@@ -235,7 +240,9 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
         figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
     if sample is not None:
         figures |= sample(job.program, state.params, job.prepared.tokenizer, config, run.path)
-    plot_loss(run.path / "metrics.jsonl", run.path / "plots" / "loss.png", title=config.run.name)
+    bigram = job.prepared.bigram_bits_per_byte()
+    picture = run.path / "plots" / "loss.png"
+    plot_loss(run.path / "metrics.jsonl", picture, title=config.run.name, bigram_bits_per_byte=bigram)
     summary = summarize(
         run.path,
         figures
@@ -243,7 +250,7 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
             "step": config.training.num_steps,
             "num_steps": config.training.num_steps,
             "tokens": recorder.tokens,
-            "bigram_bits_per_byte": job.prepared.bigram_bits_per_byte(),
+            "bigram_bits_per_byte": bigram,
             "train_seconds": recorder.seconds,
             "wall_seconds": time.perf_counter() - began,
             "compile_seconds": job.compile_seconds,
@@ -286,7 +293,7 @@ def find_parent(config: Any) -> Parent | None:
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
         if (candidate / "checkpoints").is_dir():
-            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint)
+            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint, read_only=True)
             steps = checkpoints.steps()
             if candidate == asked.parent.parent:
                 steps = [s for s in steps if str(s) == asked.name]

@@ -74,6 +74,7 @@ class Recorder:
         self.progress.update(row)
         if self.board and (step % self.every == 0 or step == 1):
             self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
+            self.board.flush()  # so that a running TensorBoard follows
         if not math.isfinite(row["loss"]):
             raise RunFault(
                 f"loss={row['loss']} at step {step}; lower optim.learning_rate={row['learning_rate']:.3g} or set "

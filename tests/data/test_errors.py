@@ -3,7 +3,11 @@
 import gzip
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from data.errors import DataError
 from data.pipeline import prepare
 from data.sources import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
+
+ROOT = Path(__file__).parents[2]
 
 
 def refuses(tmp_path, config, match, tokenizer=BYTES):
@@ -164,6 +170,46 @@ def test_cache_that_cannot_be_written(tmp_path):
     refuses(
         tmp_path, folder_config(folder, tmp_path / "file" / "cache"), r"data\.cache_dir=.* cannot be written"
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "where"),
+    [(500, "the folder corpus cannot be built"), (200_000, "/tokens/.* cannot be written")],
+)
+def test_full_disk(tmp_path, limit, where):
+    """A limit on file size stands for a disk that fills up: as the corpus is built, as it is tokenized."""
+    folder = write_texts(tmp_path / "texts", some_texts(20, longest=3000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        config = folder_config(folder, tmp_path / "cache")
+        refuses(tmp_path, config, rf"data\.cache_dir.*{where}.*; free space or choose another")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert prepare(config, BYTES, progress=False).description["rebuilt"] == []
+
+
+def test_a_script_without_its_guard_is_told_instead_of_waiting_for_ever(tmp_path):
+    folder = write_texts(tmp_path / "texts", some_texts(20))
+    script = tmp_path / "main.py"
+    script.write_text(UNGUARDED.format(root=str(ROOT), folder=str(folder), cache=str(tmp_path / "cache")))
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert "DataError" in out.stderr
+    assert 'put it under if __name__ == "__main__":' in out.stderr
+    assert "data.workers=2: a tokenizing process died" in out.stderr
+
+
+UNGUARDED = """
+import sys
+sys.path.insert(0, {root!r})
+import data.store
+from data.config import DataConfig, TokenizerConfig
+from data.pipeline import prepare
+
+data.store.JOB_BYTES = 2000
+config = DataConfig(source="folder", path={folder!r}, cache_dir={cache!r}, validation_fraction=0.3)
+prepare(config, TokenizerConfig(kind="byte"))
+"""
 
 
 @pytest.fixture
