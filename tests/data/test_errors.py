@@ -174,7 +174,7 @@ def test_cache_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "where"),
-    [(500, "the folder corpus cannot be built"), (200_000, "/tokens/.* cannot be written")],
+    [(40_000, "the folder corpus cannot be built"), (200_000, "/tokens/.* cannot be written")],
 )
 def test_full_disk(tmp_path, limit, where):
     """A limit on file size stands for a disk that fills up: as the corpus is built, as it is tokenized."""
