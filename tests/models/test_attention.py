@@ -1,0 +1,99 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.attention import chunked_attention, reference_attention
+from tests.models.decoders import loop_attention, make_batch, slope
+
+BACKENDS = {"reference": reference_attention, "chunked": partial(chunked_attention, block=4)}
+FEATURES = {
+    "causal": dict(kv_heads=4),
+    "gqa": dict(kv_heads=2),
+    "one_kv_head": dict(kv_heads=1),
+    "window": dict(kv_heads=4, window=3),
+    "softcap": dict(kv_heads=4, softcap=1.5),
+    "packing": dict(kv_heads=4, documents=[[3, 5], [4, 1, 2]]),
+    "all": dict(kv_heads=2, window=2, softcap=1.5, documents=[[3, 5], [4, 1, 2]]),
+}
+
+
+def make_inputs(kv_heads: int, documents: list, length: int = 8, heads: int = 4, size: int = 4):
+    keys = jax.random.split(jax.random.key(1), 4)
+    B = len(documents)
+    q = 2 * jax.random.normal(keys[0], (B, length, heads, size))
+    k, v = (jax.random.normal(key, (B, length, kv_heads, size)) for key in keys[1:3])
+    return (q, k, v), jax.random.normal(keys[3], q.shape), make_batch(documents, length)
+
+
+def masks(batch: dict) -> dict:
+    positions, segments = jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"])
+    return dict(q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_equals_loops_in_forward_and_gradient(backend, feature):
+    values = {"documents": [[8], [8]], "window": None, "softcap": None} | FEATURES[feature]
+    inputs, cotangent, batch = make_inputs(values["kv_heads"], values["documents"])
+    window, softcap = values["window"], values["softcap"]
+
+    @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    def run(q, k, v):
+        out = BACKENDS[backend](q, k, v, **masks(batch), window=window, softcap=softcap, scale=0.5)
+        return jnp.vdot(out, cotangent), out
+
+    grads, out = jax.jit(run)(*inputs)
+    exact = [np.asarray(x, np.float64) for x in inputs]
+    np.testing.assert_allclose(out, loop_attention(*exact, batch, window, softcap, 0.5), atol=2e-6)
+    for place, grad in enumerate(grads):
+        direction, expected = slope(
+            lambda *x: np.vdot(loop_attention(*x, batch, window, softcap, 0.5), cotangent), exact, place
+        )
+        np.testing.assert_allclose(np.vdot(grad, direction), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_gives_zeros_and_finite_gradients(backend):
+    (q, k, v), cotangent, batch = make_inputs(2, [[3], []])
+
+    def run(q):
+        out = BACKENDS[backend](q, k, v, **masks(batch), scale=0.5)
+        return jnp.vdot(out, cotangent), out
+
+    grad, out = jax.jit(jax.grad(run, has_aux=True))(q)
+    assert not np.any(out[batch["segment_ids"] == 0])
+    assert np.all(np.isfinite(grad))
+
+
+def shapes_in(jaxpr) -> set:
+    """Shapes of every intermediate array, also inside loops and checkpoints."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {tuple(getattr(var.aval, "shape", ())) for var in equation.outvars}
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found |= shapes_in(inner)
+    return found
+
+
+@pytest.mark.parametrize(("backend", "quadratic"), [("reference", True), ("chunked", False)])
+def test_only_the_reference_holds_a_square_buffer(backend, quadratic):
+    length = 24
+    (q, k, v), _, batch = make_inputs(2, [[length]], length)
+
+    def run(q, k, v):
+        return BACKENDS[backend](q, k, v, **masks(batch), scale=0.5).sum()
+
+    shapes = shapes_in(jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(q, k, v).jaxpr)
+    assert any(shape.count(length) >= 2 for shape in shapes) == quadratic
+
+
+def test_blocks_need_not_divide_the_length():
+    (q, k, v), _, batch = make_inputs(2, [[7], [3, 4]], 7)
+    got = jax.jit(partial(chunked_attention, scale=0.5, block=4))(q, k, v, **masks(batch))
+    expected = loop_attention(q, k, v, batch, None, None, 0.5)
+    np.testing.assert_allclose(got, expected, atol=2e-6)

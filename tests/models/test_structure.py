@@ -1,0 +1,124 @@
+import jax
+import numpy as np
+import pytest
+
+from models.config import ModelConfig
+from models.rope import rope_frequencies
+from models.spec import layer_spec, make_segments
+from models.transformer import build_model
+from tests.models.decoders import FAMILIES, family, loop_frequencies
+
+
+def layers_in_order(config: ModelConfig) -> list:
+    return [spec for segment in make_segments(config) for spec in segment.period * segment.count]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "counts"), [(26, [(4, 6), (2, 1)]), (34, [(5, 6), (4, 1)]), (3, [(3, 1)])]
+)
+def test_layers_left_over_from_the_pattern_make_a_segment(num_layers, counts):
+    pattern = ["local"] * 5 + ["global"]
+    config = family(num_layers=num_layers, window=8, window_pattern=pattern, rope_local_theta=100.0)
+    segments = make_segments(config)
+    assert [(segment.count, len(segment.period)) for segment in segments] == counts
+    kinds = [pattern[i % 6] for i in range(num_layers)]
+    assert layers_in_order(config) == [layer_spec(config, kind) for kind in kinds]
+    assert [spec.window for spec in layers_in_order(config)] == [8 if k == "local" else None for k in kinds]
+
+
+def test_a_uniform_pattern_is_one_layer_repeated():
+    for pattern in (["local"], ["local", "local", "local"]):
+        segments = make_segments(family(num_layers=7, window=8, window_pattern=pattern))
+        assert sum(segment.count for segment in segments) == 7
+        assert all(len(segment.period) == 1 for segment in segments)
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "llama3", "yarn"])
+def test_rope_scalings_equal_their_formulas(scaling, kind):
+    config = family(
+        head_dim=64,
+        rope_theta=5e5,
+        rope_scaling=scaling,
+        rope_factor=8.0,
+        rope_original_length=4096,
+        rope_local_theta=1e4,
+        window=8,
+        window_pattern=["local", "global"],
+    )
+    frequencies, amplitude = rope_frequencies(config, layer_spec(config, kind))
+    expected, expected_amplitude = loop_frequencies(config, kind)
+    np.testing.assert_allclose(frequencies, expected, rtol=1e-12)
+    assert amplitude == pytest.approx(expected_amplitude if kind == "global" else 1.0, rel=1e-12)
+    plain = 1e4 ** -(np.arange(32) / 32)
+    assert (kind == "local") == np.allclose(frequencies, plain)
+
+
+def test_rope_scalings_keep_fast_planes_and_stretch_slow_ones():
+    for scaling in ("llama3", "yarn"):
+        config = family(head_dim=64, rope_scaling=scaling, rope_factor=8.0, rope_original_length=4096)
+        plain = rope_frequencies(family(head_dim=64), layer_spec(config, "global"))[0]
+        ratio = plain / rope_frequencies(config, layer_spec(config, "global"))[0]
+        assert ratio[0] == pytest.approx(1.0) and ratio[-1] == pytest.approx(8.0)
+        assert np.all(np.diff(ratio) >= 0) and np.any((ratio > 1.01) & (ratio < 7.99))
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (dict(num_kv_heads=3), ["model.num_kv_heads=3", "model.num_heads=4", "[1, 2, 4]"]),
+        (dict(head_dim=7), ["model.head_dim=7", "use 8"]),
+        (dict(window_pattern=["local"]), ["model.window=null", "set model.window"]),
+        (dict(window_pattern=["near"]), ["model.window_pattern=['near']", "global, local"]),
+        (dict(window_pattern=[]), ["model.window_pattern=[]"]),
+        (dict(activation="swish"), ["model.activation=swish", "swiglu"]),
+        (dict(num_layers=0), ["model.num_layers=0", "above 0"]),
+        (dict(init_std=float("nan")), ["model.init_std=nan"]),
+        (dict(logit_softcap=0.0), ["model.logit_softcap=0.0", "null"]),
+        (dict(vocab_size=0), ["model.vocab_size=0", "-1"]),
+        (
+            dict(rope_scaling="llama3", rope_low_freq_factor=4.0),
+            ["model.rope_low_freq_factor=4.0", "model.rope_high_freq_factor=4.0"],
+        ),
+    ],
+)
+def test_values_that_make_no_model_are_one_clear_line(values, parts):
+    with pytest.raises(ValueError) as caught:
+        family(**values)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts)
+
+
+def test_a_model_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="model.vocab_size=-1"):
+        build_model(family(vocab_size=-1))
+
+
+def test_flops_are_two_a_weight_and_four_a_visible_key():
+    model = build_model(FAMILIES["mistral"])
+    flops = model.flops_per_token(16)
+    matrices = 2 * (2 * 32 * 4 * 8 + 32 * 2 * 2 * 8 + 3 * 32 * 48) + 64 * 32  # two layers and the head
+    assert flops["matmul"] == 2 * matrices
+    width, window, layers = 4 * 8, 4, 2
+    assert flops["attention_full"] == layers * 4 * width * window
+    # A continuous row: the first `window` positions see half a window on average, the others all of it.
+    assert (
+        flops["attention_causal"] == layers * 4 * width * (window / 2 * window + (16 - window) * window) / 16
+    )
+    unwindowed = build_model(FAMILIES["llama2"]).flops_per_token(16)
+    assert unwindowed["attention_causal"] == unwindowed["attention_full"] / 2
+
+
+def test_init_is_the_same_on_any_mesh():
+    model = build_model(FAMILIES["qwen3"])
+    plain = jax.jit(model.init)(jax.random.key(0))
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(info):
+        spec = [None] * len(info.shape)
+        if "embed" in info.axes:
+            spec[info.axes.index("embed")] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    sharded = jax.jit(model.init, out_shardings=jax.tree.map(place, model.info))(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, sharded, plain)
