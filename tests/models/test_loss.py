@@ -27,9 +27,10 @@ def naive(x, w, targets, weights, softcap, z_loss):
 
 
 @pytest.mark.parametrize(
-    "chunk", [1, 7, 12, 1000]
-)  # 1, 2 (not 4, which does not divide 10), 2 and 10 positions
-@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (2.0, 0.0), (None, 0.01), (2.0, 0.01)])
+    ("chunk", "softcap", "z_loss"),
+    # Chunks of 1, 2, 2 (12 // 3 = 4 does not divide 10), 2 and 10 positions.
+    [(1, None, 0.0), (7, 2.0, 0.0), (12, None, 0.01), (12, 2.0, 0.01), (1000, 2.0, 0.01)],
+)
 def test_chunked_cross_entropy_equals_naive_in_loss_and_grads(chunk, softcap, z_loss):
     x, w, targets, weights = make_inputs()
 
