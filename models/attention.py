@@ -46,8 +46,9 @@ def reference_attention(
     """
     batch, length, heads, size = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
-    # Queries that share a K/V head become rows R = G*T of one matrix: two plain batched products, no repeated K
-    # or V. Four dims and a single `where` keep XLA's CPU loops vectorized: three times as fast as the obvious form.
+    # Queries that share a K/V head become rows R = G*T of one matrix: two plain batched products, no repeated
+    # K or V. Four dims and a single `where` keep XLA's CPU loops vectorized: three times as fast as the
+    # obvious form.
     rows = q.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * length, size)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
