@@ -58,8 +58,8 @@ def reference_attention(
     mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
     scores = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-    out = out / jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values)
+    out = out.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
     out = out.reshape(batch, kv_heads, groups, length, size).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     # A padding query saw every key alike; it is to see none.
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0.0).astype(q.dtype)
