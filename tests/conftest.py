@@ -1,7 +1,7 @@
 """Eight devices on a CPU for every test, set before JAX is imported.
 
-The tests compile hundreds of small programs and run each a few times, so LLVM's optimizations are left out: the suite
-takes half the time. Speed is measured in benchmarks, bitwise equality in runs of `train.py` itself.
+The tests compile hundreds of small programs and run each a few times, so LLVM's optimizations are left out:
+the suite takes half the time. Bitwise equality is tested in runs of `train.py` itself, which are optimized.
 """
 
 import os

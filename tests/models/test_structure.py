@@ -121,7 +121,7 @@ def test_init_is_the_same_on_any_mesh():
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     sharded = jax.jit(model.init, out_shardings=jax.tree.map(place, model.info))(jax.random.key(0))
-    # The same random bits; the normal distribution's inverse may round its last bit otherwise in another loop shape.
+    # The same random bits; XLA may round the normal transform's last bit otherwise in another loop shape.
     jax.tree.map(
         lambda a, b: np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), 4), sharded, plain
     )
