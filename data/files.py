@@ -35,6 +35,9 @@ def list_folder(folder: Path) -> list[Path]:
         raise DataError(
             f"data.path={folder} holds no documents; put files there that end in {' '.join(SUFFIXES)}"
         )
+    for path in found:
+        if path.exists() and not path.is_file():  # a pipe or a device, which would be read for ever
+            raise DataError(f"data.path: {path} is no regular file; move it away")
     return found
 
 

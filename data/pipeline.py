@@ -84,7 +84,8 @@ def _blocks(documents: Documents) -> Iterator[list[str]]:
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Prepared:
     """Make, or find in the cache, what training reads. Calling it again costs a hash of the inputs.
 
-    Where several processes call it at once, one works and the others wait. Tokenizing spawns `data.workers`
+    Progress goes to stdout, where training's goes too: stderr is for what is wrong. Where several processes
+    call it at once, one works and the others wait. Tokenizing spawns `data.workers`
     processes, which import the main script anew: call this under `if __name__ == "__main__":`.
 
     Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
@@ -96,7 +97,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = Tr
         )
     root = Path(data.cache_dir)
     with locked(root):
-        return _Preparation(data, tokenizer, root, Console(stderr=True, quiet=not progress)).run()
+        return _Preparation(data, tokenizer, root, Console(quiet=not progress)).run()
 
 
 class _Preparation:

@@ -162,7 +162,7 @@ def load_run_tokenizer(directory: Path, config: "Config") -> Any:
 
     if (directory / "tokenizer.json").is_file():
         return load_tokenizer(directory / "tokenizer.json")
-    tokenizer = prepare(config.data, config.tokenizer).tokenizer
+    tokenizer = prepare(config.data, config.tokenizer, progress=False).tokenizer
     expected = json.loads((directory / "manifest.json").read_text())["tokenizer"]["digest"]
     if tokenizer.digest != expected:
         raise ValueError(

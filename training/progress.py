@@ -9,22 +9,30 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 _FIGURES = ("step", "loss", "speed", "mfu", "eta", "eval")
 
 
 def startup_table(rows: Iterable[tuple[str, Any, str]], console: Console | None = None) -> None:
-    """Print (name, value, why) rows: nothing is chosen silently."""
-    table = Table.grid(padding=(0, 2))
-    for style in ("bold", "cyan", "dim"):
-        table.add_column(style=style, overflow="fold")
+    """Print (name, value, why) rows: nothing is chosen silently.
+
+    What is longer than the screen is wide goes on below itself; in a log each row is one line.
+    """
+    console = console or Console()
+    rows = [(name, str(value), why) for name, value, why in rows]
+    width = max(len(name) for name, _, _ in rows)
     for name, value, why in rows:
-        table.add_row(*(escape(str(cell)) for cell in (name, value, why)))
-    (console or Console()).print(table)
+        text = Text.assemble((value, "cyan"), (f" ({why})", "dim"))
+        if not console.is_terminal:
+            console.print(f"{name:{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
+            continue
+        row = Table.grid(Column(width=width, style="bold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
+        row.add_row(Text(name), text)
+        console.print(row)
 
 
 class Progress:

@@ -50,7 +50,14 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the screen, on stdout; `summary` from `summarize`, or read back from `summary.json`."""
+    """Print the screen, on stdout; `summary` from `summarize`, or read back from `summary.json`.
+
+    Boxes and colours are for a terminal; elsewhere there are plain lines.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console.print(_plain(summary), markup=False, highlight=False, soft_wrap=True)
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -63,13 +70,23 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     panels = [Panel(table, title=title, expand=False, padding=(0, 1))]
     if summary.get("sample_text"):
         panels.insert(0, _sample(summary["sample_text"]))
-    (console or Console()).print(Group(*panels))
+    console.print(Group(*panels))
+
+
+def _plain(summary: Mapping[str, Any]) -> str:
+    sample = [f"  {line}" for line in _sample_lines(summary.get("sample_text", ""))]
+    rows = [*_lines(summary), *_next(summary)]
+    width = max(len(label) for label, _ in rows)
+    table = [f"  {label:{width}}  {text}" for label, text in rows]
+    return "\n".join([*(["a sample:", *sample] if sample else []), f"{summary['name']}:", *table])
 
 
 def summary_text(summary: Mapping[str, Any], width: int = 100) -> str:
-    """The same screen as plain text."""
+    """The terminal's screen without its colours."""
     out = io.StringIO()
-    print_summary(summary, Console(file=out, width=width))
+    print_summary(
+        summary, Console(file=out, width=width, force_terminal=True, no_color=True, color_system=None)
+    )
     return out.getvalue()
 
 
@@ -106,9 +123,19 @@ def _shown(path: Path) -> str:
 
 
 def _sample(text: str) -> Panel:
-    lines = text.strip("\n").splitlines()
+    shown = escape("\n".join(_sample_lines(text)))
+    return Panel(shown, title="a sample", border_style="dim", expand=False, padding=(0, 1))
+
+
+def _sample_lines(text: str) -> list[str]:
+    # splitlines would also cut at the form feeds and separators that a young model likes to write.
+    lines = text.strip("\n").split("\n")
     shown = lines[:_SAMPLE_LINES] + (["..."] if len(lines) > _SAMPLE_LINES else [])
-    return Panel(escape("\n".join(shown)), title="a sample", border_style="dim", expand=False, padding=(0, 1))
+    return [
+        "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in s)
+        for s in shown
+        if text
+    ]
 
 
 def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -155,7 +182,7 @@ def _time(s: Mapping[str, Any]) -> str:
 def _mfu(s: Mapping[str, Any]) -> str:
     if "mfu_causal" not in s or "mfu_full" not in s:
         return ""
-    peak = f" of {human(s['peak_flops'])}FLOP/s" if "peak_flops" in s else ""
+    peak = f" of {s['peak_flops'] / 1e12:.3g} TFLOP/s" if "peak_flops" in s else ""
     return f", MFU {100 * s['mfu_causal']:.1f} % causal, {100 * s['mfu_full']:.1f} % full attention{peak}"
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from training.metrics import MetricsLog, encode_row
 from training.plots import plot_loss, smoothed
 from training.progress import Progress, duration, human, startup_table
-from training.summary import summarize, summary_text
+from training.summary import print_summary, summarize, summary_text
 
 
 def _rows(n=300):
@@ -98,7 +98,21 @@ def test_a_loss_that_is_not_finite_is_shown():
 def test_the_startup_table_says_what_and_why():
     out = io.StringIO()
     startup_table([("precision", "float32", "auto on cpu [x86]")], Console(file=out, width=100))
-    assert out.getvalue().split() == ["precision", "float32", "auto", "on", "cpu", "[x86]"]
+    assert out.getvalue() == "precision  float32 (auto on cpu [x86])\n"
+
+
+@pytest.mark.parametrize("width", (80, 120))
+def test_the_startup_table_fits_the_screen_and_keeps_values_and_names_apart(width):
+    out = io.StringIO()
+    rows = [
+        ("data", "long" + " long" * 40, "data.mode=cached"),
+        ("attention", "reference", "training.attention"),
+    ]
+    startup_table(rows, Console(file=out, width=width, force_terminal=True, color_system=None))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    assert [line[:11].strip() for line in lines] == ["data", *[""] * (len(lines) - 2), "attention"]
+    assert " ".join(line[11:] for line in lines[:-1]) == "long" + " long" * 40 + " (data.mode=cached)"
 
 
 def test_counts_and_durations_read_well():
@@ -221,6 +235,17 @@ def test_the_summary_has_every_figure_on_one_screen(tmp_path):
     ):
         assert figure in text, figure
     assert len(text.splitlines()) <= 34
+
+
+def test_where_there_is_no_terminal_the_screen_is_plain_lines(tmp_path):
+    out = io.StringIO()
+    print_summary(
+        _finished_run(tmp_path)[1] | {"sample_text": "a\x1b[2J\x0cb\nreturn [x]"}, Console(file=out)
+    )
+    lines = out.getvalue().splitlines()
+    assert lines[:4] == ["a sample:", "  a�[2J�b", "  return [x]", "quick[start]:"]
+    assert all(line == line.rstrip() and line.isprintable() for line in lines)
+    assert not set("│─╭╮╰╯") & set(out.getvalue())
 
 
 def test_a_figure_that_does_not_exist_has_no_line(tmp_path):
