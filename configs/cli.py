@@ -68,8 +68,8 @@ def _guarded(action: Callable[[], int], faults: tuple[type[Exception], ...], tra
 
     try:
         return action()
-    except KeyboardInterrupt:
-        return _report("interrupted", 130, trace)
+    except KeyboardInterrupt as error:
+        return _report(str(error) or "interrupted", 130, trace)
     except faults as error:
         return _report(str(error), 1, trace)
     except (HydraException, OmegaConfBaseException) as error:

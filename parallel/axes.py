@@ -1,7 +1,8 @@
 """Logical axes to mesh axes: the one table that turns a parameter's birth certificate into a sharding.
 
-A tensor dim is named (`embed`, `heads`, `batch`); the rules of `configs/mesh/*.yaml` say which mesh axes split that
-name. A size that does not divide, or a mesh axis used twice in one tensor, is refused here and nowhere later.
+A tensor dim is named (`embed`, `heads`, `batch`); the rules of `configs/mesh/*.yaml` say which mesh axes
+split that name. A size that does not divide, or a mesh axis used twice in one tensor, is refused here and
+nowhere later.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-# Grouped-query attention may have fewer K/V heads than tensor devices; then every device keeps all of them and the
-# activations are repeated (`kv_repeats`), which is exact.
+# Grouped-query attention may have fewer K/V heads than tensor devices; then every device keeps all of them
+# and the activations are repeated (`kv_repeats`), which is exact.
 REPEATABLE = ("kv_heads",)
 
 
@@ -34,7 +35,8 @@ class Layout:
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], what: str = "tensor") -> PartitionSpec:
         """PartitionSpec of a tensor with these logical axes, one a dim.
 
-        Raises ValueError where a dim does not divide or two dims claim one mesh axis; `what` names the tensor.
+        `what` names the tensor in errors. Raises ValueError where a dim does not divide or two dims claim one
+        mesh axis.
         """
         assert len(axes) == len(shape), (what, axes, shape)
         used: dict[str, str] = {}
@@ -92,6 +94,6 @@ class Layout:
 
 
 def kv_repeats(num_kv_heads: int, layout: Layout) -> int:
-    """Times each K/V head is repeated so that the `act_kv_heads` rule can split them; 1 where it already can."""
+    """Times each K/V head is repeated so that the `act_kv_heads` rule can split them; 1 where it can."""
     ways = layout.ways("act_kv_heads")
     return ways // num_kv_heads if ways > num_kv_heads and ways % num_kv_heads == 0 else 1

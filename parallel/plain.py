@@ -1,7 +1,8 @@
 """The plain schedule: scan over layers, accumulate over microbatches.
 
 One value of the interface that every schedule shares: `value_and_grad(model, params, batch, key, ops) ->
-(metrics, grads)` and its forward-only twin `evaluate`. It knows a model only by `embed`, `segments`, `layer`, `head`.
+(metrics, grads)` and its forward-only twin `evaluate`. It knows a model only by `embed`, `segments`, `layer`,
+`head`.
 """
 
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ class Plain:
     ) -> tuple[Sums, Params]:
         """Means over the batch's total weight, and gradients of `objective` among them.
 
-        The weight is known before any forward pass, so that microbatches of unequal weight still sum to the exact
-        gradient of the whole batch.
+        The weight is known before any forward pass, so that microbatches of unequal weight still sum to the
+        exact gradient of the whole batch.
         """
         weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
 
@@ -126,7 +127,7 @@ class Plain:
 
 
 def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
-    """[B, T] to [steps, B/steps, T]; row r goes to microbatch r mod steps, so each one spreads over all devices."""
+    """[B, T] to [steps, B/steps, T]; row r goes to microbatch r mod steps: each spreads over all devices."""
 
     def split(x: Array) -> Array:
         rows = x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)
@@ -136,4 +137,7 @@ def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
 
 
 def _add(left: Sums, right: Sums) -> Sums:
-    return {k: left.get(k, 0.0) + right.get(k, 0.0) for k in (*left, *(k for k in right if k not in left))}
+    totals = dict(left)
+    for key, value in right.items():
+        totals[key] = totals[key] + value if key in totals else value
+    return totals

@@ -11,7 +11,7 @@ PYTHON_PROMPT = "def "
 
 
 def write_samples(program: Any, params: Any, tokenizer: Any, config: Any, run_dir: Path) -> dict[str, Any]:
-    """Write `samples/STEP.txt` (and `samples/STEP.python.txt`) under `run_dir`; return figures for the summary.
+    """Write `samples/STEP.txt` (and `STEP.python.txt`) under `run_dir`; return figures for the summary.
 
     program: `training.program.Program`; config: the root Config. Figures: `sample_text`, and with
     `sample.parse_snippets` also `parse_share` in [0, 1], `parse_passed`, `parse_total`.
@@ -57,8 +57,8 @@ def complete(
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Start-of-document and the prompt's tokens.
 
-    A space at the end is left for the model to write: in a byte-level BPE it belongs to the next word, and a lone
-    space token is something the model has hardly ever seen there.
+    A space at the end is left for the model to write: in a byte-level BPE it belongs to the next word, and a
+    lone space token is something the model has hardly ever seen there.
     """
     text = prompt[:-1] if prompt.endswith(" ") and len(prompt) > 1 else prompt
     return [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(text))]

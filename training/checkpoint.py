@@ -1,16 +1,18 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/_CHECKPOINT_METADATA       our record: digests of every array, data position, tokens
+    checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
 
-A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and the
-newest one that passes is used: never a silent wrong number.
+A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and
+the newest one that passes is used: never a silent wrong number.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +51,12 @@ def _items(state: TrainState) -> dict[str, Leaves]:
     return items
 
 
-def _flat_digests(items: Mapping[str, Leaves]) -> dict[str, int]:
-    return digests(
-        {f"{item}.{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()}
-    )
+def _flat(items: Mapping[str, Leaves]) -> Leaves:
+    return {f"{item}.{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()}
+
+
+def _types(items: Mapping[str, Leaves]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _flat(items).items()}
 
 
 class Checkpoints:
@@ -62,14 +66,36 @@ class Checkpoints:
         self, directory: str | os.PathLike[str], config: CheckpointConfig, *, read_only: bool = False
     ):
         """`read_only`: for a run that may be alive; what its writer has under way is left alone."""
-        policies = ocp.training
+        # What goes wrong in Orbax's threads it logs in pages, and raises; we say it once, in a line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
-        self._checkpointer = policies.Checkpointer(
-            str(self.directory),
-            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.preservation_policies.LatestN(max(config.keep, config.average_last)),
-            cleanup_tmp_directories=not read_only,
-        )
+        # Orbax reads every step's record when it opens the directory, and one that it cannot parse stops it.
+        self._quarantined = [] if read_only else self._set_unreadable_apart()
+        policies = ocp.training
+        with _corruption(f"of {self.directory}"):
+            self._checkpointer = policies.Checkpointer(
+                str(self.directory),
+                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.preservation_policies.LatestN(
+                    max(config.keep, config.average_last)
+                ),
+                cleanup_tmp_directories=not read_only,
+            )
+
+    def _set_unreadable_apart(self) -> list[str]:
+        reasons = []
+        for step in self._directories():
+            try:
+                with _corruption(step):
+                    _unseal(ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata)
+            except CorruptCheckpoint as error:
+                reasons.append(self._set_apart(step, str(error)))
+        return reasons
+
+    def _directories(self) -> list[int]:
+        # Under their final names, whether Orbax takes them for checkpoints or not.
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, oldest first."""
@@ -78,14 +104,15 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Begin to write the state after `step` steps; `record` is JSON (data position, manifest).
 
-        The call returns when the arrays are safe from donation. Raises RunFault where this or the previous save
-        failed: a checkpoint that was not written must never pass for one.
+        The call returns when the arrays are safe from donation. Raises RunFault where this or the previous
+        save failed: a checkpoint that was not written must never pass for one.
         """
         items = _items(state)
         # jax reuses donated buffers, and on CPU the writer would read the very same memory.
         if jax.default_backend() == "cpu":
             items = jax.tree.map(jnp.copy, items)
-        body = {"format": FORMAT, "step": step, "digests": _flat_digests(items), **record}
+        facts = {"types": _types(items), "digests": digests(_flat(items))}
+        body = {"format": FORMAT, "step": step, **facts, **record}
         with _faults(f"checkpoint at step {step} could not be written"):
             saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=_seal(body))
         assert saving is not None
@@ -103,13 +130,16 @@ class Checkpoints:
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays. Raises CorruptCheckpoint where it was altered."""
         with _corruption(step):
-            return _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+            record = _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+        if record["step"] != step:
+            raise CorruptCheckpoint(f"{self.directory}/{step} is the checkpoint of step {record['step']}")
+        return record
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 
-        Raises ValueError where the checkpoint is of another shape or dtype, CorruptCheckpoint where its numbers are
-        not those that were saved.
+        Raises ValueError where the checkpoint is of another shape or dtype, CorruptCheckpoint where its
+        numbers are not those that were saved.
         """
         record = self.record(step)
         wanted = _items(abstract)
@@ -133,53 +163,54 @@ class Checkpoints:
         return _like(abstract_params, restored[item])
 
     def _load(self, step: int, wanted: dict[str, Leaves], record: dict[str, Any]) -> dict[str, Leaves]:
-        self._check_shapes(step, wanted)
+        self._check_types(step, wanted, record["types"])
         with _corruption(step):
             restored = self._checkpointer.load_checkpointables(step, wanted)
-        found = _flat_digests(restored)
         saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
-        bad = differing(saved, found)
+        bad = differing(saved, digests(_flat(restored)))
         if bad:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
         return restored
 
-    def _check_shapes(self, step: int, wanted: dict[str, Leaves]) -> None:
-        # Orbax would pad, cut or cast in silence.
+    def _check_types(self, step: int, wanted: dict[str, Leaves], kinds: dict[str, str]) -> None:
+        """Refuse another shape or dtype, which Orbax would pad, cut or cast in silence.
+
+        What the sealed record says is the config's business, what the files say beside it is damage.
+        """
+        mine = _types(wanted)
+        saved = {name: kind for name, kind in kinds.items() if name.split(".")[0] in wanted}
+        for name in differing(saved, mine):
+            raise ValueError(
+                f"{self.directory}/{step}: {name} is {saved.get(name, 'nothing')} there and "
+                f"{mine.get(name, 'nothing')} in this config; use the config that wrote it "
+                f"(config.yaml beside checkpoints/)"
+            )
         with _corruption(step):
-            metadata = self._checkpointer.checkpointables_metadata(step).metadata
-            stored = {item: dict(tree) for item, tree in metadata.items()}
-        for item, leaves in wanted.items():
-            for name in sorted({*leaves, *stored.get(item, {})}):
-                here, there = leaves.get(name), stored.get(item, {}).get(name)
-                mine = f"{here.dtype}{list(here.shape)}" if here is not None else "nothing"
-                theirs = f"{there.dtype}{list(there.shape)}" if there is not None else "nothing"
-                if mine != theirs:
-                    raise ValueError(
-                        f"{self.directory}/{step}: {item}.{name} is {theirs} there and {mine} in this config; "
-                        f"use the config that wrote it (config.yaml beside checkpoints/)"
-                    )
+            files = _types(self._checkpointer.checkpointables_metadata(step).metadata)
+        for name in differing(saved, {n: t for n, t in files.items() if n.split(".")[0] in wanted}):
+            raise CorruptCheckpoint(f"{self.directory}/{step}: its files say another shape of {name}")
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that passes, and what was quarantined on the way; None where there is none."""
-        quarantined: list[str] = []
+        """The newest checkpoint that passes, and what was quarantined on the way; None where none is."""
+        quarantined = self._quarantined
         for step in reversed(self.steps()):
             try:
                 state, record = self.restore(step, abstract)
                 return state, record, quarantined
             except CorruptCheckpoint as error:
-                quarantined.append(self._quarantine(step, str(error)))
+                quarantined.append(self._set_apart(step, str(error)))
+                self._checkpointer.reload()
         if quarantined:
             raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
         return None
 
-    def _quarantine(self, step: int, reason: str) -> str:
+    def _set_apart(self, step: int, reason: str) -> str:
         target = self.directory.parent / "quarantine" / str(step)
         target.parent.mkdir(exist_ok=True)
         if target.exists():
             shutil.rmtree(target)
         os.replace(self.directory / str(step), target)
         (target / "REASON").write_text(reason + "\n")
-        self._checkpointer.reload()
         return reason
 
     def mean_weights(self, steps: Sequence[int], abstract_params: Any) -> Any:
@@ -222,12 +253,14 @@ def _faults(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _corruption(step: int) -> Iterator[None]:
+def _corruption(step: int | str) -> Iterator[None]:
     try:
         yield
     except CorruptCheckpoint:
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types
+        # Orbax drops the reads that it had begun beside the failing one, and Python complains of each.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
 
 

@@ -1,7 +1,7 @@
 """A digest per leaf that is the same on every mesh, taken where the data lies.
 
-Checkpoint files can rot in silence: one flipped bit restores as another number. A digest taken on the devices at save
-and again after restore covers the whole way between.
+Checkpoint files can rot in silence: one flipped bit restores as another number. A digest taken on the devices
+at save and again after restore covers the whole way between.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def leaf_digest(x: Array) -> UInt32[Array, ""]:
     """Sum over elements of a mix of bits and row-major position, modulo 2^32: order-free, so sharding-free.
 
-    Every step of the mix is a bijection of the element's bits, so a change of one element always changes the sum.
-    The position comes from one iota a dim, because a reshape to one dim would gather a sharded array.
+    Every step of the mix is a bijection of the element's bits, so a change of one element always changes the
+    sum. The position comes from one iota a dim, because a reshape to one dim would gather a sharded array.
     """
     bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros((), jnp.uint32)
@@ -46,6 +46,6 @@ def combined(values: Mapping[str, int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def differing(saved: Mapping[str, Any], found: Mapping[str, int]) -> list[str]:
-    """Names whose digests disagree or that only one side has."""
+def differing(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Names whose values disagree or that only one side has."""
     return sorted(n for n in {*saved, *found} if saved.get(n) != found.get(n))

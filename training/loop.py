@@ -1,10 +1,13 @@
-"""The loop, to be read aloud: compose, resume, then step after step, with what happens once in a while in sight."""
+"""The loop, to be read aloud: compose, resume, then step after step.
+
+What happens once in a while stands there in sight.
+"""
 
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import jax
 
 from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
 from data.pipeline import Prepared, prepare
+from data.tokenizer import load_tokenizer
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints, state_digest
 from training.compile_cache import CacheWatch, start_compile_cache
+from training.errors import RunFault
 from training.evaluate import evaluate
 from training.flops import Flops, peak_flops, training_flops
 from training.manifest import build_manifest
@@ -35,8 +40,8 @@ Sampler = Callable[..., dict[str, Any]]
 def fit(config: Any, sample: Sampler | None = None) -> int:
     """Train as `config` (the root Config) says, or go on where an earlier start of the same run stopped.
 
-    `sample(program, params, tokenizer, config, run_dir)` writes generated text at the end and returns figures for
-    the summary; it is handed in because serving stands above training. Returns the exit status.
+    `sample(program, params, tokenizer, config, run_dir)` writes generated text at the end and returns figures
+    for the summary; it is handed in because serving stands above training. Returns the exit status.
 
     Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
     """
@@ -48,10 +53,45 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
         if (summary := finished(run.path, config)) is not None:
             print_summary(summary)
             return 0
-        job = compose(config, run, watch)
-        state, first = start(job, stack)
-        state = train(job, state, first, stack)
-        return finish(job, state, sample, began)
+        with before_the_first_step():
+            job = compose(config, run, watch)
+            state, first = start(job, stack)
+        with in_mid_run(job):
+            state = train(job, state, first, stack)
+            return finish(job, state, sample, began)
+
+
+@contextmanager
+def before_the_first_step() -> Iterator[None]:
+    """Devices that cannot hold what is asked for are the command line's fault while nothing is written."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(device_fault(error)) from error
+
+
+def device_fault(error: Exception) -> str:
+    """One line for whatever XLA says, with a remedy where it says that memory is short."""
+    line = str(error).strip().splitlines()[0][:300]
+    remedy = "raise training.accumulation_steps, set training.remat=full, or split the model by mesh.fsdp"
+    short = any(word in line for word in ("RESOURCE_EXHAUSTED", "ut of memory"))
+    return f"the devices failed: {line.rstrip('.')}" + (f"; {remedy}" if short else "")
+
+
+@contextmanager
+def in_mid_run(job: "Job") -> Iterator[None]:
+    """From here on nothing is the command line's fault: what the data or the devices raise is a RunFault."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        assert job.checkpoints is not None
+        job.checkpoints.wait()
+        step = max(job.checkpoints.steps(), default=0)
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from step {step}") from None
+    except (ValueError, OSError) as error:
+        raise RunFault(str(error)) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise RunFault(device_fault(error)) from error
 
 
 @dataclass
@@ -67,7 +107,7 @@ class Job:
     train_step: Any
     eval_step: Any
     flops: Flops
-    parent: "Parent | None"
+    parent: "Parent | None"  # of a new run
     compile_seconds: float
     watch: CacheWatch
     checkpoints: Checkpoints | None = None
@@ -82,6 +122,11 @@ class Parent:
     checkpoints: Checkpoints
     step: int
 
+    @property
+    def tokenizer(self) -> Path:
+        """The other run's own copy."""
+        return self.checkpoints.directory.parent / "tokenizer.json"
+
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps: path and digest."""
         record = self.checkpoints.record(self.step)
@@ -89,10 +134,12 @@ class Parent:
 
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
-    """Data, program and executables; whatever is wrong with a config shows here, and nothing has been written."""
+    """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     layout = build_layout(config.mesh)
-    parent = find_parent(config) if not run.resuming else None
+    parent = None if run.resuming else find_parent(config)
     prepared = prepare(config.data, config.tokenizer)
+    if parent is not None:
+        check_tokenizer(parent, prepared.tokenizer.digest)
     config = with_vocab(config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
     loader = Loader(
@@ -128,25 +175,31 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
         mesh=dict(program.layout.mesh.shape),
         data=job.prepared.description,
         parent=job.parent.facts() if job.parent else None,
-        extra={"compute_dtype": str(program.ops.compute_dtype)},
+        extra={
+            "compute_dtype": str(program.ops.compute_dtype),
+            "compiler_options": dict(program.compiler_options),
+        },
     )
     first, tokens = 0, 0
     state: TrainState | None = None
     if run.resuming:
-        job.checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint)
-        stack.callback(job.checkpoints.close)
-        if (found := job.checkpoints.restore_newest(program.state)) is not None:
+        checkpoints = open_checkpoints(job, stack)
+        if (found := checkpoints.restore_newest(program.state)) is not None:
             state, record, quarantined = found
             first, tokens = record["step"], record["tokens"]
             job.loader.restore(record["data"])
             for reason in quarantined:
                 print(f"quarantined: {reason}")
-    run.begin(manifest, resume_step=first)
-    if job.checkpoints is None:
-        job.checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint)
-        stack.callback(job.checkpoints.close)
-    if state is None:
+    if first > config.training.num_steps:
+        raise ValueError(
+            f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
+            f"use {first} or more"
+        )
+    if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
+    run.begin(manifest, resume_step=first)
+    if not run.resuming:
+        open_checkpoints(job, stack)
     job.prepared.tokenizer.save(run.path / "tokenizer.json")
     log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
     stack.callback(log.close)
@@ -165,13 +218,22 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     return state, first
 
 
+def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
+    """The run's checkpoints, closed with it."""
+    job.checkpoints = Checkpoints(job.run.path / "checkpoints", job.config.checkpoint)
+    stack.callback(job.checkpoints.close)
+    return job.checkpoints
+
+
 def fresh_state(job: Job) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
     ema = job.config.training.ema_decay is not None
     state = init_state(job.program.model, job.program.tx, job.program.state, seed=job.config.seed, ema=ema)
-    if job.parent is None:
+    jax.block_until_ready(state)  # so that too little memory is said before anything is written
+    parent = same_parent(job) if job.run.resuming else job.parent
+    if parent is None:
         return state
-    params = job.parent.checkpoints.restore_weights(job.parent.step, job.program.state.params)
+    params = parent.checkpoints.restore_weights(parent.step, job.program.state.params)
     average = jax.tree.map(lambda x: x.copy(), params) if ema else None
     return state.replace(params=params, ema=average)
 
@@ -285,8 +347,8 @@ def with_vocab(config: Any, tokenizer_size: int) -> Any:
     return config
 
 
-def find_parent(config: Any) -> Parent | None:
-    """The checkpoints that `init_from` names: a run beside this one, a run's directory, or one step's directory."""
+def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
+    """The checkpoint that `init_from` names: a run beside this one, a run's directory, or one step's."""
     if config.init_from is None:
         return None
     asked = Path(config.init_from)
@@ -297,12 +359,37 @@ def find_parent(config: Any) -> Parent | None:
             steps = checkpoints.steps()
             if candidate == asked.parent.parent:
                 steps = [s for s in steps if str(s) == asked.name]
+            if only_step is not None:
+                steps = [s for s in steps if s == only_step]
             if steps:
                 return Parent(checkpoints, steps[-1])
     raise ValueError(
-        f"init_from={config.init_from} is no run and no checkpoint; give a run's name (beside {config.run.dir}), "
-        f"its directory, or its checkpoints/STEP"
+        f"init_from={config.init_from} is no run and no checkpoint; give a run's name "
+        f"(beside {config.run.dir}), its directory, or its checkpoints/STEP"
     )
+
+
+def same_parent(job: Job) -> Parent | None:
+    """The parent of an earlier start, killed before its first checkpoint: it may have trained on since."""
+    if (earlier := job.run.parent) is None:
+        return None
+    parent = find_parent(job.config, earlier["step"])
+    if parent is None or parent.facts()["digest"] != earlier["digest"]:
+        raise ValueError(
+            f"{job.run.path} began from step {earlier['step']} of {earlier['path']}, which is not there any "
+            f"more; remove {job.run.path} to begin anew"
+        )
+    return parent
+
+
+def check_tokenizer(parent: Parent, digest: str) -> None:
+    """Weights know tokens by number, so a run that starts from them must cut text as their run did."""
+    path = parent.tokenizer
+    if path.exists() and load_tokenizer(path).digest != digest:
+        raise ValueError(
+            f"init_from: {path.parent} was trained with another tokenizer; "
+            f"use tokenizer=file tokenizer.path={path}"
+        )
 
 
 def describe(

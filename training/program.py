@@ -3,7 +3,7 @@
 `fit` compiles what stands here, and so will anything that only wants to look at it: nothing is allocated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,14 @@ from optim.schedules import make_schedule
 from parallel.axes import Layout, kv_repeats
 from parallel.plain import Plain
 from training.state import TrainState, abstract_state, decay_mask, matrix_dims
-from training.step import Batch, abstract_batch, compile_eval_step, compile_train_step, make_train_step
+from training.step import (
+    Batch,
+    abstract_batch,
+    compile_eval_step,
+    compile_train_step,
+    make_eval_step,
+    make_train_step,
+)
 
 ATTENTION = {"reference": reference_attention, "chunked": chunked_attention}
 VOCAB_MULTIPLE = 128
@@ -38,16 +45,16 @@ class Program:
     state: TrainState
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+    compiler_options: Mapping[str, Any]
 
     def compile_train(self) -> Any:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
-        return compile_train_step(self.train_step, self.state, self.batch, self.layout)
+        return compile_train_step(self.train_step, self.state, self.batch, self.layout, self.compiler_options)
 
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""
-        return compile_eval_step(
-            self.model, self.strategy, self.ops, self.state.params, self.batch, self.layout
-        )
+        step = make_eval_step(self.model, self.strategy, self.ops)
+        return compile_eval_step(step, self.state.params, self.batch, self.layout, self.compiler_options)
 
 
 def padded_vocab(size: int) -> int:
@@ -56,10 +63,19 @@ def padded_vocab(size: int) -> int:
 
 
 def compute_dtype(precision: str, platform: str) -> Any:
-    """`auto` is bfloat16 where the hardware is built for it and float32 on CPU; masters are float32 in any case."""
+    """`auto` is bfloat16 where the hardware is built for it, float32 on CPU; masters are always float32."""
     if precision == "auto":
         precision = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(precision)
+
+
+def compiler_options(deterministic: bool, platform: str) -> dict[str, Any]:
+    """What XLA is asked for beyond its defaults.
+
+    On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
+    operations cost some speed. CPU and TPU repeat themselves as they are.
+    """
+    return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
 
 
 def build_ops(config: Any, layout: Layout) -> Ops:
@@ -76,9 +92,9 @@ def build_ops(config: Any, layout: Layout) -> Ops:
 
 
 def build_program(config: Any, layout: Layout) -> Program:
-    """Compose the step for a resolved config (`model.vocab_size` known). Raises ValueError where a size does not fit.
+    """Compose the step for a resolved config (`model.vocab_size` known).
 
-    config: the root `Config`; layout: the mesh and its rules.
+    config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
     """
     model = build_model(config.model)
     ops = build_ops(config, layout)
@@ -100,7 +116,8 @@ def build_program(config: Any, layout: Layout) -> Program:
     )
     state = abstract_state(model, tx, layout, ema=training.ema_decay is not None)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    return Program(model, layout, ops, strategy, tx, state, batch, step)
+    options = compiler_options(config.deterministic, layout.mesh.devices.flat[0].platform)
+    return Program(model, layout, ops, strategy, tx, state, batch, step, options)
 
 
 def trace(program: Program) -> Any:

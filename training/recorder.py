@@ -75,8 +75,10 @@ class Recorder:
         if self.board and (step % self.every == 0 or step == 1):
             self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
             self.board.flush()  # so that a running TensorBoard follows
-        if not math.isfinite(row["loss"]):
+        # A gradient that is not finite spoils the weights under a loss that still looks sound.
+        bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(row[key])), None)
+        if bad:
             raise RunFault(
-                f"loss={row['loss']} at step {step}; lower optim.learning_rate={row['learning_rate']:.3g} or set "
-                f"optim.grad_clip, and run again: it goes on from the last checkpoint"
+                f"{bad}={row[bad]} at step {step}; in a new run.name=, lower optim.learning_rate "
+                f"({row['learning_rate']:.3g} at that step) or set optim.grad_clip"
             )

@@ -92,6 +92,11 @@ class RunDirectory:
             # Last: until here a crash leaves the old values to compare the next start with.
             _write(self.path / "config.yaml", _yaml(self.config))
 
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """The checkpoint that the first start took its weights from, as its manifest names it."""
+        return self._manifest.get("parent")
+
     def close(self) -> None:
         """Let the lock go."""
         if self._lock is not None:

@@ -37,7 +37,7 @@ def decay_mask(info: Any) -> Any:
 
 
 def matrix_dims(info: Any) -> Any:
-    """(reduction dims, output dims) of every hidden matrix and None of everything else: what Muon asks for."""
+    """(reduction dims, output dims) of every hidden matrix, None of everything else: what Muon asks for."""
 
     def dims(i: Any) -> Any:
         if i.role != "matrix":
@@ -56,8 +56,8 @@ def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> Trai
 def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is allocated.
 
-    A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)` would
-    replicate it on every device.
+    A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)`
+    would replicate it on every device.
     """
     shapes = jax.eval_shape(lambda key: make_state(model.init(key), tx, ema), jax.random.key(0))
     params = layout.tree(model.info, is_info)

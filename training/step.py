@@ -1,6 +1,6 @@
 """One optimizer step as a pure function, compiled once, ahead of the first batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,9 +25,10 @@ def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
     """Shapes and shardings of a batch: every array [B, T], rows over the data axes."""
     shape = (batch_size, seq_len)
     sharding = layout.sharding(("batch", "length"), shape, "batch")
-    return {
+    batch: Any = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()
     }
+    return batch
 
 
 def make_train_step(
@@ -44,8 +45,8 @@ def make_train_step(
     """The step `(state, batch) -> (state, metrics)`.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
-    `learning_rate`, `tokens` (positions with weight). Random keys are folded from (seed, step), so that neither mesh
-    nor schedule changes them.
+    `learning_rate`, `tokens` (positions with weight). Random keys are folded from (seed, step), so that
+    neither mesh nor schedule changes them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -71,7 +72,18 @@ def make_train_step(
     return train_step
 
 
-def compile_train_step(step: Callable[..., Any], state: TrainState, batch: Batch, layout: Layout) -> Any:
+def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch], dict[str, Array]]:
+    """The forward-only twin, `(params, batch) -> sums over the batch`."""
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
+        return strategy.evaluate(model, params, batch, ops)
+
+    return eval_step
+
+
+def compile_train_step(
+    step: Callable[..., Any], state: TrainState, batch: Batch, layout: Layout, options: Mapping[str, Any]
+) -> Any:
     """Lower from abstract arguments with pinned shardings and compile; the result takes no other layout."""
     placed = shardings(state)
     jitted = jax.jit(
@@ -80,18 +92,14 @@ def compile_train_step(step: Callable[..., Any], state: TrainState, batch: Batch
         out_shardings=(placed, layout.replicated()),
         donate_argnums=0,
     )
-    return jitted.lower(state, batch).compile()
+    return jitted.lower(state, batch).compile(dict(options))
 
 
 def compile_eval_step(
-    model: Any, strategy: Any, ops: Any, params: Any, batch: Batch, layout: Layout
-) -> Callable[[Any, Batch], dict[str, Array]]:
-    """The forward-only twin, compiled the same way: sums over one batch."""
-
-    def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
-        return strategy.evaluate(model, params, batch, ops)
-
+    step: Callable[..., Any], params: Any, batch: Batch, layout: Layout, options: Mapping[str, Any]
+) -> Any:
+    """The same for `eval_step`; the weights stay where they are."""
     jitted = jax.jit(
-        eval_step, in_shardings=(shardings(params), shardings(batch)), out_shardings=layout.replicated()
+        step, in_shardings=(shardings(params), shardings(batch)), out_shardings=layout.replicated()
     )
-    return jitted.lower(params, batch).compile()
+    return jitted.lower(params, batch).compile(dict(options))
