@@ -51,6 +51,9 @@ LOGICAL_AXES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "voca
 )
 
 
+INT32 = 2**31 - 1
+
+
 class ConfigError(ValueError):
     """The person who typed the command can put it right; the message is one line."""
 
@@ -96,6 +99,8 @@ def from_hydra(cfg: DictConfig) -> Config:
         # OmegaConf takes nan and inf for floats, and no comparison below would catch every one.
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is not a finite number; give an ordinary one, such as 0.1")
+        if isinstance(value, int) and abs(value) > INT32:  # counters and seeds on devices
+            raise ConfigError(f"{key}={value} is too large; use at most {INT32}")
     try:
         config = OmegaConf.to_object(cfg)
     except ValueError as error:
@@ -125,6 +130,8 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 
 def check(config: Config, device_count: int | None) -> None:
     """Raise ConfigError where two values cannot both be had; `device_count=None` before devices are known."""
+    if config.seed < 0:
+        _refuse(f"seed={config.seed} is negative; use 0 to {INT32}")
     _check_model(config)
     _check_vocabulary(config)
     _check_steps(config)
@@ -244,9 +251,8 @@ def _check_batch(config: Config, sizes: dict[str, int]) -> None:
         above = -(-t.global_batch_size // ways) * ways
         legal = f"{above - ways} or {above}" if above > ways else f"{above}"
         axes = " * ".join([f"mesh.{n}={sizes[n]}" for n in names if sizes[n] > 1])
-        parts = " * ".join(
-            part for part in (axes, f"training.accumulation_steps={t.accumulation_steps}") if part
-        )
+        steps = f"training.accumulation_steps={t.accumulation_steps}" if t.accumulation_steps > 1 else ""
+        parts = " * ".join(part for part in (axes, steps) if part)
         _refuse(
             f"training.global_batch_size={t.global_batch_size} does not split into {parts}; "
             f"use a multiple of {ways}, such as {legal}"

@@ -7,6 +7,7 @@ A restore recomputes every digest. A checkpoint that fails is moved to `quaranti
 the newest one that passes is used: never a silent wrong number.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -113,18 +114,18 @@ class Checkpoints:
             items = jax.tree.map(jnp.copy, items)
         facts = {"types": _types(items), "digests": digests(_flat(items))}
         body = {"format": FORMAT, "step": step, **facts, **record}
-        with _faults(f"checkpoint at step {step} could not be written"):
+        with _faults(f"a checkpoint could not be written to {self.directory}"):
             saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=_seal(body))
         assert saving is not None
 
     def wait(self) -> None:
         """Block until the save under way has been committed."""
-        with _faults("a checkpoint could not be written"):
+        with _faults(f"a checkpoint could not be written to {self.directory}"):
             self._checkpointer.wait()
 
     def close(self) -> None:
         """Commit what is under way and stop the writer."""
-        with _faults("a checkpoint could not be written"):
+        with _faults(f"a checkpoint could not be written to {self.directory}"):
             self._checkpointer.close()
 
     def record(self, step: int) -> dict[str, Any]:
@@ -249,7 +250,8 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax, tensorstore and the file system each raise their own
-        raise RunFault(f"{what}: {_first_line(error)}") from error
+        remedy = "free space or mend the disk, then the same command goes on from the last good one"
+        raise RunFault(f"{what}: {_disk_says(error) or _first_line(error)}; {remedy}") from error
 
 
 @contextmanager
@@ -262,6 +264,14 @@ def _corruption(step: int | str) -> Iterator[None]:
         # Orbax drops the reads that it had begun beside the failing one, and Python complains of each.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
+
+
+def _disk_says(error: Exception) -> str | None:
+    """The operating system's words, which tensorstore hides behind a long path."""
+    reasons = (
+        os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+    )
+    return next((reason for reason in reasons if reason in str(error)), None)
 
 
 def _first_line(error: Exception) -> str:

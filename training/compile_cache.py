@@ -1,5 +1,6 @@
 """The persistent compile cache, and whether it helped."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,17 @@ class CacheWatch:
 
 
 def start_compile_cache(directory: str | None) -> CacheWatch:
-    """Keep every executable that took a while to compile in `directory`; None turns the cache off."""
+    """Keep every executable that took a while to compile in `directory`; None turns the cache off.
+
+    Raises ValueError where it cannot be written: jax would go on without, and warn at each compilation.
+    """
     path = Path(directory).absolute() if directory else None
+    if path is not None:
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"run.compile_cache={directory} cannot be written; choose another directory, or null for none"
+            )
     jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CacheWatch(path)

@@ -27,7 +27,7 @@ from training.manifest import build_manifest
 from training.metrics import MetricsLog
 from training.plots import plot_loss
 from training.program import Program, build_program, padded_vocab
-from training.progress import Progress, startup_table
+from training.progress import Progress, human, startup_table
 from training.recorder import Recorder
 from training.run_directory import RunDirectory, open_run
 from training.state import TrainState, init_state, shardings
@@ -84,11 +84,17 @@ def in_mid_run(job: "Job") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        assert job.checkpoints is not None
-        job.checkpoints.wait()
-        step = max(job.checkpoints.steps(), default=0)
+        step = 0
+        if job.checkpoints is not None:
+            job.checkpoints.wait()
+            step = max(job.checkpoints.steps(), default=0)
         raise KeyboardInterrupt(f"interrupted; the same command goes on from step {step}") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where, what = error.filename or job.run.path, error.strerror or error
+        raise RunFault(
+            f"{where}: {what}; free space or mend the disk, then the same command goes on"
+        ) from error
+    except ValueError as error:
         raise RunFault(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         raise RunFault(device_fault(error)) from error
@@ -198,6 +204,14 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
     run.begin(manifest, resume_step=first)
+    with in_mid_run(job):
+        open_outputs(job, first, tokens, stack)
+    return state, first
+
+
+def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
+    """What the run writes to, continued behind step `first` or begun."""
+    config, run = job.config, job.run
     if not run.resuming:
         open_checkpoints(job, stack)
     job.prepared.tokenizer.save(run.path / "tokenizer.json")
@@ -215,7 +229,6 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     )
     stack.callback(progress.close)
     job.recorder = Recorder(log, job.flops, progress, board, tokens=tokens, every=config.logging.every)
-    return state, first
 
 
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
@@ -404,10 +417,10 @@ def describe(
     remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
     free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
     return [
-        ("run", str(run.path), "going on" if run.resuming else "new"),
+        ("run", config.run.dir, "going on" if run.resuming else "new"),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
         ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
-        ("model", f"{config.model.name}, {counts['total'] / 1e6:.1f}M parameters", "model="),
+        ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
         ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
         ("attention", training.attention, "training.attention"),
         ("layers", remat, "training.remat, training.scan_layers"),

@@ -188,7 +188,7 @@ def _refuse_frozen(path: Path, run: RunDirectory) -> None:
     frozen = {key: pair for key, pair in run.changed.items() if is_frozen(key, run.config)}
     if not frozen:
         return
-    shown = [f"{key} is {old} there and {new} now" for key, (old, new) in list(frozen.items())[:_SHOWN]]
+    shown = [f"{key} is {_said(a)} there and {_said(b)} now" for key, (a, b) in list(frozen.items())[:_SHOWN]]
     if len(frozen) > _SHOWN:
         shown.append(f"{len(frozen) - _SHOWN} more")
     if "training.num_steps" in frozen:
@@ -197,6 +197,11 @@ def _refuse_frozen(path: Path, run: RunDirectory) -> None:
         f"{path} was made with another configuration: {'; '.join(shown)}. Restore the values to resume, or "
         f"choose another run.name= (and init_from={path.name} to start from its weights)"
     )
+
+
+def _said(value: Any) -> str:
+    """As one would type it on the command line."""
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _load(path: Path, parse: Any) -> dict[str, Any]:
