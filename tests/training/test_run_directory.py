@@ -150,7 +150,7 @@ def test_a_key_that_makes_another_run_is_refused_with_both_values(tmp_path, key)
     old: Any = CONFIG
     for part in key.split("."):
         old = old[part]
-    assert f"{key} is {old} there and {FROZEN[key]} now" in message
+    assert f"{key} is {'null' if old is None else old} there and {FROZEN[key]} now" in message
     assert "run.name=" in message and "init_from=a" in message
 
 
