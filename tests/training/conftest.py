@@ -1,0 +1,10 @@
+"""One ground for all end-to-end tests, so that data and executables are made once."""
+
+import pytest
+
+from tests.training.ground import Ground, make_ground
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory) -> Ground:
+    return make_ground(tmp_path_factory.mktemp("ground"))

@@ -1,0 +1,112 @@
+"""A run that is killed, and started again by the same command, ends as the run that nobody disturbed."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from training.run_directory import open_run
+
+STEPS = 30
+LENGTH = (f"training.num_steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=8", "eval.every=6")
+DEADLINE = 120  # seconds; only a hang takes so long
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == status, err
+    return out, err
+
+
+def wait_until(process, condition):
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, f"it ended too soon: {process.communicate()}"
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def training_rows(ground, name):
+    path = ground.run(name) / "metrics.jsonl"
+    return sum(b'"loss"' in line for line in path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def kill_at_row(ground, name, row, *extra):
+    """SIGKILL as soon as `row` training steps are written: wherever the process is by then."""
+    process = ground.start(name, *extra)
+    wait_until(process, lambda: training_rows(ground, name) >= row)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+
+
+def kill_in_a_save(ground, name, row, *extra):
+    """SIGKILL while a checkpoint is being written; what is left of it shows that it was."""
+    directory = ground.run(name) / "checkpoints"
+
+    def half_written():
+        return any("tmp" in p.name for p in directory.glob("*")) if directory.exists() else False
+
+    process = ground.start(name, *extra)
+    wait_until(process, lambda: training_rows(ground, name) >= row and half_written())
+    process.kill()
+    finish(process, -signal.SIGKILL)
+
+
+def assert_same_run(ground, name, other):
+    rows, wanted = ground.rows(name), ground.rows(other)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert rows == wanted  # losses, norms, tokens and evaluations to the last bit, in order
+    ours, theirs = ground.record(name, STEPS), ground.record(other, STEPS)
+    assert ours["digests"] == theirs["digests"]
+    assert any(key.startswith("opt_state.") for key in ours["digests"])
+    assert (ours["data"], ours["tokens"]) == (theirs["data"], theirs["tokens"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ground):
+    finish(ground.start("undisturbed", *LENGTH))
+    return "undisturbed"
+
+
+def test_killed_twice_in_a_row_ends_bitwise_as_undisturbed(ground, undisturbed):
+    rng = random.Random(2)
+    kill_at_row(ground, "killed", rng.randrange(5, 9), *LENGTH)
+    kill_in_a_save(ground, "killed", rng.randrange(10, 14), *LENGTH)
+    kill_at_row(ground, "killed", rng.randrange(16, 24), *LENGTH)
+    assert training_rows(ground, "killed") < STEPS
+    out, _ = finish(ground.start("killed", *LENGTH))
+    assert_same_run(ground, "killed", undisturbed)
+    assert not [p.name for p in (ground.run("killed") / "checkpoints").iterdir() if "tmp" in p.name]
+    assert "held-out" in out
+
+
+def test_streaming_killed_ends_bitwise_as_undisturbed(ground):
+    words = (*LENGTH, "data.mode=streaming")
+    finish(ground.start("stream", *words))
+    kill_at_row(ground, "stream_killed", random.Random(3).randrange(6, 14), *words)
+    finish(ground.start("stream_killed", *words))
+    assert_same_run(ground, "stream_killed", "stream")
+
+
+def test_a_full_disk_is_one_line_and_status_1_and_the_command_goes_on_when_there_is_room(ground, undisturbed):
+    """No file may grow beyond 30 kB, as on a full disk: the rows of the metrics fit, the arrays do not."""
+
+    _, err = finish(ground.start("full", *LENGTH, largest_file=30_000), status=1)
+    assert err.startswith("error: ") and "could not be written" in err and err.count("\n") == 1
+    finish(ground.start("full", *LENGTH))
+    assert_same_run(ground, "full", undisturbed)
+
+
+def test_ctrl_c_says_from_where_the_same_command_goes_on(ground, undisturbed):
+    process = ground.start("interrupted", *LENGTH)
+    wait_until(process, lambda: training_rows(ground, "interrupted") >= 9)
+    with pytest.raises(ValueError, match="in use by another process"):
+        open_run({}, ground.run("interrupted"))
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, status=130)
+    step = max(int(p.name) for p in (ground.run("interrupted") / "checkpoints").iterdir())
+    assert err == f"error: interrupted; the same command goes on from step {step}\n"
+    assert step >= 8 and f"step 5/{STEPS}  loss " in out
+    finish(ground.start("interrupted", *LENGTH))
+    assert_same_run(ground, "interrupted", undisturbed)
