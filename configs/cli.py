@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 CONFIG_DIR = Path(__file__).resolve().parent
 Task = Callable[[Any], int]
 
-HELP = """\
+PURPOSE = """\
 Cambrian trains language models on whatever is there: two CPU cores, one GPU, a pod.
+The same command again goes on where the run stopped; what it writes is in runs/NAME/."""
+HELP = """\
+{purpose}
 
   {script} +experiment=NAME               take a named experiment
   {script} +experiment=NAME KEY=VALUE     and change a value: training.num_steps=50
@@ -33,7 +37,6 @@ Experiments (+experiment=NAME):
 Parts (GROUP=NAME):
 {groups}
 
-The same command again goes on where the run stopped; what it writes is in runs/NAME/.
 Exit status: 0 done, 1 fault in mid-run, 2 bad input (HYDRA_FULL_ERROR=1 shows the traceback).
 """
 
@@ -43,6 +46,7 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     script: str = "python train.py",
+    purpose: str = PURPOSE,
     faults: tuple[type[Exception], ...] = (),
 ) -> int:
     """Run `task(config)` for what the command line asks and return the exit status.
@@ -52,7 +56,7 @@ def main(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
-        print(help_page(script), end="")
+        print(help_page(script, purpose), end="")
         return 0
     trace = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
@@ -115,8 +119,11 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         except Exception as error:
             defects.append(error)
 
-    with _as_command([script, *argv]):
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+    with TemporaryDirectory() as scratch:
+        # For Hydra's own record of a sweep, which would lie beside the runs.
+        own = [] if any("hydra.sweep.dir" in word for word in argv) else [f"hydra.sweep.dir={scratch}"]
+        with _as_command([script, *argv, *own]):
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
     for error in defects:
         raise error
     return max(statuses, default=0)
@@ -217,11 +224,13 @@ def groups(root: Path = CONFIG_DIR) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and options(p.name, root))
 
 
-def help_page(script: str) -> str:
+def help_page(script: str, purpose: str = PURPOSE) -> str:
     """What a stranger needs, read from the files' first comments: no heavy import, and never out of date."""
     experiments = [f"  {name:12} {_summary('experiment', name)}" for name in options("experiment")]
     parts = [f"  {group:10} {', '.join(options(group))}" for group in groups() if group != "experiment"]
-    return HELP.format(script=script, experiments="\n".join(experiments), groups="\n".join(parts))
+    return HELP.format(
+        script=script, purpose=purpose, experiments="\n".join(experiments), groups="\n".join(parts)
+    )
 
 
 def _summary(group: str, name: str) -> str:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from data.pipeline import Prepared
 
+PURPOSE = """\
+Make an experiment's token stores (data.cache_dir) before training it, for instance on another machine.
+Of an experiment, data.* and tokenizer.* count; train.py with the same finds them and starts at once."""
+
 
 def prepare_data(config: "Config") -> int:
     """Tokenize, and print what there is."""
@@ -24,25 +28,22 @@ def prepare_data(config: "Config") -> int:
 
 def print_table(prepared: "Prepared", seq_len: int) -> None:
     """Documents, bytes and tokens of each split; bytes per token say how well the tokenizer fits."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("split", "documents", "bytes", "tokens", "bytes/token", "rows", title=prepared.digest[:16])
-    for column in table.columns[1:]:
-        column.justify = "right"
     stores = {"train": prepared.train, "validation": prepared.validation}
+    lines = [("split", "documents", "bytes", "tokens", "bytes/token", "rows")]
     for split, store in stores.items():
         if store is None:  # streaming reads the corpus while training
             continue
         counts = (store.num_documents, store.num_bytes, store.num_tokens)
         ratio = store.num_bytes / max(store.num_tokens, 1)
         rows = store.num_tokens // seq_len
-        table.add_row(split, *(f"{count:,}" for count in counts), f"{ratio:.2f}", f"{rows:,}")
-    console = Console()
-    console.print(table)
+        lines.append((split, *(f"{count:,}" for count in counts), f"{ratio:.2f}", f"{rows:,}"))
+    for split, *numbers in lines:
+        print(
+            f"{split:10}", *(f"{n:>{width}}" for n, width in zip(numbers, (10, 15, 15, 12, 10), strict=True))
+        )
     for split, store in stores.items():
         if store is not None:
-            console.print(f"{split}: {store.path}", highlight=False, soft_wrap=True)
+            print(f"{split}: {store.path}")
 
 
 if __name__ == "__main__":
@@ -50,4 +51,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from configs.cli import main
 
-    sys.exit(main(prepare_data, script="python scripts/prepare_data.py"))
+    sys.exit(main(prepare_data, script="python scripts/prepare_data.py", purpose=PURPOSE))

@@ -201,7 +201,9 @@ def _refuse_frozen(path: Path, run: RunDirectory) -> None:
 
 def _said(value: Any) -> str:
     """As one would type it on the command line."""
-    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, list):
+        return f"[{','.join(map(_said, value))}]"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _load(path: Path, parse: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_jobs_of_a_sweep_have_directories_of_their_own(tmp_path, monkeypatch):
         "runs/debug-optim.learning_rate=0.1",
         "runs/debug-optim.learning_rate=0.2",
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert list(tmp_path.iterdir()) == []  # the runs are training's to make, and Hydra leaves nothing
 
 
 def test_a_swept_experiment_is_named_by_itself_unless_one_name_was_given(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ def test_prepare_data_makes_the_stores_that_it_names_and_makes_them_once(tmp_pat
     monkeypatch.chdir(tmp_path)
     words = ["+experiment=debug", "data=folder", "data.path=texts", "data.validation_fraction=0.3"]
     assert main(prepare_data, words) == 0
-    first = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    first = "".join(line for line in lines if not line.startswith("data: "))
     stores = [
         line.split(": ")[1] for line in first.splitlines() if line.startswith(("train: ", "validation: "))
     ]
