@@ -1,6 +1,5 @@
 """A checkpoint gives back what was saved, on any mesh, or says that it cannot: never other numbers."""
 
-import gc
 import json
 import resource
 from contextlib import closing
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.training.ground import DROPPED
 from training.checkpoint import Checkpoints, CorruptCheckpoint, named_leaves, state_digest
 from training.config import CheckpointConfig
 from training.digest import digests
@@ -108,20 +108,6 @@ def test_saved_numbers_survive_the_donation_of_the_state(tmp_path):
     checkpoints.close()
     restored, _ = Checkpoints(tmp_path / "checkpoints", CheckpointConfig()).restore(3, like)
     np.testing.assert_array_equal(restored.params["big"], big)
-
-
-# Orbax drops the reads that it had begun beside a failing one; Python complains when it collects them.
-DROPPED = pytest.mark.filterwarnings(
-    "ignore:coroutine .* was never awaited:RuntimeWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)
-
-
-@pytest.fixture
-def dropped_reads():
-    """What Orbax leaves behind at a failed read is collected here, where its complaint is expected."""
-    yield
-    gc.collect()
 
 
 def few_leaves():
