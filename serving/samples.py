@@ -7,7 +7,9 @@ from typing import Any
 from serving.generate import generate
 from serving.python_share import parse_share
 
-PYTHON_PROMPT = "def "
+# After two blank lines, as a function at the top level stands in a file: at the very start of one the model
+# expects a docstring, and writes a method.
+PYTHON_PROMPT = "\n\n\ndef "
 
 
 def write_samples(program: Any, params: Any, tokenizer: Any, config: Any, run_dir: Path) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def write_samples(program: Any, params: Any, tokenizer: Any, config: Any, run_di
     if settings.parse_snippets:
         prompts = [PYTHON_PROMPT] * settings.parse_snippets
         texts, ended = complete(program, params, tokenizer, prompts, settings, config.seed)
+        texts = [text.lstrip("\n") for text in texts]
         _write(folder / f"{step}.python.txt", texts)
         share, passed, total = parse_share(texts, ended)
         figures |= {"parse_share": share, "parse_passed": passed, "parse_total": total}
