@@ -232,9 +232,8 @@ def mesh_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | N
     if free and device_count % fixed:
         _refuse(f"{text} does not divide {device_count} devices; the sizes must multiply to one of {legal}")
     if not free and fixed != device_count:
-        _refuse(
-            f"{text} is {fixed} devices but {device_count} are here; use mesh.data=-1 to take what is left"
-        )
+        here = f"{device_count} {'is' if device_count == 1 else 'are'} here"
+        _refuse(f"{text} is {fixed} devices but {here}; use mesh.data=-1 to take what is left")
     return {axis: device_count // fixed if size == -1 else size for axis, size in sizes.items()}
 
 

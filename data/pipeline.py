@@ -117,6 +117,8 @@ class _Preparation:
         train = None if streaming else self._store("train", directory, digest)
         validation = self._store("validation", directory, digest)
         documents = self._documents("train") if streaming else None
+        if documents is not None:
+            documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
         if train is not None and train.num_tokens < self.data.seq_len:
             raise DataError(
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
