@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from contextlib import closing
 
 import jax
@@ -200,7 +201,8 @@ def test_a_checkpoint_without_its_record_is_quarantined_and_its_place_free(tmp_p
     states = [make_state(step) for step in (1, 2, 3, 4)]
     written(path, *states, keep=4).close()
     (path / "3" / "_CHECKPOINT_METADATA").unlink()
-    (path / "4" / "_CHECKPOINT_METADATA").write_text('{"commit_timestamx_nsecs": 1}')
+    file = path / "4" / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("commit_timestamp", "commit_timestamx"))  # one flipped bit
     checkpoints = Checkpoints(path, CheckpointConfig(keep=4))
     found = checkpoints.restore_newest(abstract(make_state()))
     assert found is not None and found[1]["step"] == 2
@@ -228,6 +230,18 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path):
     written(path, make_state(2)).close()
     (path / "2").rename(path / "3")
     assert outcome(path, abstract(make_state())) is None
+
+
+@pytest.mark.parametrize("rows", [8, 4], ids=["same shape", "other shape"])
+def test_arrays_of_another_checkpoint_are_seen(tmp_path, rows):
+    """A directory put together from two, each file of it sound."""
+    right, other = few_leaves(), few_leaves()
+    other = other.replace(params={**other.params, "scale": jnp.full(rows, 7.0)})
+    written(tmp_path / "checkpoints", right).close()
+    written(tmp_path / "other", other).close()
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "params")
+    shutil.copytree(tmp_path / "other" / "3" / "params", tmp_path / "checkpoints" / "3" / "params")
+    assert outcome(tmp_path / "checkpoints", abstract(right)) is None
 
 
 def test_no_checkpoint_is_no_fault(tmp_path):
