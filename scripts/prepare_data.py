@@ -29,7 +29,7 @@ def prepare_data(config: "Config") -> int:
 def print_table(prepared: "Prepared", seq_len: int) -> None:
     """Documents, bytes and tokens of each split; bytes per token say how well the tokenizer fits."""
     stores = {"train": prepared.train, "validation": prepared.validation}
-    lines = [("split", "documents", "bytes", "tokens", "bytes/token", "rows")]
+    lines: list[tuple[str, ...]] = [("split", "documents", "bytes", "tokens", "bytes/token", "rows")]
     for split, store in stores.items():
         if store is None:  # streaming reads the corpus while training
             continue
