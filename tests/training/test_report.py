@@ -211,7 +211,7 @@ def _finished_run(tmp_path, figures=FIGURES):
 
 
 def test_the_summary_has_every_figure_on_one_screen(tmp_path):
-    text = summary_text(_finished_run(tmp_path)[1], width=110)
+    text = summary_text(_finished_run(tmp_path)[1], width=250)  # the path of a test is long
     for figure in (
         *("quick[start]", "600 of 600", "2.46M tokens", "5.24M parameters", "4:00 of steps", "5:01", "7.2 s"),
         *(
