@@ -8,11 +8,13 @@ the newest one that passes is used: never a silent wrong number.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,8 +189,12 @@ class Checkpoints:
                 f"(config.yaml beside checkpoints/)"
             )
         with _corruption(step):
-            files = _types(self._checkpointer.checkpointables_metadata(step).metadata)
-        for name in differing(saved, {n: t for n, t in files.items() if n.split(".")[0] in wanted}):
+            read = self._checkpointer.checkpointables_metadata(step).metadata
+        unread = [item for item in wanted if read.get(item) is None]
+        if unread:
+            raise CorruptCheckpoint(f"{self.directory}/{step}: {', '.join(unread)} cannot be read")
+        files = _types({item: read[item] for item in wanted})
+        for name in differing(saved, files):
             raise CorruptCheckpoint(f"{self.directory}/{step}: its files say another shape of {name}")
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
@@ -254,15 +260,32 @@ def _faults(what: str) -> Iterator[None]:
         raise RunFault(f"{what}: {_disk_says(error) or _first_line(error)}; {remedy}") from error
 
 
+@functools.cache
+def _hush() -> None:
+    """Drop what is said of the reads that Orbax gives up beside a failing one: pages, and no word of use.
+
+    The failure itself is raised. Each of them ends in a coroutine that nobody awaits, a task whose error
+    nobody asks for, and a callback into an event loop that is closed, at any time afterwards.
+    """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unless_closed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_closed
+
+
 @contextmanager
 def _corruption(step: int | str) -> Iterator[None]:
+    _hush()
     try:
         yield
     except CorruptCheckpoint:
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types
-        # Orbax drops the reads that it had begun beside the failing one, and Python complains of each.
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
 
 

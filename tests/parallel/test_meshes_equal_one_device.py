@@ -95,14 +95,13 @@ def mesh_of(**sizes):
 
 FSDP_TENSOR = mesh_of(fsdp=4, tensor=2)
 # What is computed in the same run to save a compilation, and changes no loss.
-ALSO = {FSDP_TENSOR: {"ema_decay": 0.5}, mesh_of(data=2, fsdp=2, tensor=2): {"accumulation_steps": 2}}
+ALSO = {FSDP_TENSOR: {"ema_decay": 0.5}, mesh_of(replica=2, fsdp=2, tensor=2): {"accumulation_steps": 2}}
 MESHES = [
     mesh_of(data=8),
     mesh_of(fsdp=8),
     mesh_of(tensor=8),  # twice as many devices as K/V heads: they are repeated
     FSDP_TENSOR,
-    mesh_of(data=2, fsdp=2, tensor=2),
-    mesh_of(replica=2, data=2, tensor=2),
+    mesh_of(replica=2, fsdp=2, tensor=2),
 ]
 
 
