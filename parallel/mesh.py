@@ -17,7 +17,10 @@ def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1; only one mesh axis can take what is left")
+        raise ValueError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1, but only one mesh axis can take what is left; "
+            f"set one of them to 1 or more"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     named = (
         " * ".join(f"mesh.{a}={n}" for a, n in sizes.items() if n not in (1, -1)) or "every mesh axis is 1"
@@ -39,9 +42,10 @@ def build_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> La
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_shape(config, len(devices))
-    unknown = {a for axes in config.rules.values() for a in axes} - set(MESH_AXES)
-    if unknown:
-        raise ValueError(f"mesh.rules names {min(unknown)!r}, which is none of {', '.join(MESH_AXES)}")
+    for name, axes in config.rules.items():
+        if unknown := sorted(set(axes) - set(MESH_AXES)):
+            legal = ", ".join(MESH_AXES)
+            raise ValueError(f"mesh.rules.{name} names {unknown[0]}, no mesh axis; use one of {legal}")
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Layout(mesh, {name: tuple(axes) for name, axes in config.rules.items()})
