@@ -6,7 +6,7 @@ One value of the interface that every schedule shares: `value_and_grad(model, pa
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Batch = dict[str, Array]
 Sums = dict[str, Array]
 
 
+@runtime_checkable  # so that a test can hold calls to their annotations
 class Model(Protocol):
     """What a schedule needs of a model: pure functions over its parameter tree."""
 
