@@ -1,6 +1,7 @@
 """The persistent compile cache, and whether it helped."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def start_compile_cache(directory: str | None) -> CacheWatch:
             raise ValueError(
                 f"run.compile_cache={directory} cannot be written; choose another directory, or null for none"
             )
+    # An entry that a full disk or a kill left half-written costs a compilation, which the summary counts as a
+    # miss; jax would add two lines to stderr, where we say only what is wrong with the run.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CacheWatch(path)
