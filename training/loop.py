@@ -16,15 +16,15 @@ import jax
 
 from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
 from data.pipeline import Prepared, prepare
-from data.tokenizer import load_tokenizer
 from parallel.mesh import build_layout
-from training.checkpoint import Checkpoints, state_digest
+from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch, start_compile_cache
 from training.errors import RunFault
 from training.evaluate import evaluate
 from training.flops import Flops, peak_flops, training_flops
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
+from training.parent import Parent, check_tokenizer, find_parent, same_parent
 from training.plots import plot_loss
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
@@ -113,30 +113,12 @@ class Job:
     train_step: Any
     eval_step: Any
     flops: Flops
-    parent: "Parent | None"  # of a new run
+    parent: Parent | None  # of a new run
     compile_seconds: float
     watch: CacheWatch
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
-
-
-@dataclass(frozen=True)
-class Parent:
-    """Where `init_from` points: the checkpoints of another run and the step to take."""
-
-    checkpoints: Checkpoints
-    step: int
-
-    @property
-    def tokenizer(self) -> Path:
-        """The other run's own copy."""
-        return self.checkpoints.directory.parent / "tokenizer.json"
-
-    def facts(self) -> dict[str, Any]:
-        """What the manifest keeps: path and digest."""
-        record = self.checkpoints.record(self.step)
-        return {"path": str(self.checkpoints.directory), "step": self.step, "digest": state_digest(record)}
 
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
@@ -243,7 +225,7 @@ def fresh_state(job: Job) -> TrainState:
     ema = job.config.training.ema_decay is not None
     state = init_state(job.program.model, job.program.tx, job.program.state, seed=job.config.seed, ema=ema)
     jax.block_until_ready(state)  # so that too little memory is said before anything is written
-    parent = same_parent(job) if job.run.resuming else job.parent
+    parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
     if parent is None:
         return state
     params = parent.checkpoints.restore_weights(parent.step, job.program.state.params)
@@ -358,51 +340,6 @@ def with_vocab(config: Any, tokenizer_size: int) -> Any:
             f"use model.vocab_size=-1 or at least {padded_vocab(tokenizer_size)}"
         )
     return config
-
-
-def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
-    """The checkpoint that `init_from` names: a run beside this one, a run's directory, or one step's."""
-    if config.init_from is None:
-        return None
-    asked = Path(config.init_from)
-    candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
-    for candidate in candidates:
-        if (candidate / "checkpoints").is_dir():
-            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint, read_only=True)
-            steps = checkpoints.steps()
-            if candidate == asked.parent.parent:
-                steps = [s for s in steps if str(s) == asked.name]
-            if only_step is not None:
-                steps = [s for s in steps if s == only_step]
-            if steps:
-                return Parent(checkpoints, steps[-1])
-    raise ValueError(
-        f"init_from={config.init_from} is no run and no checkpoint; give a run's name "
-        f"(beside {config.run.dir}), its directory, or its checkpoints/STEP"
-    )
-
-
-def same_parent(job: Job) -> Parent | None:
-    """The parent of an earlier start, killed before its first checkpoint: it may have trained on since."""
-    if (earlier := job.run.parent) is None:
-        return None
-    parent = find_parent(job.config, earlier["step"])
-    if parent is None or parent.facts()["digest"] != earlier["digest"]:
-        raise ValueError(
-            f"{job.run.path} began from step {earlier['step']} of {earlier['path']}, which is not there any "
-            f"more; remove {job.run.path} to begin anew"
-        )
-    return parent
-
-
-def check_tokenizer(parent: Parent, digest: str) -> None:
-    """Weights know tokens by number, so a run that starts from them must cut text as their run did."""
-    path = parent.tokenizer
-    if path.exists() and load_tokenizer(path).digest != digest:
-        raise ValueError(
-            f"init_from: {path.parent} was trained with another tokenizer; "
-            f"use tokenizer=file tokenizer.path={path}"
-        )
 
 
 def describe(

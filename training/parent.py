@@ -1,0 +1,72 @@
+"""Where `init_from` points: another run's weights, with which a new run begins."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import load_tokenizer
+from training.checkpoint import Checkpoints, state_digest
+from training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoints of another run and the step to take."""
+
+    checkpoints: Checkpoints
+    step: int
+
+    @property
+    def tokenizer(self) -> Path:
+        """The other run's own copy."""
+        return self.checkpoints.directory.parent / "tokenizer.json"
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps: path and digest."""
+        record = self.checkpoints.record(self.step)
+        return {"path": str(self.checkpoints.directory), "step": self.step, "digest": state_digest(record)}
+
+
+def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
+    """The checkpoint that `init_from` names: a run beside this one, a run's directory, or one step's."""
+    if config.init_from is None:
+        return None
+    asked = Path(config.init_from)
+    candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
+    for candidate in candidates:
+        if (candidate / "checkpoints").is_dir():
+            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint, read_only=True)
+            steps = checkpoints.steps()
+            if candidate == asked.parent.parent:
+                steps = [s for s in steps if str(s) == asked.name]
+            if only_step is not None:
+                steps = [s for s in steps if s == only_step]
+            if steps:
+                return Parent(checkpoints, steps[-1])
+    raise ValueError(
+        f"init_from={config.init_from} is no run and no checkpoint; give a run's name "
+        f"(beside {config.run.dir}), its directory, or its checkpoints/STEP"
+    )
+
+
+def same_parent(config: Any, run: RunDirectory) -> Parent | None:
+    """The parent of an earlier start, killed before its first checkpoint: it may have trained on since."""
+    if (earlier := run.parent) is None:
+        return None
+    parent = find_parent(config, earlier["step"])
+    if parent is None or parent.facts()["digest"] != earlier["digest"]:
+        raise ValueError(
+            f"{run.path} began from step {earlier['step']} of {earlier['path']}, which is not there any "
+            f"more; remove {run.path} to begin anew"
+        )
+    return parent
+
+
+def check_tokenizer(parent: Parent, digest: str) -> None:
+    """Weights know tokens by number, so a run that starts from them must cut text as their run did."""
+    path = parent.tokenizer
+    if path.exists() and load_tokenizer(path).digest != digest:
+        raise ValueError(
+            f"init_from: {path.parent} was trained with another tokenizer; "
+            f"use tokenizer=file tokenizer.path={path}"
+        )
