@@ -8,12 +8,12 @@ corpus's own.
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 
 def bigram_bits_per_byte(
-    train: Iterable[Int[np.ndarray, " T"]],
-    validation: Iterable[Int[np.ndarray, " T"]],
+    train: Iterable[Integer[np.ndarray, " T"]],
+    validation: Iterable[Integer[np.ndarray, " T"]],
     *,
     vocab_size: int,
     validation_bytes: int,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from data.cache import verify
 from data.errors import DataError
@@ -37,7 +37,7 @@ class TokenStore:
     """
 
     path: Path
-    tokens: Int[np.ndarray, " N"]
+    tokens: Integer[np.ndarray, " N"]
     offsets: Int[np.ndarray, " D1"]  # num_documents + 1
     token_bytes: Int[np.ndarray, " V"]
     num_bytes: int
@@ -83,7 +83,7 @@ class TokenStore:
         """Return [bos] + tokens of a document, int32."""
         return np.asarray(self.tokens[self.offsets[index] : self.offsets[index + 1] - 1], dtype=np.int32)
 
-    def framed(self) -> Iterator[Int[np.ndarray, " T"]]:
+    def framed(self) -> Iterator[Integer[np.ndarray, " T"]]:
         """Yield each document as stored: [bos] + tokens + [eos]."""
         for index in range(self.num_documents):
             yield self.tokens[self.offsets[index] : self.offsets[index + 1]]
