@@ -1,6 +1,7 @@
 """Where text comes from and how it becomes batches."""
 
 import difflib
+import os
 from dataclasses import dataclass
 
 SOURCES = ("stdlib", "folder", "tfds")
@@ -40,6 +41,9 @@ class DataConfig:
     prefetch: int = 2  # batches made ahead of the step
 
     def __post_init__(self) -> None:
+        # A shell leaves the tilde of `data.path=~/texts` as it is.
+        self.path = self.path and os.path.expanduser(self.path)
+        self.cache_dir = os.path.expanduser(self.cache_dir)
         _choice("data.source", self.source, SOURCES)
         _choice("data.mode", self.mode, MODES)
         _choice("data.packing", self.packing, PACKINGS)
@@ -77,6 +81,7 @@ class TokenizerConfig:
     path: str | None = None  # file only: a `tokenizer.json`
 
     def __post_init__(self) -> None:
+        self.path = self.path and os.path.expanduser(self.path)
         _choice("tokenizer.kind", self.kind, TOKENIZERS)
         _at_least("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
         if self.kind == "file" and not self.path:

@@ -70,7 +70,7 @@ class MetricsLog:
         self.path, self.missing = path, missing
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = os.fstat(self._fd).st_size
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row whole, or raise RunFault and leave the file as it was."""
@@ -143,7 +143,7 @@ def _cut(path: Path, resume_step: int) -> int:
     return sum(kind == "loss" and 1 <= step for step, kind in seen)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """A new name in a directory is on the disk only after the directory itself is."""
     fd = os.open(directory, os.O_RDONLY)
     try:

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from training.manifest import now
+from training.metrics import sync_directory
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (
@@ -141,7 +142,7 @@ class RunDirectory:
                 _write(temporary / "manifest.json", _json(manifest))
                 _write(temporary / "config.yaml", _yaml(self.config))
                 os.rename(temporary, self.path)
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
         except BaseException:
             self.close()
             if temporary is not None:
@@ -289,14 +290,6 @@ def _write(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _json(tree: Any) -> str:

@@ -306,3 +306,9 @@ def test_impossible_tokenizer_configs(values):
 def test_json_escapes_do_not_count_as_broken(tmp_path):
     config = folder_with(tmp_path, "x.jsonl", json.dumps({"text": "\U0001f642\u0000"}).encode())
     assert train_of(prepare(config, BYTES, progress=False)).num_documents > 0
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DataConfig(source="folder", path="~/texts").path == str(tmp_path / "texts")
+    assert TokenizerConfig(kind="file", path="~/t.json").path == str(tmp_path / "t.json")
