@@ -26,10 +26,11 @@ from optim.config import (
     ScheduleConfig,
     WSDConfig,
 )
-from parallel.config import MESH_AXES, HardwareConfig, MeshConfig
+from parallel.config import MESH_AXES, ContextConfig, HardwareConfig, MeshConfig, PipelineConfig
 from training.config import (
     CheckpointConfig,
     EvalConfig,
+    LocalSGDConfig,
     LoggingConfig,
     RunConfig,
     SampleConfig,
@@ -43,6 +44,7 @@ SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)
 LOGICAL_AXES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "positions") + (
     "batch",
     "length",
+    "act_length",
     "act_embed",
     "act_heads",
     "act_kv_heads",
@@ -70,6 +72,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)  # from what text
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces
     mesh: MeshConfig = field(default_factory=MeshConfig)  # on which devices
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # in what order stages work
+    context: ContextConfig = field(default_factory=ContextConfig)  # how attention crosses devices
+    local_sgd: LocalSGDConfig = field(default_factory=LocalSGDConfig)  # how often replicas meet
     hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
     optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step

@@ -19,7 +19,7 @@ from models.param import param, vector
 from models.rope import rope_frequencies, rotate
 from models.spec import LayerSpec
 
-RESIDUAL = ("batch", "length", "act_embed")
+RESIDUAL = ("batch", "act_length", "act_embed")  # between blocks
 
 
 def residual_init(config: ModelConfig) -> Any:

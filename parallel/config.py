@@ -21,6 +21,24 @@ class MeshConfig:
     context: int = 1  # positions of a row
     tensor: int = 1  # heads, feed-forward width and vocabulary
     rules: dict[str, list[str]] = field(default_factory=dict)
+    dcn: dict[str, int] = field(default_factory=dict)  # of an axis: the factor of its size that crosses slices
+
+
+@dataclass
+class PipelineConfig:
+    """In what order stages work on microbatches; only read where mesh.pipeline is above 1."""
+
+    schedule: str = "1f1b"  # gpipe | 1f1b | interleaved_1f1b | zero_bubble
+    microbatches: int = 8  # parts of the batch that follow each other through the stages
+    virtual_stages: int = 1  # chunks of layers a device holds (interleaved_1f1b: 2 or more)
+
+
+@dataclass
+class ContextConfig:
+    """How attention crosses positions that lie on other devices; only read where mesh.context is above 1."""
+
+    attention: str = "ulysses"  # ulysses | allgather | ring
+    zigzag: bool = True  # allgather and ring: early and late positions paired, so that causal work is even
 
 
 @dataclass

@@ -67,6 +67,20 @@ class TrainingConfig:
 
 
 @dataclass
+class LocalSGDConfig:
+    """Local SGD and DiLoCo over mesh.replica: replicas step alone and exchange what they learnt now and then.
+
+    At 1 inner step replicas are synchronous data parallelism, and nothing else here is read.
+    """
+
+    inner_steps: int = 1  # optimizer steps between exchanges
+    outer_learning_rate: float = 0.7  # of the averaged difference (Douillard et al. 2023)
+    outer_momentum: float = 0.9
+    nesterov: bool = True
+    exchange: str = "float32"  # float32 | bfloat16 | int8: what crosses the slow link
+
+
+@dataclass
 class CheckpointConfig:
     """Steps between saves (`every`) and how many to `keep`; `average_last=K` adds the mean of the last K."""
 

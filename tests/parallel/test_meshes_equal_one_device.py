@@ -25,6 +25,7 @@ RULES = {
     "vocab": ["tensor"],
     "batch": ["replica", "data", "fsdp"],
     "length": ["context"],
+    "act_length": ["context"],
     "act_heads": ["tensor"],
     "act_kv_heads": ["tensor"],
     "act_mlp": ["tensor"],
