@@ -55,6 +55,38 @@ POLICIES = {
 
 
 @dataclass(frozen=True)
+class LayerScan:
+    """A stretch of layers in order: one loop over the repetitions of a period."""
+
+    model: Model
+    period: tuple[Any, ...]
+    batch: Batch
+    key: Array
+    ops: Any
+    remat: str
+    scan_layers: bool
+
+    def __call__(self, stacked: Params, x: Array, layers_before: Any) -> tuple[Array, Sums]:
+        """The residual stream after the layers, and their sums; every parameter is [repetitions, ...]."""
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        first = layers_before + jnp.arange(count) * len(self.period)
+        body = self._period
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
+        x, sums = jax.lax.scan(body, x, (stacked, first), unroll=1 if self.scan_layers else count)
+        return x, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+    def _period(self, x: Array, item: tuple[Params, Array]) -> tuple[Array, Sums]:
+        params, first = item
+        totals: Sums = {}
+        for i, spec in enumerate(self.period):
+            key = jax.random.fold_in(self.key, first + i)
+            x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
+            totals = add_sums(totals, sums)
+        return x, totals
+
+
+@dataclass(frozen=True)
 class Plain:
     """Layers in order on every device; `unroll` trades compile time for speed on CPU."""
 
@@ -69,28 +101,12 @@ class Plain:
         totals: Sums = {}
         for number, segment in enumerate(model.segments):
             stacked = params["segments"][str(number)]
-            body = self._period(model, segment.period, batch, key, ops)
-            first = layers_before + jnp.arange(segment.count) * len(segment.period)
-            unroll = 1 if self.scan_layers else segment.count
-            x, sums = jax.lax.scan(body, x, (stacked, first), unroll=unroll)
-            totals = _add(totals, jax.tree.map(jnp.sum, sums))
+            scan = LayerScan(model, segment.period, batch, key, ops, self.remat, self.scan_layers)
+            x, sums = scan(stacked, x, layers_before)
+            totals = add_sums(totals, sums)
             layers_before += segment.count * len(segment.period)
         loss, sums = model.head(params, x, batch, ops)
-        return loss + totals.get("loss", 0.0), _add(totals, sums)
-
-    def _period(self, model: Model, period: tuple[Any, ...], batch: Batch, key: Array, ops: Any) -> Any:
-        def body(x: Array, item: tuple[Params, Array]) -> tuple[Array, Sums]:
-            params, first = item
-            totals: Sums = {}
-            for i, spec in enumerate(period):
-                layer_key = jax.random.fold_in(key, first + i)
-                x, sums = model.layer(spec, params[str(i)], x, batch, layer_key, ops)
-                totals = _add(totals, sums)
-            return x, totals
-
-        if self.remat == "none":
-            return body
-        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
+        return loss + totals.get("loss", 0.0), add_sums(totals, sums)
 
     def value_and_grad(
         self, model: Model, params: Params, batch: Batch, key: Array, ops: Any
@@ -137,7 +153,8 @@ def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _add(left: Sums, right: Sums) -> Sums:
+def add_sums(left: Sums, right: Sums) -> Sums:
+    """Both, with what they share added."""
     totals = dict(left)
     for key, value in right.items():
         totals[key] = totals[key] + value if key in totals else value

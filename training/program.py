@@ -18,8 +18,19 @@ from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.axes import Layout, kv_repeats
+from parallel.pipeline import Arrangement, Pipeline, main_segment
 from parallel.plain import Plain
-from training.state import TrainState, abstract_state, decay_mask, matrix_dims
+from parallel.schedules import make_schedule as make_pipeline_schedule
+from training.state import (
+    TrainState,
+    abstract_state,
+    decay_mask,
+    init_state,
+    is_info,
+    matrix_dims,
+    placed_like,
+    shardings,
+)
 from training.step import (
     Batch,
     abstract_batch,
@@ -40,12 +51,33 @@ class Program:
     model: Model
     layout: Layout
     ops: Ops
-    strategy: Plain
+    strategy: Plain | Pipeline
     tx: optax.GradientTransformation
     state: TrainState
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     compiler_options: Mapping[str, Any]
+    born: "Born"
+    canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
+
+    def init_state(self, seed: int) -> TrainState:
+        """Step 0, every leaf on the devices that own it."""
+        return init_state(self.born, self.tx, self.state, seed=seed, ema=self.state.ema is not None)
+
+    def to_canonical(self, tree: Any) -> Any:
+        """A state, or parameters, with layers stacked [n, ...] as checkpoints and other meshes have them."""
+        return self._rearranged(tree, Arrangement.join, self.canonical)
+
+    def from_canonical(self, tree: Any) -> Any:
+        """The inverse: layers as this program's stages hold them."""
+        return self._rearranged(tree, Arrangement.split, self.state)
+
+    def _rearranged(self, tree: Any, move: Callable[[Arrangement, Any], Any], target: TrainState) -> Any:
+        if self.born.arrangement is None:
+            return tree
+        like = target if isinstance(tree, TrainState) else target.params
+        placed = shardings(like)
+        return jax.jit(lambda tree: move(self.born.arrangement, tree), out_shardings=placed)(tree)  # type: ignore[arg-type]
 
     def compile_train(self) -> Any:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
@@ -55,6 +87,57 @@ class Program:
         """`(params, batch) -> sums`, batches shaped like those of training."""
         step = make_eval_step(self.model, self.strategy, self.ops)
         return compile_eval_step(step, self.state.params, self.batch, self.layout, self.compiler_options)
+
+
+@dataclass(frozen=True)
+class Born:
+    """Parameters as they lie in memory: their certificates and how they are made."""
+
+    model: Model
+    arrangement: Arrangement | None
+
+    @property
+    def info(self) -> Any:
+        """ParamInfo by path."""
+        if self.arrangement is None:
+            return self.model.info
+        return self.arrangement.in_memory(self.model.info, is_info)
+
+    @property
+    def canonical_info(self) -> Any:
+        """The same of the stacks in a checkpoint."""
+        if self.arrangement is None:
+            return self.model.info
+        return self.arrangement.on_disk(self.model.info, is_info)
+
+    def init(self, key: Array) -> Any:
+        """The values, the same on any mesh and for any schedule."""
+        params = self.model.init(key)
+        return params if self.arrangement is None else self.arrangement.split(params)
+
+
+def arrange(config: Any, model: Model, layout: Layout) -> Born:
+    """Layers in stages where mesh.pipeline asks for them."""
+    stages = layout.mesh.shape["pipeline"]
+    if stages == 1:
+        return Born(model, None)
+    main = str(main_segment(model.segments))
+    return Born(model, Arrangement(stages, config.pipeline.virtual_stages, main))
+
+
+def build_strategy(config: Any, born: Born, layout: Layout) -> Plain | Pipeline:
+    """In what order layers and microbatches are worked through."""
+    training = config.training
+    if born.arrangement is None:
+        return Plain(training.accumulation_steps, training.remat, training.scan_layers)
+    schedule = make_pipeline_schedule(
+        config.pipeline.schedule,
+        stages=born.arrangement.stages,
+        microbatches=config.pipeline.microbatches,
+        virtual_stages=born.arrangement.chunks,
+    )
+    specs = jax.tree.map(lambda sharding: sharding.spec, layout.tree(born.info, is_info))
+    return Pipeline(layout, schedule, specs, training.remat, training.scan_layers)
 
 
 def padded_vocab(size: int) -> int:
@@ -69,12 +152,17 @@ def compute_dtype(precision: str, platform: str) -> Any:
     return jnp.dtype(precision)
 
 
-def compiler_options(deterministic: bool, platform: str) -> dict[str, Any]:
+def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults.
+
+    On several CPU devices its default scheduler (jaxlib 0.10) lets them reach independent collectives in
+    different orders, and they wait for each other for ever; the other scheduler keeps one order.
 
     On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
     operations cost some speed. CPU and TPU repeat themselves as they are.
     """
+    if platform == "cpu" and devices > 1:
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
 
 
@@ -99,10 +187,11 @@ def build_program(config: Any, layout: Layout) -> Program:
     model = build_model(config.model)
     ops = build_ops(config, layout)
     training = config.training
-    strategy = Plain(training.accumulation_steps, training.remat, training.scan_layers)
+    born = arrange(config, model, layout)
+    strategy = build_strategy(config, born, layout)
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
-        config.optim, schedule, decay_mask=decay_mask(model.info), matrices=matrix_dims(model.info)
+        config.optim, schedule, decay_mask=decay_mask(born.info), matrices=matrix_dims(born.info)
     )
     step = make_train_step(
         model,
@@ -114,10 +203,31 @@ def build_program(config: Any, layout: Layout) -> Program:
         ema_decay=training.ema_decay,
         seed=config.seed,
     )
-    state = abstract_state(model, tx, layout, ema=training.ema_decay is not None)
+    state = abstract_state(born, tx, layout, ema=training.ema_decay is not None)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    options = compiler_options(config.deterministic, layout.mesh.devices.flat[0].platform)
-    return Program(model, layout, ops, strategy, tx, state, batch, step, options)
+    platform = layout.mesh.devices.flat[0].platform
+    options = compiler_options(config.deterministic, platform, layout.mesh.size)
+    return Program(
+        model,
+        layout,
+        ops,
+        strategy,
+        tx,
+        state,
+        batch,
+        step,
+        options,
+        born,
+        canonical_state(born, state, layout),
+    )
+
+
+def canonical_state(born: Born, state: TrainState, layout: Layout) -> TrainState:
+    """The abstract state that checkpoints hold, placed on this mesh."""
+    if born.arrangement is None:
+        return state
+    joined = jax.eval_shape(born.arrangement.join, state)
+    return placed_like(joined, layout.tree(born.canonical_info, is_info), layout)
 
 
 def trace(program: Program) -> Any:

@@ -56,11 +56,15 @@ def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> Trai
 def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is allocated.
 
-    A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)`
+    model: anything with `init(key)` and `info`, the parameters as they lie in memory. A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)`
     would replicate it on every device.
     """
     shapes = jax.eval_shape(lambda key: make_state(model.init(key), tx, ema), jax.random.key(0))
-    params = layout.tree(model.info, is_info)
+    return placed_like(shapes, layout.tree(model.info, is_info), layout)
+
+
+def placed_like(shapes: TrainState, params: Any, layout: Layout) -> TrainState:
+    """The abstract state with every array where its parameter is; `params`: the parameters' shardings."""
     by_path = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

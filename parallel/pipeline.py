@@ -1,0 +1,467 @@
+"""Pipelines: stages of layers on different devices, run from a table (`parallel.schedules`).
+
+B rows of a microbatch, T position, D model, P stages, M microbatches, v chunks of layers a stage.
+Every tick runs the same layers on all stages at once: `jax.vmap` over a leading dim P that is split over
+mesh.pipeline, so the partitioner sees one batched program, no branch depends on the stage, and all other mesh
+axes work inside a stage as they do outside. What a stage has no work for is computed on stale numbers and
+met with a zero cotangent. Backward recomputes a chunk from its stored input: only inputs are kept.
+
+The largest segment is split into stages; embedding, other segments and head belong to all stages together:
+their tables are split over mesh.pipeline by the rules for `vocab`, so none holds or computes more than others.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int
+
+from parallel.axes import Layout
+from parallel.plain import Batch, LayerScan, Model, Params, Sums, add_sums
+from parallel.schedules import IDLE, Run, Schedule, fold_runs
+
+AXIS = "pipeline"
+RESIDUAL = ("stages", "batch", "act_length", "act_embed")
+Row = dict[str, Array]
+
+
+def main_segment(segments: tuple[Any, ...]) -> int:
+    """The segment that is split into stages: the one with the most layers."""
+    return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a stack of layers [n, ...] lies in memory for a schedule, [v, P, n/(vP), ...], and back.
+
+    Chunk c of stage s holds the layers that come (c * P + s)-th, so both are the same numbers in the same
+    order; only what a device holds differs. Works on any tree whose paths run through the parameters':
+    moments and averages too.
+    """
+
+    stages: int
+    chunks: int
+    main: str  # number of the segment that is split
+
+    def in_memory(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
+        """Birth certificates as their parameters lie in memory.
+
+        Raises ValueError, with the legal numbers, where the layers do not divide.
+        """
+        return self._map(self._split_info, info, is_info)
+
+    def on_disk(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
+        """Birth certificates of the canonical stacks, whose layers are spread over stages all the same."""
+
+        def place(leaf: Any) -> Any:
+            return dataclasses.replace(leaf, axes=("stages", *leaf.axes[1:]))
+
+        return self._map(place, info, is_info)
+
+    def split(self, tree: Any) -> Any:
+        """Canonical stacks as they lie in memory."""
+        return self._map(lambda x: x.reshape(self.chunks, self.stages, -1, *x.shape[1:]), tree)
+
+    def join(self, tree: Any) -> Any:
+        """The inverse of `split`."""
+        return self._map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
+
+    def _map(
+        self, function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    ) -> Any:
+        def apply(path: Any, leaf: Any) -> Any:
+            names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+            inside = ("segments", self.main) in zip(names, names[1:], strict=False)
+            return function(leaf) if inside else leaf
+
+        return jax.tree_util.tree_map_with_path(apply, tree, is_leaf=is_leaf)
+
+    def _split_info(self, leaf: Any) -> Any:
+        ways, layers = self.chunks * self.stages, leaf.shape[0]
+        if layers % ways:
+            by = f"mesh.pipeline={self.stages}"
+            by += f" * pipeline.virtual_stages={self.chunks}" if self.chunks > 1 else ""
+            legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+            raise ValueError(f"{layers} layers (or periods) cannot be split over {by}; use one of {legal}")
+        return dataclasses.replace(
+            leaf,
+            shape=(self.chunks, self.stages, layers // ways, *leaf.shape[1:]),
+            axes=(None, "stages", *leaf.axes),
+            reduction=tuple(dim + 2 for dim in leaf.reduction),
+            output=tuple(dim + 2 for dim in leaf.output),
+        )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A schedule as a value of the interface that `parallel.plain` describes.
+
+    specs: PartitionSpecs of the parameters as they lie in memory, the main segment's being [v, P, n/(vP), ...].
+    """
+
+    layout: Layout
+    schedule: Schedule
+    specs: Any
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def value_and_grad(
+        self, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+    ) -> tuple[Sums, Params]:
+        """Means over the batch's total weight, and gradients of `objective` among them."""
+        program = StageProgram(self, model, params, batch, key, ops)
+        state = program.run(self.schedule.runs, program.start())
+        return program.finish(state)
+
+    def evaluate(self, model: Model, params: Params, batch: Batch, ops: Any) -> Sums:
+        """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
+        program = StageProgram(self, model, params, batch, jax.random.key(0), ops)
+        state = program.run(self.schedule.forward_runs, program.start(gradients=False))
+        return {"nll": state["sums"]["nll"], "weight": jnp.sum(batch["loss_weights"])}
+
+
+class StageProgram:
+    """One step's ticks over one batch; the state that goes from tick to tick is a dict of arrays."""
+
+    def __init__(
+        self, plan: Pipeline, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+    ) -> None:
+        self.layout, self.schedule, self.plan = plan.layout, plan.schedule, plan
+        self.model, self.key, self.ops = model, key, ops
+        self.main = str(main_segment(model.segments))
+        self.params = params["segments"][self.main]
+        self.rest = without(params, self.main)
+        self.specs = plan.specs["segments"][self.main]
+        self.micros = split_rows(batch, self.schedule.microbatches)
+        self.weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        self.stage_ids = jnp.arange(self.schedule.stages)
+
+    # -- what is computed ------------------------------------------------------------------------------
+
+    def begin(self, rest: Params, micro: Batch) -> tuple[Array, Sums]:
+        """Embedding, and the segments before the stages."""
+        x = self.model.embed(rest, micro, self.ops)
+        return self._segments(rest, x, micro, range(int(self.main)))
+
+    def end(self, rest: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
+        """The segments after the stages, and the head: what is minimized, and sums to report."""
+        x, sums = self._segments(rest, x, micro, range(int(self.main) + 1, len(self.model.segments)))
+        loss, head_sums = self.model.head(rest, x, micro, self.ops)
+        return loss + sums.get("loss", 0.0), add_sums(sums, head_sums)
+
+    def _segments(self, rest: Params, x: Array, micro: Batch, numbers: range) -> tuple[Array, Sums]:
+        totals: Sums = {}
+        for number in numbers:
+            scan = self._scan(number, micro)
+            x, sums = scan(rest["segments"][str(number)], x, self._layers_before(number))
+            totals = add_sums(totals, sums)
+        return x, totals
+
+    def _scan(self, number: int, micro: Batch) -> LayerScan:
+        period = self.model.segments[number].period
+        return LayerScan(
+            self.model, period, micro, self.key, self.ops, self.plan.remat, self.plan.scan_layers
+        )
+
+    def _layers_before(self, number: int) -> int:
+        return sum(s.count * len(s.period) for s in self.model.segments[:number])
+
+    def stages(self, params: Params, x: Array, micro: Batch, chunk: Int[Array, " P"]) -> tuple[Array, Sums]:
+        """All stages at once, [P, B, T, D] to the same: each its own chunk of layers and microbatch."""
+        number = int(self.main)
+        segment = self.model.segments[number]
+        layers = segment.count * len(segment.period) // (self.schedule.chunks * self.schedule.stages)
+        before = (
+            self._layers_before(number) + (chunk * self.schedule.stages + self.stage_ids) * layers
+        )  # chunk c of stage s is the (c * P + s)-th
+
+        def stage(params: Params, x: Array, micro: Batch, before: Array) -> tuple[Array, Sums]:
+            return self._scan(number, micro)(params, x, before)
+
+        return jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before)
+
+    # -- ticks -----------------------------------------------------------------------------------------
+
+    def start(self, *, gradients: bool = True) -> dict[str, Any]:
+        """The state before the first tick."""
+        x, _ = jax.eval_shape(self.begin, self.rest, self.micro(0))
+        residual = self.constrain(jnp.zeros((self.schedule.stages, *x.shape), x.dtype))
+        state: dict[str, Any] = {"x": residual, "sums": self._zero_sums(x)}
+        if gradients:
+            places = self.schedule.slots[2]
+            inputs = jnp.zeros((places, *residual.shape), residual.dtype)
+            state |= {
+                "dx": residual,
+                "inputs": self.layout.constrain(inputs, (None, *RESIDUAL)),
+                "grads": jax.tree.map(jnp.zeros_like, self.params),
+                "rest": jax.tree.map(jnp.zeros_like, self.rest),
+            }
+        return state
+
+    def _zero_sums(self, x: jax.ShapeDtypeStruct) -> Sums:
+        micro = self.micro(0)
+        chunk = jnp.zeros_like(self.stage_ids)
+        many = jnp.zeros((self.schedule.stages, *x.shape), x.dtype)
+        _, begin = jax.eval_shape(self.begin, self.rest, micro)
+        loss, end = jax.eval_shape(self.end, self.rest, x, micro)
+        _, layers = jax.eval_shape(self.stages, self.chunk(chunk), many, self.micro(chunk), chunk)
+        shapes = {name: (s.shape[1:], s.dtype) for name, s in layers.items()}
+        shapes |= {name: (s.shape, s.dtype) for name, s in (*begin.items(), *end.items())}
+        return {"objective": jnp.zeros((), loss.dtype)} | {
+            name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()
+        }
+
+    def run(self, runs: tuple[Run, ...], state: dict[str, Any]) -> dict[str, Any]:
+        """All ticks in order, one loop a run; a pattern of runs that repeats is a loop around its loops."""
+        for pattern, repeats in fold_runs(runs):
+            length = sum(run.count for run in pattern)
+            rows = self.rows(pattern[0].start, length * repeats)
+
+            def group(state: Any, rows: Row, pattern: tuple[Run, ...] = pattern) -> tuple[Any, None]:
+                at = 0
+                for run in pattern:
+                    part = jax.tree.map(lambda r, a=at, n=run.count: r[a : a + n], rows)
+                    state, _ = jax.lax.scan(partial(self.tick, run), state, part)
+                    at += run.count
+                return state, None
+
+            if repeats == 1:
+                state, _ = group(state, rows)
+            else:
+                rows = jax.tree.map(lambda r, n=repeats: r.reshape(n, -1, *r.shape[1:]), rows)
+                state, _ = jax.lax.scan(group, state, rows)
+        return state
+
+    def rows(self, start: int, count: int) -> Row:
+        """The table's rows of these ticks, each [ticks, P]."""
+        table = {
+            "forward": self.schedule.forward,
+            "keep": self.schedule.slots[0],
+            "backward": self.schedule.backward,
+            "take": self.schedule.slots[1],
+        }
+        return {name: jnp.asarray(grid[start : start + count], jnp.int32) for name, grid in table.items()}
+
+    def tick(self, run: Run, state: dict[str, Any], row: Row) -> tuple[dict[str, Any], None]:
+        """One tick: forward of one unit a stage, then backward of another (or the same, on the last stage)."""
+        state = dict(state)
+        if run.work.forward:
+            y = self.forward(state, row)
+            if run.work.head and not run.work.backward:
+                self.evaluate_end(state, y, row)
+        if run.work.backward:
+            self.backward(state, row, head=run.work.head)
+        return state, None
+
+    def forward(self, state: dict[str, Any], row: Row) -> Array:
+        """Each stage passes a microbatch through a chunk and hands the result to the next."""
+        unit, micro, chunk = self.units(row["forward"])
+        begins = (self.stage_ids == 0) & (chunk == 0)
+        start, _ = self.begin(self.rest, self.micro(micro[0]))
+        x = self.constrain(jnp.where(wide(begins), start[None], state["x"]))
+        if "inputs" in state:
+            state["inputs"] = self.store(state["inputs"], x, row["keep"], unit != IDLE)
+        y, _ = self.stages(self.chunk(chunk), x, self.micro(micro), chunk)
+        y = self.constrain(y)
+        state["x"] = self.shift(y, 1)
+        return y
+
+    def evaluate_end(self, state: dict[str, Any], y: Array, row: Row) -> None:
+        """Forward only: the sums of the microbatch that leaves the last stage."""
+        _, micro, _ = self.units(row["forward"])
+        loss, sums = self.end(self.rest, self.of_stage(y, -1), self.micro(micro[-1]))
+        state["sums"] = add_sums(state["sums"], {"objective": loss, **sums})
+
+    def backward(self, state: dict[str, Any], row: Row, *, head: bool) -> None:
+        """Each stage recomputes a chunk from its kept input and hands the gradient to the one before."""
+        unit, micro, chunk = self.units(row["backward"])
+        busy, params, mine = unit != IDLE, self.chunk(chunk), self.micro(micro)
+        x = self.take(state["inputs"], row["take"])
+        (y, sums), pull = jax.vjp(lambda p, x: self.stages(p, x, mine, chunk), params, x)
+        dy = state["dx"]
+        if head:
+            ends = (self.stage_ids == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
+            dy = jnp.where(wide(ends), self.pull_end(state, y, self.micro(micro[-1]))[None], dy)
+        dy = self.constrain(jnp.where(wide(busy), dy, 0))
+        dparams, dx = pull((dy, self.cotangents(sums, busy)))
+        state["grads"] = self.add_chunk(state["grads"], dparams, chunk)
+        self.count(state, sums, busy)
+        dx = self.constrain(dx)
+        begins = busy[0] & (chunk[0] == 0)
+        self.pull_begin(state, jnp.where(begins, self.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
+        state["dx"] = self.shift(dx, -1)
+
+    def pull_end(self, state: dict[str, Any], y: Array, micro: Batch) -> Array:
+        """Loss and its gradient by what the last stage gives, for the microbatch that it is at."""
+        (loss, sums), pull = jax.vjp(
+            lambda rest, x: self.end(rest, x, micro), self.rest, self.of_stage(y, -1)
+        )
+        nothing = jax.tree.map(jnp.zeros_like, sums)
+        drest, dy = pull(((1.0 / self.weight).astype(loss.dtype), nothing))
+        state["rest"] = self.add_rest(state["rest"], drest)
+        state["sums"] = add_sums(state["sums"], {"objective": loss, **sums})
+        return dy
+
+    def pull_begin(self, state: dict[str, Any], dx: Array, micro: Batch, busy: Array) -> None:
+        """Gradients of embedding and first segments from what the first stage hands back."""
+        (_, sums), pull = jax.vjp(lambda rest: self.begin(rest, micro), self.rest)
+        (drest,) = pull((dx, self.cotangents(sums, busy)))
+        state["rest"] = self.add_rest(state["rest"], drest)
+        self.count(state, sums, busy)
+
+    def cotangents(self, sums: Sums, busy: Array) -> Sums:
+        """Of what layers report only `loss` is minimized, and only where there was work."""
+        share = jnp.where(busy, 1.0 / self.weight, 0.0)
+        return {
+            name: share.astype(s.dtype) if name == "loss" else jnp.zeros_like(s) for name, s in sums.items()
+        }
+
+    def count(self, state: dict[str, Any], sums: Sums, busy: Array) -> None:
+        """Add what layers report; over stages, where each reports its own."""
+
+        def total(s: Array) -> Array:
+            kept = jnp.where(busy.reshape(busy.shape + (1,) * (s.ndim - busy.ndim)), s, 0)
+            return jnp.sum(kept, axis=0) if busy.ndim else kept
+
+        totals = {name: total(s) for name, s in sums.items()}
+        if "loss" in totals:
+            totals["objective"] = totals["loss"]
+        state["sums"] = add_sums(state["sums"], totals)
+
+    def finish(self, state: dict[str, Any]) -> tuple[Sums, Params]:
+        """Means, and gradients in the shape of the parameters."""
+        segments = {**state["rest"]["segments"], self.main: state["grads"]}
+        means = jax.tree.map(lambda s: s / self.weight, state["sums"])
+        return means, {**state["rest"], "segments": segments}
+
+    # -- where things are ------------------------------------------------------------------------------
+
+    def units(self, unit: Int[Array, " P"]) -> tuple[Array, Array, Array]:
+        """(unit, microbatch, chunk) of each stage; an idle one points at the first of each."""
+        micro, chunk = jnp.divmod(jnp.maximum(unit, 0), self.schedule.chunks)
+        return unit, micro, chunk
+
+    def micro(self, index: Any) -> Batch:
+        """Microbatch `index`, [B, T]; or, of one index a stage, [P, B, T]."""
+        if jnp.ndim(index) == 0:
+            return {
+                name: self.layout.constrain(jnp.take(x, index, axis=1), ("batch", "length"))
+                for name, x in self.micros.items()
+            }
+        return {
+            name: self.layout.constrain(
+                jnp.moveaxis(jnp.take(x, index, axis=1), 1, 0), ("stages", "batch", "length")
+            )
+            for name, x in self.micros.items()
+        }
+
+    def constrain(self, x: Array) -> Array:
+        """Pin a residual stream of every stage, [P, B, T, D]."""
+        return self.layout.constrain(x, RESIDUAL)
+
+    def residual_spec(self, x: Array) -> PartitionSpec:
+        """Where such a stream lies."""
+        return self.layout.spec(RESIDUAL, x.shape, "activation")
+
+    def local(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` of the parts that a device has."""
+        return jax.shard_map(
+            function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def shift(self, x: Array, by: int) -> Array:
+        """Stage s gets what stage s - by had, around the ring."""
+        count, spec = self.schedule.stages, self.residual_spec(x)
+        ring = [(s, (s + by) % count) for s in range(count)]
+        return self.local(lambda x: jax.lax.ppermute(x, AXIS, ring), spec, spec)(x)
+
+    def of_stage(self, x: Array, stage: int) -> Array:
+        """One stage's [B, T, D], given to all."""
+        spec, number = self.residual_spec(x), stage % self.schedule.stages
+
+        def pick(x: Array) -> Array:
+            mine = jax.lax.axis_index(AXIS) == number
+            return jax.lax.psum(jnp.where(mine, x[0], 0), AXIS)
+
+        return self.local(pick, spec, PartitionSpec(*spec[1:]))(x)
+
+    def store(self, places: Array, x: Array, place: Int[Array, " P"], busy: Array) -> Array:
+        """Keep each stage's input in its place, unless the stage is idle."""
+        spec, one = self.residual_spec(x), PartitionSpec(AXIS)
+
+        def put(places: Array, x: Array, place: Array, busy: Array) -> Array:
+            old = jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy[0], x, old), place[0], 0)
+
+        many = PartitionSpec(None, *spec)
+        return self.local(put, (many, spec, one, one), many)(places, x, place, busy)
+
+    def take(self, places: Array, place: Int[Array, " P"]) -> Array:
+        """What each stage kept in its place."""
+        spec = self.residual_spec(places[0])
+
+        def get(places: Array, place: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
+
+        return self.local(get, (PartitionSpec(None, *spec), PartitionSpec(AXIS)), spec)(places, place)
+
+    def chunk(self, chunk: Int[Array, " P"]) -> Params:
+        """Each stage's parameters of a chunk, [P, n/(vP), ...]."""
+        if self.schedule.chunks == 1:
+            return jax.tree.map(lambda p: p[0], self.params)
+
+        def pick(params: Params, chunk: Array) -> Params:
+            return jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, chunk[0], 0, keepdims=False), params
+            )
+
+        return self.local(pick, (self.specs, PartitionSpec(AXIS)), self._chunk_specs())(self.params, chunk)
+
+    def add_chunk(self, grads: Params, more: Params, chunk: Int[Array, " P"]) -> Params:
+        """Gradients with each stage's part of a chunk added."""
+
+        def add(grads: Params, more: Params, chunk: Array) -> Params:
+            def put(g: Array, m: Array) -> Array:
+                old = jax.lax.dynamic_index_in_dim(g, chunk[0], 0, keepdims=False)
+                return jax.lax.dynamic_update_index_in_dim(g, old + m, chunk[0], 0)
+
+            return jax.tree.map(put, grads, more)
+
+        in_specs = (self.specs, self._chunk_specs(), PartitionSpec(AXIS))
+        return self.local(add, in_specs, self.specs)(grads, more, chunk)
+
+    def add_rest(self, grads: Params, more: Params) -> Params:
+        """The same for what all stages have together."""
+        specs = without(self.plan.specs, self.main)
+
+        def add(g: Array, m: Array, spec: PartitionSpec) -> Array:
+            placed = jax.sharding.NamedSharding(self.layout.mesh, spec)
+            return g + jax.lax.with_sharding_constraint(m, placed)
+
+        return jax.tree.map(add, grads, more, specs)
+
+    def _chunk_specs(self) -> Any:
+        return jax.tree.map(
+            lambda spec: PartitionSpec(*spec[1:]), self.specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+
+def split_rows(batch: Batch, count: int) -> Batch:
+    """[B, T] as [B/count, count, T]: microbatch m is every count-th row, so each spreads over all devices."""
+    return {name: x.reshape(x.shape[0] // count, count, *x.shape[1:]) for name, x in batch.items()}
+
+
+def without(params: Params, segment: str) -> Params:
+    """All parameters but those of one segment."""
+    others = {name: tree for name, tree in params["segments"].items() if name != segment}
+    return {**params, "segments": others}
+
+
+def wide(mask: Array) -> Array:
+    """[P] against [P, B, T, D]."""
+    return mask[:, None, None, None]
