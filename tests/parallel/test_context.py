@@ -45,12 +45,20 @@ EIGHT, WITH_TENSOR = {"context": 8}, {"context": 4, "tensor": 2}
 WITH_DATA = {"context": 2, "data": 2, "tensor": 2}
 WITH_ROWS = {"context": 2, "fsdp": 2, "expert": 2}
 WITH_PIPELINE = {"context": 2, "pipeline": 2, "tensor": 2}
-# Every feature on one mesh, and all of them at once on every mesh.
-CASES = [(WITH_TENSOR, feature) for feature in FEATURES]
-CASES += [(mesh, "all") for mesh in (EIGHT, WITH_DATA, WITH_ROWS, WITH_PIPELINE)]
 KINDS_AND_ORDERS = [(kind, zigzag) for kind in KINDS for zigzag in {False, uses_zigzag(kind, True)}]
 ORDERED = [f"{kind}{'_zigzag' if zigzag else ''}" for kind, zigzag in KINDS_AND_ORDERS]
 every_kind = pytest.mark.parametrize(("kind", "zigzag"), KINDS_AND_ORDERS, ids=ORDERED)
+# All features at once on every mesh, none on one; one by one by the ring: others leave them to the kernel.
+MANY_HEADS = {"context": 2, "tensor": 4}  # more than K/V heads
+MESHES = (EIGHT, WITH_TENSOR, WITH_DATA, WITH_ROWS, WITH_PIPELINE, MANY_HEADS)
+CASES = [(*kind, mesh, "all") for kind in KINDS_AND_ORDERS for mesh in MESHES]
+CASES += [(*kind, WITH_TENSOR, "plain") for kind in KINDS_AND_ORDERS]
+CASES += [("ring", False, WITH_TENSOR, feature) for feature in ("window", "short_window")]
+CASES += [("ring", True, WITH_TENSOR, feature) for feature in ("gqa", "softcap", "mla", "window")]
+
+
+def name_of(value):
+    return ",".join(f"{axis}={n}" for axis, n in value.items()) if isinstance(value, dict) else str(value)
 
 
 @functools.cache
@@ -64,10 +72,7 @@ def order_of(layout, zigzag):
     return zigzag_order(LENGTH, layout.mesh.shape["context"]) if zigzag else np.arange(LENGTH)
 
 
-@every_kind
-@pytest.mark.parametrize(
-    ("mesh", "feature"), CASES, ids=[f"{','.join(f'{a}={n}' for a, n in m.items())}-{f}" for m, f in CASES]
-)
+@pytest.mark.parametrize(("kind", "zigzag", "mesh", "feature"), CASES, ids=name_of)
 def test_context_equals_one_device(kind, zigzag, mesh, feature):
     sizes, options = FEATURES[feature]
     layout = layout_of(**mesh)
@@ -76,7 +81,7 @@ def test_context_equals_one_device(kind, zigzag, mesh, feature):
     arrays = [x[:, order] for x in (*make_inputs(**sizes), *make_masks())]
     got = jax.jit(functools.partial(value_and_grads, attention, **options))(*arrays)
     assert max(errors(got, [x[:, order] for x in one_device(feature)])) < 1e-6
-    # Rows 2 and 0..1's ends are padding: exact zeros, in the output and in every gradient.
+    # Row 2 and the end of row 1 are padding: exact zeros, in the output and in every gradient.
     padding = arrays[-1] == 0
     assert padding.any() and all(not np.asarray(x)[padding].any() for x in got)
 
