@@ -6,8 +6,8 @@ mesh.pipeline, so the partitioner sees one batched program, no branch depends on
 axes work inside a stage as they do outside. What a stage has no work for is computed on stale numbers and
 met with a zero cotangent. Backward recomputes a chunk from its stored input: only inputs are kept.
 
-The largest segment is split into stages; embedding, other segments and head belong to all stages together:
-their tables are split over mesh.pipeline by the rules for `vocab`, so none holds or computes more than others.
+The largest segment is split into stages. Embedding, other segments and head belong to all stages together:
+the rules for `vocab` split their tables over mesh.pipeline, so that none holds or computes more than others.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from jaxtyping import Array, Int
 from parallel.axes import Layout
 from parallel.plain import Batch, LayerScan, Model, Params, Sums, add_sums
 from parallel.schedules import IDLE, Run, Schedule, fold_runs
+from parallel.split_backward import Taps, defer, replay, tap_shapes
 
 AXIS = "pipeline"
 RESIDUAL = ("stages", "batch", "act_length", "act_embed")
@@ -101,7 +102,7 @@ class Arrangement:
 class Pipeline:
     """A schedule as a value of the interface that `parallel.plain` describes.
 
-    specs: PartitionSpecs of the parameters as they lie in memory, the main segment's being [v, P, n/(vP), ...].
+    specs: PartitionSpecs of the parameters as they lie in memory, the main segment's of [v, P, n/(vP), ...].
     """
 
     layout: Layout
@@ -173,17 +174,44 @@ class StageProgram:
 
     def stages(self, params: Params, x: Array, micro: Batch, chunk: Int[Array, " P"]) -> tuple[Array, Sums]:
         """All stages at once, [P, B, T, D] to the same: each its own chunk of layers and microbatch."""
+        before = self._layers_before_stage(chunk)
+
+        def stage(params: Params, x: Array, micro: Batch, before: Array) -> tuple[Array, Sums]:
+            return self._scan(int(self.main), micro)(params, x, before)
+
+        return jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before)
+
+    def tapped_stages(
+        self, params: Params, x: Array, micro: Batch, chunk: Int[Array, " P"], taps: Taps
+    ) -> tuple[Array, Sums]:
+        """The same numbers; its gradient by `taps` is what the weights' gradients will be made of."""
+        before = self._layers_before_stage(chunk)
+
+        def stage(params: Params, x: Array, micro: Batch, before: Array, taps: Taps) -> tuple[Array, Sums]:
+            return defer(self._scan(int(self.main), micro))(params, x, before, taps)
+
+        return jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before, taps)
+
+    def weight_gradients(
+        self, params: Params, x: Array, micro: Batch, chunk: Int[Array, " P"], taps: Taps
+    ) -> Params:
+        """Gradients by the weights, [P, n/(vP), ...], from what a backward tick left in `taps`."""
+        before = self._layers_before_stage(chunk)
+
+        def total(params: Params) -> Array:
+            def stage(params: Params, x: Array, micro: Batch, before: Array, taps: Taps) -> Array:
+                return replay(self._scan(int(self.main), micro))(params, x, before, taps)
+
+            return jnp.sum(jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before, taps))
+
+        return jax.grad(total)(params)
+
+    def _layers_before_stage(self, chunk: Int[Array, " P"]) -> Int[Array, " P"]:
         number = int(self.main)
         segment = self.model.segments[number]
         layers = segment.count * len(segment.period) // (self.schedule.chunks * self.schedule.stages)
-        before = (
-            self._layers_before(number) + (chunk * self.schedule.stages + self.stage_ids) * layers
-        )  # chunk c of stage s is the (c * P + s)-th
-
-        def stage(params: Params, x: Array, micro: Batch, before: Array) -> tuple[Array, Sums]:
-            return self._scan(number, micro)(params, x, before)
-
-        return jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before)
+        # Chunk c of stage s is the (c * P + s)-th.
+        return self._layers_before(number) + (chunk * self.schedule.stages + self.stage_ids) * layers
 
     # -- ticks -----------------------------------------------------------------------------------------
 
@@ -201,7 +229,27 @@ class StageProgram:
                 "grads": jax.tree.map(jnp.zeros_like, self.params),
                 "rest": jax.tree.map(jnp.zeros_like, self.rest),
             }
+            if self.schedule.split:
+                places = self.schedule.weight_slots[2]
+                state["taps"] = jax.tree.map(
+                    lambda s: self.spread(jnp.zeros((places, *s.shape), s.dtype), 1), self.tap_shapes(x)
+                )
         return state
+
+    def tap_shapes(self, x: jax.ShapeDtypeStruct) -> Taps:
+        """Shapes of what one unit leaves behind on every stage, [P, n/(vP), ...]."""
+        segment = self.model.segments[int(self.main)]
+        layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[3:], p.dtype), self.params)
+        shapes = tap_shapes(self._scan(int(self.main), self.micro(0)), layer, x)
+        stages, repeats = self.schedule.stages, segment.count // (self.schedule.stages * self.schedule.chunks)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((stages, repeats, *s.shape), s.dtype), shapes)
+
+    def spread(self, x: Array, dim: int) -> Array:
+        """Pin dim `dim` to the stages, and leave the others to the partitioner."""
+        spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        spec[dim] = AXIS  # type: ignore[call-overload]
+        placed = jax.sharding.NamedSharding(self.layout.mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(x, placed)
 
     def _zero_sums(self, x: jax.ShapeDtypeStruct) -> Sums:
         micro = self.micro(0)
@@ -245,10 +293,13 @@ class StageProgram:
             "backward": self.schedule.backward,
             "take": self.schedule.slots[1],
         }
+        if self.schedule.split:
+            leave, fetch, _ = self.schedule.weight_slots
+            table |= {"weight": self.schedule.weight, "leave": leave, "fetch": fetch}
         return {name: jnp.asarray(grid[start : start + count], jnp.int32) for name, grid in table.items()}
 
     def tick(self, run: Run, state: dict[str, Any], row: Row) -> tuple[dict[str, Any], None]:
-        """One tick: forward of one unit a stage, then backward of another (or the same, on the last stage)."""
+        """One tick: forward of one unit a stage, then backward of another, then weights of a third."""
         state = dict(state)
         if run.work.forward:
             y = self.forward(state, row)
@@ -256,6 +307,8 @@ class StageProgram:
                 self.evaluate_end(state, y, row)
         if run.work.backward:
             self.backward(state, row, head=run.work.head)
+        if run.work.weight:
+            self.weights(state, row)
         return state, None
 
     def forward(self, state: dict[str, Any], row: Row) -> Array:
@@ -263,7 +316,7 @@ class StageProgram:
         unit, micro, chunk = self.units(row["forward"])
         begins = (self.stage_ids == 0) & (chunk == 0)
         start, _ = self.begin(self.rest, self.micro(micro[0]))
-        x = self.constrain(jnp.where(wide(begins), start[None], state["x"]))
+        x = self.constrain(jnp.where(widen(begins, state["x"]), start[None], state["x"]))
         if "inputs" in state:
             state["inputs"] = self.store(state["inputs"], x, row["keep"], unit != IDLE)
         y, _ = self.stages(self.chunk(chunk), x, self.micro(micro), chunk)
@@ -282,19 +335,56 @@ class StageProgram:
         unit, micro, chunk = self.units(row["backward"])
         busy, params, mine = unit != IDLE, self.chunk(chunk), self.micro(micro)
         x = self.take(state["inputs"], row["take"])
-        (y, sums), pull = jax.vjp(lambda p, x: self.stages(p, x, mine, chunk), params, x)
+        if self.schedule.split:
+            empty = jax.tree.map(lambda t: self.spread(jnp.zeros_like(t[0]), 0), state["taps"])
+            (y, sums), pull = jax.vjp(
+                lambda p, x, taps: self.tapped_stages(p, x, mine, chunk, taps), params, x, empty
+            )
+        else:
+            (y, sums), pull = jax.vjp(lambda p, x: self.stages(p, x, mine, chunk), params, x)
         dy = state["dx"]
         if head:
             ends = (self.stage_ids == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
-            dy = jnp.where(wide(ends), self.pull_end(state, y, self.micro(micro[-1]))[None], dy)
-        dy = self.constrain(jnp.where(wide(busy), dy, 0))
-        dparams, dx = pull((dy, self.cotangents(sums, busy)))
+            dy = jnp.where(widen(ends, dy), self.pull_end(state, y, self.micro(micro[-1]))[None], dy)
+        dy = self.constrain(jnp.where(widen(busy, dy), dy, 0))
+        dparams, dx, *taps = pull((dy, self.cotangents(sums, busy)))
+        if taps:
+            state["taps"] = self.leave(state["taps"], taps[0], row["leave"], busy)
         state["grads"] = self.add_chunk(state["grads"], dparams, chunk)
         self.count(state, sums, busy)
         dx = self.constrain(dx)
         begins = busy[0] & (chunk[0] == 0)
         self.pull_begin(state, jnp.where(begins, self.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
         state["dx"] = self.shift(dx, -1)
+
+    def weights(self, state: dict[str, Any], row: Row) -> None:
+        """Gradients by weights of units whose backward is behind them, on all stages the same microbatch."""
+        unit, micro, chunk = self.units(row["weight"])
+        shape = state["x"]
+        taps = jax.tree.map(lambda t: self.spread(self.per_stage(t, row["fetch"]), 0), state["taps"])
+        taps = jax.tree.map(lambda t: jnp.where(widen(unit != IDLE, t), t, 0), taps)
+        dparams = self.weight_gradients(
+            self.chunk(chunk), jnp.zeros_like(shape), self.micro(micro), chunk, taps
+        )
+        state["grads"] = self.add_chunk(state["grads"], dparams, chunk)
+
+    def leave(self, places: Taps, taps: Taps, place: Int[Array, " P"], busy: Array) -> Taps:
+        """Keep what a unit left behind, stage by stage, until its weight tick."""
+
+        def put(places: Array, tap: Array, place: Array, busy: Array) -> Array:
+            old = jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy, tap, old), place, 0)
+
+        many = jax.vmap(put, in_axes=(1, 0, 0, 0), out_axes=1)
+        return jax.tree.map(lambda p, t: self.spread(many(p, t, place, busy), 1), places, taps)
+
+    def per_stage(self, places: Array, place: Int[Array, " P"]) -> Array:
+        """What each stage keeps in its place, [R, P, ...] to [P, ...]."""
+
+        def get(places: Array, place: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
+
+        return jax.vmap(get, in_axes=(1, 0))(places, place)
 
     def pull_end(self, state: dict[str, Any], y: Array, micro: Batch) -> Array:
         """Loss and its gradient by what the last stage gives, for the microbatch that it is at."""
@@ -325,7 +415,7 @@ class StageProgram:
         """Add what layers report; over stages, where each reports its own."""
 
         def total(s: Array) -> Array:
-            kept = jnp.where(busy.reshape(busy.shape + (1,) * (s.ndim - busy.ndim)), s, 0)
+            kept = jnp.where(widen(busy, s), s, 0)
             return jnp.sum(kept, axis=0) if busy.ndim else kept
 
         totals = {name: total(s) for name, s in sums.items()}
@@ -462,6 +552,6 @@ def without(params: Params, segment: str) -> Params:
     return {**params, "segments": others}
 
 
-def wide(mask: Array) -> Array:
-    """[P] against [P, B, T, D]."""
-    return mask[:, None, None, None]
+def widen(mask: Array, x: Array) -> Array:
+    """A mask of the first dims of x, against x."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -68,15 +68,23 @@ class LayerScan:
 
     def __call__(self, stacked: Params, x: Array, layers_before: Any) -> tuple[Array, Sums]:
         """The residual stream after the layers, and their sums; every parameter is [repetitions, ...]."""
+        return self.over(self.period_of_layers, x, (stacked, self.layer_numbers(stacked, layers_before)))
+
+    def layer_numbers(self, stacked: Params, layers_before: Any) -> Array:
+        """Of the first layer in each repetition."""
         count = jax.tree.leaves(stacked)[0].shape[0]
-        first = layers_before + jnp.arange(count) * len(self.period)
-        body = self._period
-        if self.remat != "none":
+        return layers_before + jnp.arange(count) * len(self.period)
+
+    def over(self, body: Any, x: Array, items: Any, *, remat: bool = True) -> tuple[Array, Sums]:
+        """Loop `body(x, item) -> (x, sums)` over items [repetitions, ...]; sums are added up."""
+        if remat and self.remat != "none":
             body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
-        x, sums = jax.lax.scan(body, x, (stacked, first), unroll=1 if self.scan_layers else count)
+        count = jax.tree.leaves(items)[0].shape[0]
+        x, sums = jax.lax.scan(body, x, items, unroll=1 if self.scan_layers else count)
         return x, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
-    def _period(self, x: Array, item: tuple[Params, Array]) -> tuple[Array, Sums]:
+    def period_of_layers(self, x: Array, item: tuple[Params, Array]) -> tuple[Array, Sums]:
+        """One repetition: each layer of the period in order."""
         params, first = item
         totals: Sums = {}
         for i, spec in enumerate(self.period):

@@ -1,9 +1,9 @@
 """Pipeline schedules as tables: which stage works on which microbatch in which tick. Plain numpy, no devices.
 
 P stages (devices along mesh.pipeline), M microbatches, v chunks of layers a stage holds (virtual stages).
-A unit of work is one microbatch passing one chunk; unit `m * v + c` is microbatch m in chunk c, and chunk c of
-stage s holds the layers that come (c * P + s)-th. All stages go through the ticks together, so a tick costs
-what the program does in it, whether a stage has something to do or not: idle slots are the bubble.
+A unit of work is one microbatch passing one chunk; unit `m * v + c` is microbatch m in chunk c, and chunk c
+of stage s holds the layers that come (c * P + s)-th. All stages go through the ticks together, so a tick
+costs what the program does in it, whether a stage has something to do or not: idle slots are the bubble.
 """
 
 from collections.abc import Sequence
@@ -216,7 +216,7 @@ def _alike(pattern: Sequence[Run], other: Sequence[Run]) -> bool:
 
 
 def timeline(schedule: Schedule) -> str:
-    """The table as text: a row a stage, a column a tick; F, B, W with the microbatch (and chunk as a letter)."""
+    """The table as text: a row a stage, a column a tick; F, B or W, the microbatch, the chunk as a letter."""
     cells = [[_cell(schedule, t, s) for t in range(len(schedule.work))] for s in range(schedule.stages)]
     width = max(len(cell) for row in cells for cell in row)
     return "\n".join(

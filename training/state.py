@@ -56,8 +56,8 @@ def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> Trai
 def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is allocated.
 
-    model: anything with `init(key)` and `info`, the parameters as they lie in memory. A moment is placed like the parameter whose path its own path ends with: left to itself, `jit(tx.init)`
-    would replicate it on every device.
+    model: anything with `init(key)` and `info`, the parameters as they lie in memory. A moment is placed like
+    the parameter whose path its own path ends with: left to itself, `jit(tx.init)` would replicate it.
     """
     shapes = jax.eval_shape(lambda key: make_state(model.init(key), tx, ema), jax.random.key(0))
     return placed_like(shapes, layout.tree(model.info, is_info), layout)

@@ -1,0 +1,110 @@
+"""Backward in two parts: gradients by inputs now, gradients by weights later, from what was left in between.
+
+Every projection of a layer passes through `ops.einsum`, so nothing of the model need be known: a tap is the
+pair (input, gradient by output) of one projection. In the first part each projection gives its pair away as
+the gradient of a tap that it never reads; in the second the layer is traced again with projections that only
+contract their pair with the weights, and everything else in it is dead code.
+Parameters that no projection holds (norms, biases) get their gradients in the first part.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from parallel.plain import LayerScan, Params, Sums
+
+Taps = list[tuple[Array, Array]]
+Einsum = Callable[[str, Array, Array], Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tapped(einsum: Einsum, spec: str, x: Array, w: Array, tap: tuple[Array, Array]) -> Array:
+    return einsum(spec, x, w)
+
+
+def _forward(einsum: Einsum, spec: str, x: Array, w: Array, tap: tuple[Array, Array]) -> Any:
+    return einsum(spec, x, w), (x, w)
+
+
+def _backward(einsum: Einsum, spec: str, residuals: tuple[Array, Array], dy: Array) -> Any:
+    x, w = residuals
+    _, pull = jax.vjp(lambda x: einsum(spec, x, w), x)
+    return pull(dy)[0], jnp.zeros_like(w), (x, dy)
+
+
+_tapped.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class defer:
+    """A stretch of layers whose gradients by projections' weights are left in `taps`."""
+
+    scan: LayerScan
+
+    def __call__(self, stacked: Params, x: Array, layers_before: Any, taps: Taps) -> tuple[Array, Sums]:
+        """As LayerScan; the taps of each projection are [repetitions, ...] and never read."""
+
+        def period(x: Array, item: tuple[Params, Array, Taps]) -> tuple[Array, Sums]:
+            params, first, taps = item
+            rest = iter(taps)
+
+            def einsum(spec: str, x: Array, w: Array) -> Array:
+                # No gradient to w here: it is made of the tap.
+                return _tapped(self.scan.ops.einsum, spec, x, jax.lax.stop_gradient(w), next(rest))
+
+            return with_einsum(self.scan, einsum).period_of_layers(x, (params, first))
+
+        return self.scan.over(period, x, (stacked, self.scan.layer_numbers(stacked, layers_before), taps))
+
+
+@dataclasses.dataclass(frozen=True)
+class replay:
+    """The same stretch as a scalar whose gradient by the parameters is what `defer` left out."""
+
+    scan: LayerScan
+
+    def __call__(self, stacked: Params, x: Array, layers_before: Any, taps: Taps) -> Array:
+        """Sum over projections of <projection(tap's input), tap's gradient>."""
+
+        def period(x: Array, item: tuple[Params, Array, Taps]) -> tuple[Array, Sums]:
+            params, first, taps = item
+            rest, totals = iter(taps), []
+
+            def einsum(spec: str, x: Array, w: Array) -> Array:
+                tap_x, tap_dy = next(rest)
+                y = self.scan.ops.einsum(spec, tap_x, w)
+                totals.append(jnp.sum(y.astype(jnp.float32) * tap_dy.astype(jnp.float32)))
+                return jnp.zeros_like(y)
+
+            frozen = with_einsum(self.scan, einsum)
+            frozen.period_of_layers(x, (params, first))
+            return x, {"total": sum(totals, jnp.zeros((), jnp.float32))}
+
+        _, sums = self.scan.over(
+            period, x, (stacked, self.scan.layer_numbers(stacked, layers_before), taps), remat=False
+        )
+        return sums["total"]
+
+
+def with_einsum(scan: LayerScan, einsum: Einsum) -> LayerScan:
+    """The same layers with another projection."""
+    return dataclasses.replace(scan, ops=dataclasses.replace(scan.ops, einsum=einsum))
+
+
+def tap_shapes(scan: LayerScan, params: Params, x: jax.ShapeDtypeStruct) -> list[tuple[Any, Any]]:
+    """Shapes of the pairs that one period of layers leaves behind, in the order in which they are met."""
+    shapes: list[tuple[Any, Any]] = []
+
+    def einsum(spec: str, x: Array, w: Array) -> Array:
+        y = scan.ops.einsum(spec, x, w)
+        shapes.append((jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(y.shape, y.dtype)))
+        return y
+
+    watching = with_einsum(scan, einsum)
+    jax.eval_shape(lambda p, x: watching.period_of_layers(x, (p, jnp.zeros((), jnp.int32))), params, x)
+    return shapes
