@@ -1,0 +1,138 @@
+"""One small job on any mesh, for tests that compare it with one device."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from configs.schema import Config
+from models.config import ModelConfig
+from optim.config import AdamWConfig, ConstantConfig
+from parallel.config import MESH_AXES, ContextConfig, MeshConfig, PipelineConfig
+from parallel.mesh import build_layout
+from training.config import RunConfig, TrainingConfig
+from training.program import Program, build_program
+from training.state import shardings
+
+RULES = yaml.safe_load(Path("configs/mesh/_rules.yaml").read_text())["rules"]
+ROWS, LENGTH, VOCAB = 16, 32, 256
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "num_layers": 4,
+    "d_model": 64,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 8,
+    "d_ff": 128,
+}
+
+
+def make_config(
+    mesh=None, *, model=None, pipeline=None, context=None, optim=None, rules=None, **training
+) -> Config:
+    """A root config; mesh axes that are not named are 1."""
+    sizes = {axis: 1 for axis in MESH_AXES} | dict(mesh or {})
+    values = {"num_steps": 5, "global_batch_size": ROWS, "loss_chunk": 64, **training}
+    config = Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(**{**DENSE, **(model or {})}),
+        mesh=MeshConfig(rules={**RULES, **(rules or {})}, **sizes),
+        pipeline=PipelineConfig(**{"microbatches": 4, **(pipeline or {})}),
+        context=ContextConfig(**(context or {})),
+        optim=optim or AdamWConfig(),
+        schedule=ConstantConfig(warmup_steps=2),
+        training=TrainingConfig(**values),
+    )
+    config.data.seq_len = LENGTH
+    return config
+
+
+def make_program(config: Config) -> Program:
+    """The program on as many of the forced devices as the mesh asks for."""
+    devices = int(np.prod([getattr(config.mesh, axis) for axis in MESH_AXES]))
+    return build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
+
+
+def packed_batch(step, rows=ROWS, length=LENGTH):
+    """Two documents a row; rows of unequal weight, so that a mean of means would show."""
+    rng = np.random.default_rng(step)
+    stream = rng.integers(0, VOCAB, (rows, length + 1))
+    cut = rng.integers(4, length - 4, (rows, 1))
+    t = np.arange(length)[None]
+    weights = np.ones((rows, length), np.float32)
+    weights[0, : step + 3] = 0
+    return {
+        "tokens": stream[:, :-1].astype(np.int32),
+        "targets": stream[:, 1:].astype(np.int32),
+        "positions": np.where(t < cut, t, t - cut).astype(np.int32),
+        "segment_ids": np.where(t < cut, 1, 2).astype(np.int32),
+        "loss_weights": weights,
+    }
+
+
+@dataclass
+class Outcome:
+    """What a mesh made of the job: everything on the host, gradients by canonical path."""
+
+    means: dict[str, Any]
+    grads: Any
+    losses: np.ndarray  # [steps, (loss, grad_norm)]
+    evaluated: dict[str, Any]
+
+
+def place(program, batch):
+    return jax.device_put(batch, shardings(program.batch))
+
+
+def gradients(program, params, batch):
+    """(means, canonical gradients) of one batch, and the executable."""
+    step = jax.jit(
+        lambda p, b: program.strategy.value_and_grad(program.model, p, b, jax.random.key(0), program.ops),
+        in_shardings=(shardings(program.state.params), shardings(program.batch)),
+        out_shardings=(program.layout.replicated(), shardings(program.state.params)),
+    )
+    compiled = step.lower(program.state.params, program.batch).compile(dict(program.compiler_options))
+    means, grads = compiled(params, place(program, batch))
+    return jax.device_get(means), jax.device_get(program.to_canonical(grads)), compiled
+
+
+def run(config: Config, steps: int = 5) -> Outcome:
+    """Gradients of the first batch, then `steps` optimizer steps, then an evaluation."""
+    program = make_program(config)
+    state = program.init_state(0)
+    means, grads, _ = gradients(program, state.params, packed_batch(0))
+    losses = []
+    if steps:
+        train = program.compile_train()
+        for i in range(steps):
+            state, metrics = train(state, place(program, packed_batch(i)))
+            losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    evaluated = jax.device_get(program.compile_eval()(state.params, place(program, packed_batch(99))))
+    return Outcome(means, grads, np.array(losses), evaluated)
+
+
+@functools.cache
+def reference(model: tuple = (), steps: int = 5) -> Outcome:
+    """One device."""
+    return run(make_config(model=dict(model)), steps)
+
+
+def distance(outcome: Outcome, other: Outcome) -> tuple[float, float, float]:
+    """Largest relative difference of loss, of any gradient (by norm), and of the losses of all steps."""
+    loss = abs(outcome.means["nll"] / other.means["nll"] - 1)
+    by_leaf = jax.tree.map(
+        lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)), outcome.grads, other.grads
+    )
+    steps = np.max(np.abs(outcome.losses / other.losses - 1)) if len(other.losses) else 0.0
+    evaluated = abs(outcome.evaluated["nll"] / other.evaluated["nll"] - 1)
+    return float(loss), max(jax.tree.leaves(by_leaf)), float(max(steps, evaluated))
+
+
+def assert_equal(outcome: Outcome, other: Outcome) -> None:
+    """The law: 1e-5 on losses, 1e-4 on every gradient."""
+    loss, grads, steps = distance(outcome, other)
+    assert loss < 1e-5 and steps < 1e-5 and grads < 1e-4, (loss, grads, steps)
