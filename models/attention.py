@@ -1,6 +1,7 @@
 """Attention as a plain masked einsum, and the same numbers with the queries processed in blocks.
 
-B batch, T query position, S key position, N query heads, K key/value heads, G = N/K, H head size.
+B batch, T query position, S key position, N query heads, K key/value heads, G = N/K, H head size of
+queries and keys, V that of values (the same but for latent attention).
 Query i sees key j where both lie in the same document (equal segment, not 0), j is not later than i,
 and, with a window, i is less than `window` positions behind j's.
 """
@@ -29,7 +30,7 @@ def attention_mask(
 def reference_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"],
@@ -38,7 +39,7 @@ def reference_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Masked attention with the softmax in float32 and K/V heads shared by G = N/K query heads.
 
     `softcap` bounds the scores: cap * tanh(score / cap) (Gemma 2). A padding query gives zeros.
@@ -60,7 +61,8 @@ def reference_attention(
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values)
     out = out.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
-    out = out.reshape(batch, kv_heads, groups, length, size).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(batch, length, heads, v.shape[-1])
     # A padding query saw every key alike; it is to see none.
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0.0).astype(q.dtype)
 
@@ -68,7 +70,7 @@ def reference_attention(
 def chunked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"],
@@ -78,7 +80,7 @@ def chunked_attention(
     softcap: float | None = None,
     scale: float,
     block: int = QUERY_BLOCK,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """`reference_attention` for one block of queries at a time, scores recomputed in the backward pass.
 
     Nothing larger than [B, N, block, S] lives, so memory grows with T and not with T².

@@ -8,6 +8,61 @@ POSITIONS = ("rope", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 WINDOW_KINDS = ("global", "local")
+SCORES = ("softmax", "sigmoid")
+DISPATCHES = ("dropless", "capacity")
+
+
+@dataclass
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward: each token goes through a few of many.
+
+    Balance may be kept by a loss (`load_balance_weight`), by a bias that only selection sees
+    (`bias_update_rate`; Wang et al. 2024, arXiv:2408.15664), or by both. A capacity is places of an expert
+    for a row of the batch, as a multiple of what an even spread needs.
+    """
+
+    num_experts: int = 8
+    experts_per_token: int = 2  # chosen for each token
+    d_expert: int = 256  # width inside one expert
+    num_shared_experts: int = (
+        0  # that every token goes through as well: one feed-forward of their joint width
+    )
+    first_dense_layers: int = 0  # layers that keep a feed-forward of width d_ff (DeepSeek)
+    score: str = "softmax"  # softmax (Mixtral) | sigmoid (DeepSeek-V3), of the router's logits
+    normalize_gates: bool = True  # the chosen experts' scores are made to sum to one
+    gate_scale: float = 1.0  # times the gates, after that
+    num_groups: int = 1  # experts in groups, of which only some are open to a token (DeepSeek: nodes)
+    groups_per_token: int = 1
+    load_balance_weight: float = 0.01  # of the load-balance loss, summed over layers; 0: off
+    router_z_weight: float = 0.0  # of log²(sum exp router logits), summed over layers
+    bias_update_rate: float = 0.0  # step of the selection bias after each update; 0: no bias
+    dispatch: str = "dropless"  # dropless: every choice is computed | capacity: those past it are dropped
+    capacity_factor: float = 1.25  # 1: room for an even spread and no more
+
+    def __post_init__(self) -> None:
+        check_moe(self)
+
+
+@dataclass
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values from one small latent."""
+
+    q_lora_rank: int | None = None  # width of the queries' latent; null: queries straight from the stream
+    kv_lora_rank: int = 512  # width of the latent that keys and values share, and that decoding caches
+    qk_nope_head_dim: int = 128  # of a query or key head: the part that is not rotated
+    qk_rope_head_dim: int = 64  # the part that is; its key is one for all heads
+    v_head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            _check_count(f"model.mla.{key}", getattr(self, key))
+        if self.q_lora_rank is not None:
+            _check_count(
+                "model.mla.q_lora_rank", self.q_lora_rank, "a positive number, or null for no latent"
+            )
+        if self.qk_rope_head_dim % 2:
+            size = self.qk_rope_head_dim
+            raise ValueError(f"model.mla.qk_rope_head_dim={size} must be even; use {size + 1}")
 
 
 @dataclass
@@ -55,6 +110,10 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head is the embedding table
     zero_init: bool = False  # projections back into the residual start at zero
     init_std: float = 0.02  # spread of what no other rule covers
+    moe: MoEConfig | None = None  # a mixture of experts instead of one feed-forward; null: dense
+    mla: MLAConfig | None = None  # latent attention instead of grouped heads; null: grouped heads
+    mtp_depth: int = 0  # DeepSeek-V3: further tokens that extra layers after the last learn to predict
+    mtp_weight: float = 0.1  # of their mean loss, beside that of the next token
 
     def __post_init__(self) -> None:
         check_model(self)
@@ -91,15 +150,95 @@ def check_model(config: ModelConfig) -> None:
             f"model.rope_low_freq_factor={low} must be below "
             f"model.rope_high_freq_factor={high}; Llama 3 has 1 and 4"
         )
+    _check_parts(config)
+
+
+def check_moe(moe: MoEConfig) -> None:
+    """Raise ValueError, in one line with the remedy, for values that make no mixture."""
+    for key, choices in (("score", SCORES), ("dispatch", DISPATCHES)):
+        _check_choice(f"model.moe.{key}", getattr(moe, key), choices)
+    for key in ("num_experts", "experts_per_token", "d_expert", "num_groups", "groups_per_token"):
+        _check_count(f"model.moe.{key}", getattr(moe, key))
+    for key in ("num_shared_experts", "first_dense_layers", *MOE_WEIGHTS):
+        value = getattr(moe, key)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"model.moe.{key}={value} must be 0 (off) or more")
+    for key in ("capacity_factor", "gate_scale"):
+        if not 0 < getattr(moe, key) < float("inf"):
+            raise ValueError(f"model.moe.{key}={getattr(moe, key)} must be above 0; use a positive number")
+    experts, groups, chosen = moe.num_experts, moe.num_groups, moe.groups_per_token
+    if experts % groups:
+        fits = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise ValueError(f"model.moe.num_groups={groups} must divide model.moe.num_experts={experts}: {fits}")
+    if chosen > groups:
+        raise ValueError(
+            f"model.moe.groups_per_token={chosen} is more than model.moe.num_groups={groups}; "
+            f"use at most {groups}"
+        )
+    is_open = experts // groups * chosen
+    if moe.experts_per_token > is_open:
+        raise ValueError(
+            f"model.moe.experts_per_token={moe.experts_per_token} is more than the {is_open} "
+            "experts open to a token; lower it, or raise model.moe.num_experts or model.moe.groups_per_token"
+        )
+
+
+def _check_parts(config: ModelConfig) -> None:
+    """Experts, latent attention and further tokens against the rest of the model."""
+    moe, mla = config.moe, config.mla
+    if moe is not None and moe.first_dense_layers >= config.num_layers:
+        raise ValueError(
+            f"model.moe.first_dense_layers={moe.first_dense_layers} leaves no layer of "
+            f"model.num_layers={config.num_layers} with experts; use at most {config.num_layers - 1}, "
+            "or model.moe=null"
+        )
+    if moe is not None and config.bias:
+        raise ValueError("model.bias=true has no biases for experts; use model.bias=false with model.moe")
+    if not 0 <= config.mtp_depth < config.max_seq_len:
+        raise ValueError(f"model.mtp_depth={config.mtp_depth} must be 0 (off) or more, such as 1")
+    if not 0 <= config.mtp_weight < float("inf"):
+        raise ValueError(f"model.mtp_weight={config.mtp_weight} must be 0 or more, such as 0.1")
+    if mla is None:
+        return
+    size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    if config.head_dim != size:
+        raise ValueError(
+            f"model.head_dim={config.head_dim} must be model.mla.qk_nope_head_dim + qk_rope_head_dim; "
+            f"use {size}"
+        )
+    if config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"model.num_kv_heads={config.num_kv_heads} must be model.num_heads={config.num_heads}: "
+            "with model.mla each head has keys of its own"
+        )
+    for key, wanted in (("position", "rope"), ("qk_norm", False), ("qkv_bias", False), ("bias", False)):
+        value = getattr(config, key)
+        if value != wanted:
+            raise ValueError(
+                f"model.{key}={str(value).lower()} cannot be had with model.mla; "
+                f"use model.{key}={str(wanted).lower()}"
+            )
+
+
+def _check_count(key: str, value: int, remedy: str = "a positive number") -> None:
+    if value < 1:
+        raise ValueError(f"{key}={value} must be above 0; use {remedy}")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+
+
+MOE_WEIGHTS = ("load_balance_weight", "router_z_weight", "bias_update_rate")
 
 
 def _check_choices(config: ModelConfig) -> None:
     kinds = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS, "rope_scaling": ROPE_SCALINGS}
     for key, choices in kinds.items():
-        if getattr(config, key) not in choices:
-            near = difflib.get_close_matches(str(getattr(config, key)), choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.{key}={getattr(config, key)} is not one of {', '.join(choices)}{hint}")
+        _check_choice(f"model.{key}", getattr(config, key), choices)
     pattern = list(config.window_pattern)
     if not pattern or any(kind not in WINDOW_KINDS for kind in pattern):
         raise ValueError(

@@ -14,12 +14,17 @@ from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
+from models.experts import GATES, activate
+from models.moe import Experts
 from models.ops import Ops
 from models.param import param, vector
 from models.rope import rope_frequencies, rotate
 from models.spec import LayerSpec
 
 RESIDUAL = ("batch", "act_length", "act_embed")  # between blocks
+HEADS = ("batch", "length", "act_heads", None)
+Cache = dict[str, Array]
+Sums = dict[str, Array]
 
 
 def residual_init(config: ModelConfig) -> Any:
@@ -76,14 +81,14 @@ class Attention(nnx.Module):
         batch: dict[str, Array],
         spec: LayerSpec,
         ops: Ops,
-        cache: dict[str, Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
         config = self.config
         q, k, v = self.project(x, batch["positions"], spec, ops)
         positions, segments = batch["positions"], batch["segment_ids"]
         if cache is not None:
-            cache = extend_cache(cache, k, v, positions[0, 0])
+            cache = extend_cache(cache, {"k": k, "v": v}, positions[0, 0])
             k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
         mixed = ops.attention(
@@ -107,7 +112,7 @@ class Attention(nnx.Module):
         """Queries, keys and values, normalized and rotated as the family wants them."""
         q = add_bias(ops.einsum("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
         kv = add_bias(ops.einsum("BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
-        q = ops.constrain(q, ("batch", "length", "act_heads", None))
+        q = ops.constrain(q, HEADS)
         k, v = kv[:, :, 0], kv[:, :, 1]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -117,10 +122,9 @@ class Attention(nnx.Module):
         return q, k, v
 
 
-def extend_cache(cache: dict[str, Array], k: Array, v: Array, start: Array) -> dict[str, Array]:
-    """The cache with new keys and values written from position `start` on."""
+def extend_cache(cache: Cache, new: Cache, start: Array) -> Cache:
+    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on."""
     write = jax.lax.dynamic_update_slice_in_dim
-    new = {"k": k, "v": v}
     return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=1) for name in new}
 
 
@@ -128,14 +132,104 @@ def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"
     """Each K/V head `ops.repeat_kv` times in place, so that query head n still finds its own at n // G."""
     if ops.repeat_kv == 1:
         return ops.constrain(x, ("batch", "length", "act_kv_heads", None))
-    return ops.constrain(jnp.repeat(x, ops.repeat_kv, axis=2), ("batch", "length", "act_heads", None))
+    return ops.constrain(jnp.repeat(x, ops.repeat_kv, axis=2), HEADS)
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    R latent width, N heads, H = nope + rope head size of queries and keys; values have a size of their own.
+    Keys (their unrotated part) and values are projections of one normed latent [B, T, R]; the rotated part of
+    a key is one for all heads. Decoding caches these two, and projects them again at each step.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.mla is not None
+        self.config, self.mla = config, config.mla
+        D, N, R = config.d_model, config.num_heads, config.mla.kv_lora_rank
+        init, queries = normal(config.init_std), config.mla.q_lora_rank
+
+        def project(rows: int, size: int) -> nnx.Param:
+            # A latent is split like the stream: `embed` is what is gathered where it is used.
+            axes = ("embed", "heads", "head_dim")
+            return param(rngs, (rows, N, size), axes, init, reduction=(0,), output=(1, 2))
+
+        def shrink(size: int) -> nnx.Param:
+            return param(rngs, (D, size), ("embed", None), init, reduction=(0,), output=(1,))
+
+        self.q_down = None if queries is None else shrink(queries)
+        self.q_norm = None if queries is None else Norm(config, queries, None, "rmsnorm", rngs)
+        self.q = project(queries or D, config.head_dim)
+        self.kv_down, self.k_rope = shrink(R), shrink(self.mla.qk_rope_head_dim)
+        self.kv_norm = Norm(config, R, None, "rmsnorm", rngs)
+        self.k, self.v = project(R, self.mla.qk_nope_head_dim), project(R, self.mla.v_head_dim)
+        out_axes = ("heads", "head_dim", "embed")
+        shape, out_init = (N, self.mla.v_head_dim, D), residual_init(config)
+        self.o = param(rngs, shape, out_axes, out_init, reduction=(0, 1), output=(2,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Attend within the batch, or, with a cache of earlier latents, to it and the batch."""
+        config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
+        q, latent, k_rope = self.project(x, positions, spec, ops)
+        if cache is not None:
+            cache = extend_cache(cache, {"latent": latent, "k_rope": k_rope}, positions[0, 0])
+            latent, k_rope = cache["latent"].astype(x.dtype), cache["k_rope"].astype(x.dtype)
+        k, v = self.expand(latent, k_rope, ops)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        mixed = ops.attention(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=batch.get("kv_positions", positions),
+            q_segments=segments,
+            kv_segments=batch.get("kv_segment_ids", segments),
+            window=spec.window,
+            softcap=config.attention_softcap,
+            # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
+            scale=scale * rope_frequencies(config, spec)[1] ** 2,
+        )
+        return ops.einsum("BTNH,NHD->BTD", mixed, self.o[...]), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T R"], Float[Array, "B T rope"]]:
+        """Queries, the latent of keys and values, and the part of the keys that is rotated."""
+        mla = self.mla
+        queries = x
+        if self.q_down is not None and self.q_norm is not None:
+            queries = self.q_norm(ops.einsum("BTD,DR->BTR", x, self.q_down[...]))
+        q = ops.einsum("BTR,RNH->BTNH", queries, self.q[...])
+        latent = self.kv_norm(ops.einsum("BTD,DR->BTR", x, self.kv_down[...]))
+        k_rope = ops.einsum("BTD,DH->BTH", x, self.k_rope[...])
+        frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
+        turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
+        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0)
+        q = jnp.concatenate([q[..., : mla.qk_nope_head_dim], q_rope], axis=-1)
+        return ops.constrain(q, HEADS), latent, k_rope[:, :, 0]
+
+    def expand(
+        self, latent: Float[Array, "B S R"], k_rope: Float[Array, "B S rope"], ops: Ops
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N V"]]:
+        """Keys and values of every head."""
+        k = ops.einsum("BSR,RNH->BSNH", latent, self.k[...])
+        v = ops.einsum("BSR,RNH->BSNH", latent, self.v[...])
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+        return ops.constrain(jnp.concatenate([k, shared], axis=-1), HEADS), ops.constrain(v, HEADS)
 
 
 class FeedForward(nnx.Module):
     """Gated (SwiGLU, GeGLU) or plain (GELU, ReLU²) feed-forward."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        D, F = config.d_model, config.d_ff
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs):
+        D, F = config.d_model, width
         self.activation = config.activation
         # A gate and what it lets through, side by side in a dim of their own.
         pair: tuple[int, ...] = (2,) if config.gated else ()
@@ -161,35 +255,38 @@ class FeedForward(nnx.Module):
         return add_bias(ops.einsum("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
 
 
-GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}  # GELU by tanh, as GPT-2 and Gemma were trained
-
-
-def activate(x: Array, activation: str) -> Array:
-    """In float32: [B, T, 2, F] (gate, up) to [B, T, F] where gated, else [B, T, F] to itself."""
-    y = x.astype(jnp.float32)
-    if activation in GATES:
-        y = GATES[activation](y[:, :, 0]) * y[:, :, 1]
-    elif activation == "relu2":
-        y = jnp.square(jax.nn.relu(y))
-    else:
-        y = jax.nn.gelu(y)
-    return y.astype(x.dtype)
-
-
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
     """`x` plus a bias over its last dims, if there is one."""
     return x if bias is None else x + bias[...].astype(x.dtype)
 
 
+class Mixture(nnx.Module):
+    """Experts, of which a token uses a few, and shared ones that it always uses, as one feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.moe is not None
+        width = config.moe.num_shared_experts * config.moe.d_expert
+        self.experts = Experts(config, residual_init(config), rngs)
+        self.shared = FeedForward(config, width, rngs) if width else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops, *, decoding: bool
+    ) -> tuple[Float[Array, "B T D"], Sums]:
+        """Their sum, and what the router reports."""
+        y, sums = self.experts(x, batch, ops, decoding=decoding)
+        return (y if self.shared is None else y + self.shared(x, ops)), sums
+
+
 class Block(nnx.Module):
     """One decoder layer: attention and feed-forward, each normed before (and, for Gemma, after) and added."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
         def norm() -> Norm:
             return Norm(config, config.d_model, "embed", config.norm, rngs)
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention, self.mlp = Attention(config, rngs), FeedForward(config, rngs)
+        self.attention = Attention(config, rngs) if config.mla is None else LatentAttention(config, rngs)
+        self.mlp = Mixture(config, rngs) if moe else FeedForward(config, config.d_ff, rngs)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_post_norm = norm() if config.post_norms else None
 
@@ -199,14 +296,19 @@ class Block(nnx.Module):
         batch: dict[str, Array],
         spec: LayerSpec,
         ops: Ops,
-        cache: dict[str, Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
-        """The residual stream after this layer, and the cache with its keys and values."""
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
+        """The residual stream after this layer, the cache with its keys and values, what it reports."""
         mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
         x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
-        hidden = self.mlp(self.mlp_norm(x), ops)
+        hidden = self.mlp_norm(x)
+        sums: Sums = {}
+        if isinstance(self.mlp, Mixture):
+            hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
+        else:
+            hidden = self.mlp(hidden, ops)
         x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
-        return ops.constrain(x, RESIDUAL), cache
+        return ops.constrain(x, RESIDUAL), cache, sums
 
 
 class Embedding(nnx.Module):
@@ -224,7 +326,9 @@ class Embedding(nnx.Module):
     def __call__(self, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T D"]:
         """The start of the residual stream, in the compute dtype."""
         # Ids lie within the table by construction: without a bounds check it stays one gather per shard.
-        x = self.table[...].at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
+        # Whole rows first: looked up in a table split by its width, activations would have to change sides.
+        table = ops.constrain(self.table[...], ("act_vocab", None))
+        x = table.at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
         if self.positions is not None:
             x = x + self.positions[...].at[batch["positions"]].get(mode="clip")
         return ops.constrain(x.astype(ops.compute_dtype), RESIDUAL)
@@ -236,3 +340,37 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.d_model)
         self.table = param(rngs, shape, ("vocab", "embed"), normal(config.init_std), role="head")
+
+
+class FurtherToken(nnx.Module):
+    """DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2): one layer for one token further.
+
+    h' = W [norm(h); norm(embedding of the token that the layer before predicts)], then a decoder layer; table
+    and head are the model's own.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        def norm() -> Norm:
+            return Norm(config, config.d_model, "embed", config.norm, rngs)
+
+        D = config.d_model
+        self.hidden_norm, self.embed_norm, self.final_norm = norm(), norm(), norm()
+        # The pair keeps a dim of its own, as everywhere: nothing sharded is joined or split.
+        axes, init = (None, "embed", None), normal(config.init_std)
+        self.project = param(rngs, (2, D, D), axes, init, reduction=(0, 1), output=(2,))
+        self.block = Block(config, config.moe is not None, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+    ) -> tuple[Float[Array, "B T D"], Sums]:
+        """The residual stream for the next token further, and what the layer reports."""
+        project = self.project[...]
+        x = ops.einsum("BTD,DE->BTE", self.hidden_norm(x), project[0])
+        x = x + ops.einsum("BTD,DE->BTE", self.embed_norm(embedded), project[1])
+        x, _, sums = self.block(ops.constrain(x, RESIDUAL), batch, spec, ops)
+        return x, sums

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from models.attention import reference_attention
+from models.experts import run_experts
 
 
 def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -25,8 +26,9 @@ def plain_einsum(spec: str, x: Array, w: Array) -> Array:
 class Ops:
     """What training decides; the default is one device in float32.
 
-    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], *, q_positions [B,T], kv_positions [B,S],
-    q_segments [B,T], kv_segments [B,S], window, softcap, scale) -> [B,T,N,H]`; the last three are static.
+    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], *, q_positions [B,T], kv_positions [B,S],
+    q_segments [B,T], kv_segments [B,S], window, softcap, scale) -> [B,T,N,V]`; the last three are static.
+    experts: as `models.experts.run_experts`: tokens to their experts and back.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     constrain: `(x, logical axes, one a dim) -> x`.
     loss_chunk: tokens whose logits exist at once. z_loss: weight of log²(sum exp logits).
@@ -34,6 +36,7 @@ class Ops:
     """
 
     attention: Callable[..., Array] = reference_attention
+    experts: Callable[..., tuple[Array, Array]] = run_experts
     einsum: Callable[[str, Array, Array], Array] = plain_einsum
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = identity_constrain
     compute_dtype: Any = jnp.float32

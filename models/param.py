@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-ROLES = ("matrix", "embedding", "head", "vector")
+# "balance" is no weight: its gradient says which experts have too much work, and the optimizer moves it by
+# a fixed step against that (`optim.optimizers`). It has no part in the gradient norm.
+ROLES = ("matrix", "embedding", "head", "vector", "balance")
 
 
 @dataclass(frozen=True)

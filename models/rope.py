@@ -10,9 +10,15 @@ from models.config import ModelConfig
 from models.spec import LayerSpec
 
 
-def rope_frequencies(config: ModelConfig, spec: LayerSpec) -> tuple[np.ndarray, float]:
-    """Radians per position of each of the H/2 planes (float64), and the factor on rotated vectors (yarn)."""
-    planes = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+def rope_frequencies(
+    config: ModelConfig, spec: LayerSpec, size: int | None = None
+) -> tuple[np.ndarray, float]:
+    """Radians per position of each of the H/2 planes (float64), and the factor on rotated vectors (yarn).
+
+    size: H, where it is not the whole head that is rotated.
+    """
+    size = size or config.head_dim
+    planes = np.arange(0, size, 2, dtype=np.float64) / size
     frequencies = spec.rope_theta**-planes
     scaling = config.rope_scaling if spec.rope_scaled else "none"
     if scaling == "linear":
@@ -20,7 +26,7 @@ def rope_frequencies(config: ModelConfig, spec: LayerSpec) -> tuple[np.ndarray, 
     if scaling == "llama3":
         return _llama3(frequencies, config), 1.0
     if scaling == "yarn":
-        return _yarn(frequencies, config, spec.rope_theta), 0.1 * math.log(config.rope_factor) + 1.0
+        return _yarn(frequencies, config, spec.rope_theta, size), 0.1 * math.log(config.rope_factor) + 1.0
     return frequencies, 1.0
 
 
@@ -32,15 +38,15 @@ def _llama3(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
     return kept * frequencies + (1.0 - kept) * frequencies / config.rope_factor
 
 
-def _yarn(frequencies: np.ndarray, config: ModelConfig, theta: float) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, config: ModelConfig, theta: float, size: int) -> np.ndarray:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over planes between beta_fast and beta_slow turns."""
 
     def plane(turns: float) -> float:
         ratio = config.rope_original_length / (turns * 2 * math.pi)
-        return config.head_dim * math.log(ratio) / (2 * math.log(theta))
+        return size * math.log(ratio) / (2 * math.log(theta))
 
     low = max(math.floor(plane(config.rope_beta_fast)), 0)
-    high = min(math.ceil(plane(config.rope_beta_slow)), config.head_dim - 1)
+    high = min(math.ceil(plane(config.rope_beta_slow)), size - 1)
     stretched = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0.0, 1.0)
     return stretched * frequencies / config.rope_factor + (1.0 - stretched) * frequencies
 

@@ -1,17 +1,18 @@
 """Which layers a model has, in what order: static, hashable, known before any array."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs between a model's layers: a window (positions seen, itself included) and the rotation."""
+    """What differs between layers: a window (positions seen, itself included), rotation, experts."""
 
     window: int | None
     rope_theta: float
     rope_scaled: bool = True  # Gemma 3 stretches the rotations of its global layers only
+    moe: bool = False  # experts instead of one feed-forward
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,21 @@ def layer_spec(config: ModelConfig, kind: str) -> LayerSpec:
 
 
 def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """Whole periods of `window_pattern`, and a segment for what is left (Gemma 3: 26 layers in sixes)."""
-    pattern = tuple(layer_spec(config, kind) for kind in config.window_pattern)
-    whole, rest = divmod(config.num_layers, len(pattern))
-    parts = [pattern * whole] if whole else []
-    parts += [pattern[:rest]] if rest else []
-    return tuple(fold_repetition(specs) for specs in parts)
+    """Whole periods of `window_pattern`, and a segment for what is left (Gemma 3: 26 layers in sixes).
+
+    First dense layers and those with experts have different parameters: they never share a segment.
+    """
+    pattern = [layer_spec(config, kind) for kind in config.window_pattern]
+    specs = tuple(pattern[i % len(pattern)] for i in range(config.num_layers))
+    dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
+    parts = (specs[:dense], tuple(replace(spec, moe=True) for spec in specs[dense:]))
+    return tuple(segment for part in parts for segment in split_periods(part, len(pattern)))
+
+
+def split_periods(specs: tuple[LayerSpec, ...], period: int) -> list[Segment]:
+    """Layers that repeat every `period`: a segment of whole periods and one of the rest, if there are any."""
+    whole = len(specs) // period * period
+    return [fold_repetition(part) for part in (specs[:whole], specs[whole:]) if part]
 
 
 def fold_repetition(specs: tuple[LayerSpec, ...]) -> Segment:

@@ -2,7 +2,8 @@
 
 B batch, T position, S cache position, D model, V vocabulary, L layers.
 The tree is {"embed", "segments": {segment: {place in the period: stacked [count, ...]}}, "final_norm",
-"head"}; "head" is absent where the token table is tied.
+"head", "mtp": {depth: ...}}; "head" is absent where the token table is tied, "mtp" where nothing further than
+the next token is predicted.
 """
 
 import zlib
@@ -18,8 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from models.config import ModelConfig, check_model
-from models.layers import Block, Embedding, Head, Norm
+from models.further import next_targets
+from models.layers import Block, Embedding, FurtherToken, Head, Norm
 from models.loss import LOGIT_AXES, chunked_cross_entropy, softcap_logits
+from models.moe import LOAD
 from models.ops import Ops
 from models.param import ParamInfo, info_of
 from models.spec import LayerSpec, Segment, make_segments
@@ -37,23 +40,37 @@ def build_model(config: ModelConfig) -> "Model":
         )
     parts: dict[str, Callable[..., nnx.Module]] = {
         "embed": partial(Embedding, config),
-        "block": partial(Block, config),
+        "block": partial(Block, config, False),
         "final_norm": partial(Norm, config, config.d_model, "embed", config.norm),
     }
     if not config.tie_embeddings:
         parts["head"] = partial(Head, config)
+    if config.moe is not None:
+        parts[block_name(True)] = partial(Block, config, True)
+    if config.mtp_depth:
+        parts["mtp"] = partial(FurtherToken, config)
     graphs, info = {}, {}
     for name, make in parts.items():
         graphs[name], info[name] = describe(make)
-    block, segments = info.pop("block"), make_segments(config)
-    info["segments"] = {str(s): stack_info(block, segment) for s, segment in enumerate(segments)}
+    blocks = {name: info.pop(name) for name in map(block_name, (False, True)) if name in info}
+    segments = make_segments(config)
+    info["segments"] = {str(s): stack_info(blocks, segment) for s, segment in enumerate(segments)}
+    if config.mtp_depth:
+        info["mtp"] = {str(depth): info["mtp"] for depth in range(config.mtp_depth)}
     return Model(config, segments, info, graphs)
 
 
-def stack_info(block: Tree, segment: Segment) -> Tree:
+def block_name(moe: bool) -> str:
+    """Of the module that a layer with or without experts is."""
+    return "expert_block" if moe else "block"
+
+
+def stack_info(blocks: Tree, segment: Segment) -> Tree:
     """The ParamInfo of a segment's layers: one stacked tree a place in its period."""
-    stacked = jax.tree.map(lambda leaf: leaf.stacked(segment.count), block)
-    return {str(p): stacked for p in range(len(segment.period))}
+    return {
+        str(p): jax.tree.map(lambda leaf: leaf.stacked(segment.count), blocks[block_name(spec.moe)])
+        for p, spec in enumerate(segment.period)
+    }
 
 
 def describe(make: Callable[..., nnx.Module]) -> tuple[Any, Tree]:
@@ -66,7 +83,8 @@ def describe(make: Callable[..., nnx.Module]) -> tuple[Any, Tree]:
 class Model:
     """What `parallel` composes and `training` drives. Holds no arrays; methods are pure and may be traced.
 
-    A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32), loss_weights (f32).
+    A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32), loss_weights (f32),
+    and order (int32), the index of each position in its row's text, where they do not lie in order.
     """
 
     config: ModelConfig
@@ -106,23 +124,75 @@ class Model:
     ) -> tuple[Float[Array, "B T D"], Tree]:
         """One layer with its own (unstacked) parameters, and what it reports; `key` is for random layers."""
         del key
-        x, _ = self._module("block", params)(x, batch, spec, ops)
-        return x, {}
+        x, _, sums = self._block(spec, params)(x, batch, spec, ops)
+        return x, self._mean_over_layers(sums)
 
     def head(
         self, params: Tree, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Weighted sum of losses in nats, and its parts (sums): `nll`, the loss to report, and `z_loss`."""
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Weighted sum of losses in nats, and its parts (sums): `nll`, the loss to report, and `z_loss`.
+
+        With further tokens also `mtp_nll`, the mean of their losses over depths, and what their layers
+        report.
+        """
+        normed = self._module("final_norm", params["final_norm"])(x)
+        loss, sums = self._loss(params, normed, batch["targets"], batch["loss_weights"], ops, ops.z_loss)
+        if not self.config.mtp_depth:
+            return loss, sums
+        further, reports = self._further_tokens(params, x, batch, ops)
+        return loss + further, {**sums, **reports}
+
+    def _loss(
+        self, params: Tree, x: Array, targets: Array, weights: Array, ops: Ops, z_loss: float
+    ) -> tuple[Array, dict[str, Array]]:
         return chunked_cross_entropy(
-            self._module("final_norm", params["final_norm"])(x),
+            x,
             self._output_table(params),
-            batch["targets"],
-            batch["loss_weights"],
+            targets,
+            weights,
             chunk=ops.loss_chunk,
             softcap=self.config.logit_softcap,
-            z_loss=ops.z_loss,
+            z_loss=z_loss,
             constrain=ops.constrain,
         )
+
+    def _further_tokens(
+        self, params: Tree, x: Array, batch: dict[str, Array], ops: Ops
+    ) -> tuple[Array, dict[str, Array]]:
+        """mtp_weight times the mean loss over depths d of predicting token t+1+d, and what to report.
+
+        Depth d reads the token t+d, which depth d-1 was to predict, beside the stream of depth d-1; depth 1
+        beside that of the last layer, not normed. A depth's loss is the sum over the positions whose document
+        goes on that far, over the same total weight as the main loss.
+        """
+        spec = self.segments[-1].period[-1]
+        totals: Tree = {}
+        loss = nll = jnp.zeros((), jnp.float32)
+        ahead = dict(batch)
+
+        @jax.checkpoint  # outside of the schedule's rematerialization, its scores would outweigh all layers
+        def deepen(params: Tree, tokens: Array, x: Array, mtp: Tree) -> tuple[Array, Array, Tree]:
+            embedded = self.embed(params, {**batch, "tokens": tokens}, ops)
+            module = self._module("mtp", mtp)
+            x, sums = module(x, embedded, batch, spec, ops)
+            return x, module.final_norm(x), sums
+
+        for depth in range(self.config.mtp_depth):
+            x, normed, sums = deepen(params, ahead["targets"], x, params["mtp"][str(depth)])
+            ahead["targets"], ahead["loss_weights"] = next_targets(ahead)
+            part, parts = self._loss(params, normed, ahead["targets"], ahead["loss_weights"], ops, 0.0)
+            sums = self._mean_over_layers(sums)
+            loss = loss + self.config.mtp_weight / self.config.mtp_depth * part + sums.pop("loss", 0.0)
+            nll = nll + parts["nll"] / self.config.mtp_depth
+            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        return loss, {"mtp_nll": nll, **totals}
+
+    def _mean_over_layers(self, sums: Tree) -> Tree:
+        """What one layer's router reports, as its share of the mean over layers; counts and losses stay."""
+        routers = self.config.mtp_depth + sum(
+            s.count * len(s.period) for s in self.segments if s.period[0].moe
+        )
+        return {name: s if name in ("loss", LOAD) else s / routers for name, s in sums.items()}
 
     def logits(self, params: Tree, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T V"]:
         """Float32 next-token logits of the residual stream after the last layer."""
@@ -137,11 +207,21 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache: keys and values [count, B, length, K, H] of each layer, and its filled length."""
-        shape = (batch_size, length, self.config.num_kv_heads, self.config.head_dim)
+        """An empty cache and its filled length; of each layer keys and values [count, B, length, K, H].
+
+        With latent attention the normed latent [count, B, length, R] and the keys' rotated part.
+        """
+        config = self.config
+        if config.mla is None:
+            sizes: Tree = {name: (config.num_kv_heads, config.head_dim) for name in ("k", "v")}
+        else:
+            sizes = {"latent": (config.mla.kv_lora_rank,), "k_rope": (config.mla.qk_rope_head_dim,)}
         places: Tree = {
             str(s): {
-                str(p): {name: jnp.zeros((segment.count, *shape), dtype) for name in ("k", "v")}
+                str(p): {
+                    name: jnp.zeros((segment.count, batch_size, length, *size), dtype)
+                    for name, size in sizes.items()
+                }
                 for p in range(len(segment.period))
             }
             for s, segment in enumerate(self.segments)
@@ -157,7 +237,7 @@ class Model:
         positions, max_seq_len): past it the last entries would be overwritten.
         """
         size, length = tokens.shape[1], cache["length"]
-        capacity = cache["segments"]["0"]["0"]["k"].shape[2]
+        capacity = jax.tree.leaves(cache["segments"])[0].shape[2]
         slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
         batch = {
             "tokens": tokens,
@@ -171,31 +251,51 @@ class Model:
         return self.logits(params, x, ops), {"length": length + size, "segments": segments}
 
     def num_params(self) -> dict[str, int]:
-        """How many parameters: all, and without embedding tables and head."""
+        """How many parameters: all, without embedding tables and head, those that a token passes through.
+
+        `mtp`, where there are any, are those that only serve to predict further tokens in training: part of
+        `total` and `non_embedding`, not of `active`.
+        """
         leaves = jax.tree.leaves(self.info)
         body = [leaf for leaf in leaves if leaf.role not in ("embedding", "head")]
-        return {"total": sum(map(_size, leaves)), "non_embedding": sum(map(_size, body))}
+        further = jax.tree.leaves(self.info.get("mtp", {}))
+        active = sum(map(self._active, leaves)) - sum(map(self._active, further))
+        counts = {"total": sum(map(_size, leaves)), "non_embedding": sum(map(_size, body)), "active": active}
+        return counts | ({"mtp": sum(map(_size, further))} if further else {})
+
+    def _active(self, info: ParamInfo) -> int:
+        """Parameters that one token meets: of experts, the chosen ones."""
+        if "experts" not in info.axes or self.config.moe is None:
+            return _size(info)
+        return _size(info) // self.config.moe.num_experts * self.config.moe.experts_per_token
 
     def flops_per_token(self, seq_len: int) -> dict[str, float]:
         """Operations of a forward pass per token of a `seq_len` row; training takes three times that.
 
-        `matmul`: two a weight, with the head; `attention_full`: scores and values over all positions that
-        a window allows; `attention_causal`: over those of them that are not in the future, on average.
+        `matmul`: two a weight that a token meets, with the head (once more for each further token);
+        `attention_full`: scores and values over all positions that a window allows; `attention_causal`: over
+        those of them that are not in the future, on average.
         """
         config = self.config
         weights = [leaf for leaf in jax.tree.leaves(self.info) if leaf.role == "matrix"]
-        matmul = 2 * (sum(map(_size, weights)) + config.vocab_size * config.d_model)
-        per_key = 4 * config.num_heads * config.head_dim
+        heads = (1 + config.mtp_depth) * config.vocab_size * config.d_model
+        matmul = 2 * (sum(map(self._active, weights)) + heads)
+        values = config.head_dim if config.mla is None else config.mla.v_head_dim
+        per_key = 2 * config.num_heads * (config.head_dim + values)
+        layers = [(segment.count, spec) for segment in self.segments for spec in segment.period]
+        layers.append((config.mtp_depth, self.segments[-1].period[-1]))
         full = causal = 0.0
-        for segment in self.segments:
-            for spec in segment.period:
-                seen = min(seq_len, spec.window or seq_len)
-                full += segment.count * per_key * seen
-                causal += segment.count * per_key * (seen - seen * seen / (2 * seq_len))
+        for count, spec in layers:
+            seen = min(seq_len, spec.window or seq_len)
+            full += count * per_key * seen
+            causal += count * per_key * (seen - seen * seen / (2 * seq_len))
         return {"matmul": float(matmul), "attention_full": full, "attention_causal": causal}
 
     def _module(self, name: str, params: Tree) -> Any:
         return nnx.merge(self.graphs[name], params)
+
+    def _block(self, spec: LayerSpec, params: Tree) -> Any:
+        return self._module(block_name(spec.moe), params)
 
     def _output_table(self, params: Tree) -> Float[Array, "V D"]:
         return params["embed" if self.config.tie_embeddings else "head"]["table"]
@@ -211,8 +311,8 @@ class Model:
                 params, cache = stacked
                 out = {}
                 for p, spec in enumerate(segment.period):
-                    block = self._module("block", params[str(p)])
-                    x, out[str(p)] = block(x, batch, spec, ops, cache and cache[str(p)])
+                    block = self._block(spec, params[str(p)])
+                    x, out[str(p)], _ = block(x, batch, spec, ops, cache and cache[str(p)])
                 return x, out
 
             stacked = (params["segments"][str(s)], caches and caches[str(s)])
