@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from configs.legal import known_sizes, refusal
 from data.config import DataConfig, TokenizerConfig
 from models.config import ModelConfig
 from optim.config import (
@@ -41,14 +42,28 @@ OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig)
 SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)
 
 # Every name a rule may have: parameters' dims, then activations' dims.
-LOGICAL_AXES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "positions") + (
+LOGICAL_AXES = (
+    "stages",
+    "layers",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "experts",
+    "expert_embed",
+    "vocab",
+    "positions",
+) + (
     "batch",
+    "expert_batch",
     "length",
     "act_length",
     "act_embed",
     "act_heads",
     "act_kv_heads",
     "act_mlp",
+    "act_experts",
     "act_vocab",
 )
 
@@ -141,10 +156,8 @@ def check(config: Config, device_count: int | None) -> None:
     _check_vocabulary(config)
     _check_steps(config)
     _check_rules(config.mesh)
-    sizes = mesh_sizes(config.mesh, device_count)
-    if sizes is not None:
-        _check_batch(config, sizes)
-        _check_split(config, sizes)
+    if reason := refusal(config, device_count):
+        _refuse(reason)
 
 
 def _refuse(message: str) -> None:
@@ -217,68 +230,7 @@ def mesh_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | N
 
     Raises ConfigError where the sizes and the devices do not multiply out.
     """
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    text = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "a mesh of one"
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            _refuse(f"mesh.{axis}={size} must be 1 or more, or -1 for what is left")
-    for axis in ("pipeline", "expert", "context"):
-        if sizes[axis] != 1:
-            _refuse(
-                f"mesh.{axis}={sizes[axis]} is not supported yet; use mesh.{axis}=1 and split by mesh.fsdp"
-            )
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        _refuse(f"{' and '.join(f'mesh.{a}=-1' for a in free)}: only one axis can take what is left")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if device_count is None:
-        return None if free else sizes
-    legal = ", ".join(str(d) for d in divisors(device_count))
-    if free and device_count % fixed:
-        _refuse(f"{text} does not divide {device_count} devices; the sizes must multiply to one of {legal}")
-    if not free and fixed != device_count:
-        here = f"{device_count} {'is' if device_count == 1 else 'are'} here"
-        _refuse(f"{text} is {fixed} devices but {here}; use mesh.data=-1 to take what is left")
-    return {axis: device_count // fixed if size == -1 else size for axis, size in sizes.items()}
-
-
-def divisors(n: int) -> list[int]:
-    """All of them, in order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _check_batch(config: Config, sizes: dict[str, int]) -> None:
-    t = config.training
-    names = config.mesh.rules.get("batch", [])
-    ways = math.prod(sizes[name] for name in names) * t.accumulation_steps
-    if t.global_batch_size % ways:
-        above = -(-t.global_batch_size // ways) * ways
-        legal = f"{above - ways} or {above}" if above > ways else f"{above}"
-        axes = " * ".join([f"mesh.{n}={sizes[n]}" for n in names if sizes[n] > 1])
-        steps = f"training.accumulation_steps={t.accumulation_steps}" if t.accumulation_steps > 1 else ""
-        parts = " * ".join(part for part in (axes, steps) if part)
-        _refuse(
-            f"training.global_batch_size={t.global_batch_size} does not split into {parts}; "
-            f"use a multiple of {ways}, such as {legal}"
-        )
-
-
-def _check_split(config: Config, sizes: dict[str, int]) -> None:
-    m = config.model
-    dims = {
-        "embed": ("d_model", m.d_model),
-        "heads": ("num_heads", m.num_heads),
-        "kv_heads": ("num_kv_heads", m.num_kv_heads),
-        "mlp": ("d_ff", m.d_ff),
-        "vocab": ("vocab_size", m.vocab_size),
-    }
-    for axis, (key, size) in dims.items():
-        names = config.mesh.rules.get(axis, [])
-        ways = math.prod(sizes[name] for name in names)
-        # Fewer K/V heads than devices are repeated, which needs a whole number of copies.
-        if size == -1 or size % ways == 0 or (axis == "kv_heads" and ways % size == 0):
-            continue
-        by = " * ".join(f"mesh.{name}={sizes[name]}" for name in names if sizes[name] > 1)
-        also = " or a multiple of it" if axis == "kv_heads" else ""
-        legal = ", ".join(str(d) for d in divisors(size)[:12])
-        _refuse(f"model.{key}={size} cannot be split over {by}; use a divisor of {size} ({legal}){also}")
+    try:
+        return known_sizes(mesh, device_count)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

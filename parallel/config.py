@@ -1,8 +1,14 @@
 """How the devices are laid out, and which logical axis of a tensor goes to which mesh axis."""
 
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
+PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
+CONTEXT_ATTENTION = ("ulysses", "allgather", "ring")
 
 
 @dataclass
@@ -21,7 +27,80 @@ class MeshConfig:
     context: int = 1  # positions of a row
     tensor: int = 1  # heads, feed-forward width and vocabulary
     rules: dict[str, list[str]] = field(default_factory=dict)
-    dcn: dict[str, int] = field(default_factory=dict)  # of an axis: the factor of its size that crosses slices
+    dcn: dict[str, int] = field(default_factory=dict)  # of an axis: how many slices (or hosts) it crosses
+
+    def __post_init__(self) -> None:
+        """Sizes and factors by themselves; `mesh_shape` multiplies them out."""
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis}={size} must be 1 or more, or -1 for what is left")
+        for axis, factor in self.dcn.items():
+            if axis not in MESH_AXES:
+                raise ValueError(_no_choice("an axis of mesh.dcn", axis, MESH_AXES))
+            if factor < 1:
+                raise ValueError(
+                    f"mesh.dcn.{axis}={factor} must be 1 or more: slices that mesh.{axis} crosses"
+                )
+
+
+def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
+    """Devices along each mesh axis, slowest link first, -1 filled in.
+
+    Raises ValueError where the sizes do not multiply to `device_count`, or a DCN factor does not divide one.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        axes = " and ".join(f"mesh.{axis}=-1" for axis in free)
+        raise ValueError(f"{axes}: only one axis can take what is left; set one of them to 1 or more")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
+    if free and device_count % fixed:
+        raise ValueError(
+            f"{asked} (beside mesh.{free[0]}=-1) does not divide {device_count} devices; the sizes must "
+            f"multiply to one of {_listed(divisors(device_count))}, which must divide {device_count}"
+        )
+    if not free and fixed != device_count:
+        verb = "is" if device_count == 1 else "are"
+        what = f"{asked} is {fixed} devices" if asked else "every mesh axis is 1, one device,"
+        raise ValueError(
+            f"{what} but {device_count} {verb} here; the product must be {device_count} devices "
+            "(mesh.data=-1 takes what is left)"
+        )
+    if free:
+        sizes[free[0]] = device_count // fixed
+    if reason := dcn_problem(config.dcn, sizes):
+        raise ValueError(reason)
+    return sizes
+
+
+def dcn_problem(dcn: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
+    """Why an axis of this size cannot cross that many slices, with legal numbers; None where all can."""
+    for axis, factor in dcn.items():
+        if sizes[axis] % factor:
+            return (
+                f"mesh.dcn.{axis}={factor} does not divide mesh.{axis}={sizes[axis]}; "
+                f"use mesh.dcn.{axis}={_listed(divisors(sizes[axis]))}"
+            )
+    return None
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """All of them, in order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _no_choice(key: str, value: str, options: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, options, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}={value} is not one of {', '.join(options)}{hint}"
 
 
 @dataclass
@@ -32,6 +111,14 @@ class PipelineConfig:
     microbatches: int = 8  # parts of the batch that follow each other through the stages
     virtual_stages: int = 1  # chunks of layers a device holds (interleaved_1f1b: 2 or more)
 
+    def __post_init__(self) -> None:
+        """Each value by itself; whether they make a schedule depends on mesh.pipeline: `configs.legal`."""
+        if self.schedule not in PIPELINE_SCHEDULES:
+            raise ValueError(_no_choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES))
+        for key in ("microbatches", "virtual_stages"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"pipeline.{key}={getattr(self, key)} must be 1 or more")
+
 
 @dataclass
 class ContextConfig:
@@ -39,6 +126,16 @@ class ContextConfig:
 
     attention: str = "ulysses"  # ulysses | allgather | ring
     zigzag: bool = True  # allgather and ring: early and late positions paired, so that causal work is even
+
+    def __post_init__(self) -> None:
+        """A kind that there is."""
+        if self.attention not in CONTEXT_ATTENTION:
+            raise ValueError(_no_choice("context.attention", self.attention, CONTEXT_ATTENTION))
+
+    @property
+    def zigzags(self) -> bool:
+        """Whether rows are in zigzag order: ulysses splits heads, so its work is even in any order."""
+        return self.zigzag and self.attention != "ulysses"
 
 
 @dataclass

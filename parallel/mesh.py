@@ -1,44 +1,25 @@
 """Devices to a named mesh."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from parallel.axes import Layout
-from parallel.config import MESH_AXES, MeshConfig
-
-
-def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
-    """Sizes by axis with -1 filled in; ValueError where they do not multiply to `device_count`."""
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(
-            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1, but only one mesh axis can take what is left; "
-            f"set one of them to 1 or more"
-        )
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    named = (
-        " * ".join(f"mesh.{a}={n}" for a, n in sizes.items() if n not in (1, -1)) or "every mesh axis is 1"
-    )
-    if free and device_count % fixed == 0:
-        sizes[free[0]] = device_count // fixed
-    elif free or fixed != device_count:
-        remedy = f"their product must {'divide' if free else 'be'} {device_count}"
-        raise ValueError(
-            f"{named}, but there are {device_count} devices; {remedy} (mesh.data=-1 takes the rest)"
-        )
-    return sizes
+from parallel.config import MESH_AXES, MeshConfig, mesh_shape
 
 
 def build_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh over these devices (all of them by default) with the config's rules.
 
     Neighbours in the last axis (`tensor`) are neighbours on the network, which is where the most traffic is.
+    Only the axes that `mesh.dcn` names cross from slice to slice. Raises ValueError where sizes, factors and
+    rules do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_shape(config, len(devices))
@@ -46,6 +27,43 @@ def build_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> La
         if unknown := sorted(set(axes) - set(MESH_AXES)):
             legal = ", ".join(MESH_AXES)
             raise ValueError(f"mesh.rules.{name} names {unknown[0]}, no mesh axis; use one of {legal}")
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    mesh = Mesh(
+        device_grid(sizes, config.dcn, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
     return Layout(mesh, {name: tuple(axes) for name, axes in config.rules.items()})
+
+
+def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in an array of these sizes; `dcn[axis]` of an axis's size is the number of slices it crosses.
+
+    With mesh.dcn={data: 2} and mesh.data=8, data's coordinates 0 to 3 are on one slice, 4 to 7 on the other.
+    Raises ValueError, naming how many slices there are, where the factors' product is another.
+    """
+    factors = {axis: dcn.get(axis, 1) for axis in sizes}
+    if math.prod(factors.values()) == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    by_process = not all(hasattr(device, "slice_index") for device in devices)
+    _check_slices(factors, devices, "process_index" if by_process else "slice_index")
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(size // factors[axis] for axis, size in sizes.items()),
+        tuple(factors.values()),
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )
+
+
+def _check_slices(factors: Mapping[str, int], devices: Sequence[Any], attribute: str) -> None:
+    found = Counter(getattr(device, attribute) for device in devices)
+    asked = " * ".join(f"mesh.dcn.{axis}={factor}" for axis, factor in factors.items() if factor > 1)
+    how = "" if attribute == "slice_index" else ", counted by process"
+    slices = f"{len(found)} slice{'s' if len(found) > 1 else ''}{how}"
+    if math.prod(factors.values()) != len(found):
+        remedy = f"use factors whose product is {len(found)}" if len(found) > 1 else "use mesh.dcn={}"
+        raise ValueError(
+            f"{asked} asks for {math.prod(factors.values())} slices, but the {len(devices)} devices are "
+            f"{slices}; {remedy}"
+        )
+    if len(set(found.values())) > 1:
+        held = ", ".join(str(count) for _, count in sorted(found.items()))
+        raise ValueError(f"{asked} needs slices of one size, but they hold {held} devices; use equal slices")

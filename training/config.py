@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 PRECISIONS = ("auto", "float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("reference", "chunked")
+EXCHANGES = ("float32", "bfloat16", "int8")
 
 
 def _choice(key: str, value: str, options: tuple[str, ...]) -> None:
@@ -75,9 +76,18 @@ class LocalSGDConfig:
 
     inner_steps: int = 1  # optimizer steps between exchanges
     outer_learning_rate: float = 0.7  # of the averaged difference (Douillard et al. 2023)
-    outer_momentum: float = 0.9
-    nesterov: bool = True
+    outer_momentum: float = 0.9  # share of the last outer step that goes on
+    nesterov: bool = True  # the outer step looks ahead along its momentum
     exchange: str = "float32"  # float32 | bfloat16 | int8: what crosses the slow link
+
+    def __post_init__(self) -> None:
+        """Each value by itself; what inner steps need of the rest is checked in `configs.legal`."""
+        _require(self.inner_steps >= 1, "local_sgd.inner_steps", self.inner_steps, "1 (synchronous) or more")
+        rate = self.outer_learning_rate
+        _require(rate > 0, "local_sgd.outer_learning_rate", rate, "above 0; DiLoCo has 0.7")
+        momentum = self.outer_momentum
+        _require(0 <= momentum < 1, "local_sgd.outer_momentum", momentum, "0 (off) or more, and below 1")
+        _choice("local_sgd.exchange", self.exchange, EXCHANGES)
 
 
 @dataclass

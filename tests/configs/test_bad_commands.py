@@ -96,7 +96,52 @@ BAD = {
     ),
     "two free axes": ([DEBUG, "mesh.fsdp=-1"], ["mesh.data=-1", "mesh.fsdp=-1", "only one"]),
     "zero axis": ([DEBUG, "mesh.tensor=0"], ["mesh.tensor=0", "-1"]),
-    "pipeline": ([DEBUG, "mesh.pipeline=2"], ["mesh.pipeline=2", "not supported yet"]),
+    "layers over stages": (
+        [DEBUG, "mesh.data=1", "mesh.pipeline=4"],
+        ["model.num_layers=2", "mesh.pipeline=4", "use mesh.pipeline=1, 2 or model.num_layers=4"],
+    ),
+    "schedule": ([DEBUG, "pipeline.schedule=1fb1"], ["pipeline.schedule=1fb1", "did you mean 1f1b?"]),
+    "no microbatch": ([DEBUG, "pipeline.microbatches=0"], ["pipeline.microbatches=0", "1 or more"]),
+    "no chunk": ([DEBUG, "pipeline.virtual_stages=0"], ["pipeline.virtual_stages=0", "1 or more"]),
+    "accumulation in a pipeline": (
+        [DEBUG, "mesh.data=1", "mesh.pipeline=2", "training.accumulation_steps=2"],
+        ["training.accumulation_steps=2", "mesh.pipeline=2", "use training.accumulation_steps=1"],
+    ),
+    "microbatches over rows": (
+        [DEBUG, "mesh.data=2", "mesh.pipeline=2"],
+        ["training.global_batch_size=8", "mesh.data=2 * pipeline.microbatches=8", "microbatches=1, 2, 4"],
+    ),
+    "context attention": (
+        [DEBUG, "context.attention=rings"],
+        ["context.attention=rings", "did you mean ring?"],
+    ),
+    "positions over context": (
+        [DEBUG, "mesh.data=1", "mesh.context=8", "context.attention=ring", "data.seq_len=72"],
+        [
+            "data.seq_len=72",
+            "mesh.context=8 in zigzag order",
+            "use data.seq_len=64, 80 or mesh.context=1, 2, 3",
+        ],
+    ),
+    "experts of a dense model": (
+        [DEBUG, "mesh.data=1", "mesh.expert=2"],
+        ["mesh.expert=2", "model.moe=null", "use mesh.expert=1", "nearest legal meshes of 2 devices: mesh."],
+    ),
+    "slices of any size": (
+        [DEBUG, "mesh=multi_slice", "mesh.replica=-1"],
+        ["mesh.dcn.replica=-1", "1 or more"],
+    ),
+    "inner steps alone": (
+        [DEBUG, "mesh.data=1", "local_sgd.inner_steps=5"],
+        ["local_sgd.inner_steps=5", "mesh.replica=1", "use mesh.replica=2", "local_sgd.inner_steps=1"],
+    ),
+    "checkpoints between outer steps": (
+        [DEBUG, "mesh.data=1", "mesh.replica=2", "local_sgd.inner_steps=4"],
+        ["checkpoint.every=10", "local_sgd.inner_steps=4", "use checkpoint.every=8, 12"],
+    ),
+    "no inner step": ([DEBUG, "local_sgd.inner_steps=0"], ["local_sgd.inner_steps=0", "1 (synchronous)"]),
+    "outer momentum": ([DEBUG, "local_sgd.outer_momentum=1"], ["local_sgd.outer_momentum=1", "below 1"]),
+    "exchange": ([DEBUG, "local_sgd.exchange=int4"], ["local_sgd.exchange=int4", "did you mean int8?"]),
     "rule for nothing": ([DEBUG, "mesh.rules.embd=[fsdp]"], ["mesh.rules.embd", "did you mean embed?"]),
     "rule to nothing": ([DEBUG, "mesh.rules.embed=[fdsp]"], ["fdsp", "did you mean fsdp?"]),
     "new rule": ([DEBUG, "mesh.rules.positions=[fsdp]"], ["+mesh.rules.positions="]),
