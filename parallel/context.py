@@ -23,10 +23,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from parallel.axes import Layout
-from parallel.ring import AXIS, Ring
+from parallel.ring import AXIS, SAVED, Ring
 
 KINDS = ("ulysses", "allgather", "ring")
-SAVED = "ring_attention"  # checkpoint name of what ring's backward needs: a policy may keep it
 
 HEADS = ("batch", "length", "act_heads", None)
 TOKENS = ("batch", "length")
@@ -305,3 +304,27 @@ def causal_work(length: int, size: int, *, zigzag: bool) -> np.ndarray:
     """
     order = zigzag_order(length, size) if zigzag else np.arange(length)
     return (order.astype(np.int64) + 1).reshape(size, -1).sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Zigzag:
+    """A schedule (`parallel.plain` says what that is) over rows in zigzag order.
+
+    Positions are exchanged once a step, as integers; past that no layer knows.
+    """
+
+    schedule: Any
+    layout: Layout
+
+    def value_and_grad(self, model: Any, params: Any, batch: dict[str, Array], key: Array, ops: Any) -> Any:
+        """As the schedule's own."""
+        return self.schedule.value_and_grad(model, params, self.permuted(batch), key, ops)
+
+    def evaluate(self, model: Any, params: Any, batch: dict[str, Array], ops: Any) -> Any:
+        """As the schedule's own."""
+        return self.schedule.evaluate(model, params, self.permuted(batch), ops)
+
+    def permuted(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The batch in zigzag order, and `order`: where in the row each position was."""
+        arrays = permute_batch(batch, self.layout.mesh.shape[AXIS])
+        return {name: self.layout.constrain(x, TOKENS) for name, x in arrays.items()}

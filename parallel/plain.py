@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from parallel.ring import SAVED
+
 Params = Any
 Batch = dict[str, Array]
 Sums = dict[str, Array]
@@ -43,7 +45,7 @@ class Model(Protocol):
 
 def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
     # By primitive, because naming attention's output does not stop its forward from being recomputed.
-    if "dot_product_attention_fwd" in prim.name:
+    if "dot_product_attention_fwd" in prim.name or (prim.name == "name" and kwargs["name"] == SAVED):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 AXIS = "context"
+SAVED = "ring_attention"  # checkpoint name of what ring's backward needs: a policy may keep it
 TILE = 512  # queries whose scores exist at once
 HIDDEN = -1e30  # finite: the score of a key that a query does not see, before its weight is set to zero
 

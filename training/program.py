@@ -18,6 +18,7 @@ from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.axes import Layout, kv_repeats
+from parallel.context import Zigzag, context_attention, uses_zigzag
 from parallel.pipeline import Arrangement, Pipeline, main_segment
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
@@ -51,7 +52,7 @@ class Program:
     model: Model
     layout: Layout
     ops: Ops
-    strategy: Plain | Pipeline
+    strategy: Any  # Plain or Pipeline: their interface
     tx: optax.GradientTransformation
     state: TrainState
     batch: Batch
@@ -140,6 +141,13 @@ def build_strategy(config: Any, born: Born, layout: Layout) -> Plain | Pipeline:
     return Pipeline(layout, schedule, specs, training.remat, training.scan_layers)
 
 
+def in_order(config: Any, strategy: Plain | Pipeline, layout: Layout) -> Any:
+    """The strategy on batches whose positions lie as attention across devices wants them."""
+    split = layout.mesh.shape["context"] > 1
+    zigzag = split and uses_zigzag(config.context.attention, config.context.zigzag)
+    return Zigzag(strategy, layout) if zigzag else strategy
+
+
 def padded_vocab(size: int) -> int:
     """The next multiple of 128, so that tables split over devices and fill matrix units."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -170,7 +178,12 @@ def build_ops(config: Any, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
     platform = layout.mesh.devices.flat[0].platform
     return Ops(
-        attention=ATTENTION[config.training.attention],
+        attention=context_attention(
+            config.context.attention,
+            layout,
+            ATTENTION[config.training.attention],
+            zigzag=config.context.zigzag,
+        ),
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
         loss_chunk=config.training.loss_chunk,
@@ -188,7 +201,7 @@ def build_program(config: Any, layout: Layout) -> Program:
     ops = build_ops(config, layout)
     training = config.training
     born = arrange(config, model, layout)
-    strategy = build_strategy(config, born, layout)
+    strategy = in_order(config, build_strategy(config, born, layout), layout)
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
         config.optim, schedule, decay_mask=decay_mask(born.info), matrices=matrix_dims(born.info)
