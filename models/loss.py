@@ -56,7 +56,7 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
-    table = w.astype(x.dtype)
+    table = spec.constrain(w.astype(x.dtype), ("act_vocab", None))
 
     def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, None]:
         nll, z, _ = _chunk_loss(*chunk, table, spec)
@@ -68,7 +68,7 @@ def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: Los
 
 
 def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
-    table = w.astype(x.dtype)
+    table = spec.constrain(w.astype(x.dtype), ("act_vocab", None))
 
     def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         nll_sum, z_sum, dw = carry
