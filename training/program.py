@@ -13,12 +13,14 @@ import optax
 from jaxtyping import Array
 
 from models.attention import chunked_attention, reference_attention
+from models.experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.axes import Layout, kv_repeats
 from parallel.context import Zigzag, context_attention, uses_zigzag
+from parallel.experts import expert_dispatch
 from parallel.pipeline import Arrangement, Pipeline, main_segment
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
@@ -184,6 +186,7 @@ def build_ops(config: Any, layout: Layout) -> Ops:
             ATTENTION[config.training.attention],
             zigzag=config.context.zigzag,
         ),
+        experts=expert_dispatch(layout, run_experts),
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
         loss_chunk=config.training.loss_chunk,
