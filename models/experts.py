@@ -382,7 +382,9 @@ def _backward(
         dgate = jnp.sum(hidden.astype(jnp.float32) * through, axis=-1)
         ddown = ddown.at[expert].add(product("RF,RD->FD", (gate * hidden).astype(x.dtype), dout))
         (dpre,) = pull((gate * through).astype(x.dtype))
-        dup = dup.at[expert].add(product("RD,R{pair}F->D{pair}F", rows, dpre))
+        # Flat, since XLA's CPU products of bfloat16 into float32 know no third dim here.
+        by_width = product("RD,RF->DF", rows, dpre.reshape(size, -1))
+        dup = dup.at[expert].add(by_width.reshape(dup.shape[1:]))
         drows = product("R{pair}F,D{pair}F->RD", dpre, up[expert])
         dx = dx.at[token].add(drows, mode="drop", unique_indices=True)
         return dx, dgates.at[choice].set(dgate, mode="drop", unique_indices=True), dup, ddown

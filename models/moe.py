@@ -141,12 +141,12 @@ class Experts(nnx.Module):
         self.up = param(
             rngs,
             (E, D, *pair, F),
-            ("experts", "embed", *pair_axes, "mlp"),
+            ("experts", "expert_embed", *pair_axes, "mlp"),
             init,
             reduction=(1,),
             output=(2 + len(pair),),
         )
-        down_axes = ("experts", "mlp", "embed")
+        down_axes = ("experts", "mlp", "expert_embed")
         self.down = param(rngs, (E, F, D), down_axes, residual_init, reduction=(1,), output=(2,))
         balanced = config.moe.bias_update_rate > 0
         self.bias = param(rngs, (E,), (None,), zeros, role="balance", decay=False) if balanced else None

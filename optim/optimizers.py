@@ -18,17 +18,26 @@ from optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
 # f(x) = a x + b x^3 + c x^5, steepest at zero rather than exact at one: singular values come out within
 # about 0.7 .. 1.2 after five rounds, which trains as well as ones (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+EVEN = 1e-5  # of the layer's largest imbalance: what counts as none
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, *, decay_mask: Any, matrices: Any
+    config: OptimConfig,
+    schedule: optax.Schedule,
+    *,
+    decay_mask: Any,
+    matrices: Any,
+    balance: Any = None,
+    balance_rate: float = 0.0,
 ) -> optax.GradientTransformation:
     """The named optimizer; its updates are to be added to the parameters. Global-norm clipping is not inside.
 
     schedule: multiplier of the learning rates by the number of updates made. decay_mask: bools over the
     parameter tree. matrices: over the same tree, None where Muon does not apply, else (reduction dims, output
     dims); the dims in neither are batch, so a stack [n, D, 2, F] with ((1,), (3,)) is 2n matrices [D, F].
-    Only Muon reads matrices. Raises ValueError for an unknown optimizer or dims that are no matrix.
+    Only Muon reads matrices. balance: bools over the same tree, True for the biases by which a router's
+    choices are balanced; these move by balance_rate against their gradient's sign, whatever the schedule.
+    Raises ValueError for an unknown optimizer or dims that are no matrix.
     """
     decay: optax.GradientTransformation = optax.identity()
     if config.weight_decay > 0:
@@ -37,12 +46,36 @@ def make_optimizer(
         direction, learning_rate = _muon(config, matrices)
     else:
         direction, learning_rate = _elementwise(config), optax.scale(-config.learning_rate)
-    return optax.named_chain(
+    chain = optax.named_chain(
         ("direction", direction),
         ("decay", decay),
         ("learning_rate", learning_rate),
         ("schedule", optax.scale_by_schedule(schedule)),
     )
+    balanced = balance is not None and any(jax.tree.leaves(balance))
+    return _balancing(chain, balance, balance_rate) if balanced else chain
+
+
+def _balancing(
+    chain: optax.GradientTransformation, balance: Any, rate: float
+) -> optax.GradientTransformation:
+    """The chain, with a rule of its own for balance leaves (Wang et al. 2024, arXiv:2408.15664).
+
+    A bias's gradient is its experts' load minus the mean. What is left of it where loads are even is the
+    rounding of a sum over microbatches, which must not choose a direction.
+    """
+
+    def step(gradient: Any) -> Any:
+        size = jnp.abs(gradient)
+        uneven = size > EVEN * jnp.max(size, axis=-1, keepdims=True)
+        return jnp.where(uneven, -rate * jnp.sign(gradient), 0.0)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        others = jax.tree.map(lambda b, g: jnp.zeros_like(g) if b else g, balance, gradients)
+        updates, state = chain.update(others, state, params)
+        return jax.tree.map(lambda b, u, g: step(g) if b else u, balance, updates, gradients), state
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def _elementwise(config: OptimConfig) -> optax.GradientTransformation:

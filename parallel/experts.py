@@ -58,9 +58,9 @@ def expert_dispatch(
 
     Rows lie as the rule for `batch` says, and are expected over the `experts` axes too; positions over those
     of `length`. Weights are [E, D, ..., F] and [E, F, D]: E stays where it is (`experts`), F as well (`mlp`;
-    each device makes a part of the sum, added once tokens are home), and D, which `embed` may split, is
-    gathered here, so that its gradient is scattered and not summed whole. Raises ValueError where a size does
-    not divide.
+    each device makes a part of the sum, added once tokens are home), and D, which `expert_embed` may split,
+    is gathered here, so that its gradient is scattered and not summed whole. Raises ValueError where a size
+    does not divide.
     """
     if layout.mesh.size == 1:
         return compute
@@ -77,8 +77,8 @@ def expert_dispatch(
         spec: Any,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
         pair = (None,) * (up.ndim - 3)
-        up_spec = layout.spec(("experts", "embed", *pair, "mlp"), up.shape, "experts' up")
-        down_spec = layout.spec(("experts", "mlp", "embed"), down.shape, "experts' down")
+        up_spec = layout.spec(("experts", "expert_embed", *pair, "mlp"), up.shape, "experts' up")
+        down_spec = layout.spec(("experts", "mlp", "expert_embed"), down.shape, "experts' down")
         tokens, choices = (layout.spec(TOKENS, a.shape, "tokens of experts") for a in (x, experts))
         rows = layout.spec(ROWS, real.shape, "tokens of experts")
         owners = names(up_spec[0])

@@ -36,6 +36,11 @@ def decay_mask(info: Any) -> Any:
     return jax.tree.map(lambda i: i.decay, info, is_leaf=is_info)
 
 
+def balance_mask(info: Any) -> Any:
+    """True for the biases that balance a router's choices, a tree like the parameters."""
+    return jax.tree.map(lambda i: i.role == "balance", info, is_leaf=is_info)
+
+
 def matrix_dims(info: Any) -> Any:
     """(reduction dims, output dims) of every hidden matrix, None of everything else: what Muon asks for."""
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from parallel.axes import Layout
-from training.state import TrainState, shardings
+from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
 BATCH_DTYPES = {
@@ -45,15 +45,15 @@ def make_train_step(
     """The step `(state, batch) -> (state, metrics)`.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
-    `learning_rate`, `tokens` (positions with weight). Random keys are folded from (seed, step), so that
-    neither mesh nor schedule changes them.
+    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics`. Random keys are folded
+    from (seed, step), so that neither mesh nor schedule changes them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
-        norm = optax.tree.norm(grads)
-        if grad_clip is not None:
+        norm = optax.tree.norm(weights_only(model.info, grads))
+        if grad_clip is not None:  # balance biases take their sign alone, so that scaling them does nothing
             scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -66,10 +66,30 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_weights"] > 0).astype(jnp.float32),
+            **router_metrics(means),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
+
+
+def weights_only(info: Any, grads: Any) -> list[Array]:
+    """The gradients that are gradients: the balance biases of routers carry a load instead."""
+    roles = [leaf.role for leaf in jax.tree.leaves(info, is_leaf=is_info)]
+    return [g for role, g in zip(roles, jax.tree.leaves(grads), strict=True) if role != "balance"]
+
+
+def router_metrics(means: Mapping[str, Array]) -> dict[str, Array]:
+    """What a model with experts or further tokens reports: `mtp_nll`, and `moe/...` as means over layers.
+
+    `moe/load`, tokens of each expert over all layers, becomes `moe/max_load`: the largest over their mean.
+    """
+    names = [name for name in means if name == "mtp_nll" or name.startswith("moe/")]
+    metrics = {name: means[name].astype(jnp.float32) for name in names if means[name].ndim == 0}
+    if "moe/load" in means:
+        load = means["moe/load"]
+        metrics["moe/max_load"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-20)
+    return metrics
 
 
 def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch], dict[str, Array]]:
