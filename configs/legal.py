@@ -35,7 +35,6 @@ TENSORS = (
     ("stages", "batch", "length", "act_heads"),
     ("stages", "batch", "length", "act_kv_heads"),
     ("stages", "batch", "length", "act_mlp"),
-    ("stages", "expert_batch", "act_experts"),
     ("batch", "length", "act_vocab"),
 )
 
@@ -441,9 +440,12 @@ def _splits(case: Case) -> str | None:
     if moe is None or moe.first_dense_layers:
         dims.append(("model.d_ff", m.d_ff, ("mlp", "act_mlp")))
     if moe is not None:
-        dims.append(("model.moe.num_experts", moe.num_experts, ("experts", "act_experts")))
+        dims.append(("model.moe.num_experts", moe.num_experts, ("experts",)))
         dims.append(("model.moe.d_expert", moe.d_expert, ("mlp", "act_mlp")))
         dims.append(("model.d_model", m.d_model, ("expert_embed",)))
+    if m.mla is not None:
+        dims.append(("model.mla.kv_lora_rank", m.mla.kv_lora_rank, ("embed",)))
+        dims.append(("model.mla.q_lora_rank", m.mla.q_lora_rank or m.d_model, ("embed",)))
     if m.position == "learned":
         dims.append(("model.max_seq_len", m.max_seq_len, ("positions",)))
     for key, size, names in dims:

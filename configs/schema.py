@@ -56,14 +56,12 @@ LOGICAL_AXES = (
     "positions",
 ) + (
     "batch",
-    "expert_batch",
     "length",
     "act_length",
     "act_embed",
     "act_heads",
     "act_kv_heads",
     "act_mlp",
-    "act_experts",
     "act_vocab",
 )
 

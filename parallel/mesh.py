@@ -42,7 +42,8 @@ def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Seque
     factors = {axis: dcn.get(axis, 1) for axis in sizes}
     if math.prod(factors.values()) == 1:
         return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    by_process = not all(hasattr(device, "slice_index") for device in devices)
+    # CPU devices of one machine say that they are one slice, however many processes they are.
+    by_process = any(d.platform == "cpu" or not hasattr(d, "slice_index") for d in devices)
     _check_slices(factors, devices, "process_index" if by_process else "slice_index")
     return mesh_utils.create_hybrid_device_mesh(
         tuple(size // factors[axis] for axis, size in sizes.items()),
