@@ -1,0 +1,375 @@
+"""cuDNN's fused attention over packed documents: exact masks, no [T, T] array, on Hopper and later.
+
+A row of several documents is handed over as what cuDNN calls ragged: every document is a sequence of its own,
+with the place where it starts and its length, and is causal within itself. That is `attention_mask` without a
+mask. The masks of the interface may ask for more than documents in order (rows cut up or permuted, more
+documents than `max_documents`); such a row comes back as nan, never as something near.
+
+B batch, T position, N query heads, K key/value heads, H head size, M documents a row at most.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from parallel.axes import Layout
+from parallel.context import HEADS, TOKENS, Placement, split_heads
+from parallel.ring import SAVED
+
+DTYPES = ("bfloat16", "float16")
+HEAD_MULTIPLE, HEAD_LIMIT = 8, 256
+PACKED_CAPABILITY = (9, 0)  # Hopper: the first whose cuDNN attention takes ragged rows
+ELSE = "or use training.attention=chunked"
+
+
+def cudnn_problem(*, head_dim: int, value_dim: int, softcap: float | None, dtype: str) -> str | None:
+    """Why cuDNN cannot compute attention of this kind, with the legal values; None where it can."""
+    if head_dim % HEAD_MULTIPLE or head_dim > HEAD_LIMIT:
+        return (
+            f"training.attention=cudnn needs a model.head_dim that is a multiple of {HEAD_MULTIPLE} and at "
+            f"most {HEAD_LIMIT}, not {head_dim}; use {_near_head(head_dim)}, {ELSE}"
+        )
+    if value_dim != head_dim:
+        return (
+            f"training.attention=cudnn needs values as wide as keys, but latent attention has {value_dim} "
+            f"and {head_dim} (packed rows have one offset for both); use training.attention=chunked"
+        )
+    if softcap is not None:
+        return (
+            f"training.attention=cudnn cannot bound scores (model.attention_softcap={softcap}); "
+            f"use model.attention_softcap=null, {ELSE}"
+        )
+    if dtype not in DTYPES:
+        return (
+            f"training.attention=cudnn computes in {' or '.join(DTYPES)}, not {dtype}; "
+            f"use training.precision=bfloat16, {ELSE}"
+        )
+    return None
+
+
+def _near_head(head_dim: int) -> str:
+    below = min(head_dim, HEAD_LIMIT) // HEAD_MULTIPLE * HEAD_MULTIPLE
+    sizes = [n for n in (below, below + HEAD_MULTIPLE) if HEAD_MULTIPLE <= n <= HEAD_LIMIT]
+    return " or ".join(map(str, sizes))
+
+
+def check_devices(devices: Any, max_documents: int) -> None:
+    """Raise ValueError where these devices have no such kernel."""
+    device = devices[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform not in ("gpu", "cuda") or capability is None:
+        raise ValueError(
+            f"training.attention=cudnn needs NVIDIA GPUs, not {device.platform}; "
+            "use training.attention=chunked"
+        )
+    if max_documents > 1 and tuple(int(n) for n in str(capability).split(".")) < PACKED_CAPABILITY:
+        needed = ".".join(map(str, PACKED_CAPABILITY))
+        raise ValueError(
+            f"training.attention=cudnn takes packed documents from compute capability {needed} (H100) on, "
+            f"and {device.device_kind} has {capability}; use training.attention=chunked"
+        )
+
+
+def cudnn_kernel(max_documents: int) -> Callable[..., Array]:
+    """Attention for arrays that lie on one device whole, with the signature of `Ops.attention`.
+
+    For use inside a `shard_map` in which every mesh axis is manual (`context_attention`'s `local`).
+    max_documents: M; a row with more is refused by nan. Memory of the backward pass grows with it: 4*B*M*N*T
+    bytes. 1 means rows that are not packed. Raises ValueError, when called, for what cuDNN cannot do.
+    """
+
+    def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
+        kernel, masks = _prepare(q, k, v, max_documents=max_documents, **options)
+        return _differentiable(kernel.forward, kernel.backward, (q, k, v), masks)
+
+    return attention
+
+
+def cudnn_attention(layout: Layout, max_documents: int) -> Callable[..., Array]:
+    """The same for global arrays: rows and heads split as the layout's rules say, rows whole.
+
+    cuDNN's kernels cannot be partitioned, so the call stands in a `shard_map` with every mesh axis manual.
+    Raises ValueError where the devices have no such kernel or rows are split over mesh.context.
+    """
+    check_devices(layout.mesh.devices.flat, max_documents)
+    if layout.ways("length") > 1:
+        raise ValueError(
+            "training.attention=cudnn needs whole rows, but mesh.rules.length splits them over "
+            f"{layout.ways('length')} devices; use context.attention=ulysses or mesh.context=1"
+        )
+
+    def attention(
+        q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], **options: Any
+    ) -> Float[Array, "B T N H"]:
+        kernel, masks = _prepare(q, k, v, max_documents=max_documents, **options)
+        k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
+        what = "training.attention=cudnn"
+        query, key, value = (layout.spec(HEADS, x.shape, what) for x in (q, k, v))
+        place = Placement(layout.mesh, (query, key, value), layout.spec(TOKENS, q.shape[:2], what))
+        stats = PartitionSpec(query[0], None, query[2], None)
+        forward = place.map(kernel.forward, place.arguments, (place.out, stats))
+        backward = place.map(kernel.backward, (*place.arguments, place.out, stats, place.out), place.qkv)
+        return _differentiable(forward, backward, (q, k, v), masks)
+
+    return attention
+
+
+def _prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    max_documents: int,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B T"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B T"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float,
+) -> tuple["Kernel", tuple[Array, ...]]:
+    problem = cudnn_problem(head_dim=q.shape[3], value_dim=v.shape[3], softcap=softcap, dtype=q.dtype.name)
+    if problem is not None:
+        raise ValueError(problem)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"training.attention=cudnn needs queries and keys of one row, not {q.shape[1]} and {k.shape[1]} "
+            "positions; use context.attention=ulysses or mesh.context=1"
+        )
+    return Kernel(scale, window, max_documents), (q_positions, kv_positions, q_segments, kv_segments)
+
+
+def _differentiable(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    qkv: tuple[Array, ...],
+    masks: tuple[Array, ...],
+) -> Array:
+    @jax.custom_vjp
+    def attend(*args: Array) -> Array:
+        return forward(*args)[0]
+
+    def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        # Named, so that a policy can keep them: the kernel is then not run again in the backward pass.
+        out, stats = (checkpoint_name(x, SAVED) for x in forward(*args))
+        return out, (*args, out, stats)
+
+    def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+        return (*backward(*saved, cotangent), None, None, None, None)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(*qkv, *masks)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows as cuDNN is told of them: the documents of all rows in one list, unused places at its end.
+
+    starts: index of the first token among all B*T, B*T where unused. lengths: 0 where unused. Where M is 1 a
+    row is a document: lengths are of rows and starts are not told. exact: whether this says all that the
+    masks of a row say. real: not padding.
+    """
+
+    starts: Int[Array, " B*M"]
+    lengths: Int[Array, " B*M"]
+    exact: Bool[Array, " B"]
+    real: Bool[Array, "B T"]
+
+    def told(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]
+    ) -> tuple[Array, Array, Array, Array]:
+        """Lengths and offsets of queries, then of keys, as the kernel takes them.
+
+        Lengths are [B, M] (M = 1: [B]), offsets [B, M + 1] in elements: keys have a stride of their own.
+        Both are lists that only look like rows.
+        """
+        rows = self.real.shape[0]
+        if self.lengths.size == rows:
+            unused = jnp.zeros(0, q.dtype)
+            return self.lengths, self.lengths, unused, unused
+        lengths = self.lengths.reshape(rows, -1)
+        starts = jnp.pad(self.starts, (0, rows), constant_values=self.real.size).reshape(rows, -1)
+        q_offsets, kv_offsets = (starts * (x.shape[2] * x.shape[3]) for x in (q, k))
+        return lengths, lengths, q_offsets, kv_offsets
+
+
+def find_documents(
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"], max_documents: int
+) -> Documents:
+    """Documents of rows: runs of one segment, of numbers that grow, in which positions grow by one.
+
+    Where they start to count is free: a document that was cut goes on where it stopped. Rows with more than
+    `max_documents`, or in any other order, are not exact. Segment 0 is padding.
+    """
+    real = segments > 0
+    before, after = (jnp.pad(segments, ((0, 0), pad)) for pad in ((1, 0), (0, 1)))
+    begins, ends = real & (segments != before[:, :-1]), real & (segments != after[:, 1:])
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
+    in_order = jnp.all(jnp.where(begins[:, 1:], grows, goes_on) | ~real[:, 1:], axis=1)
+    counts = jnp.sum(begins, axis=1)
+    told = jnp.cumsum(counts) <= counts.size * max_documents
+    exact = in_order & (counts <= max_documents) & told
+    if max_documents == 1:
+        lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
+        return Documents(jnp.zeros_like(lengths), lengths, exact & (real[:, 0] | (counts == 0)), real)
+    starts, stops = (nth_true(x.reshape(-1), counts.size * max_documents) for x in (begins, ends))
+    lengths = jnp.where(starts < real.size, stops - starts + 1, 0)
+    return Documents(starts, lengths, exact, real)
+
+
+def nth_true(flags: Bool[Array, " L"], count: int) -> Int[Array, " count"]:
+    """Indices of the first `count` that are true, L where there are fewer."""
+    wanted = jnp.arange(1, count + 1, dtype=jnp.int32)
+    seen = jnp.cumsum(flags, dtype=jnp.int32)
+    return jnp.searchsorted(seen, wanted, method="compare_all").astype(jnp.int32)  # one fused reduction
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Forward and backward on one device's arrays; both may be vmapped."""
+
+    scale: float
+    window: int | None
+    max_documents: int
+
+    def forward(self, *args: Array) -> tuple[Array, Array]:
+        """(q, k, v, masks) -> output [B, T, N, H], and statistics of the softmax [B, M, N, T]."""
+        return folded(self._forward)(*args)
+
+    def backward(self, *args: Array) -> tuple[Array, Array, Array]:
+        """(q, k, v, masks, output, statistics, cotangent) -> gradients of q, k and v."""
+        return folded(self._backward)(*args)
+
+    def _forward(self, q: Array, k: Array, v: Array, *masks: Array) -> tuple[Array, Array]:
+        documents = self._documents(q, masks)
+        out, stats = fused_forward(q, k, v, *documents.told(q, k), self.scale, self._window(q))
+        return only_exact(out, documents), stats.reshape(q.shape[0], -1, *stats.shape[1:])
+
+    def _backward(self, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:
+        *masks, out, stats, cotangent = rest
+        documents = self._documents(q, masks)
+        told = documents.told(q, k)
+        stats = stats.reshape(-1, *stats.shape[2:])
+        grads = fused_backward(q, k, v, *told, stats, out, cotangent, self.scale, self._window(q))
+        return tuple(only_exact(grad, documents) for grad in grads)
+
+    def _documents(self, q: Array, masks: Sequence[Array]) -> Documents:
+        q_positions, kv_positions, q_segments, kv_segments = masks
+        if q.size >= 2**31:
+            raise ValueError(
+                f"training.attention=cudnn counts elements in 32 bits, but a device's queries are {q.shape}; "
+                f"use more pipeline.microbatches or training.accumulation_steps, {ELSE}"
+            )
+        documents = find_documents(q_positions, q_segments, self.max_documents)
+        same = jnp.all((q_positions == kv_positions) & (q_segments == kv_segments), axis=1)
+        return dataclasses.replace(documents, exact=documents.exact & same)
+
+    def _window(self, q: Array) -> int | None:
+        return None if self.window is None or self.window >= q.shape[1] else self.window
+
+
+def only_exact(x: Float[Array, "B T N H"], documents: Documents) -> Float[Array, "B T N H"]:
+    """Zeros at padding, where the kernel writes nothing; nan in rows that it was not told of rightly."""
+    x = jnp.where(documents.real[:, :, None, None], x, 0)
+    return jnp.where(documents.exact[:, None, None, None], x, jnp.nan)
+
+
+def folded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays [B, ...] whose vmapped form takes the new dim into B; no kernel has a dim more."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size: int, batched: Sequence[bool], *args: Array) -> tuple[Any, Any]:
+        whole = (
+            x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip(args, batched, strict=True)
+        )
+        out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(
+            lambda _: True, out
+        )
+
+    return mapped
+
+
+def fused_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_lengths: Array,
+    kv_lengths: Array,
+    q_offsets: Array,
+    kv_offsets: Array,
+    scale: float,
+    window: int | None,
+) -> tuple[Array, Array]:
+    """Forward by cuDNN: output [B, T, N, H] and log-sum-exp [B*M, N, T], both undefined at padding."""
+    told = (q_lengths, kv_lengths, q_offsets, kv_offsets)
+    out, stats = _bind("fwd", (q, k, v), told, (), scale, window, is_training=True)
+    return out, stats
+
+
+def fused_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_lengths: Array,
+    kv_lengths: Array,
+    q_offsets: Array,
+    kv_offsets: Array,
+    stats: Array,
+    out: Array,
+    cotangent: Array,
+    scale: float,
+    window: int | None,
+) -> tuple[Array, Array, Array]:
+    """Gradients by cuDNN of q, k and v, undefined at padding."""
+    told = (q_lengths, kv_lengths, q_offsets, kv_offsets)
+    dq, dk, dv = _bind("bwd", (q, k, v), told, (stats, out, cotangent), scale, window)
+    return dq, dk, dv
+
+
+def _bind(
+    which: str,
+    qkv: tuple[Array, ...],
+    told: tuple[Array, ...],
+    saved: tuple[Array, ...],
+    scale: float,
+    window: int | None,
+    **options: Any,
+) -> list[Array]:
+    # The public functions ask the first local device what it can do, which is a CPU where the target is only
+    # described, and before JAX 0.12 gave keys the offsets of queries (jax#39521: silently wrong with fewer
+    # K/V heads). So the primitive itself, with offsets of ours.
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    primitive = getattr(fused, f"_dot_product_attention_{which}_p")
+    takes = inspect.signature(getattr(fused, f"_dot_product_attention_{which}_impl")).parameters
+    if "score_mod" in takes:  # JAX 0.11 on
+        options |= {"score_mod_name": None, "score_mod_jaxpr": None}
+    unused = jnp.zeros(0, qkv[0].dtype)
+    return primitive.bind(
+        *qkv,
+        unused,
+        *told,
+        unused,
+        unused,
+        *saved,
+        scale=scale,
+        seed=0,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+        layout=fused.AttentionLayout.BTNH.value,
+        sliding_window_length=window,
+        **options,
+    )
