@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.attention import join_length, largest_divisor, split_length
+from models.attention import largest_divisor
 
 LOGIT_AXES = ("batch", "length", "act_vocab")
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What of the loss is static: positions in a chunk, soft cap, z-loss weight, placement of logits."""
+    """What of the loss is static: positions in a chunk and parts of them, soft cap, z-loss, placement."""
 
     size: int
+    parts: int
     softcap: float | None
     z_loss: float
     constrain: Callable[[Array, tuple[str | None, ...]], Array]
@@ -34,6 +35,7 @@ def chunked_cross_entropy(
     weights: Float[Array, "B T"],
     *,
     chunk: int,
+    parts: int = 1,
     softcap: float | None = None,
     z_loss: float = 0.0,
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
@@ -44,11 +46,13 @@ def chunked_cross_entropy(
     predicted and how much it counts. With logits l = cap(x·w), the loss of a token is
     -log softmax(l)[target] + z_loss * log²(sum exp l).
     About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
-    lowered to a divisor of T. When differentiated, the forward pass makes dx and dw chunk by chunk while the
-    logits are there, so that backward is a scale: three matmuls, no recompute. No gradient goes to `weights`.
+    lowered to a divisor of T. `parts` is the number of devices that T is split over: each has an equal share
+    of every chunk, and at least one position. When differentiated, the forward pass makes dx and dw chunk by
+    chunk while the logits are there, so that backward is a scale: three matmuls, no recompute. No gradient
+    goes to `weights`.
     """
-    size = largest_divisor(x.shape[1], chunk // x.shape[0])
-    spec = LossSpec(size, softcap, z_loss, constrain)
+    size = parts * largest_divisor(x.shape[1] // parts, chunk // x.shape[0] // parts)
+    spec = LossSpec(size, parts, softcap, z_loss, constrain)
     loss, parts = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
     # The backward rule knows only the loss's cotangent: the parts must not seem differentiable.
     return loss, jax.lax.stop_gradient(parts)
@@ -81,7 +85,7 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec)
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
     (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
-    return (nll + z, {"nll": nll, "z_loss": z}), (join_length(dx), dw.astype(w.dtype))
+    return (nll + z, {"nll": nll, "z_loss": z}), (_join(dx, spec), dw.astype(w.dtype))
 
 
 def _backward(spec: LossSpec, residuals: tuple[Array, Array], cotangents: Any) -> Any:
@@ -94,8 +98,20 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(x: Array, targets: Array, weights: Array, spec: LossSpec) -> tuple[Array, Array, Array]:
-    split = partial(split_length, size=spec.size)
-    return split(x), split(targets), split(weights)
+    return _split(x, spec), _split(targets, spec), _split(weights, spec)
+
+
+def _split(x: Array, spec: LossSpec) -> Array:
+    """[B, T, ...] as [T/size, B, size, ...]; a chunk is a stretch of positions from each part of T."""
+    blocks = x.reshape(x.shape[0], spec.parts, -1, spec.size // spec.parts, *x.shape[2:])
+    blocks = jnp.moveaxis(blocks, 2, 0)
+    return blocks.reshape(blocks.shape[0], x.shape[0], spec.size, *x.shape[2:])
+
+
+def _join(x: Array, spec: LossSpec) -> Array:
+    """The inverse of `_split`."""
+    blocks = x.reshape(*x.shape[:2], spec.parts, spec.size // spec.parts, *x.shape[3:])
+    return jnp.moveaxis(blocks, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def _chunk_loss(

@@ -31,7 +31,8 @@ class Ops:
     experts: as `models.experts.run_experts`: tokens to their experts and back.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     constrain: `(x, logical axes, one a dim) -> x`.
-    loss_chunk: tokens whose logits exist at once. z_loss: weight of log²(sum exp logits).
+    loss_chunk: tokens whose logits exist at once. length_parts: devices that positions are split over.
+    z_loss: weight of log²(sum exp logits).
     repeat_kv: copies of each K/V head in the activations, so that `tensor` > num_kv_heads divides them.
     """
 
@@ -41,5 +42,6 @@ class Ops:
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = identity_constrain
     compute_dtype: Any = jnp.float32
     loss_chunk: int = 512
+    length_parts: int = 1
     z_loss: float = 0.0
     repeat_kv: int = 1

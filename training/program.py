@@ -190,6 +190,7 @@ def build_ops(config: Any, layout: Layout) -> Ops:
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
         loss_chunk=config.training.loss_chunk,
+        length_parts=layout.ways("length"),
         z_loss=config.training.z_loss,
         repeat_kv=kv_repeats(config.model.num_kv_heads, layout),
     )

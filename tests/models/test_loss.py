@@ -27,15 +27,24 @@ def naive(x, w, targets, weights, softcap, z_loss):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "softcap", "z_loss"),
-    # Chunks of 1, 2, 2 (12 // 3 = 4 does not divide 10), 2 and 10 positions.
-    [(1, None, 0.0), (7, 2.0, 0.0), (12, None, 0.01), (12, 2.0, 0.01), (1000, 2.0, 0.01)],
+    ("chunk", "parts", "softcap", "z_loss"),
+    # Chunks of 1, 2, 2 (12 // 3 = 4 does not divide 10), 2, 10 and twice 1 positions.
+    [
+        (1, 1, None, 0.0),
+        (7, 1, 2.0, 0.0),
+        (12, 1, None, 0.01),
+        (12, 1, 2.0, 0.01),
+        (1000, 1, 2.0, 0.01),
+        (12, 2, 2.0, 0.01),
+    ],
 )
-def test_chunked_cross_entropy_equals_naive_in_loss_and_grads(chunk, softcap, z_loss):
+def test_chunked_cross_entropy_equals_naive_in_loss_and_grads(chunk, parts, softcap, z_loss):
     x, w, targets, weights = make_inputs()
 
     def chunked(x, w):
-        loss, aux = chunked_cross_entropy(x, w, targets, weights, chunk=chunk, softcap=softcap, z_loss=z_loss)
+        loss, aux = chunked_cross_entropy(
+            x, w, targets, weights, chunk=chunk, parts=parts, softcap=softcap, z_loss=z_loss
+        )
         return 3.0 * loss, (aux["nll"], aux["z_loss"])
 
     def plain(x, w):
