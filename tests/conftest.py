@@ -8,3 +8,21 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of meshes, wherever some of it was run (`tests/parallel/test_matrix.py`)."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome)]
+    rows = sorted(
+        f"{value} {'equal' if report.passed else 'DIFFERS'}"
+        for report in reports
+        for name, value in report.user_properties
+        if name == "matrix"
+    )
+    if rows:
+        terminalreporter.section("each mesh against one device: largest relative difference")
+        terminalreporter.write_line(
+            f"{'model, mesh, schedule or kind':<62} {'loss':>8} {'grads':>8} {'5 steps':>8}"
+        )
+        for row in rows:
+            terminalreporter.write_line(row)
