@@ -3,6 +3,7 @@
 #   VENV=.venv-3.12     another environment beside the first
 #   ARGS="..."          more arguments: overrides for quickstart, pytest options for test
 #   TESTS=tests/models  a part of the suite
+# `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
 PY ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
@@ -19,7 +20,7 @@ CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test lint lock clean
+.PHONY: quickstart test test-matrix lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -27,6 +28,9 @@ quickstart: $(CORE)
 
 test: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(ARGS)
+
+test-matrix: $(TEST)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" tests/parallel/test_matrix.py $(ARGS)
 
 lint: $(TEST)
 	@$(BIN)/ruff check .
