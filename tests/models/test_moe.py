@@ -18,6 +18,7 @@ from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.plain import Plain
+from tests.configs.composing import config
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import DEEPSEEK, MIXTURES, LoopMixture, loop_route, mixture
 from training.state import balance_mask, decay_mask, make_state, matrix_dims
@@ -277,9 +278,9 @@ def test_decode_equals_forward_and_drops_nothing():
 # -- balance by bias -------------------------------------------------------------------------------------
 
 
-def make_tx(config, model):
+def make_tx(optim, model):
     return make_optimizer(
-        config,
+        optim,
         make_schedule(ConstantConfig(warmup_steps=9), num_steps=9),
         decay_mask=decay_mask(model.info),
         matrices=matrix_dims(model.info),
@@ -300,10 +301,10 @@ def test_a_bias_has_the_violation_for_its_gradient():
     np.testing.assert_allclose(means["objective"], means["nll"], rtol=1e-6)  # and adds nothing
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig(), LionConfig()], ids=lambda c: c.name)
-def test_the_optimizer_moves_biases_by_their_rate_alone(config):
+@pytest.mark.parametrize("optim", [AdamWConfig(), MuonConfig(), LionConfig()], ids=lambda c: c.name)
+def test_the_optimizer_moves_biases_by_their_rate_alone(optim):
     model = build_model(mixture({"bias_update_rate": 0.25}, num_layers=2))
-    tx, params = make_tx(config, model), lively(model)
+    tx, params = make_tx(optim, model), lively(model)
     grads = jax.tree.map(jnp.ones_like, params)
     experts = grads["segments"]["0"]["0"]["mlp"]["experts"]
     experts["bias"] = jnp.asarray([[3.0, -2.0, -1.0, 0.0, 1e-7, 0.5], [0.0] * 6])
@@ -311,7 +312,7 @@ def test_the_optimizer_moves_biases_by_their_rate_alone(config):
     moved = updates["segments"]["0"]["0"]["mlp"]["experts"]["bias"]
     np.testing.assert_array_equal(moved, [[-0.25, 0.25, 0.25, 0, 0, -0.25], [0.0] * 6])
     without = make_optimizer(
-        config,
+        optim,
         make_schedule(ConstantConfig(warmup_steps=9), num_steps=9),
         decay_mask=decay_mask(model.info),
         matrices=matrix_dims(model.info),
@@ -354,11 +355,17 @@ def test_biases_even_out_the_load_and_stay_out_of_the_norm():
 
 # -- counts and configs ----------------------------------------------------------------------------------
 
-PUBLISHED = {
+PUBLISHED = {  # all parameters but those for further tokens, and those that a token meets
     "mixtral_8x7b": (46_702_792_704, 12_879_925_248),
-    "qwen3_30b_a3b": (30_532_122_624, 3_352_821_760),
-    "deepseek_v3": (671_026_404_352, 37_551_978_496),
+    "qwen3_30b_a3b": (30_532_122_624, 3_353_032_704),
+    "deepseek_v3": (671_026_419_200, 37_552_297_472),
 }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    counts = build_model(config("run.name=any", f"model={name}").model).num_params()
+    assert (counts["total"] - counts.get("mtp", 0), counts["active"]) == PUBLISHED[name]
 
 
 def test_flops_count_the_experts_that_a_token_meets():

@@ -126,7 +126,7 @@ def layer(run, spec, x, experts, gates, up, down, order=None):
 @pytest.mark.parametrize("capacity", [None, 4], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("axis", [{"expert": 2}, {"context": 2}], ids=str)
 def test_stages_of_a_pipeline_have_experts_of_their_own(capacity, axis):
-    """`vmap(spmd_axis_name="pipeline")` around shard_map, scan and checkpoint, differentiated from outside."""
+    """`vmap(spmd_axis_name="pipeline")` around shard_map, scan and checkpoint, differentiated outside."""
     place, spec = layout(pipeline=2, tensor=2, **axis), ExpertSpec("swiglu", capacity)
     stages = [layer_inputs(4, seed=seed) for seed in (0, 1)]
     stacked = tuple(jnp.stack(pair) for pair in zip(*stages, strict=True))
@@ -170,7 +170,7 @@ def test_positions_out_of_order_are_dropped_as_the_text_goes():
 
 
 def collectives(text: str) -> dict[str, int]:
-    """How many of each kind there are, but for those among groups of one (axes of size 1), which move nothing."""
+    """How many of each kind there are, but for groups of one (axes of size 1), which move nothing."""
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     alone = re.compile(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])")
     lines = [line for line in text.splitlines() if not alone.search(line)]

@@ -1,0 +1,73 @@
+"""Further tokens: which they are, wherever positions lie. Their layers are held to loops in test_moe."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.further import next_targets
+from models.ops import Ops
+from models.transformer import build_model
+from parallel.plain import Plain
+from tests.models.decoders import family, lively, make_batch
+
+PACKED = [[5, 7], [3, 1, 6]]
+ZIGZAG = np.array([0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8])  # what two devices hold of twelve positions
+
+
+def moved(batch):
+    """The same rows with their positions in another order, and where each lay."""
+    order = np.broadcast_to(ZIGZAG, (2, 12)).astype(np.int32)
+    return {**{name: x[:, ZIGZAG] for name, x in batch.items()}, "order": order}
+
+
+def test_the_next_target_is_of_the_same_document():
+    batch = make_batch([[3, 2]], 6)
+    targets, weights = next_targets({name: jnp.asarray(x) for name, x in batch.items()})
+    same = [1, 1, 0, 1, 0, 0]
+    np.testing.assert_array_equal(np.asarray(weights[0]) > 0, np.array(same) > 0)
+    for t in np.flatnonzero(same):
+        assert (
+            targets[0, t] == batch["targets"][0, t + 1] and weights[0, t] == batch["loss_weights"][0, t + 1]
+        )
+
+
+def test_the_order_of_positions_changes_neither_loss_nor_gradients():
+    model = build_model(family(num_layers=1, mtp_depth=2))
+    params, batch = lively(model), make_batch(PACKED, 12)
+    run = jax.jit(lambda p, b: Plain().value_and_grad(model, p, b, jax.random.key(0), Ops()))
+    (means, grads), (others, slopes) = run(params, batch), run(params, moved(batch))
+    assert means["mtp_nll"] > 1 and means["objective"] > means["nll"]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), others, means)
+    for mine, want in zip(jax.tree.leaves(slopes), jax.tree.leaves(grads), strict=True):
+        assert np.linalg.norm(mine - want) <= 1e-4 * np.linalg.norm(want)
+    # Without being told the order it would be another text.
+    lost = {name: x for name, x in moved(batch).items() if name != "order"}
+    assert abs(run(params, lost)[0]["mtp_nll"] - means["mtp_nll"]) > 1e-3
+
+
+def test_a_document_sees_no_target_of_the_next():
+    model = build_model(family(num_layers=1, mtp_depth=1))
+    params, batch = lively(model), make_batch([[4, 4]], 8)
+    batch["loss_weights"] *= batch["segment_ids"] == 1
+
+    @jax.jit
+    def further(targets):
+        x = model.embed(params, batch, Ops())
+        return model.head(params, x, {**batch, "targets": targets}, Ops())[1]["mtp_nll"]
+
+    start, matters = further(batch["targets"]), []
+    for t in range(8):
+        other = batch["targets"].copy()
+        other[0, t] = (other[0, t] + 7) % 64
+        matters.append(bool(further(other) != start))
+    assert matters == [True] * 4 + [False] * 4
+
+
+def test_evaluation_reports_the_next_token_alone():
+    plain, model = (build_model(family(num_layers=1, mtp_depth=depth)) for depth in (0, 1))
+    params, batch = lively(model), make_batch(PACKED, 12)
+    own = {name: leaf for name, leaf in params.items() if name != "mtp"}
+    evaluate = jax.jit(lambda m, p: Plain().evaluate(m, p, batch, Ops()), static_argnums=0)
+    jax.tree.map(np.testing.assert_array_equal, evaluate(model, params), evaluate(plain, own))
