@@ -53,9 +53,9 @@ def chunked_cross_entropy(
     """
     size = parts * largest_divisor(x.shape[1] // parts, chunk // x.shape[0] // parts)
     spec = LossSpec(size, parts, softcap, z_loss, constrain)
-    loss, parts = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
+    loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
     # The backward rule knows only the loss's cotangent: the parts must not seem differentiable.
-    return loss, jax.lax.stop_gradient(parts)
+    return loss, jax.lax.stop_gradient(sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

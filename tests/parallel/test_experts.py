@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def small(dispatch: str) -> ModelConfig:
 
 @cache
 def expected(dispatch: str):
-    model = build_model(small(dispatch))
+    model: Any = build_model(small(dispatch))
     params, batch = lively(model, spread=0.2), make_batch(ROWS, 12)
     step = jax.jit(lambda params, batch: Plain(remat="full").value_and_grad(model, params, batch, KEY, Ops()))
     return model, params, batch, step(params, batch)
