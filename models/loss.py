@@ -54,7 +54,7 @@ def chunked_cross_entropy(
     size = parts * largest_divisor(x.shape[1] // parts, chunk // x.shape[0] // parts)
     spec = LossSpec(size, parts, softcap, z_loss, constrain)
     loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
-    # The backward rule knows only the loss's cotangent: the parts must not seem differentiable.
+    # The backward rule knows only the loss's cotangent: the sums must not seem differentiable.
     return loss, jax.lax.stop_gradient(sums)
 
 

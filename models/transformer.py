@@ -92,8 +92,14 @@ class Model:
     info: Tree  # ParamInfo leaves, in the shape of the parameter tree
     graphs: dict[str, Any] = field(repr=False)  # structure of each nnx module, to merge parameters into
 
-    def init(self, key: Key[Array, ""]) -> Tree:
-        """Float32 parameters. A leaf's key depends on its name and layer alone, not on sharding or order."""
+    def init(
+        self, key: Key[Array, ""], arrange: Callable[[int, Array], Array] = lambda segment, layers: layers
+    ) -> Tree:
+        """Float32 parameters. A leaf's key depends on its name and layer alone, not on sharding or order.
+
+        `arrange(segment, layers [count])` may give a segment's layer numbers another shape, in which its
+        parameters are then stacked.
+        """
         tree = {
             name: jax.tree_util.tree_map_with_path(partial(init_leaf, key, name), infos)
             for name, infos in self.info.items()
@@ -104,7 +110,7 @@ class Model:
             places = tree["segments"][str(s)] = {}
             for p in range(len(segment.period)):
                 layers = first + p + len(segment.period) * jnp.arange(segment.count)
-                make = partial(init_stacked, key, layers)
+                make = partial(init_stacked, key, arrange(s, layers))
                 places[str(p)] = jax.tree_util.tree_map_with_path(make, self.info["segments"][str(s)][str(p)])
             first += segment.count * len(segment.period)
         return tree
@@ -326,10 +332,16 @@ def init_leaf(key: Array, part: str, path: Any, info: ParamInfo) -> Array:
     return info.init(fold_name(key, part, path), info.shape, info.dtype)
 
 
-def init_stacked(key: Array, layers: Int[Array, " L"], path: Any, info: ParamInfo) -> Array:
+def init_stacked(key: Array, layers: Int[Array, "*stack"], path: Any, info: ParamInfo) -> Array:
     """The values of one parameter of the given layers, stacked; each as if it were made alone."""
     key = fold_name(key, "layer", path)
-    return jax.vmap(lambda i: info.init(jax.random.fold_in(key, i), info.shape[1:], info.dtype))(layers)
+
+    def make(layer: Array) -> Array:
+        return info.init(jax.random.fold_in(key, layer), info.shape[1:], info.dtype)
+
+    for _ in range(layers.ndim):
+        make = jax.vmap(make)
+    return make(layers)
 
 
 def fold_name(key: Array, part: str, path: Any) -> Array:

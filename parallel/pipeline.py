@@ -13,12 +13,12 @@ the rules for `vocab` split their tables over mesh.pipeline, so that none holds 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from parallel.axes import Layout
@@ -64,23 +64,47 @@ class Arrangement:
 
         return self._map(place, info, is_info)
 
-    def split(self, tree: Any) -> Any:
-        """Canonical stacks as they lie in memory."""
-        return self._map(lambda x: x.reshape(self.chunks, self.stages, -1, *x.shape[1:]), tree)
+    def layers(self, segment: int, numbers: Array) -> Array:
+        """A segment's layer numbers [n] in the shape in which it is stacked."""
+        return self._split(numbers) if str(segment) == self.main else numbers
 
     def join(self, tree: Any) -> Any:
-        """The inverse of `split`."""
-        return self._map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
+        """A tree as it lies in memory with canonical stacks."""
+        return self._map(self._join, tree)
+
+    def relocate(self, tree: Any, shardings: Any, *, join: bool) -> Any:
+        """A placed tree with canonical stacks (`join`), or the inverse, leaf by leaf.
+
+        So no more than one leaf is whole on every stage, which several chunks a stage ask for.
+        """
+        reshape = self._join if join else self._split
+
+        def move(leaf: Array, sharding: NamedSharding) -> Array:
+            assert isinstance(leaf.sharding, NamedSharding)
+            whole = without_axis(leaf.sharding, AXIS) if self.chunks > 1 else None
+            return _mover(reshape, whole, sharding)(leaf)
+
+        return self._map(move, tree, None, shardings)
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(self.chunks, self.stages, -1, *x.shape[1:])
+
+    def _join(self, x: Array) -> Array:
+        return x.reshape(-1, *x.shape[3:])
 
     def _map(
-        self, function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+        self,
+        function: Callable[..., Any],
+        tree: Any,
+        is_leaf: Callable[[Any], bool] | None = None,
+        *others: Any,
     ) -> Any:
-        def apply(path: Any, leaf: Any) -> Any:
+        def apply(path: Any, leaf: Any, *more: Any) -> Any:
             names = [jax.tree_util.keystr((key,), simple=True) for key in path]
             inside = ("segments", self.main) in zip(names, names[1:], strict=False)
-            return function(leaf) if inside else leaf
+            return function(leaf, *more) if inside else leaf
 
-        return jax.tree_util.tree_map_with_path(apply, tree, is_leaf=is_leaf)
+        return jax.tree_util.tree_map_with_path(apply, tree, *others, is_leaf=is_leaf)
 
     def _split_info(self, leaf: Any) -> Any:
         ways, layers = self.chunks * self.stages, leaf.shape[0]
@@ -96,6 +120,28 @@ class Arrangement:
             reduction=tuple(dim + 2 for dim in leaf.reduction),
             output=tuple(dim + 2 for dim in leaf.output),
         )
+
+
+def without_axis(sharding: NamedSharding, axis: str) -> NamedSharding:
+    """The same placement, but whole along a mesh axis."""
+
+    def drop(entry: Any) -> Any:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in names if name != axis) or None
+
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(drop, sharding.spec)))
+
+
+@cache
+def _mover(
+    reshape: Callable[[Array], Array], whole: NamedSharding | None, target: NamedSharding
+) -> Callable[[Array], Array]:
+    def move(x: Array) -> Array:
+        if whole is not None:  # said outright, or the partitioner finds it out and warns
+            x = jax.lax.with_sharding_constraint(x, whole)
+        return reshape(x)
+
+    return jax.jit(move, out_shardings=target)
 
 
 @dataclass(frozen=True)
@@ -248,7 +294,7 @@ class StageProgram:
         """Pin dim `dim` to the stages, and leave the others to the partitioner."""
         spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
         spec[dim] = AXIS  # type: ignore[call-overload]
-        placed = jax.sharding.NamedSharding(self.layout.mesh, PartitionSpec(*spec))
+        placed = NamedSharding(self.layout.mesh, PartitionSpec(*spec))
         return jax.lax.with_sharding_constraint(x, placed)
 
     def _zero_sums(self, x: jax.ShapeDtypeStruct) -> Sums:
@@ -530,7 +576,7 @@ class StageProgram:
         specs = without(self.plan.specs, self.main)
 
         def add(g: Array, m: Array, spec: PartitionSpec) -> Array:
-            placed = jax.sharding.NamedSharding(self.layout.mesh, spec)
+            placed = NamedSharding(self.layout.mesh, spec)
             return g + jax.lax.with_sharding_constraint(m, placed)
 
         return jax.tree.map(add, grads, more, specs)

@@ -23,7 +23,9 @@ Sums = dict[str, Array]
 class Model(Protocol):
     """What a schedule needs of a model: pure functions over its parameter tree."""
 
-    segments: tuple[Any, ...]
+    @property
+    def segments(self) -> tuple[Any, ...]:
+        """(count, period) of each stretch of layers with the same period."""
 
     def embed(self, params: Params, batch: Batch, ops: Any) -> Float[Array, "B T D"]:
         """Tokens to the residual stream."""

@@ -69,18 +69,17 @@ class Program:
 
     def to_canonical(self, tree: Any) -> Any:
         """A state, or parameters, with layers stacked [n, ...] as checkpoints and other meshes have them."""
-        return self._rearranged(tree, Arrangement.join, self.canonical)
+        return self._relocate(tree, self.canonical, join=True)
 
     def from_canonical(self, tree: Any) -> Any:
         """The inverse: layers as this program's stages hold them."""
-        return self._rearranged(tree, Arrangement.split, self.state)
+        return self._relocate(tree, self.state, join=False)
 
-    def _rearranged(self, tree: Any, move: Callable[[Arrangement, Any], Any], target: TrainState) -> Any:
+    def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
         if self.born.arrangement is None:
             return tree
         like = target if isinstance(tree, TrainState) else target.params
-        placed = shardings(like)
-        return jax.jit(lambda tree: move(self.born.arrangement, tree), out_shardings=placed)(tree)  # type: ignore[arg-type]
+        return self.born.arrangement.relocate(tree, shardings(like), join=join)
 
     def compile_train(self) -> Any:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
@@ -115,8 +114,9 @@ class Born:
 
     def init(self, key: Array) -> Any:
         """The values, the same on any mesh and for any schedule."""
-        params = self.model.init(key)
-        return params if self.arrangement is None else self.arrangement.split(params)
+        if self.arrangement is None:
+            return self.model.init(key)
+        return self.model.init(key, self.arrangement.layers)
 
 
 def arrange(config: Any, model: Model, layout: Layout) -> Born:

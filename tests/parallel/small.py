@@ -35,7 +35,7 @@ def make_config(
     mesh=None, *, model=None, pipeline=None, context=None, optim=None, rules=None, **training
 ) -> Config:
     """A root config; mesh axes that are not named are 1."""
-    sizes = {axis: 1 for axis in MESH_AXES} | dict(mesh or {})
+    sizes: Any = {axis: 1 for axis in MESH_AXES} | dict(mesh or {})
     values = {"num_steps": 5, "global_batch_size": ROWS, "loss_chunk": 64, **training}
     config = Config(
         run=RunConfig(name="test"),
@@ -78,10 +78,10 @@ def packed_batch(step, rows=ROWS, length=LENGTH):
 class Outcome:
     """What a mesh made of the job: everything on the host, gradients by canonical path."""
 
-    means: dict[str, Any]
+    means: Any
     grads: Any
     losses: np.ndarray  # [steps, (loss, grad_norm)]
-    evaluated: dict[str, Any]
+    evaluated: Any
 
 
 def place(program, batch):
@@ -124,8 +124,10 @@ def reference(model: tuple = (), steps: int = 5) -> Outcome:
 def distance(outcome: Outcome, other: Outcome) -> tuple[float, float, float]:
     """Largest relative difference of loss, of any gradient (by norm), and of the losses of all steps."""
     loss = abs(outcome.means["nll"] / other.means["nll"] - 1)
-    by_leaf = jax.tree.map(
-        lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)), outcome.grads, other.grads
+    by_leaf: Any = jax.tree.map(
+        lambda a, b: float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12)),
+        outcome.grads,
+        other.grads,
     )
     steps = np.max(np.abs(outcome.losses / other.losses - 1)) if len(other.losses) else 0.0
     evaluated = abs(outcome.evaluated["nll"] / other.evaluated["nll"] - 1)
