@@ -215,12 +215,22 @@ def _alike(pattern: Sequence[Run], other: Sequence[Run]) -> bool:
     return [(r.work, r.count) for r in pattern] == [(r.work, r.count) for r in other]
 
 
-def timeline(schedule: Schedule) -> str:
-    """The table as text: a row a stage, a column a tick; F, B or W, the microbatch, the chunk as a letter."""
-    cells = [[_cell(schedule, t, s) for t in range(len(schedule.work))] for s in range(schedule.stages)]
+def timeline(schedule: Schedule, columns: int | None = None) -> str:
+    """The table as text: a row a stage, a column a tick; F, B or W, the microbatch, the chunk as a letter.
+
+    columns: width at which it is broken into blocks; None: never.
+    """
+    ticks = len(schedule.work)
+    cells = [[_cell(schedule, t, s) for t in range(ticks)] for s in range(schedule.stages)]
     width = max(len(cell) for row in cells for cell in row)
-    return "\n".join(
-        f"stage {s}: " + " ".join(cell.ljust(width) for cell in row).rstrip() for s, row in enumerate(cells)
+    heads = [f"stage {s}:".ljust(len(f"stage {schedule.stages - 1}:")) for s in range(schedule.stages)]
+    block = ticks if columns is None else max(1, (columns - len(heads[0])) // (width + 1))
+    return "\n\n".join(
+        "\n".join(
+            " ".join([head, *(cell.ljust(width) for cell in row[start : start + block])]).rstrip()
+            for head, row in zip(heads, cells, strict=True)
+        )
+        for start in range(0, ticks, block)
     )
 
 
