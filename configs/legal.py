@@ -57,8 +57,8 @@ def refusal(config: "Config", device_count: int | None) -> str | None:
     if reason is None:
         return None
     if device_count is None:
-        sizes = known_sizes(config.mesh, None)
-        device_count = math.prod(sizes.values()) if sizes else None
+        sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
+        device_count = None if -1 in sizes else math.prod(sizes)
     meshes = nearest_meshes(config, device_count, limit=3) if device_count else []
     if not meshes:
         return reason
@@ -69,8 +69,9 @@ def refusal(config: "Config", device_count: int | None) -> str | None:
 
 def nearest_meshes(config: "Config", device_count: int, limit: int = 5) -> list[MeshConfig]:
     """Legal meshes for these devices, all else as it is, nearest first: few axes changed, and by little."""
+    free = _free(config.mesh)
     asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    free = next((axis for axis in MESH_AXES if asked[axis] == -1), None)
+    asked |= {axis: 1 for axis, size in asked.items() if size == -1 and axis != free}
     found: list[MeshConfig] = []
     for changes in range(len(MESH_AXES) + 1):
         if len(found) >= limit or (found and changes > 3):
@@ -82,9 +83,15 @@ def nearest_meshes(config: "Config", device_count: int, limit: int = 5) -> list[
 
 
 def overrides(asked: MeshConfig, mesh: MeshConfig) -> str:
-    """What to type to have `mesh` in place of `asked`, whose -1 takes what is left."""
-    changed = [axis for axis in MESH_AXES if getattr(asked, axis) not in (-1, getattr(mesh, axis))]
+    """What to type to have `mesh` in place of `asked`, whose first -1 takes what is left."""
+    axes = [axis for axis in MESH_AXES if axis != _free(asked)]
+    changed = [axis for axis in axes if getattr(asked, axis) != getattr(mesh, axis)]
     return " ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in changed)
+
+
+def _free(mesh: MeshConfig) -> str | None:
+    """The first axis that takes what is left: more than one cannot."""
+    return next((axis for axis in MESH_AXES if getattr(mesh, axis) == -1), None)
 
 
 def _meshes(
