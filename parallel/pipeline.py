@@ -10,10 +10,8 @@ The largest segment is split into stages. Embedding, other segments and head bel
 the rules for `vocab` split their tables over mesh.pipeline, so that none holds or computes more than others.
 """
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,127 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from parallel.arrangement import AXIS, main_segment
 from parallel.axes import Layout
 from parallel.plain import Batch, LayerScan, Model, Params, Sums, add_sums
 from parallel.schedules import IDLE, Run, Schedule, fold_runs
 from parallel.split_backward import Taps, defer, replay, tap_shapes
+from parallel.stages import RESIDUAL, Stages
 
-AXIS = "pipeline"
-RESIDUAL = ("stages", "batch", "act_length", "act_embed")
 Row = dict[str, Array]
-
-
-def main_segment(segments: tuple[Any, ...]) -> int:
-    """The segment that is split into stages: the one with the most layers."""
-    return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How a stack of layers [n, ...] lies in memory for a schedule, [v, P, n/(vP), ...], and back.
-
-    Chunk c of stage s holds the layers that come (c * P + s)-th, so both are the same numbers in the same
-    order; only what a device holds differs. Works on any tree whose paths run through the parameters':
-    moments and averages too.
-    """
-
-    stages: int
-    chunks: int
-    main: str  # number of the segment that is split
-
-    def in_memory(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
-        """Birth certificates as their parameters lie in memory.
-
-        Raises ValueError, with the legal numbers, where the layers do not divide.
-        """
-        return self._map(self._split_info, info, is_info)
-
-    def on_disk(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
-        """Birth certificates of the canonical stacks, whose layers are spread over stages all the same."""
-
-        def place(leaf: Any) -> Any:
-            return dataclasses.replace(leaf, axes=("stages", *leaf.axes[1:]))
-
-        return self._map(place, info, is_info)
-
-    def layers(self, segment: int, numbers: Array) -> Array:
-        """A segment's layer numbers [n] in the shape in which it is stacked."""
-        return self._split(numbers) if str(segment) == self.main else numbers
-
-    def join(self, tree: Any) -> Any:
-        """A tree as it lies in memory with canonical stacks."""
-        return self._map(self._join, tree)
-
-    def relocate(self, tree: Any, shardings: Any, *, join: bool) -> Any:
-        """A placed tree with canonical stacks (`join`), or the inverse, leaf by leaf.
-
-        So no more than one leaf is whole on every stage, which several chunks a stage ask for.
-        """
-        reshape = self._join if join else self._split
-
-        def move(leaf: Array, sharding: NamedSharding) -> Array:
-            assert isinstance(leaf.sharding, NamedSharding)
-            whole = without_axis(leaf.sharding, AXIS) if self.chunks > 1 else None
-            return _mover(reshape, whole, sharding)(leaf)
-
-        return self._map(move, tree, None, shardings)
-
-    def _split(self, x: Array) -> Array:
-        return x.reshape(self.chunks, self.stages, -1, *x.shape[1:])
-
-    def _join(self, x: Array) -> Array:
-        return x.reshape(-1, *x.shape[3:])
-
-    def _map(
-        self,
-        function: Callable[..., Any],
-        tree: Any,
-        is_leaf: Callable[[Any], bool] | None = None,
-        *others: Any,
-    ) -> Any:
-        def apply(path: Any, leaf: Any, *more: Any) -> Any:
-            names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-            inside = ("segments", self.main) in zip(names, names[1:], strict=False)
-            return function(leaf, *more) if inside else leaf
-
-        return jax.tree_util.tree_map_with_path(apply, tree, *others, is_leaf=is_leaf)
-
-    def _split_info(self, leaf: Any) -> Any:
-        ways, layers = self.chunks * self.stages, leaf.shape[0]
-        if layers % ways:
-            by = f"mesh.pipeline={self.stages}"
-            by += f" * pipeline.virtual_stages={self.chunks}" if self.chunks > 1 else ""
-            legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-            raise ValueError(f"{layers} layers (or periods) cannot be split over {by}; use one of {legal}")
-        return dataclasses.replace(
-            leaf,
-            shape=(self.chunks, self.stages, layers // ways, *leaf.shape[1:]),
-            axes=(None, "stages", *leaf.axes),
-            reduction=tuple(dim + 2 for dim in leaf.reduction),
-            output=tuple(dim + 2 for dim in leaf.output),
-        )
-
-
-def without_axis(sharding: NamedSharding, axis: str) -> NamedSharding:
-    """The same placement, but whole along a mesh axis."""
-
-    def drop(entry: Any) -> Any:
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        return tuple(name for name in names if name != axis) or None
-
-    return NamedSharding(sharding.mesh, PartitionSpec(*map(drop, sharding.spec)))
-
-
-@cache
-def _mover(
-    reshape: Callable[[Array], Array], whole: NamedSharding | None, target: NamedSharding
-) -> Callable[[Array], Array]:
-    def move(x: Array) -> Array:
-        if whole is not None:  # said outright, or the partitioner finds it out and warns
-            x = jax.lax.with_sharding_constraint(x, whole)
-        return reshape(x)
-
-    return jax.jit(move, out_shardings=target)
 
 
 @dataclass(frozen=True)
@@ -183,7 +68,9 @@ class StageProgram:
         self.main = str(main_segment(model.segments))
         self.params = params["segments"][self.main]
         self.rest = without(params, self.main)
-        self.specs = plan.specs["segments"][self.main]
+        self.at = Stages(
+            plan.layout, plan.schedule.stages, plan.schedule.chunks, plan.specs["segments"][self.main]
+        )
         self.micros = split_rows(batch, self.schedule.microbatches)
         self.weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
         self.stage_ids = jnp.arange(self.schedule.stages)
@@ -264,7 +151,7 @@ class StageProgram:
     def start(self, *, gradients: bool = True) -> dict[str, Any]:
         """The state before the first tick."""
         x, _ = jax.eval_shape(self.begin, self.rest, self.micro(0))
-        residual = self.constrain(jnp.zeros((self.schedule.stages, *x.shape), x.dtype))
+        residual = self.at.constrain(jnp.zeros((self.schedule.stages, *x.shape), x.dtype))
         state: dict[str, Any] = {"x": residual, "sums": self._zero_sums(x)}
         if gradients:
             places = self.schedule.slots[2]
@@ -278,7 +165,7 @@ class StageProgram:
             if self.schedule.split:
                 places = self.schedule.weight_slots[2]
                 state["taps"] = jax.tree.map(
-                    lambda s: self.spread(jnp.zeros((places, *s.shape), s.dtype), 1), self.tap_shapes(x)
+                    lambda s: self.at.spread(jnp.zeros((places, *s.shape), s.dtype), 1), self.tap_shapes(x)
                 )
         return state
 
@@ -290,20 +177,15 @@ class StageProgram:
         stages, repeats = self.schedule.stages, segment.count // (self.schedule.stages * self.schedule.chunks)
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct((stages, repeats, *s.shape), s.dtype), shapes)
 
-    def spread(self, x: Array, dim: int) -> Array:
-        """Pin dim `dim` to the stages, and leave the others to the partitioner."""
-        spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
-        spec[dim] = AXIS  # type: ignore[call-overload]
-        placed = NamedSharding(self.layout.mesh, PartitionSpec(*spec))
-        return jax.lax.with_sharding_constraint(x, placed)
-
     def _zero_sums(self, x: jax.ShapeDtypeStruct) -> Sums:
         micro = self.micro(0)
         chunk = jnp.zeros_like(self.stage_ids)
         many = jnp.zeros((self.schedule.stages, *x.shape), x.dtype)
         _, begin = jax.eval_shape(self.begin, self.rest, micro)
         loss, end = jax.eval_shape(self.end, self.rest, x, micro)
-        _, layers = jax.eval_shape(self.stages, self.chunk(chunk), many, self.micro(chunk), chunk)
+        _, layers = jax.eval_shape(
+            self.stages, self.at.chunk(self.params, chunk), many, self.micro(chunk), chunk
+        )
         shapes = {name: (s.shape[1:], s.dtype) for name, s in layers.items()}
         shapes |= {name: (s.shape, s.dtype) for name, s in (*begin.items(), *end.items())}
         return {"objective": jnp.zeros((), loss.dtype)} | {
@@ -362,27 +244,27 @@ class StageProgram:
         unit, micro, chunk = self.units(row["forward"])
         begins = (self.stage_ids == 0) & (chunk == 0)
         start, _ = self.begin(self.rest, self.micro(micro[0]))
-        x = self.constrain(jnp.where(widen(begins, state["x"]), start[None], state["x"]))
+        x = self.at.constrain(jnp.where(widen(begins, state["x"]), start[None], state["x"]))
         if "inputs" in state:
-            state["inputs"] = self.store(state["inputs"], x, row["keep"], unit != IDLE)
-        y, _ = self.stages(self.chunk(chunk), x, self.micro(micro), chunk)
-        y = self.constrain(y)
-        state["x"] = self.shift(y, 1)
+            state["inputs"] = self.at.keep(state["inputs"], x, row["keep"], unit != IDLE)
+        y, _ = self.stages(self.at.chunk(self.params, chunk), x, self.micro(micro), chunk)
+        y = self.at.constrain(y)
+        state["x"] = self.at.shift(y, 1)
         return y
 
     def evaluate_end(self, state: dict[str, Any], y: Array, row: Row) -> None:
         """Forward only: the sums of the microbatch that leaves the last stage."""
         _, micro, _ = self.units(row["forward"])
-        loss, sums = self.end(self.rest, self.of_stage(y, -1), self.micro(micro[-1]))
+        loss, sums = self.end(self.rest, self.at.of_stage(y, -1), self.micro(micro[-1]))
         state["sums"] = add_sums(state["sums"], {"objective": loss, **sums})
 
     def backward(self, state: dict[str, Any], row: Row, *, head: bool) -> None:
         """Each stage recomputes a chunk from its kept input and hands the gradient to the one before."""
         unit, micro, chunk = self.units(row["backward"])
-        busy, params, mine = unit != IDLE, self.chunk(chunk), self.micro(micro)
-        x = self.take(state["inputs"], row["take"])
+        busy, params, mine = unit != IDLE, self.at.chunk(self.params, chunk), self.micro(micro)
+        x = self.at.take(state["inputs"], row["take"])
         if self.schedule.split:
-            empty = jax.tree.map(lambda t: self.spread(jnp.zeros_like(t[0]), 0), state["taps"])
+            empty = jax.tree.map(lambda t: self.at.spread(jnp.zeros_like(t[0]), 0), state["taps"])
             (y, sums), pull = jax.vjp(
                 lambda p, x, taps: self.tapped_stages(p, x, mine, chunk, taps), params, x, empty
             )
@@ -392,50 +274,30 @@ class StageProgram:
         if head:
             ends = (self.stage_ids == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
             dy = jnp.where(widen(ends, dy), self.pull_end(state, y, self.micro(micro[-1]))[None], dy)
-        dy = self.constrain(jnp.where(widen(busy, dy), dy, 0))
+        dy = self.at.constrain(jnp.where(widen(busy, dy), dy, 0))
         dparams, dx, *taps = pull((dy, self.cotangents(sums, busy)))
         if taps:
-            state["taps"] = self.leave(state["taps"], taps[0], row["leave"], busy)
-        state["grads"] = self.add_chunk(state["grads"], dparams, chunk)
+            state["taps"] = self.at.keep_any(state["taps"], taps[0], row["leave"], busy)
+        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
         self.count(state, sums, busy)
-        dx = self.constrain(dx)
+        dx = self.at.constrain(dx)
         begins = busy[0] & (chunk[0] == 0)
-        self.pull_begin(state, jnp.where(begins, self.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
-        state["dx"] = self.shift(dx, -1)
+        self.pull_begin(state, jnp.where(begins, self.at.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
+        state["dx"] = self.at.shift(dx, -1)
 
     def weights(self, state: dict[str, Any], row: Row) -> None:
         """Gradients by weights of units whose backward is behind them, on all stages the same microbatch."""
         unit, micro, chunk = self.units(row["weight"])
-        shape = state["x"]
-        taps = jax.tree.map(lambda t: self.spread(self.per_stage(t, row["fetch"]), 0), state["taps"])
-        taps = jax.tree.map(lambda t: jnp.where(widen(unit != IDLE, t), t, 0), taps)
+        taps = self.at.take_any(state["taps"], row["fetch"], unit != IDLE)
         dparams = self.weight_gradients(
-            self.chunk(chunk), jnp.zeros_like(shape), self.micro(micro), chunk, taps
+            self.at.chunk(self.params, chunk), jnp.zeros_like(state["x"]), self.micro(micro), chunk, taps
         )
-        state["grads"] = self.add_chunk(state["grads"], dparams, chunk)
-
-    def leave(self, places: Taps, taps: Taps, place: Int[Array, " P"], busy: Array) -> Taps:
-        """Keep what a unit left behind, stage by stage, until its weight tick."""
-
-        def put(places: Array, tap: Array, place: Array, busy: Array) -> Array:
-            old = jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy, tap, old), place, 0)
-
-        many = jax.vmap(put, in_axes=(1, 0, 0, 0), out_axes=1)
-        return jax.tree.map(lambda p, t: self.spread(many(p, t, place, busy), 1), places, taps)
-
-    def per_stage(self, places: Array, place: Int[Array, " P"]) -> Array:
-        """What each stage keeps in its place, [R, P, ...] to [P, ...]."""
-
-        def get(places: Array, place: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
-
-        return jax.vmap(get, in_axes=(1, 0))(places, place)
+        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
 
     def pull_end(self, state: dict[str, Any], y: Array, micro: Batch) -> Array:
         """Loss and its gradient by what the last stage gives, for the microbatch that it is at."""
         (loss, sums), pull = jax.vjp(
-            lambda rest, x: self.end(rest, x, micro), self.rest, self.of_stage(y, -1)
+            lambda rest, x: self.end(rest, x, micro), self.rest, self.at.of_stage(y, -1)
         )
         nothing = jax.tree.map(jnp.zeros_like, sums)
         drest, dy = pull(((1.0 / self.weight).astype(loss.dtype), nothing))
@@ -475,7 +337,7 @@ class StageProgram:
         means = jax.tree.map(lambda s: s / self.weight, state["sums"])
         return means, {**state["rest"], "segments": segments}
 
-    # -- where things are ------------------------------------------------------------------------------
+    # -- microbatches ----------------------------------------------------------------------------------
 
     def units(self, unit: Int[Array, " P"]) -> tuple[Array, Array, Array]:
         """(unit, microbatch, chunk) of each stage; an idle one points at the first of each."""
@@ -496,81 +358,6 @@ class StageProgram:
             for name, x in self.micros.items()
         }
 
-    def constrain(self, x: Array) -> Array:
-        """Pin a residual stream of every stage, [P, B, T, D]."""
-        return self.layout.constrain(x, RESIDUAL)
-
-    def residual_spec(self, x: Array) -> PartitionSpec:
-        """Where such a stream lies."""
-        return self.layout.spec(RESIDUAL, x.shape, "activation")
-
-    def local(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function` of the parts that a device has."""
-        return jax.shard_map(
-            function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-    def shift(self, x: Array, by: int) -> Array:
-        """Stage s gets what stage s - by had, around the ring."""
-        count, spec = self.schedule.stages, self.residual_spec(x)
-        ring = [(s, (s + by) % count) for s in range(count)]
-        return self.local(lambda x: jax.lax.ppermute(x, AXIS, ring), spec, spec)(x)
-
-    def of_stage(self, x: Array, stage: int) -> Array:
-        """One stage's [B, T, D], given to all."""
-        spec, number = self.residual_spec(x), stage % self.schedule.stages
-
-        def pick(x: Array) -> Array:
-            mine = jax.lax.axis_index(AXIS) == number
-            return jax.lax.psum(jnp.where(mine, x[0], 0), AXIS)
-
-        return self.local(pick, spec, PartitionSpec(*spec[1:]))(x)
-
-    def store(self, places: Array, x: Array, place: Int[Array, " P"], busy: Array) -> Array:
-        """Keep each stage's input in its place, unless the stage is idle."""
-        spec, one = self.residual_spec(x), PartitionSpec(AXIS)
-
-        def put(places: Array, x: Array, place: Array, busy: Array) -> Array:
-            old = jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy[0], x, old), place[0], 0)
-
-        many = PartitionSpec(None, *spec)
-        return self.local(put, (many, spec, one, one), many)(places, x, place, busy)
-
-    def take(self, places: Array, place: Int[Array, " P"]) -> Array:
-        """What each stage kept in its place."""
-        spec = self.residual_spec(places[0])
-
-        def get(places: Array, place: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
-
-        return self.local(get, (PartitionSpec(None, *spec), PartitionSpec(AXIS)), spec)(places, place)
-
-    def chunk(self, chunk: Int[Array, " P"]) -> Params:
-        """Each stage's parameters of a chunk, [P, n/(vP), ...]."""
-        if self.schedule.chunks == 1:
-            return jax.tree.map(lambda p: p[0], self.params)
-
-        def pick(params: Params, chunk: Array) -> Params:
-            return jax.tree.map(
-                lambda p: jax.lax.dynamic_index_in_dim(p, chunk[0], 0, keepdims=False), params
-            )
-
-        return self.local(pick, (self.specs, PartitionSpec(AXIS)), self._chunk_specs())(self.params, chunk)
-
-    def add_chunk(self, grads: Params, more: Params, chunk: Int[Array, " P"]) -> Params:
-        """Gradients with each stage's part of a chunk added."""
-
-        def add(grads: Params, more: Params, chunk: Array) -> Params:
-            def put(g: Array, m: Array) -> Array:
-                old = jax.lax.dynamic_index_in_dim(g, chunk[0], 0, keepdims=False)
-                return jax.lax.dynamic_update_index_in_dim(g, old + m, chunk[0], 0)
-
-            return jax.tree.map(put, grads, more)
-
-        in_specs = (self.specs, self._chunk_specs(), PartitionSpec(AXIS))
-        return self.local(add, in_specs, self.specs)(grads, more, chunk)
-
     def add_rest(self, grads: Params, more: Params) -> Params:
         """The same for what all stages have together."""
         specs = without(self.plan.specs, self.main)
@@ -580,11 +367,6 @@ class StageProgram:
             return g + jax.lax.with_sharding_constraint(m, placed)
 
         return jax.tree.map(add, grads, more, specs)
-
-    def _chunk_specs(self) -> Any:
-        return jax.tree.map(
-            lambda spec: PartitionSpec(*spec[1:]), self.specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
-        )
 
 
 def split_rows(batch: Batch, count: int) -> Batch:

@@ -18,10 +18,11 @@ from models.ops import Ops
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
+from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
 from parallel.context import Zigzag, context_attention, uses_zigzag
 from parallel.experts import expert_dispatch
-from parallel.pipeline import Arrangement, Pipeline, main_segment
+from parallel.pipeline import Pipeline
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from training.state import (

@@ -1,0 +1,129 @@
+"""How a stack of layers lies in memory for a pipeline, and how it becomes what a checkpoint holds, and back.
+
+P stages, v chunks of layers a stage, n layers (or periods of layers) in the stack.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AXIS = "pipeline"
+
+
+def main_segment(segments: tuple[Any, ...]) -> int:
+    """The segment that is split into stages: the one with the most layers."""
+    return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a stack of layers [n, ...] lies in memory for a schedule, [v, P, n/(vP), ...], and back.
+
+    Chunk c of stage s holds the layers that come (c * P + s)-th, so both are the same numbers in the same
+    order; only what a device holds differs. Works on any tree whose paths run through the parameters':
+    moments and averages too.
+    """
+
+    stages: int
+    chunks: int
+    main: str  # number of the segment that is split
+
+    def in_memory(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
+        """Birth certificates as their parameters lie in memory.
+
+        Raises ValueError, with the legal numbers, where the layers do not divide.
+        """
+        return self._map(self._split_info, info, is_info)
+
+    def on_disk(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
+        """Birth certificates of the canonical stacks, whose layers are spread over stages all the same."""
+
+        def place(leaf: Any) -> Any:
+            return dataclasses.replace(leaf, axes=("stages", *leaf.axes[1:]))
+
+        return self._map(place, info, is_info)
+
+    def layers(self, segment: int, numbers: Array) -> Array:
+        """A segment's layer numbers [n] in the shape in which it is stacked."""
+        return self._split(numbers) if str(segment) == self.main else numbers
+
+    def join(self, tree: Any) -> Any:
+        """A tree as it lies in memory with canonical stacks."""
+        return self._map(self._join, tree)
+
+    def relocate(self, tree: Any, shardings: Any, *, join: bool) -> Any:
+        """A placed tree with canonical stacks (`join`), or the inverse, leaf by leaf.
+
+        So no more than one leaf is whole on every stage, which several chunks a stage ask for.
+        """
+        reshape = self._join if join else self._split
+
+        def move(leaf: Array, sharding: NamedSharding) -> Array:
+            assert isinstance(leaf.sharding, NamedSharding)
+            whole = without_axis(leaf.sharding, AXIS) if self.chunks > 1 else None
+            return _mover(reshape, whole, sharding)(leaf)
+
+        return self._map(move, tree, None, shardings)
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(self.chunks, self.stages, -1, *x.shape[1:])
+
+    def _join(self, x: Array) -> Array:
+        return x.reshape(-1, *x.shape[3:])
+
+    def _map(
+        self,
+        function: Callable[..., Any],
+        tree: Any,
+        is_leaf: Callable[[Any], bool] | None = None,
+        *others: Any,
+    ) -> Any:
+        def apply(path: Any, leaf: Any, *more: Any) -> Any:
+            names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+            inside = ("segments", self.main) in zip(names, names[1:], strict=False)
+            return function(leaf, *more) if inside else leaf
+
+        return jax.tree_util.tree_map_with_path(apply, tree, *others, is_leaf=is_leaf)
+
+    def _split_info(self, leaf: Any) -> Any:
+        ways, layers = self.chunks * self.stages, leaf.shape[0]
+        if layers % ways:
+            by = f"mesh.pipeline={self.stages}"
+            by += f" * pipeline.virtual_stages={self.chunks}" if self.chunks > 1 else ""
+            legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+            raise ValueError(f"{layers} layers (or periods) cannot be split over {by}; use one of {legal}")
+        return dataclasses.replace(
+            leaf,
+            shape=(self.chunks, self.stages, layers // ways, *leaf.shape[1:]),
+            axes=(None, "stages", *leaf.axes),
+            reduction=tuple(dim + 2 for dim in leaf.reduction),
+            output=tuple(dim + 2 for dim in leaf.output),
+        )
+
+
+def without_axis(sharding: NamedSharding, axis: str) -> NamedSharding:
+    """The same placement, but whole along a mesh axis."""
+
+    def drop(entry: Any) -> Any:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in names if name != axis) or None
+
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(drop, sharding.spec)))
+
+
+@cache
+def _mover(
+    reshape: Callable[[Array], Array], whole: NamedSharding | None, target: NamedSharding
+) -> Callable[[Array], Array]:
+    def move(x: Array) -> Array:
+        if whole is not None:  # said outright, or the partitioner finds it out and warns
+            x = jax.lax.with_sharding_constraint(x, whole)
+        return reshape(x)
+
+    return jax.jit(move, out_shardings=target)

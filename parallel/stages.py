@@ -1,0 +1,141 @@
+"""Where a pipeline's arrays lie, and how they get from stage to stage.
+
+B rows of a microbatch, T position, D model, P stages, v chunks of layers a stage, n layers, R places.
+An array with a leading dim P has entry s on stage s. What moves or is indexed by stage is a `shard_map` with
+every mesh axis manual, so exactly the collective that is written here is in the program, and no other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from parallel.arrangement import AXIS
+from parallel.axes import Layout
+
+RESIDUAL = ("stages", "batch", "act_length", "act_embed")
+ONE = PartitionSpec(AXIS)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a mesh. specs: PartitionSpecs of the parameters in stages, each [v, P, n/(vP), ...]."""
+
+    layout: Layout
+    count: int
+    chunks: int
+    specs: Any
+
+    def constrain(self, x: Float[Array, "P B T D"]) -> Float[Array, "P B T D"]:
+        """Pin a residual stream of every stage."""
+        return self.layout.constrain(x, RESIDUAL)
+
+    def spec(self, x: Array) -> PartitionSpec:
+        """Where such a stream lies."""
+        return self.layout.spec(RESIDUAL, x.shape, "activation")
+
+    def spread(self, x: Array, dim: int) -> Array:
+        """Pin dim `dim` to the stages, and leave the others to the partitioner."""
+        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        spec[dim] = AXIS
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(*spec)))
+
+    def local(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` of the parts that a device has."""
+        return jax.shard_map(
+            function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def shift(self, x: Float[Array, "P B T D"], by: int) -> Float[Array, "P B T D"]:
+        """Stage s gets what stage s - by had, around the ring."""
+        ring = [(s, (s + by) % self.count) for s in range(self.count)]
+        spec = self.spec(x)
+        return self.local(lambda x: jax.lax.ppermute(x, AXIS, ring), spec, spec)(x)
+
+    def of_stage(self, x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
+        """What one stage has, given to all."""
+        spec, number = self.spec(x), stage % self.count
+
+        def pick(x: Array) -> Array:
+            mine = jax.lax.axis_index(AXIS) == number
+            return jax.lax.psum(jnp.where(mine, x[0], 0), AXIS)
+
+        return self.local(pick, spec, PartitionSpec(*spec[1:]))(x)
+
+    def keep(
+        self,
+        places: Float[Array, "R P B T D"],
+        x: Float[Array, "P B T D"],
+        place: Int[Array, " P"],
+        busy: Bool[Array, " P"],
+    ) -> Float[Array, "R P B T D"]:
+        """Put what each stage has in its place, unless the stage is idle."""
+        spec = self.spec(x)
+        many = PartitionSpec(None, *spec)
+
+        def put(places: Array, x: Array, place: Array, busy: Array) -> Array:
+            return put_at(places, x, place[0], busy[0])
+
+        return self.local(put, (many, spec, ONE, ONE), many)(places, x, place, busy)
+
+    def take(self, places: Float[Array, "R P B T D"], place: Int[Array, " P"]) -> Float[Array, "P B T D"]:
+        """What each stage kept in its place."""
+        spec = self.spec(places[0])
+
+        def get(places: Array, place: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
+
+        return self.local(get, (PartitionSpec(None, *spec), ONE), spec)(places, place)
+
+    def keep_any(self, places: Any, x: Any, place: Int[Array, " P"], busy: Bool[Array, " P"]) -> Any:
+        """`keep` for a tree [R, P, ...] of which only the stages are known to be split."""
+        many = jax.vmap(put_at, in_axes=(1, 0, 0, 0), out_axes=1)
+        return jax.tree.map(lambda p, x: self.spread(many(p, x, place, busy), 1), places, x)
+
+    def take_any(self, places: Any, place: Int[Array, " P"], busy: Bool[Array, " P"]) -> Any:
+        """`take` for such a tree; zeros where the stage is idle."""
+
+        def get(places: Array, place: Array, busy: Array) -> Array:
+            return jnp.where(busy, jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False), 0)
+
+        many = jax.vmap(get, in_axes=(1, 0, 0))
+        return jax.tree.map(lambda p: self.spread(many(p, place, busy), 0), places)
+
+    def chunk(self, params: Any, chunk: Int[Array, " P"]) -> Any:
+        """Each stage's parameters of a chunk, [v, P, n/(vP), ...] to [P, n/(vP), ...]."""
+        if self.chunks == 1:
+            return jax.tree.map(lambda p: p[0], params)
+
+        def pick(params: Any, chunk: Array) -> Any:
+            return jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, chunk[0], 0, keepdims=False), params
+            )
+
+        return self.local(pick, (self.specs, ONE), self._chunk_specs())(params, chunk)
+
+    def add_chunk(self, grads: Any, more: Any, chunk: Int[Array, " P"]) -> Any:
+        """Gradients [v, P, n/(vP), ...] with each stage's part of a chunk added."""
+
+        def add(grads: Any, more: Any, chunk: Array) -> Any:
+            def put(g: Array, m: Array) -> Array:
+                old = jax.lax.dynamic_index_in_dim(g, chunk[0], 0, keepdims=False)
+                return jax.lax.dynamic_update_index_in_dim(g, old + m, chunk[0], 0)
+
+            return jax.tree.map(put, grads, more)
+
+        return self.local(add, (self.specs, self._chunk_specs(), ONE), self.specs)(grads, more, chunk)
+
+    def _chunk_specs(self) -> Any:
+        return jax.tree.map(
+            lambda spec: PartitionSpec(*spec[1:]), self.specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+
+def put_at(places: Array, x: Array, place: Array, busy: Array) -> Array:
+    """[R, ...] with x in its place, or unchanged."""
+    old = jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy, x, old), place, 0)
