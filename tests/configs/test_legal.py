@@ -17,11 +17,11 @@ from configs.legal import legal, main_segment, nearest_meshes, overrides, refusa
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model
+from parallel.arrangement import Arrangement
+from parallel.arrangement import main_segment as widest
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from parallel.context import check_context
-from parallel.pipeline import Arrangement
-from parallel.pipeline import main_segment as widest
 from parallel.schedules import check_schedule
 from tests.configs.composing import config
 from training.state import is_info
