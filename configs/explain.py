@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,6 +18,7 @@ from omegaconf.errors import (
 
 from configs.cli import groups, options
 from configs.schema import LOGICAL_AXES, OPTIMIZERS, SCHEDULES, Config, ConfigError, did_you_mean, nearest
+from parallel.config import MESH_AXES
 
 NAME_IT = "add +experiment=NAME (--help lists them) or run.name=NAME"
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -33,14 +34,7 @@ class Key:
 
 def known_keys() -> dict[str, Key]:
     """Every key that a command may set."""
-    keys: dict[str, Key] = {}
-    default = Config()
-    for item in fields(Config):
-        room = getattr(default, item.name)
-        if is_dataclass(room):
-            keys.update({f"{item.name}.{sub.name}": Key(_type(sub.type)) for sub in fields(room)})
-        else:
-            keys[item.name] = Key(_type(item.type))
+    keys = _keys(Config, "")
     for group, schemas in (("optim", OPTIMIZERS), ("schedule", SCHEDULES)):
         common = {key for key in keys if key.startswith(f"{group}.")}
         for schema in schemas:
@@ -51,8 +45,20 @@ def known_keys() -> dict[str, Key]:
     return keys
 
 
+def _keys(room: type, prefix: str) -> dict[str, Key]:
+    """Of a dataclass and of those in it; one that may be null is a key itself as well."""
+    keys: dict[str, Key] = {}
+    for name, kind in get_type_hints(room).items():
+        parts = [part for part in (kind, *get_args(kind)) if is_dataclass(part)]
+        if not parts or kind is not parts[0]:
+            keys[prefix + name] = Key(_type(kind))
+        for part in parts:
+            keys |= _keys(part, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
 def _type(annotation: Any) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    name = annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
     base = name.removesuffix(" | None")
     words = TYPES.get(base, f"a {base}")
     return f"{words} or null" if base != name else words
@@ -79,6 +85,23 @@ def check_overrides(words: Sequence[str], root: Path, *, strict: bool) -> None:
             raise ConfigError(f"{word}: {key} exists already; drop the +: {word.lstrip('+')}")
 
 
+def null_room(words: Sequence[str], defect: Exception) -> Exception:
+    """What to raise where OmegaConf was given values for a room that is null; any other defect is ours."""
+    if "Unexpected type for root: NoneType" not in str(defect) and "object_type=NoneType" not in str(defect):
+        return defect
+    keys = known_keys()
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        for room in keys:
+            inside = any(known.startswith(f"{room}.") for known in keys)
+            if inside and (key == room or key.startswith(f"{room}.")):
+                group = room.split(".")[0]
+                return ConfigError(
+                    f"{word}: {room} is null in this {group}; choose one that has it with {group}=NAME"
+                )
+    return defect
+
+
 def _parse(word: str, root: Path) -> Override:
     try:
         return OverridesParser.create().parse_overrides([word])[0]
@@ -101,8 +124,13 @@ def _known(key: str, keys: Iterable[str]) -> bool:
         if axis not in LOGICAL_AXES:
             raise ConfigError(f"{key} names no logical axis; {did_you_mean(axis, LOGICAL_AXES)}")
         return True
+    if key.startswith("mesh.dcn."):
+        axis = key.removeprefix("mesh.dcn.")
+        if axis not in MESH_AXES:
+            raise ConfigError(f"{key} names no mesh axis; {did_you_mean(axis, MESH_AXES)}")
+        return True
     inside = [known for known in keys if known.startswith(f"{key}.")]
-    if inside:
+    if inside and key not in keys:
         raise ConfigError(f"{key} holds several keys; set one of them, such as {inside[0]}")
     return key in keys
 
@@ -177,6 +205,8 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         return f"{key} belongs to {group}={' or '.join(keys[key].owners)} only; choose that, or drop the key"
     if key.startswith("mesh.rules."):
         return f"{key} has no rule yet; add one with +{key}=[AXIS]"
+    if key.startswith("mesh.dcn."):
+        return f"{key} has no factor yet; add one with +{key}=SLICES"
     if key not in keys:
         return f"{key} is not a key; {_suggest(key, list(keys))}"
     return f"{key}: {_first_line(error)}"

@@ -153,7 +153,7 @@ COMMANDS = {
         ["mesh.data=-1", "mesh.fsdp=2"],
         ["mesh.fsdp=2", "does not divide 1 devices", "mesh.data=-1"],
     ),
-    "pipeline": (["mesh.pipeline=2"], ["mesh.pipeline=2", "not supported yet", "mesh.pipeline=1"]),
+    "pipeline": (["mesh.pipeline=2"], ["model.num_layers=1", "mesh.pipeline=2", "use mesh.pipeline=1"]),
     "heads": (["mesh.tensor=8"], ["model.num_heads=2", "mesh.tensor=8", "1, 2"]),
     "batch over mesh": (
         ["mesh.data=3"],

@@ -131,6 +131,13 @@ BAD = {
         [DEBUG, "mesh=multi_slice", "mesh.replica=-1"],
         ["mesh.dcn.replica=-1", "1 or more"],
     ),
+    "slices": ([DEBUG, "mesh.data=4", "+mesh.dcn.data=3"], ["mesh.dcn.data=3", "mesh.data=4", "1, 2, 4"]),
+    "slices without plus": ([DEBUG, "mesh.dcn.data=2"], ["+mesh.dcn.data=SLICES"]),
+    "slices of no axis": ([DEBUG, "+mesh.dcn.date=2"], ["mesh.dcn.date", "did you mean data?"]),
+    "no slice": ([DEBUG, "+mesh.dcn.data=0"], ["mesh.dcn.data=0", "1 or more"]),
+    "key inside of null": ([DEBUG, "model.moe.num_experts=4"], ["model.moe is null", "model=NAME"]),
+    "room for null": ([DEBUG, "model.moe={num_experts: 4}"], ["model.moe is null", "model=NAME"]),
+    "unknown key of experts": ([DEBUG, "model.moe.num_expert=4"], ["did you mean model.moe.num_experts?"]),
     "inner steps alone": (
         [DEBUG, "mesh.data=1", "local_sgd.inner_steps=5"],
         ["local_sgd.inner_steps=5", "mesh.replica=1", "use mesh.replica=2", "local_sgd.inner_steps=1"],

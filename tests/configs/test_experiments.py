@@ -79,11 +79,6 @@ def test_every_option_of_a_group_composes(group):
             schema.check(schema.from_hydra(compose("config", overrides=words)), None)
 
 
-def test_every_mesh_shares_one_table_of_rules():
-    tables = {repr(raw("run.name=any", f"mesh={name}").mesh.rules) for name in options("mesh")}
-    assert len(tables) == 1
-
-
 @pytest.mark.parametrize("optim", options("optim"))
 def test_a_run_has_at_most_150_keys(optim):
     composed = OmegaConf.to_container(raw("+experiment=quickstart", f"optim={optim}", "schedule=wsd"))
