@@ -1,15 +1,17 @@
 """Train a language model: `python train.py +experiment=NAME`; `--help` lists what there is.
 
-Composes the config, checks it, calls `fit`; nothing else. Exit status: 0 done, 1 fault in mid-run, 2 bad
-input.
+Composes the config, checks it, calls `fit`; nothing else. Several processes of it are one job (see
+`parallel.cluster`). Exit status: 0 done, 1 fault in mid-run, 2 bad input.
 """
 
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
 from configs.cli import main
 from configs.schema import Config, check
+from parallel import cluster
 from training.errors import RunFault
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +31,8 @@ def train(config: Config) -> int:
     from serving.samples import write_samples
     from training.loop import fit
 
-    check(config, jax.device_count())  # once more, now that the machine is known
+    with cluster.together("the configuration"):
+        check(config, jax.device_count())  # once more, now that the machine is known
     return fit(config, write_samples)
 
 
@@ -37,4 +40,10 @@ if __name__ == "__main__":
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
         sys.exit(2)
-    sys.exit(main(train, faults=(RunFault,)))
+    try:
+        faults = (RunFault, cluster.ClusterFault)
+        status = main(train, faults=faults, join=cluster.initialize, speaks=cluster.speaks)
+    except Exception:  # a defect: the traceback, and no waiting for processes that will not come
+        traceback.print_exc()
+        status = 1
+    cluster.leave(status)

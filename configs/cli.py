@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,11 +49,16 @@ def main(
     script: str = "python train.py",
     purpose: str = PURPOSE,
     faults: tuple[type[Exception], ...] = (),
+    join: Callable[[], None] | None = None,
+    speaks: Callable[[str], bool] = lambda line: True,
 ) -> int:
     """Run `task(config)` for what the command line asks and return the exit status.
 
     Bad input (ValueError, OSError, Hydra's and OmegaConf's errors) is one line on stderr and status 2;
     `faults` are one line and status 1; anything else is a defect of ours and keeps its traceback.
+
+    Where several processes run one command, `join` unites them before anything is read, and `speaks(line)`
+    says whether this one prints the line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -60,35 +66,46 @@ def main(
         return 0
     trace = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
+    def report(message: str, status: int) -> int:
+        return _report(message, status, trace, speaks)
+
     def guard(action: Callable[[], int]) -> int:
-        return _guarded(action, faults, trace)
+        return _guarded(action, faults, report)
 
-    return guard(lambda: _launch(task, argv, script, guard))
+    def launch() -> int:
+        if join is not None:
+            join()
+        return _launch(task, argv, script, guard)
+
+    return guard(launch)
 
 
-def _guarded(action: Callable[[], int], faults: tuple[type[Exception], ...], trace: bool) -> int:
+def _guarded(
+    action: Callable[[], int], faults: tuple[type[Exception], ...], report: Callable[[str, int], int]
+) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         return action()
     except KeyboardInterrupt as error:
-        return _report(str(error) or "interrupted", 130, trace)
+        return report(str(error) or "interrupted", 130)
     except faults as error:
-        return _report(str(error), 1, trace)
+        return report(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         from configs.explain import explain
 
-        return _report(explain(error), 2, trace)
+        return report(explain(error), 2)
     except (ValueError, OSError) as error:
-        return _report(str(error), 2, trace)
+        return report(str(error), 2)
 
 
-def _report(message: str, status: int, trace: bool) -> int:
+def _report(message: str, status: int, trace: bool, speaks: Callable[[str], bool]) -> int:
     if trace:
         traceback.print_exc()
-    line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
-    print("error: " + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr)
+    if speaks(message):
+        line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
+        print("error: " + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr, flush=True)
     return status
 
 
@@ -96,7 +113,7 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
     import hydra
 
     from configs import schema
-    from configs.explain import check_overrides
+    from configs.explain import check_overrides, null_room
 
     args = _parse(argv)
     schema.register()
@@ -123,7 +140,10 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         # For Hydra's own record of a sweep, which would lie beside the runs.
         own = [] if any("hydra.sweep.dir" in word for word in argv) else [f"hydra.sweep.dir={scratch}"]
         with _as_command([script, *argv, *own]):
-            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+            except (AssertionError, AttributeError) as defect:  # OmegaConf's own, for a key inside of null
+                raise null_room(args.overrides, defect) from defect
     for error in defects:
         raise error
     return max(statuses, default=0)
@@ -227,7 +247,13 @@ def groups(root: Path = CONFIG_DIR) -> list[str]:
 def help_page(script: str, purpose: str = PURPOSE) -> str:
     """What a stranger needs, read from the files' first comments: no heavy import, and never out of date."""
     experiments = [f"  {name:12} {_summary('experiment', name)}" for name in options("experiment")]
-    parts = [f"  {group:10} {', '.join(options(group))}" for group in groups() if group != "experiment"]
+    parts = [
+        textwrap.fill(
+            ", ".join(options(group)), 108, initial_indent=f"  {group:10} ", subsequent_indent=" " * 13
+        )
+        for group in groups()
+        if group != "experiment"
+    ]
     return HELP.format(
         script=script, purpose=purpose, experiments="\n".join(experiments), groups="\n".join(parts)
     )

@@ -92,10 +92,11 @@ def _write_manifest(directory: Path, description: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(directory: Path, *, contents: bool = True) -> dict[str, Any]:
     """Check every file against the manifest and return its "about".
 
-    Raises CorruptCache, naming the first file that is missing, of another size or of other content.
+    Without `contents` only names and sizes: for processes that follow one which has read it all. Raises
+    CorruptCache, naming the first file that is missing, of another size or of other content.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -111,7 +112,7 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / name
         if not path.is_file():
             raise CorruptCache(f"{path} is missing; delete {directory} to build it again")
-        if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or (contents and file_digest(path) != entry["sha256"]):
             raise CorruptCache(
                 f"{path} is corrupt: its sha256 is not the manifest's; delete {directory} to build it again"
             )

@@ -21,6 +21,7 @@ from data.streaming import Stream
 
 DOCUMENTS, ROWS = 0, 1  # what a permutation's key is for
 Batch = dict[str, np.ndarray]
+Rows = slice | np.ndarray | None  # of a global batch: a range, increasing row numbers, or all
 
 
 class Loader:
@@ -52,14 +53,18 @@ class Loader:
         self._epochs = _Epochs(store, data, seed)
         self._store = store
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """Return the batch of a 0-based step, or only the given rows of it: each array [B, T]."""
+    def batch(self, step: int, rows: Rows = None) -> Batch:
+        """Return the batch of a 0-based step, or only the given rows of it: each array [B, T].
+
+        `rows`: a slice or increasing row numbers; cached rows that are not asked for cost nothing.
+        """
         if self._stream is not None:
             batch = self._stream.batch(step)
             self._step = step + 1
             return batch if rows is None else {key: value[rows] for key, value in batch.items()}
         self._step = step + 1
-        wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)]
+        wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        wanted = wanted if rows is None else wanted[rows]
         batch = empty_batch(len(wanted), self.data.seq_len)
         while len(wanted):
             plan, order, first, end = self._epochs.containing(int(wanted[0]))
@@ -157,13 +162,20 @@ class EvalBatches:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.batch(index) for index in range(len(self)))
+        return self.batches()
 
-    def batch(self, index: int) -> Batch:
-        """Return one batch of [batch_size, seq_len] arrays."""
-        rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
-        batch = empty_batch(self.batch_size, self.seq_len)
-        fill(batch, np.arange(len(rows)), self.store.tokens, self.plan, rows)
+    def batches(self, rows: Rows = None) -> Iterator[Batch]:
+        """All of them, or only the given rows of each."""
+        return (self.batch(index, rows) for index in range(len(self)))
+
+    def batch(self, index: int, rows: Rows = None) -> Batch:
+        """Return one batch of [batch_size, seq_len] arrays, or only the given rows of it."""
+        wanted = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        wanted = wanted if rows is None else wanted[rows]
+        batch = empty_batch(len(wanted), self.seq_len)
+        real = np.flatnonzero(wanted < len(self.rows))
+        if len(real):  # a process may hold nothing but the last batch's padding
+            fill(batch, real, self.store.tokens, self.plan, self.rows[wanted[real]])
         return batch
 
     def _covered(self) -> tuple[int, int]:
@@ -194,7 +206,7 @@ class Prefetcher:
         *,
         start: int,
         depth: int = 2,
-        rows: slice | None = None,
+        rows: Rows = None,
         place: Callable[[Batch], Any] = lambda batch: batch,
     ):
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
@@ -202,7 +214,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._work, args=(loader, start, rows, place), daemon=True)
         self._thread.start()
 
-    def _work(self, loader: Loader, step: int, rows: slice | None, place: Callable[[Batch], Any]) -> None:
+    def _work(self, loader: Loader, step: int, rows: Rows, place: Callable[[Batch], Any]) -> None:
         try:
             while not self._closed.is_set():
                 batch = place(loader.batch(step, rows))

@@ -42,6 +42,18 @@ class Prepared:
     digest: str
     description: dict[str, Any]
 
+    def facts(self) -> dict[str, Any]:
+        """Where everything lies, json-able: what `follow` makes the same of in another process."""
+        stores = {"train": self.train, "validation": self.validation}
+        documents = self.documents
+        return {
+            "stores": {name: str(store.path.absolute()) for name, store in stores.items() if store},
+            "documents": documents
+            and [str(documents.directory.absolute()), documents.split, documents.text_key],
+            "digest": self.digest,
+            "description": self.description,
+        }
+
     def bigram_bits_per_byte(self) -> float:
         """Return a bigram model's held-out bits per byte: what a run has to beat."""
         cached = self.validation.path.with_name(f"bigram-{self.digest[:16]}.json")
@@ -85,8 +97,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = Tr
     """Make, or find in the cache, what training reads. Calling it again costs a hash of the inputs.
 
     Progress goes to stdout, where training's goes too: stderr is for what is wrong. Where several processes
-    call it at once, one works and the others wait. Tokenizing spawns `data.workers`
-    processes, which import the main script anew: call this under `if __name__ == "__main__":`.
+    call it at once, one works and the others wait; those of one job had better `follow` it. Tokenizing spawns
+    `data.workers` processes, which import the main script anew: call this under
+    `if __name__ == "__main__":`.
 
     Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
     """
@@ -98,6 +111,31 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = Tr
     root = Path(data.cache_dir)
     with locked(root):
         return _Preparation(data, tokenizer, root, Console(quiet=not progress)).run()
+
+
+def follow(facts: dict[str, Any]) -> Prepared:
+    """Open what another process has prepared and checked, by its `Prepared.facts()`: no building, no hashing.
+
+    Raises DataError where this process does not see the same files: the cache must lie on a file system that
+    all processes share.
+    """
+    description = facts["description"]
+    try:
+        stores = {name: TokenStore.open(path, contents=False) for name, path in facts["stores"].items()}
+        tokenizer = load_tokenizer(description["tokenizer_path"])
+        documents = (
+            Documents(Path(facts["documents"][0]), *facts["documents"][1:]) if facts["documents"] else None
+        )
+        if documents is not None:
+            len(documents)
+    except DataError as error:
+        raise DataError(
+            f"another process has prepared the data, but here {str(error).split('; delete')[0]}; "
+            "put data.cache_dir and data.path on a file system that all processes share"
+        ) from error
+    return Prepared(
+        tokenizer, stores.get("train"), stores["validation"], documents, facts["digest"], description
+    )
 
 
 class _Preparation:
@@ -130,7 +168,7 @@ class _Preparation:
             validation,
             documents,
             digest,
-            self._describe(train, validation, tokenizer, digest),
+            self._describe(train, validation, directory / "tokenizer.json", tokenizer, digest),
         )
 
     def _documents(self, split: str) -> Documents:
@@ -210,7 +248,7 @@ class _Preparation:
         self.console.print(f"data: {line}", highlight=False, markup=False, soft_wrap=True)
 
     def _describe(
-        self, train: TokenStore | None, validation: TokenStore, tokenizer: Tokenizer, digest: str
+        self, train: TokenStore | None, validation: TokenStore, path: Path, tokenizer: Tokenizer, digest: str
     ) -> dict[str, Any]:
         splits = {"train": train, "validation": validation}
         return {
@@ -219,6 +257,7 @@ class _Preparation:
             "digest": digest,
             "corpus_digest": self.corpus.digest,
             "tokenizer_digest": tokenizer.digest,
+            "tokenizer_path": str(path.absolute()),
             "vocab_size": tokenizer.vocab_size,
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,

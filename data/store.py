@@ -45,10 +45,13 @@ class TokenStore:
     eos_id: int
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenStore":
-        """Map a store, every file's sha256 checked. Raises DataError when one is missing or corrupt."""
+    def open(cls, path: str | Path, *, contents: bool = True) -> "TokenStore":
+        """Map a store, every file's sha256 checked. Raises DataError when one is missing or corrupt.
+
+        Without `contents` only sizes are checked: where another process has just read it all.
+        """
         path = Path(path)
-        about = verify(path)
+        about = verify(path, contents=contents)
         return cls(
             path=path,
             tokens=np.memmap(path / "tokens.bin", dtype=about["dtype"], mode="r"),

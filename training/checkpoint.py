@@ -5,6 +5,9 @@
 
 A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and
 the newest one that passes is used: never a silent wrong number.
+
+All processes of a job make the same calls in the same order, each reads and writes the parts that its devices
+hold, and what one finds damaged, all do; the primary alone moves directories.
 """
 
 import errno
@@ -15,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,15 +27,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
+from parallel import cluster
 from training.config import CheckpointConfig
 from training.digest import combined, differing, digests
 from training.errors import RunFault
 from training.state import TrainState
 
 FORMAT = 1
+ABANDON_SECONDS = 30  # that a save under way gets when the job ends in a fault
 Leaves = dict[str, Array]
 
 
@@ -73,7 +80,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
         # Orbax reads every step's record when it opens the directory, and one that it cannot parse stops it.
-        self._quarantined = [] if read_only else self._set_unreadable_apart()
+        self._quarantined: list[str] = []
+        if not read_only:
+            self._quarantined = cluster.from_primary("unreadable checkpoints", self._set_unreadable_apart)
         policies = ocp.training
         with _corruption(f"of {self.directory}"):
             self._checkpointer = policies.Checkpointer(
@@ -130,8 +139,26 @@ class Checkpoints:
         with _faults(f"a checkpoint could not be written to {self.directory}"):
             self._checkpointer.close()
 
+    def leave(self, kind: Any, error: Any, trace: Any) -> None:
+        """`close`, as the exit of a context.
+
+        After a fault in a job of several processes the others may never come to finish a save: it gets a
+        while, and what is not committed by then is what a kill would leave.
+        """
+        if kind is None or cluster.process_count() == 1:
+            self.close()
+        elif self._checkpointer.is_saving_in_progress():
+            waiting = threading.Thread(target=self._checkpointer.wait, daemon=True)
+            waiting.start()
+            waiting.join(ABANDON_SECONDS)
+
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays. Raises CorruptCheckpoint where it was altered."""
+        if cluster.process_count() > 1 and not (self.directory / str(step)).is_dir():
+            raise cluster.ClusterFault(
+                f"process {cluster.process_index()} does not see {self.directory / str(step)}, which others "
+                "do; put run.dir on a file system that all processes share"
+            )
         with _corruption(step):
             record = _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
         if record["step"] != step:
@@ -144,36 +171,40 @@ class Checkpoints:
         Raises ValueError where the checkpoint is of another shape or dtype, CorruptCheckpoint where its
         numbers are not those that were saved.
         """
-        record = self.record(step)
         wanted = _items(abstract)
-        restored = self._load(step, wanted, record)
+        record, restored = self._load(step, wanted)
         trees = {
             item: _like(getattr(abstract, item), leaves)
             for item, leaves in restored.items()
             if item in wanted
         }
-        count = jax.device_put(jnp.asarray(record["step"], jnp.int32), abstract.step.sharding)
+        count = jax.make_array_from_callback(
+            (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
+        )
         return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema")), record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
-        record = self.record(step)
-        if not any(name.startswith(f"{item}.") for name in record["digests"]):
-            raise ValueError(
-                f"{self.directory} has no {item} at step {step}; set training.ema_decay to keep one"
-            )
-        restored = self._load(step, {item: named_leaves(abstract_params)}, record)
+        _, restored = self._load(step, {item: named_leaves(abstract_params)})
         return _like(abstract_params, restored[item])
 
-    def _load(self, step: int, wanted: dict[str, Leaves], record: dict[str, Any]) -> dict[str, Leaves]:
-        self._check_types(step, wanted, record["types"])
-        with _corruption(step):
+    def _load(self, step: int, wanted: dict[str, Leaves]) -> tuple[dict[str, Any], dict[str, Leaves]]:
+        """The record and the verified arrays."""
+        with _one_verdict(f"the record of checkpoint {step}"):
+            record = self.record(step)
+            if "params" not in wanted and not any(n.startswith("ema.") for n in record["digests"]):
+                raise ValueError(
+                    f"{self.directory} has no ema at step {step}; set training.ema_decay to keep one"
+                )
+            self._check_types(step, wanted, record["types"])
+        with _one_verdict(f"the arrays of checkpoint {step}"), _corruption(step):
             restored = self._checkpointer.load_checkpointables(step, wanted)
+        # The same on every process, since every device takes part in each sum.
         saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
         bad = differing(saved, digests(_flat(restored)))
         if bad:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
-        return restored
+        return record, restored
 
     def _check_types(self, step: int, wanted: dict[str, Leaves], kinds: dict[str, str]) -> None:
         """Refuse another shape or dtype, which Orbax would pad, cut or cast in silence.
@@ -200,12 +231,13 @@ class Checkpoints:
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
         """The newest checkpoint that passes, and what was quarantined on the way; None where none is."""
         quarantined = self._quarantined
-        for step in reversed(self.steps()):
+        for step in reversed(cluster.from_primary("the checkpoints there are", self.steps)):
             try:
                 state, record = self.restore(step, abstract)
                 return state, record, quarantined
             except CorruptCheckpoint as error:
-                quarantined.append(self._set_apart(step, str(error)))
+                move = functools.partial(self._set_apart, step, str(error))
+                quarantined.append(cluster.from_primary("quarantine", move))
                 self._checkpointer.reload()
         if quarantined:
             raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
@@ -228,6 +260,16 @@ class Checkpoints:
             params = self.restore_weights(step, abstract_params)
             total = params if total is None else jax.tree.map(jnp.add, total, params)
         return jax.tree.map(lambda x: x / len(steps), total)
+
+
+@contextmanager
+def _one_verdict(name: str) -> Iterator[None]:
+    """Where one process finds a checkpoint damaged, all do, and none is left waiting in a collective."""
+    try:
+        with cluster.together(name):
+            yield
+    except cluster.Elsewhere as error:
+        raise CorruptCheckpoint(str(error)) from error
 
 
 def _like(tree: Any, leaves: Leaves) -> Any:

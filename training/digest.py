@@ -4,6 +4,7 @@ Checkpoint files can rot in silence: one flipped bit restores as another number.
 at save and again after restore covers the whole way between.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
+
+from training.program import compiler_options
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -30,14 +33,23 @@ def leaf_digest(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
-@jax.jit
 def _digests(leaves: dict[str, Array]) -> dict[str, Array]:
     return {name: leaf_digest(leaf) for name, leaf in leaves.items()}
 
 
+@functools.cache
+def _jitted(platform: str, devices: int) -> Any:
+    # One sum a leaf over all devices: as independent as collectives come, see `compiler_options`.
+    return jax.jit(_digests, compiler_options=compiler_options(False, platform, devices))
+
+
 def digests(leaves: Mapping[str, Array]) -> dict[str, int]:
-    """Digest of every named array; blocks until they are computed."""
-    return {name: int(value) for name, value in jax.device_get(_digests(dict(leaves))).items()}
+    """Digest of every named array; blocks until they are computed. All processes get the same."""
+    if not leaves:
+        return {}
+    devices: set[Any] = next(iter(leaves.values())).sharding.device_set
+    jitted = _jitted(next(iter(devices)).platform, len(devices))
+    return {name: int(value) for name, value in jax.device_get(jitted(dict(leaves))).items()}
 
 
 def combined(values: Mapping[str, int]) -> str:

@@ -1,40 +1,49 @@
 """The loop, to be read aloud: compose, resume, then step after step.
 
-What happens once in a while stands there in sight.
+What happens once in a while stands there in sight. Every process of a job runs this; the primary alone
+writes the run's directory and prints.
 """
 
-import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
-from data.pipeline import Prepared, prepare
+from data.pipeline import Prepared, follow, prepare
+from parallel import cluster
+from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch, start_compile_cache
 from training.errors import RunFault
 from training.evaluate import evaluate
+from training.feed import placing, rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
+from training.one_device import on_one_device
 from training.parent import Parent, check_tokenizer, find_parent, same_parent
 from training.plots import plot_loss
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
 from training.recorder import Recorder
-from training.run_directory import RunDirectory, open_run
-from training.state import TrainState, init_state, shardings
+from training.run_directory import RunDirectory, open_run_together
+from training.state import TrainState
 from training.summary import print_summary, summarize
 from training.tensorboard import TensorBoard
 
 Sampler = Callable[..., dict[str, Any]]
+
+PREPARE_SECONDS = (
+    4 * 3600
+)  # the others wait while the primary makes the data; scripts/prepare_data.py is free
+CLOSING_SECONDS = 3600  # while the primary writes samples
 
 
 def fit(config: Any, sample: Sampler | None = None) -> int:
@@ -48,10 +57,10 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
     began = time.perf_counter()
     watch = start_compile_cache(config.run.compile_cache)
     with ExitStack() as stack:
-        run = open_run(asdict(config), config.run.dir)
+        run = open_run_together(asdict(config), config.run.dir)
         stack.callback(run.close)
-        if (summary := finished(run.path, config)) is not None:
-            print_summary(summary)
+        if (summary := finished(run, config)) is not None:
+            show(summary)
             return 0
         with before_the_first_step():
             job = compose(config, run, watch)
@@ -123,9 +132,36 @@ class Job:
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
-    layout = build_layout(config.mesh)
-    parent = None if run.resuming else find_parent(config)
-    prepared = prepare(config.data, config.tokenizer)
+    with cluster.together("the devices"), before_the_first_step():
+        layout = build_layout(config.mesh)
+        parent = None if run.resuming else find_parent(config)
+    prepared = prepare_together(config)
+    with cluster.together("the program"), before_the_first_step():
+        return build_job(config, run, watch, layout, parent, prepared)
+
+
+def prepare_together(config: Any) -> Prepared:
+    """The primary makes or checks the data, and the others open what it has found."""
+    mine: list[Prepared] = []
+
+    def make() -> dict[str, Any]:
+        mine.append(prepare(config.data, config.tokenizer))
+        return mine[0].facts()
+
+    facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
+    with cluster.together("the data's files"):
+        return mine[0] if mine else follow(facts)
+
+
+def build_job(
+    config: Any,
+    run: RunDirectory,
+    watch: CacheWatch,
+    layout: Layout,
+    parent: Parent | None,
+    prepared: Prepared,
+) -> Job:
+    """What every process compiles for itself, once it has data and devices."""
     if parent is not None:
         check_tokenizer(parent, prepared.tokenizer.digest)
     config = with_vocab(config, prepared.tokenizer.vocab_size)
@@ -144,7 +180,8 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
     flops = training_flops(
         program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
     )
-    startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
+    if cluster.is_primary():
+        startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
     began = time.perf_counter()
     train_step, eval_step = program.compile_train(), program.compile_eval()
     seconds = time.perf_counter() - began
@@ -156,28 +193,17 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
 def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
     config, run, program = job.config, job.run, job.program
-    manifest = build_manifest(
-        asdict(config),
-        prepared_digest=job.prepared.digest,
-        tokenizer_digest=job.prepared.tokenizer.digest,
-        mesh=dict(program.layout.mesh.shape),
-        data=job.prepared.description,
-        parent=job.parent.facts() if job.parent else None,
-        extra={
-            "compute_dtype": str(program.ops.compute_dtype),
-            "compiler_options": dict(program.compiler_options),
-        },
-    )
     first, tokens = 0, 0
     state: TrainState | None = None
     if run.resuming:
         checkpoints = open_checkpoints(job, stack)
-        if (found := checkpoints.restore_newest(program.state)) is not None:
-            state, record, quarantined = found
+        if (found := checkpoints.restore_newest(program.canonical)) is not None:
+            stored, record, quarantined = found
+            state = program.from_canonical(stored)
             first, tokens = record["step"], record["tokens"]
             job.loader.restore(record["data"])
             for reason in quarantined:
-                print(f"quarantined: {reason}")
+                say(f"quarantined: {reason}")
     if first > config.training.num_steps:
         raise ValueError(
             f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
@@ -185,10 +211,29 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
         )
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
-    run.begin(manifest, resume_step=first)
+    hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
+    cluster.from_primary("the run's directory", lambda: run.begin(manifest(job, hosts), resume_step=first))
     with in_mid_run(job):
         open_outputs(job, first, tokens, stack)
     return state, first
+
+
+def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
+    """What the run's directory keeps of how it was made."""
+    program = job.program
+    return build_manifest(
+        asdict(job.config),
+        prepared_digest=job.prepared.digest,
+        tokenizer_digest=job.prepared.tokenizer.digest,
+        mesh=dict(program.layout.mesh.shape),
+        data=job.prepared.description,
+        parent=job.parent.facts() if job.parent else None,
+        extra={
+            "hosts": hosts,
+            "compute_dtype": str(program.ops.compute_dtype),
+            "compiler_options": dict(program.compiler_options),
+        },
+    )
 
 
 def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
@@ -196,18 +241,26 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
     config, run = job.config, job.run
     if not run.resuming:
         open_checkpoints(job, stack)
-    job.prepared.tokenizer.save(run.path / "tokenizer.json")
-    log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
-    stack.callback(log.close)
-    if log.missing:
-        print(
-            f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; it was altered"
-        )
-    board = TensorBoard(run.path / "tensorboard", first) if config.logging.tensorboard else None
-    if board:
+    primary = cluster.is_primary()
+    log, board = None, None
+    if primary:
+        job.prepared.tokenizer.save(run.path / "tokenizer.json")
+        log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
+        stack.callback(log.close)
+        if log.missing:
+            say(
+                f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; "
+                "it was altered"
+            )
+    if primary and config.logging.tensorboard:
+        board = TensorBoard(run.path / "tensorboard", first)
         stack.callback(board.close)
     progress = Progress(
-        config.training.num_steps, start_step=first, live=config.logging.live, every=config.logging.every
+        config.training.num_steps,
+        start_step=first,
+        live=config.logging.live,
+        every=config.logging.every,
+        primary=primary,
     )
     stack.callback(progress.close)
     job.recorder = Recorder(log, job.flops, progress, board, tokens=tokens, every=config.logging.every)
@@ -216,19 +269,21 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
     """The run's checkpoints, closed with it."""
     job.checkpoints = Checkpoints(job.run.path / "checkpoints", job.config.checkpoint)
-    stack.callback(job.checkpoints.close)
+    stack.push(job.checkpoints.leave)
     return job.checkpoints
 
 
 def fresh_state(job: Job) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
-    ema = job.config.training.ema_decay is not None
-    state = init_state(job.program.model, job.program.tx, job.program.state, seed=job.config.seed, ema=ema)
-    jax.block_until_ready(state)  # so that too little memory is said before anything is written
-    parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
+    program, ema = job.program, job.config.training.ema_decay is not None
+    with cluster.together("the first state"), before_the_first_step():
+        state = program.init_state(job.config.seed)
+        jax.block_until_ready(state)  # so that too little memory is said before anything is written
+        parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
     if parent is None:
         return state
-    params = parent.checkpoints.restore_weights(parent.step, job.program.state.params)
+    params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
+    params = program.from_canonical(params)
     average = jax.tree.map(lambda x: x.copy(), params) if ema else None
     return state.replace(params=params, ema=average)
 
@@ -238,9 +293,13 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     last = config.training.num_steps
-    placed = shardings(job.program.batch)
+    rows = rows_here(job.program.batch)
     feed = Prefetcher(
-        job.loader, start=first, depth=config.data.prefetch, place=lambda batch: jax.device_put(batch, placed)
+        job.loader,
+        start=first,
+        depth=config.data.prefetch,
+        rows=rows,
+        place=placing(job.program.batch, rows),
     )
     stack.callback(feed.close)
     recorder.resume_clock()
@@ -256,9 +315,9 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
 
         if every(config.checkpoint.every, step, last):
             recorder.flush()
-            recorder.log.sync()  # a checkpoint is never ahead of its rows
+            recorder.sync()  # a checkpoint is never ahead of its rows
             record = {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
-            checkpoints.save(step, state, record)
+            checkpoints.save(step, job.program.to_canonical(state), record)
             recorder.resume_clock()
     recorder.flush()
     checkpoints.wait()
@@ -280,27 +339,43 @@ def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
 
 def held_out_loss(job: Job, params: Any) -> dict[str, float]:
     """`eval/loss` and `eval/bits_per_byte` of some weights."""
-    placed = shardings(job.program.batch)
-    batches = (jax.device_put(batch, placed) for batch in job.held_out)
+    rows = rows_here(job.program.batch)
+    batches = map(placing(job.program.batch, rows), job.held_out.batches(rows))
     return evaluate(job.eval_step, params, batches, job.held_out.num_bytes)
 
 
 def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) -> int:
     """Averages, samples, plot and summary; all of it can be made again from what is on disk."""
-    config, run, recorder, checkpoints = job.config, job.run, job.recorder, job.checkpoints
+    config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     recorder.progress.close()
     figures: dict[str, Any] = held_out_figures(job, state)
     if config.checkpoint.average_last > 0:
-        steps = checkpoints.steps()[-config.checkpoint.average_last :]
-        mean = checkpoints.mean_weights(steps, job.program.state.params)
+        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
+        steps = steps[-config.checkpoint.average_last :]
+        mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
         figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
-    if sample is not None:
-        figures |= sample(job.program, state.params, job.prepared.tokenizer, config, run.path)
+    program, params = job.program, state.params
+    if sample is not None and cluster.process_count() > 1:
+        program, params = on_one_device(job.program, config, params)
+
+    def write() -> None:
+        written = {}
+        if sample is not None and params is not None:
+            written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+        show(report(job, recorder, figures | written, began))
+
+    cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
+    return 0
+
+
+def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) -> dict[str, Any]:
+    """The plot, and the summary with these figures in it."""
+    config, run = job.config, job.run
     bigram = job.prepared.bigram_bits_per_byte()
     picture = run.path / "plots" / "loss.png"
     plot_loss(run.path / "metrics.jsonl", picture, title=config.run.name, bigram_bits_per_byte=bigram)
-    summary = summarize(
+    return summarize(
         run.path,
         figures
         | {
@@ -316,17 +391,24 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
             "peak_flops": job.flops.peak,
         },
     )
-    print_summary(summary)
-    return 0
 
 
-def finished(path: Path, config: Any) -> dict[str, Any] | None:
+def finished(run: RunDirectory, config: Any) -> dict[str, Any] | None:
     """The summary of a run that has reached its last step; None where there is work to do."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("step") == config.training.num_steps else None
+    summary = run.summary
+    return summary if summary and summary.get("step") == config.training.num_steps else None
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the summary, once in a job."""
+    if cluster.is_primary():
+        print_summary(summary)
+
+
+def say(line: str) -> None:
+    """Print a line, once in a job."""
+    if cluster.is_primary():
+        print(line)
 
 
 def with_vocab(config: Any, tokenizer_size: int) -> Any:

@@ -16,9 +16,12 @@ class Recorder:
     """Turns the step's device scalars into rows of `metrics.jsonl`, TensorBoard and the live line.
 
     `push` a step when it has been dispatched; its row is written when the next one has been, or at `flush`.
+    Every process of a job counts and looks for faults; `log` and `board` are None on all but the primary.
     """
 
-    def __init__(self, log: MetricsLog, flops: Flops, progress: Any, board: Any, *, tokens: int, every: int):
+    def __init__(
+        self, log: MetricsLog | None, flops: Flops, progress: Any, board: Any, *, tokens: int, every: int
+    ):
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every = tokens, every
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
@@ -39,13 +42,19 @@ class Recorder:
         if pending:
             self._write(*pending)
 
+    def sync(self) -> None:
+        """Return once every row so far is on the disk."""
+        if self.log:
+            self.log.sync()
+
     def resume_clock(self) -> None:
         """What happened since the last flush was no training step: do not count it as one."""
         self._mark = time.perf_counter()
 
     def event(self, step: int, values: Mapping[str, Any]) -> None:
         """A row that is not a training step, such as an evaluation."""
-        self.log.write({"step": step, **values})
+        if self.log:
+            self.log.write({"step": step, **values})
         self.progress.evaluated({"step": step, **values})
         if self.board:
             self.board.scalars(step, values)
@@ -69,7 +78,8 @@ class Recorder:
             "input_wait_seconds": wait,
             **self.flops.mfu(tokens / seconds),
         }
-        self.log.write(row)
+        if self.log:
+            self.log.write(row)
         self.last = row
         self.progress.update(row)
         if self.board and (step % self.every == 0 or step == 1):

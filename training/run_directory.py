@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from parallel import cluster
 from training.manifest import now
 from training.metrics import sync_directory
 
@@ -64,12 +66,13 @@ class RunDirectory:
     """A run's directory, locked against a second process until `close` or the end of this one.
 
     `resuming`: the directory was made by an earlier start. `changed`: the keys that differ from the last
-    start, with both values, all of them permitted.
+    start, with both values, all of them permitted. `summary`: what a finished run left, else None.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path, self.config = path, config
         self.resuming = False
+        self.summary: dict[str, Any] | None = None
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._lock: int | None = None
         self._manifest: dict[str, Any] = {}
@@ -92,6 +95,23 @@ class RunDirectory:
             _write(self.path / "manifest.json", _json({**self._manifest, "restarts": restarts}))
             # Last: until here a crash leaves the old values to compare the next start with.
             _write(self.path / "config.yaml", _yaml(self.config))
+
+    def facts(self) -> dict[str, Any]:
+        """What another process of the job needs to know, JSON-able."""
+        parent = {"parent": self.parent}
+        return {
+            "path": str(self.path),
+            "resuming": self.resuming,
+            "summary": self.summary,
+            "manifest": parent,
+        }
+
+    @classmethod
+    def told(cls, facts: Mapping[str, Any], config: Mapping[str, Any]) -> "RunDirectory":
+        """The directory as the primary sees it."""
+        run = cls(Path(facts["path"]), dict(config))
+        run.resuming, run.summary, run._manifest = facts["resuming"], facts["summary"], facts["manifest"]
+        return run
 
     @property
     def parent(self) -> dict[str, Any] | None:
@@ -153,6 +173,23 @@ class RunDirectory:
             raise
 
 
+def open_run_together(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunDirectory:
+    """`open_run` by the primary; the other processes take its word, and theirs is never locked or begun.
+
+    Raises what `open_run` raises, on all processes, and ValueError where one has another configuration.
+    """
+    digest = hashlib.sha256(_yaml(config).encode()).hexdigest()
+    cluster.same("configuration", digest, "start all of them with the same command line")
+    mine: list[RunDirectory] = []
+
+    def look() -> dict[str, Any]:
+        mine.append(open_run(config, run_dir))
+        return mine[0].facts()
+
+    facts = cluster.from_primary("the run's directory", look)
+    return mine[0] if mine else RunDirectory.told(facts, config)
+
+
 def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunDirectory:
     """Look at `run_dir` and say whether `config` (plain nested dicts) may run there; nothing is written.
 
@@ -179,10 +216,18 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
         run._manifest = _load(path / "manifest.json", json.loads)
         run.changed = differing_keys(stored, run.config)
         _refuse_frozen(path, run)
+        run.summary = _summary(path)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _refuse_frozen(path: Path, run: RunDirectory) -> None:
