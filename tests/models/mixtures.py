@@ -40,7 +40,7 @@ DEEPSEEK: dict[str, Any] = {
     "router_z_weight": 0.05,
 }
 MIXTURES = {
-    "mixtral": mixture({"router_z_weight": 0.02}),
+    "mixtral": mixture({"router_z_weight": 0.02}, num_layers=1),
     "qwen3": mixture({"experts_per_token": 3, "load_balance_weight": 0.2}, qk_norm=True, num_layers=1),
     "switch": mixture({"experts_per_token": 1, "normalize_gates": False}, activation="relu2", num_layers=1),
     "deepseek": latent(

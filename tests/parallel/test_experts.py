@@ -1,6 +1,5 @@
 """Experts on several devices compute what one device computes, alone and beside every other axis."""
 
-import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
@@ -18,7 +17,8 @@ from models.ops import Ops
 from models.transformer import build_model
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
-from parallel.experts import expert_dispatch
+from parallel.experts import Axes, expert_dispatch
+from parallel.hlo import read_hlo
 from parallel.plain import Plain
 from tests.models.decoders import lively, make_batch
 from tests.models.mixtures import mixture
@@ -75,17 +75,19 @@ def expected(dispatch: str):
 
 
 MESHES = [
-    {"expert": 4},
-    {"expert": 8},
-    {"expert": 2, "tensor": 2},
-    {"expert": 2, "fsdp": 2},
-    {"expert": 2, "context": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
+    ({"expert": 4}, "dropless"),
+    ({"expert": 8}, "dropless"),
+    ({"expert": 2, "tensor": 2}, "dropless"),
+    ({"expert": 2, "fsdp": 2}, "dropless"),
+    ({"expert": 2, "context": 2}, "dropless"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "dropless"),
+    ({"expert": 8}, "capacity"),
+    ({"expert": 2, "fsdp": 2, "tensor": 2}, "capacity"),
+    ({"expert": 2, "context": 2}, "capacity"),
 ]
 
 
-@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: ",".join(f"{a}={n}" for a, n in sizes.items()))
+@pytest.mark.parametrize(("sizes", "dispatch"), MESHES, ids=str)
 def test_experts_on_a_mesh_equal_one_device(sizes, dispatch):
     model, params, batch, (means, grads) = expected(dispatch)
     place = layout(**sizes)
@@ -124,8 +126,7 @@ def layer(run, spec, x, experts, gates, up, down, order=None):
     return x, jnp.sum(dropped)
 
 
-@pytest.mark.parametrize("capacity", [None, 4], ids=["dropless", "capacity"])
-@pytest.mark.parametrize("axis", [{"expert": 2}, {"context": 2}], ids=str)
+@pytest.mark.parametrize(("capacity", "axis"), [(None, {"expert": 2}), (4, {"context": 2})], ids=str)
 def test_stages_of_a_pipeline_have_experts_of_their_own(capacity, axis):
     """`vmap(spmd_axis_name="pipeline")` around shard_map, scan and checkpoint, differentiated outside."""
     place, spec = layout(pipeline=2, tensor=2, **axis), ExpertSpec("swiglu", capacity)
@@ -170,12 +171,10 @@ def test_positions_out_of_order_are_dropped_as_the_text_goes():
     np.testing.assert_allclose(y, want[:, turn], rtol=1e-5, atol=1e-6)
 
 
-def collectives(text: str) -> dict[str, int]:
-    """How many of each kind there are, but for groups of one (axes of size 1), which move nothing."""
-    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-    alone = re.compile(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])")
-    lines = [line for line in text.splitlines() if not alone.search(line)]
-    return dict(Counter(kind for line in lines for kind in re.findall(rf"\b({kinds})(?:-start)?\(", line)))
+def collectives(compiled: Any, place: Layout) -> Counter[tuple[str, Axes]]:
+    """How many there are of each kind over each axis; groups of one (axes of size 1) move nothing."""
+    found = read_hlo(compiled.as_text(), place.mesh.shape).collectives
+    return Counter((c.kind, c.axes) for c in found for _ in range(c.times) if c.size > 1)
 
 
 @pytest.mark.parametrize("capacity", [None, 4], ids=["dropless", "capacity"])
@@ -195,9 +194,9 @@ def test_tokens_cross_by_all_to_all_and_nothing_else(capacity):
     def forward(*args):
         return run(*args, real=real, spec=spec)[0]
 
-    text = jax.jit(forward).lower(*spread, *weights).compile().as_text()
+    compiled = jax.jit(forward).lower(*spread, *weights).compile()
     # Dropless: tokens, and with them numbers and gates, there; sums back. Capacity: places there and back.
-    assert collectives(text) == {"all-to-all": 3 if capacity is None else 2}
+    assert collectives(compiled, place) == {("all-to-all", ("expert",)): 3 if capacity is None else 2}
 
 
 def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered():
@@ -214,8 +213,11 @@ def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered():
         return jnp.sum(run(*spread, up, down, real=real, spec=ExpertSpec("swiglu", 4))[0] ** 2)
 
     grad = jax.jit(jax.grad(loss), in_shardings=up_sharding, out_shardings=up_sharding)
-    found = collectives(grad.lower(up).compile().as_text())
-    assert found["reduce-scatter"] == 1 and "all-reduce" not in found
+    assert collectives(grad.lower(up).compile(), place) == {
+        ("all-gather", ("fsdp",)): 2,
+        ("all-to-all", ("expert",)): 3,  # there, back, and the gradient there
+        ("reduce-scatter", ("fsdp",)): 1,
+    }
 
 
 def test_the_router_collects_no_tokens():
@@ -241,8 +243,8 @@ def test_the_router_collects_no_tokens():
         _, sums = model.layer(spec, params, x, batch, None, ops)
         return kept["experts"], sums["loss"]
 
-    found = collectives(jax.jit(run).lower(x, batch).compile().as_text())
-    assert set(found) <= {"all-reduce"}
+    found = collectives(jax.jit(run).lower(x, batch).compile(), place)
+    assert {kind for kind, _ in found} == {"all-reduce"}
 
 
 def test_one_device_needs_no_dispatch():
