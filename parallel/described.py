@@ -161,7 +161,7 @@ def gpu_topology(name: str, topology: str | int) -> tuple[int, int, int]:
 
 
 def _described_gpus(gpu: Gpu, sizes: tuple[int, int, int]) -> list[Any]:
-    with quiet():
+    with _quiet():
         try:
             described = topologies.get_topology_desc(
                 platform="cuda", target_config=gpu.target_config(), topology="x".join(map(str, sizes))
@@ -180,7 +180,7 @@ def _described_tpus(name: str, topology: str) -> list[Any]:
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     options = {"num_slices": int(slices)} if slices.isdigit() else {}
-    with quiet():
+    with _quiet():
         try:
             described = topologies.get_topology_desc(f"{name}:{torus}", platform="tpu", **options)
         except RuntimeError as error:  # jax's own too
@@ -202,8 +202,11 @@ def compiler_options(devices: list[Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what compilers write to the process's stderr from the reader; it is shown if something raises."""
+def _quiet() -> Iterator[None]:
+    """Keep what compilers write to stderr while they load from the reader; shown if something raises.
+
+    Not for compilations: what a compiler says when it aborts would be lost with it.
+    """
     with tempfile.TemporaryFile() as sink:
         kept = os.dup(2)
         os.dup2(sink.fileno(), 2)
