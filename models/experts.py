@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class ExpertSpec:
     capacity: int | None = None
 
 
+@runtime_checkable  # so that a test can hold calls to their annotations
 class Neighbours(Protocol):
     """The other devices, as the part of a batch on this one sees them."""
 
@@ -250,7 +251,9 @@ def grouped_feed_forward(
     Choices are sorted by expert and cut into blocks of one expert, the last of each partly empty; a loop over
     the blocks that there are gathers a block's tokens, multiplies, and adds to the tokens' sums. Nothing of
     n*k rows is ever held, and the backward loop makes a block's activations again: 8 products for 6.
-    `lax.ragged_dot` would multiply every row with every expert where XLA has no kernel for it (CPU, CUDA).
+    `lax.ragged_dot` multiplies every row with every expert where XLA has no kernel for it (CPU, CUDA): on two
+    CPU cores, 8,192 choices of 32 experts (D = F = 256, float32), 1,457 ms forward and 4,512 ms gradient,
+    against 52 and 225 ms of these loops, and 339 and 1,166 ms of all experts on all tokens.
     """
     size = block_size(experts.size, up.shape[0])
     return _grouped(x, experts, gates, up, down, activation, size)
