@@ -11,9 +11,9 @@ def next_targets(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
 
     Positions lie as `batch["order"]` says, the index of each in its row's text; in order where it is absent.
     """
-    same = batch["segment_ids"] == shifted(batch["segment_ids"], batch.get("order"), -1)
+    same = batch["segment_ids"] == shifted(batch["segment_ids"], batch.get("order"), -1.0)
     weights = jnp.where(same, shifted(batch["loss_weights"], batch.get("order"), 0.0), 0.0)
-    return shifted(batch["targets"], batch.get("order"), 0), weights
+    return shifted(batch["targets"], batch.get("order"), 0.0), weights
 
 
 def shifted(x: Array, order: Int[Array, "B T"] | None, fill: float) -> Array:
