@@ -225,7 +225,7 @@ class _Reader:
             pair = re.findall(r"(?:true|false)_computation=%?([^\s,]+)", instruction.attributes)
             for callee in re.findall(r"[^\s,%]+", listed) if listed else pair:
                 yield callee, 1
-        elif instruction.opcode == "call":
+        elif instruction.opcode in ("call", "call-start"):
             if callee := instruction.attribute(r"to_apply=%?([^\s,]+)"):
                 yield callee, 1
         elif callee := instruction.attribute(r"\bcalls=%?([^\s,]+)"):  # fusions and asynchronous calls

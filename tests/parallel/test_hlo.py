@@ -216,6 +216,8 @@ ENTRY %main (a: f32[4], b: bf16[8]) -> f32[16] {
   %g = f32[16]{0} get-tuple-element(%d), index=0
   %t = ((f32[16]{0}), f32[4]{0}, u32[]) async-start(%g), calls=%wrapped
   %u = f32[4]{0} async-done(%t)
+  %v = ((f32[16]{0}), f32[4]{0}) call-start(%g), async_execution_thread="sparsecore", to_apply=%wrapped
+  %w = f32[4]{0} call-done(%v)
   ROOT %r = f32[16]{0} all-gather(%u), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, dimensions={0}
 }
 """
@@ -225,9 +227,9 @@ def test_a_start_and_its_done_are_one_and_combined_operands_add():
     got = read_hlo(ASYNCHRONOUS, AXES)
     assert got.totals() == {
         ("all-gather", ("tensor",)): (1, 16 * 4 + 32 * 2),
-        ("reduce-scatter", ("tensor",)): (1, 16 * 4),
+        ("reduce-scatter", ("tensor",)): (2, 2 * 16 * 4),
     }
-    assert len(got.collectives) == 3  # the group of one is there, and moves nothing
+    assert len(got.collectives) == 4  # the group of one is there, and moves nothing
 
 
 GEMM = """HloModule m
