@@ -342,6 +342,8 @@ class StageProgram:
     def units(self, unit: Int[Array, " P"]) -> tuple[Array, Array, Array]:
         """(unit, microbatch, chunk) of each stage; an idle one points at the first of each."""
         micro, chunk = jnp.divmod(jnp.maximum(unit, 0), self.schedule.chunks)
+        # Every device keeps the whole row: one stage's number is looked at by all.
+        unit, micro, chunk = (self.layout.constrain(x, (None,)) for x in (unit, micro, chunk))
         return unit, micro, chunk
 
     def micro(self, index: Any) -> Batch:
