@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
@@ -76,6 +77,20 @@ def check_devices(devices: Any, max_documents: int) -> None:
         raise ValueError(
             f"training.attention=cudnn takes packed documents from compute capability {needed} (H100) on, "
             f"and {device.device_kind} has {capability}; use training.attention=chunked"
+        )
+
+
+def check_documents(segments: Int[np.ndarray, "B T"], max_documents: int) -> None:
+    """Raise ValueError where a row, its documents numbered from 1, holds more than the kernel is told of.
+
+    For batches on the host, before a step: on the device such a row is nan.
+    """
+    most = int(np.max(segments, initial=0))
+    if most > max_documents:
+        raise ValueError(
+            f"training.attention=cudnn: a row holds {most} documents, but training.max_documents="
+            f"{max_documents}; use training.max_documents={2 ** (most - 1).bit_length()}, a shorter "
+            f"data.seq_len, {ELSE}"
         )
 
 

@@ -309,6 +309,13 @@ def test_devices_without_the_kernel_are_refused():
     cudnn.check_devices([fake_device("gpu", "10.0", "B200")], 64)
 
 
+def test_batches_with_too_many_documents_are_refused_on_the_host():
+    segments = cases.make_masks([[20, 12], [5, 1, 1, 1, 17]], LENGTH)[1]
+    cudnn.check_documents(segments, 5)
+    with pytest.raises(ValueError, match=r"holds 5 documents.*max_documents=4; use training.max_documents=8"):
+        cudnn.check_documents(segments, 4)
+
+
 def test_rows_in_parts_are_refused(kernel):
     with pytest.raises(ValueError, match=r"whole rows.*context.attention=ulysses or mesh.context=1"):
         cudnn.cudnn_attention(cases.layout_of(context=2), 3)

@@ -1,14 +1,21 @@
 """Devices by name: shapes and names are checked here; where the compilers are installed, they are asked."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs.schema import Config
+from models.config import ModelConfig
+from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
+from parallel.cudnn import cudnn_attention
 from parallel.described import (
     GPUS,
     TPU_NAMES,
@@ -18,6 +25,8 @@ from parallel.described import (
 )
 from parallel.hlo import read_hlo
 from parallel.mesh import build_layout
+from training import program
+from training.config import RunConfig, TrainingConfig
 
 
 @pytest.mark.parametrize(
@@ -111,3 +120,64 @@ def check_product(devices):
     assert ("all-reduce", ("tensor",)) in reading.totals()
     assert reading.flops == 2 * 512 * 512 * 2048 // len(devices)
     assert compiled.memory_analysis().argument_size_in_bytes == 512 * 2048 * 2 // len(devices)
+
+
+def small_llama(**mesh):
+    config = Config(
+        run=RunConfig(name="described"),
+        model=ModelConfig(
+            vocab_size=1024, num_layers=8, d_model=512, num_heads=16, num_kv_heads=8, head_dim=64, d_ff=1024
+        ),
+        mesh=MeshConfig(rules=mesh_rules(), data=1, **mesh),
+        optim=AdamWConfig(),
+        schedule=ConstantConfig(warmup_steps=2),
+        training=TrainingConfig(
+            num_steps=4, global_batch_size=32, precision="bfloat16", remat="dots", loss_chunk=1024
+        ),
+    )
+    config.data.seq_len = 512
+    return config
+
+
+def mesh_rules():
+    path = Path(__file__).resolve().parents[2] / "configs" / "mesh" / "_rules.yaml"
+    return yaml.safe_load(path.read_text("utf-8"))["rules"]
+
+
+MESHES = {
+    "fsdp x tensor": {"fsdp": 8, "tensor": 8},
+    "pipeline x fsdp x tensor": {"pipeline": 4, "fsdp": 2, "tensor": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_a_step_on_64_described_gpus(sizes, monkeypatch):
+    """With cuDNN attention; parameters are only gathered over fsdp, activations never over tensor."""
+    try:
+        devices = described_devices("h200", 64)
+    except ImportError as error:
+        pytest.skip(f"NOT COMPILED FOR A GPU: {error}")
+    config = small_llama(**sizes)
+    layout = build_layout(config.mesh, devices)
+    build_ops = program.build_ops
+
+    def with_cudnn(config, layout):
+        return replace(build_ops(config, layout), attention=cudnn_attention(layout, 8))
+
+    monkeypatch.setattr(program, "build_ops", with_cudnn)
+    built = program.build_program(config, layout)
+    options = {**built.compiler_options, **compiler_options(devices)}
+    compiled = replace(built, compiler_options=options).compile_train()
+    reading = read_hlo(compiled.as_text(), layout.mesh.shape)
+    layers = config.model.num_layers // sizes.get("pipeline", 1)
+    ticks = reading.custom_calls["__cudnn$fmhaSoftmaxBackward"] / layers
+    assert ticks == (1 if layers == 8 else 8 + 3)
+    assert not reading.in_branches() and not reading.uncounted_loops
+    by_kind = {}
+    for (kind, axes), (_, size) in reading.totals().items():
+        by_kind.setdefault(kind, {})[axes] = size
+    assert set(by_kind["all-gather"]) == set(by_kind["reduce-scatter"]) == {("fsdp",)}
+    assert set(by_kind.get("collective-permute", {("pipeline",): 0})) == {("pipeline",)}
+    assert by_kind["all-reduce"].get(("fsdp",), 0) < 2**16  # norms of gradients, and no gradient
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
