@@ -6,6 +6,7 @@ libtpu knows them. What comes back are devices like any other: `build_layout(con
 
 import contextlib
 import difflib
+import importlib.util
 import math
 import os
 import tempfile
@@ -161,18 +162,30 @@ def gpu_topology(name: str, topology: str | int) -> tuple[int, int, int]:
 
 
 def _described_gpus(gpu: Gpu, sizes: tuple[int, int, int]) -> list[Any]:
+    # The plugin looks for a driver when jax first looks for devices, and unregisters itself where there is
+    # none.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     with _quiet():
         try:
             described = topologies.get_topology_desc(
                 platform="cuda", target_config=gpu.target_config(), topology="x".join(map(str, sizes))
             )
         except NotImplementedError:  # what jax says where no plugin has registered the platform
-            raise ImportError(
-                "describing NVIDIA GPUs takes their compiler, which needs no GPU: pip install 'jax[cuda13]'"
-            ) from None
+            raise ImportError(_no_gpu_compiler()) from None
     devices = list(described.devices)
     assert len(devices) == math.prod(sizes), (len(devices), sizes)
     return devices
+
+
+def _no_gpu_compiler() -> str:
+    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    try:
+        there = any(importlib.util.find_spec(plugin) for plugin in plugins)
+    except ModuleNotFoundError:  # not even the namespace
+        there = False
+    if there:
+        return "NVIDIA's compiler is installed, but jax started without it: set JAX_PLATFORMS=cpu beforehand"
+    return "describing NVIDIA GPUs takes their compiler, which needs no GPU: pip install 'jax[cuda13]'"
 
 
 def _described_tpus(name: str, topology: str) -> list[Any]:

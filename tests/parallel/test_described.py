@@ -1,5 +1,6 @@
 """Devices by name: shapes and names are checked here; where the compilers are installed, they are asked."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_a_compiler_that_is_not_there_comes_with_its_install_command(name, packa
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as error:
         described_devices(name, "2x2x2")
     assert f"pip install '{package}'" in str(error.value)
