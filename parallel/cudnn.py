@@ -5,7 +5,8 @@ with the place where it starts and its length, and is causal within itself. That
 mask. The masks of the interface may ask for more than documents in order (rows cut up or permuted, more
 documents than `max_documents`); such a row comes back as nan, never as something near.
 
-B batch, T position, N query heads, K key/value heads, H head size, M documents a row at most.
+B batch, T position, N query heads, K key/value heads, H head size, M documents a row at most, I = B * M
+(M = 1: B) places in the list of documents.
 """
 
 import dataclasses
@@ -123,7 +124,7 @@ def cudnn_attention(layout: Layout, max_documents: int) -> Callable[..., Array]:
         )
 
     def attention(
-        q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], **options: Any
+        q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K W"], **options: Any
     ) -> Float[Array, "B T N H"]:
         kernel, masks = _prepare(q, k, v, max_documents=max_documents, **options)
         k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
@@ -194,8 +195,8 @@ class Documents:
     masks of a row say. real: not padding.
     """
 
-    starts: Int[Array, " B*M"]
-    lengths: Int[Array, " B*M"]
+    starts: Int[Array, " I"]
+    lengths: Int[Array, " I"]
     exact: Bool[Array, " B"]
     real: Bool[Array, "B T"]
 

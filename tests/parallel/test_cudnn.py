@@ -84,8 +84,19 @@ def one_device():
     return cases.layout_of()
 
 
+def masks_of(positions, segments):
+    positions, segments = jnp.asarray(positions), jnp.asarray(segments)
+    return {
+        "q_positions": positions,
+        "kv_positions": positions,
+        "q_segments": segments,
+        "kv_segments": segments,
+    }
+
+
 def both(attention, inputs, positions, segments, **options):
     """Output and gradients of `attention`, and those of the reference."""
+    positions, segments = jnp.asarray(positions), jnp.asarray(segments)
     got = jax.jit(lambda *a: cases.value_and_grads(attention, *a, positions, segments, **options))(*inputs)
     return got, cases.value_and_grads(reference_attention, *inputs, positions, segments, **options)
 
@@ -134,8 +145,7 @@ def test_rows_that_are_not_packed_need_no_offsets(kernel, monkeypatch):
     positions, segments = cases.make_masks([[20], [32]], LENGTH)
     attention = cudnn.cudnn_attention(one_device(), 1)
     q, k, v, _ = make_inputs(2, 2)
-    masks = {"q_positions": positions, "kv_positions": positions}
-    masks |= {"q_segments": segments, "kv_segments": segments}
+    masks = masks_of(positions, segments)
     expected = reference_attention(q, k, v, **masks, scale=0.3)
     assert close([attention(q, k, v, **masks, scale=0.3)], [expected])
 
@@ -201,7 +211,7 @@ def random_rows(rng, rows):
 def test_where_exact_the_lists_say_what_the_mask_says(seed):
     rows = 40
     positions, segments = random_rows(np.random.default_rng(seed), rows)
-    documents = cudnn.find_documents(positions, segments, DOCUMENTS)
+    documents = cudnn.find_documents(jnp.asarray(positions), jnp.asarray(segments), DOCUMENTS)
     exact = np.asarray(documents.exact)
     mask = np.asarray(attention_mask(positions, positions, segments, segments, None))
     np.testing.assert_array_equal(mask_told(documents, rows)[exact], mask[exact])
@@ -212,7 +222,7 @@ def test_where_exact_the_lists_say_what_the_mask_says(seed):
 
 def test_offsets_count_elements_of_their_own_array():
     positions, segments = cases.make_masks([[20, 12], [5, 27]], LENGTH)
-    documents = cudnn.find_documents(positions, segments, 3)
+    documents = cudnn.find_documents(jnp.asarray(positions), jnp.asarray(segments), 3)
     q, k = jnp.zeros((2, LENGTH, 8, 16)), jnp.zeros((2, LENGTH, 2, 16))
     lengths, _, q_offsets, kv_offsets = documents.told(q, k)
     assert lengths.shape == (2, 3) and q_offsets.shape == kv_offsets.shape == (2, 4)
@@ -246,16 +256,8 @@ def test_a_row_that_cannot_be_told_is_nan_and_its_neighbour_is_not(kernel, what)
 def test_keys_of_another_row_are_nan(kernel):
     positions, segments = cases.make_masks([[20, 12]], LENGTH)
     q, k, v, _ = make_inputs(1, 2)
-    out = cudnn.cudnn_attention(one_device(), 3)(
-        q,
-        k,
-        v,
-        q_positions=positions,
-        kv_positions=positions,
-        q_segments=segments,
-        kv_segments=segments[:, ::-1],
-        scale=0.3,
-    )
+    masks = {**masks_of(positions, segments), "kv_segments": jnp.asarray(segments[:, ::-1])}
+    out = cudnn.cudnn_attention(one_device(), 3)(q, k, v, **masks, scale=0.3)
     assert np.isnan(out).all()
 
 
@@ -285,8 +287,7 @@ def test_what_it_can_do_is_not():
 
 def test_the_problem_is_raised_where_it_is_called(kernel):
     positions, segments = cases.make_masks([[20, 12]], LENGTH)
-    masks = {"q_positions": positions, "kv_positions": positions}
-    masks |= {"q_segments": segments, "kv_segments": segments}
+    masks = masks_of(positions, segments)
     attention = cudnn.cudnn_attention(one_device(), 3)
     q, k, v, _ = make_inputs(1, 2)
     with pytest.raises(ValueError, match="attention_softcap=5"):
@@ -339,8 +340,7 @@ def test_compiles_for_a_described_gpu_under_a_pipeline(window):
 
     def stage(q, k, v, positions, segments):
         def loss(*qkv):
-            masks = {"q_positions": positions, "kv_positions": positions}
-            masks |= {"q_segments": segments, "kv_segments": segments}
+            masks = masks_of(positions, segments)
             return jnp.sum(attention(*qkv, **masks, scale=0.1, window=window).astype(jnp.float32))
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
