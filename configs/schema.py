@@ -25,6 +25,7 @@ from optim.config import (
     MuonConfig,
     OptimConfig,
     ScheduleConfig,
+    SGDConfig,
     WSDConfig,
 )
 from parallel.config import MESH_AXES, ContextConfig, HardwareConfig, MeshConfig, PipelineConfig
@@ -38,7 +39,7 @@ from training.config import (
     TrainingConfig,
 )
 
-OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig)
+OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig, SGDConfig)
 SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)
 
 # Every name a rule may have: parameters' dims, then activations' dims.

@@ -29,7 +29,7 @@ class OptimConfig:
     norms or biases.
     """
 
-    name: str = "???"  # adamw | muon | lion, chosen with optim=NAME
+    name: str = "???"  # adamw | muon | lion | sgd, chosen with optim=NAME
     learning_rate: float = 3e-4  # the peak; schedule= shapes it
     weight_decay: float = 0.1  # per step, times the learning rate
     grad_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
@@ -106,6 +106,22 @@ class LionConfig(OptimConfig):
         super().__post_init__()
         _check_decay_rate("optim.b1", self.b1)
         _check_decay_rate("optim.b2", self.b2)
+
+
+@dataclass
+class SGDConfig(OptimConfig):
+    """Gradient descent with momentum (Sutskever et al. 2013); the mean of such steps is such a step."""
+
+    name: str = "sgd"  # chosen with optim=sgd
+    learning_rate: float = 0.1  # the peak
+    weight_decay: float = 0.0  # per step, times the learning rate
+    momentum: float = 0.9  # share of the last step that goes on; 0: off
+    nesterov: bool = False  # look one momentum step ahead
+
+    def __post_init__(self) -> None:
+        """ValueError where a value is out of its range."""
+        super().__post_init__()
+        _check_decay_rate("optim.momentum", self.momentum)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""AdamW, Muon and Lion as optax chains of the same four links.
+"""AdamW, Muon, Lion and SGD as optax chains of the same four links.
 
 direction -> weight decay -> times minus the peak learning rate -> times the schedule. The chain's links are
 named, so that a state's path reads `direction/mu/...`. Moments have exactly the shapes and paths of their
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
+from optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig, SGDConfig
 
 # f(x) = a x + b x^3 + c x^5, steepest at zero rather than exact at one: singular values come out within
 # about 0.7 .. 1.2 after five rounds, which trains as well as ones (Jordan et al. 2024).
@@ -84,7 +84,11 @@ def _elementwise(config: OptimConfig) -> optax.GradientTransformation:
             return optax.scale_by_adam(config.b1, config.b2, config.eps)
         case LionConfig():
             return optax.scale_by_lion(config.b1, config.b2)
-    raise ValueError(f"optim.name={config.name} is unknown; use adamw, muon or lion")
+        case SGDConfig(momentum=0.0):
+            return optax.identity()
+        case SGDConfig():
+            return optax.trace(config.momentum, config.nesterov)
+    raise ValueError(f"optim.name={config.name} is unknown; use adamw, muon, lion or sgd")
 
 
 def _muon(

@@ -1,6 +1,7 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
+    checkpoints/STEP/{momentum,replicas}        where replicas step alone (`training.local_sgd`)
     checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
 
 A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and
@@ -54,11 +55,20 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def _items(state: TrainState) -> dict[str, Leaves]:
-    items = {"params": named_leaves(state.params), "opt_state": named_leaves(state.opt_state)}
+OPTIONAL = ("momentum", "replicas")  # what a run goes on without, or with another number of replicas
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    trees = {"params": state.params, "opt_state": state.opt_state}
     if state.ema is not None:
-        items["ema"] = named_leaves(state.ema)
-    return items
+        trees["ema"] = state.ema
+    local = state.local or {}
+    assert set(local) <= set(OPTIONAL), "a state is saved in canonical form"
+    return trees | local
+
+
+def _items(state: TrainState) -> dict[str, Leaves]:
+    return {item: named_leaves(tree) for item, tree in _trees(state).items()}
 
 
 def _flat(items: Mapping[str, Leaves]) -> Leaves:
@@ -168,20 +178,17 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 
-        Raises ValueError where the checkpoint is of another shape or dtype, CorruptCheckpoint where its
-        numbers are not those that were saved.
+        `local` has what of it is there in the same shape. Raises ValueError where anything else is of another
+        shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
-        wanted = _items(abstract)
-        record, restored = self._load(step, wanted)
-        trees = {
-            item: _like(getattr(abstract, item), leaves)
-            for item, leaves in restored.items()
-            if item in wanted
-        }
+        wanted = _trees(abstract)
+        record, restored = self._load(step, _items(abstract))
+        trees = {item: _like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
+        local = {item: trees[item] for item in OPTIONAL if item in trees}
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
         )
-        return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema")), record
+        return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local or None), record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
@@ -196,6 +203,8 @@ class Checkpoints:
                 raise ValueError(
                     f"{self.directory} has no ema at step {step}; set training.ema_decay to keep one"
                 )
+            kinds = record["types"].items()
+            wanted = {i: w for i, w in wanted.items() if i not in OPTIONAL or _types({i: w}).items() <= kinds}
             self._check_types(step, wanted, record["types"])
         with _one_verdict(f"the arrays of checkpoint {step}"), _corruption(step):
             restored = self._checkpointer.load_checkpointables(step, wanted)

@@ -204,6 +204,8 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
             job.loader.restore(record["data"])
             for reason in quarantined:
                 say(f"quarantined: {reason}")
+            if program.replicas is not None and "replicas" not in (stored.local or {}):
+                say("the checkpoint is not of so many replicas that step alone: they start at its mean")
     if first > config.training.num_steps:
         raise ValueError(
             f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
@@ -275,7 +277,7 @@ def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
 
 def fresh_state(job: Job) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
-    program, ema = job.program, job.config.training.ema_decay is not None
+    program = job.program
     with cluster.together("the first state"), before_the_first_step():
         state = program.init_state(job.config.seed)
         jax.block_until_ready(state)  # so that too little memory is said before anything is written
@@ -283,9 +285,7 @@ def fresh_state(job: Job) -> TrainState:
     if parent is None:
         return state
     params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
-    params = program.from_canonical(params)
-    average = jax.tree.map(lambda x: x.copy(), params) if ema else None
-    return state.replace(params=params, ema=average)
+    return program.with_params(state, program.from_canonical(params))
 
 
 def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainState:
@@ -435,10 +435,16 @@ def describe(
     tokens = training.global_batch_size * config.data.seq_len
     remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
     free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
+    replicas = "step together"
+    if program.replicas is not None:
+        replicas = (
+            f"step alone, exchange {config.local_sgd.exchange} every {config.local_sgd.inner_steps} steps"
+        )
     return [
         ("run", config.run.dir, "going on" if run.resuming else "new"),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
         ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
+        *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
         ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
         ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
         ("attention", training.attention, "training.attention"),

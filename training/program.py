@@ -25,12 +25,14 @@ from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
+from training.local_sgd import Replicas, one_replica, steps_alone
 from training.state import (
     TrainState,
     abstract_state,
     decay_mask,
     init_state,
     is_info,
+    make_state,
     matrix_dims,
     placed_like,
     shardings,
@@ -63,18 +65,36 @@ class Program:
     compiler_options: Mapping[str, Any]
     born: "Born"
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
+    replicas: Replicas | None = None  # where they step alone
 
     def init_state(self, seed: int) -> TrainState:
         """Step 0, every leaf on the devices that own it."""
+        if self.replicas is not None:
+            begin, ema = self.replicas.begin, self.state.ema is not None
+            place = shardings(self.state)
+            first = jax.jit(lambda k: begin(make_state(self.born.init(k), self.tx, ema)), out_shardings=place)
+            return first(jax.random.key(seed))
         return init_state(self.born, self.tx, self.state, seed=seed, ema=self.state.ema is not None)
 
     def to_canonical(self, tree: Any) -> Any:
         """A state, or parameters, with layers stacked [n, ...] as checkpoints and other meshes have them."""
+        if self.replicas is not None and isinstance(tree, TrainState):
+            return self.replicas.to_canonical(tree)
         return self._relocate(tree, self.canonical, join=True)
 
     def from_canonical(self, tree: Any) -> Any:
         """The inverse: layers as this program's stages hold them."""
+        if self.replicas is not None and isinstance(tree, TrainState):
+            return self.replicas.from_canonical(tree)
         return self._relocate(tree, self.state, join=False)
+
+    def with_params(self, state: TrainState, params: Any) -> TrainState:
+        """A state at step 0 that begins at other parameters (in memory's form), its average too."""
+        if state.ema is not None:
+            state = state.replace(ema=jax.tree.map(jnp.copy, params))
+        if self.replicas is not None:
+            return self.replicas.with_params(state, params)
+        return state.replace(params=params)
 
     def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
         if self.born.arrangement is None:
@@ -84,7 +104,8 @@ class Program:
 
     def compile_train(self) -> Any:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
-        return compile_train_step(self.train_step, self.state, self.batch, self.layout, self.compiler_options)
+        metrics = self.replicas.metrics if self.replicas is not None else self.layout.replicated()
+        return compile_train_step(self.train_step, self.state, self.batch, metrics, self.compiler_options)
 
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""
@@ -98,6 +119,11 @@ class Born:
 
     model: Model
     arrangement: Arrangement | None
+
+    @property
+    def chunks(self) -> int:
+        """Virtual stages; above 1 layers lie on other stages in memory than in a checkpoint."""
+        return self.arrangement.chunks if self.arrangement is not None else 1
 
     @property
     def info(self) -> Any:
@@ -203,10 +229,10 @@ def build_program(config: Any, layout: Layout) -> Program:
     config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
     """
     model = build_model(config.model)
-    ops = build_ops(config, layout)
     training = config.training
     born = arrange(config, model, layout)
-    strategy = in_order(config, build_strategy(config, born, layout), layout)
+    alone = steps_alone(config.local_sgd, layout.mesh)
+    seen = one_replica(layout) if alone else layout  # by the step
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
         config.optim, schedule, decay_mask=decay_mask(born.info), matrices=matrix_dims(born.info)
@@ -214,14 +240,19 @@ def build_program(config: Any, layout: Layout) -> Program:
     step = make_train_step(
         model,
         tx,
-        strategy,
-        ops,
+        *order_of_work(config, born, seen),
         learning_rate=lambda count: config.optim.learning_rate * schedule(count),
         grad_clip=config.optim.grad_clip,
-        ema_decay=training.ema_decay,
+        ema_decay=None if alone else training.ema_decay,
         seed=config.seed,
     )
-    state = abstract_state(born, tx, layout, ema=training.ema_decay is not None)
+    state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
+    canonical, replicas = canonical_state(born, state, seen), None
+    if alone:
+        replicas = Replicas(config.local_sgd, seen, state, canonical, born.chunks)
+        step = replicas.train_step(step, ema_decay=training.ema_decay, seed=config.seed)
+        state, canonical = replicas.state, replicas.canonical
+    strategy, ops = order_of_work(config, born, layout)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
     platform = layout.mesh.devices.flat[0].platform
     options = compiler_options(config.deterministic, platform, layout.mesh.size)
@@ -236,8 +267,14 @@ def build_program(config: Any, layout: Layout) -> Program:
         step,
         options,
         born,
-        canonical_state(born, state, layout),
+        canonical,
+        replicas,
     )
+
+
+def order_of_work(config: Any, born: Born, layout: Layout) -> tuple[Any, Ops]:
+    """The strategy and the operations of a step over all rows that this layout splits."""
+    return in_order(config, build_strategy(config, born, layout), layout), build_ops(config, layout)
 
 
 def canonical_state(born: Born, state: TrainState, layout: Layout) -> TrainState:

@@ -5,10 +5,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from training.errors import RunFault
 from training.flops import Flops
+from training.local_sgd import host_scalars
 from training.metrics import MetricsLog
 
 
@@ -60,7 +59,7 @@ class Recorder:
             self.board.scalars(step, values)
 
     def _write(self, step: int, metrics: Mapping[str, Any], wait: float) -> None:
-        values = jax.device_get(dict(metrics))
+        values = host_scalars(metrics)
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         tokens = int(values["tokens"])

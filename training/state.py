@@ -14,12 +14,16 @@ from parallel.axes import Layout
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept."""
+    """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept.
+
+    `local` is None unless replicas step alone (`training.local_sgd`).
+    """
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
     ema: Any = None
+    local: Any = None
 
     def replace(self, **changes: Any) -> "TrainState":
         """A copy with other fields."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from parallel.axes import Layout
@@ -102,14 +103,21 @@ def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch]
 
 
 def compile_train_step(
-    step: Callable[..., Any], state: TrainState, batch: Batch, layout: Layout, options: Mapping[str, Any]
+    step: Callable[..., Any],
+    state: TrainState,
+    batch: Batch,
+    metrics: NamedSharding,
+    options: Mapping[str, Any],
 ) -> Any:
-    """Lower from abstract arguments with pinned shardings and compile; the result takes no other layout."""
+    """Lower from abstract arguments with pinned shardings and compile; the result takes no other layout.
+
+    metrics: where every metric goes.
+    """
     placed = shardings(state)
     jitted = jax.jit(
         step,
         in_shardings=(placed, shardings(batch)),
-        out_shardings=(placed, layout.replicated()),
+        out_shardings=(placed, metrics),
         donate_argnums=0,
     )
     return jitted.lower(state, batch).compile(dict(options))

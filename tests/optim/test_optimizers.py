@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig, OptimConfig
+from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig, OptimConfig, SGDConfig
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 
@@ -29,7 +29,7 @@ DECAY = {
     "segments": {"0": {"q": True, "kv": True, "gate": True, "down": True}},
     "norm": False,
 }
-CONFIGS = [AdamWConfig(), MuonConfig(), LionConfig()]
+CONFIGS = [AdamWConfig(), MuonConfig(), LionConfig(), SGDConfig()]
 
 
 def schedule():
@@ -75,6 +75,15 @@ def numpy_lion(p, gradients, rates, *, b1, b2, decay):
     return trace
 
 
+def numpy_sgd(p, gradients, rates, *, momentum, nesterov, decay):
+    m, trace = np.zeros_like(p), []
+    for g, rate in zip(gradients, rates, strict=True):
+        m = momentum * m + g
+        p = p - rate * ((g + momentum * m if nesterov else m) + decay * p)
+        trace.append(p)
+    return trace
+
+
 def numpy_muon(p, gradients, rates, *, momentum, decay, nesterov=True):
     """One matrix [fan_in, fan_out], with the iteration of Jordan et al. 2024."""
     m, trace = np.zeros_like(p), []
@@ -103,15 +112,19 @@ def rates(peak):
     return [peak * min(1, (s + 1) / 3) for s in range(NUM_STEPS)]
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "nesterov", "plain"])
 def test_elementwise_optimizers_equal_plain_numpy(name):
     params, gradients = random_tree(0), [random_tree(s + 1) for s in range(NUM_STEPS)]
     if name == "adamw":
         config = AdamWConfig(learning_rate=0.01, weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-3)
         reference, values = numpy_adamw, {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
-    else:
+    elif name == "lion":
         config = LionConfig(learning_rate=0.01, weight_decay=0.3, b1=0.8, b2=0.9)
         reference, values = numpy_lion, {"b1": 0.8, "b2": 0.9}
+    else:
+        values = {"momentum": 0.0 if name == "plain" else 0.8, "nesterov": name == "nesterov"}
+        config = SGDConfig(learning_rate=0.01, weight_decay=0.3, **values)
+        reference = numpy_sgd
     trace = train(optimizer(config), params, gradients)
     for path, decay in ((("embed",), 0.3), (("segments", "0", "gate"), 0.3), (("norm",), 0.0)):
         start, grads = doubles([params], *path)[0], doubles(gradients, *path)
