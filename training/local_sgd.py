@@ -183,8 +183,8 @@ class Replicas:
     def mean_difference(self, outer: Array, mine: Array, placed: NamedSharding, key: Array) -> Array:
         """Mean over replicas of outer - mine [R, ...], sent as `local_sgd.exchange` says, added in float32.
 
-        In few bytes it is gathered: each device receives R - 1 times its part, and the mean of numbers that
-        are rounded once is all that it keeps.
+        Small numbers are gathered, R - 1 times a device's part, each of them rounded once; an all-reduce of
+        float32 moves 8 (R - 1) / R bytes a parameter. So bfloat16 pays below 4 replicas and int8 below 8.
         """
         difference = jax.lax.with_sharding_constraint(outer[None] - mine, widened(placed))
         kind = self.config.exchange

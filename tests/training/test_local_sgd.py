@@ -59,10 +59,6 @@ class Trace:
     learnt: list[Any]  # each replica's difference just before an outer step, [R, ...]
 
 
-def batch(i):
-    return small.packed_batch(i)
-
-
 @functools.cache
 def one_worker(experts: bool) -> tuple[Program, Any]:
     """One device that steps on a replica's rows."""
@@ -84,7 +80,7 @@ def simulated(nesterov: bool = True, experts: bool = False) -> Trace:
     trace = Trace(np.zeros((STEPS, REPLICAS)), [], [], [])
     for i in range(STEPS):
         for r in range(REPLICAS):
-            rows = {name: np.split(x, REPLICAS)[r] for name, x in batch(i).items()}
+            rows = {name: np.split(x, REPLICAS)[r] for name, x in small.packed_batch(i).items()}
             workers[r], metrics = train(workers[r], small.place(program, rows))
             trace.losses[i, r] = metrics["loss"]
         if (i + 1) % INNER:
@@ -153,7 +149,7 @@ def test_equals_workers_that_are_run_in_turn(case):
     state = begin(case)
     assert spread(state) == 0
     for i in range(STEPS):
-        state, metrics = train(state, small.place(program, batch(i)))
+        state, metrics = train(state, small.place(program, small.packed_batch(i)))
         np.testing.assert_allclose(metrics["loss"], expected.losses[i], rtol=1e-5)
         if (i + 1) % INNER:
             assert spread(state) > 1e-4
@@ -185,7 +181,7 @@ def test_one_inner_step_of_sgd_and_an_outer_step_of_one_is_data_parallelism(monk
         state, train = program.init_state(0), program.compile_train()
         losses = []
         for i in range(5):
-            rows = {**batch(i), "loss_weights": np.ones((small.ROWS, small.LENGTH), np.float32)}
+            rows = {**small.packed_batch(i), "loss_weights": np.ones((small.ROWS, small.LENGTH), np.float32)}
             state, metrics = train(state, small.place(program, rows))
             losses.append(host_scalars(metrics)["loss"])
         crossing = [c for c in read(program, train).collectives if "replica" in c.axes]
@@ -214,7 +210,7 @@ def test_a_small_exchange_sends_small_numbers_and_errs_by_their_rounding(kind):
 
     state, expected = jax.device_put(first("fsdp_tensor"), shardings(program.state)), simulated()
     for i in range(INNER):
-        state, _ = train(state, small.place(program, batch(i)))
+        state, _ = train(state, small.place(program, small.packed_batch(i)))
     # What is sent is off by a share of the number (bfloat16) or of its row's largest (int8); the first outer
     # step is outer_learning_rate * (1 + outer_momentum) times the mean.
     share = {"bfloat16": 2**-8, "int8": 1 / 127}[kind]
@@ -252,7 +248,7 @@ def test_resuming_at_an_outer_step_is_bitwise(case, tmp_path):
     state = begin(case)
     with closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
         for i in range(STEPS):
-            state, _ = train(state, small.place(program, batch(i)))
+            state, _ = train(state, small.place(program, small.packed_batch(i)))
             if i + 1 == INNER:
                 checkpoints.save(i + 1, program.to_canonical(state), {})
                 checkpoints.wait()
@@ -261,7 +257,7 @@ def test_resuming_at_an_outer_step_is_bitwise(case, tmp_path):
     for leaf, like in zip(jax.tree.leaves(again), jax.tree.leaves(program.state), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)
     for i in range(INNER, STEPS):
-        again, _ = train(again, small.place(program, batch(i)))
+        again, _ = train(again, small.place(program, small.packed_batch(i)))
     for leaf, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(leaf, other)
 
@@ -270,7 +266,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_replicas_or_in_step(tmp_pat
     program, train = compiled("fsdp_tensor")
     state = begin("fsdp_tensor")
     for i in range(INNER):
-        state, _ = train(state, small.place(program, batch(i)))
+        state, _ = train(state, small.place(program, small.packed_batch(i)))
     with closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
         checkpoints.save(INNER, program.to_canonical(state), {})
         checkpoints.wait()
@@ -304,7 +300,7 @@ def test_a_checkpoint_of_a_synchronous_run_goes_on_alone(tmp_path):
     alone = program.from_canonical(stored)
     assert jax.tree.structure(alone) == jax.tree.structure(program.state)
     assert_close(alone.params, state.params)
-    train(alone, small.place(program, batch(0)))
+    train(alone, small.place(program, small.packed_batch(0)))
 
 
 def assert_close(tree, other):
@@ -322,10 +318,12 @@ def test_a_parents_weights_reach_every_replica():
 
 def test_evaluation_is_of_the_outer_parameters():
     program, train = compiled("fsdp_tensor")
-    state, _ = train(begin("fsdp_tensor"), small.place(program, batch(0)))  # replicas differ by now
-    sums = program.compile_eval()(state.params, small.place(program, batch(9)))
+    state, _ = train(
+        begin("fsdp_tensor"), small.place(program, small.packed_batch(0))
+    )  # replicas differ by now
+    sums = program.compile_eval()(state.params, small.place(program, small.packed_batch(9)))
     one = small.make_program(make_config({}, inner_steps=1))
-    expected = one.compile_eval()(first("fsdp_tensor").params, small.place(one, batch(9)))
+    expected = one.compile_eval()(first("fsdp_tensor").params, small.place(one, small.packed_batch(9)))
     np.testing.assert_allclose(sums["nll"], expected["nll"], rtol=1e-5)
 
 
@@ -352,4 +350,3 @@ def test_parameters_are_never_split_over_replicas():
     layout = small.make_program(make_config({"replica": 2})).layout
     rules = {**layout.rules, "embed": ["replica", "fsdp"]}
     assert local_sgd.one_replica(replace(layout, rules=rules)).rules["embed"] == ["fsdp"]
-    assert shardings({}) == {}
