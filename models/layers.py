@@ -113,6 +113,9 @@ class Attention(nnx.Module):
         q = add_bias(ops.einsum("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
         kv = add_bias(ops.einsum("BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
         q = ops.constrain(q, HEADS)
+        kv = ops.constrain(
+            kv, ("batch", "length", None, "act_kv_heads" if ops.repeat_kv == 1 else None, None)
+        )
         k, v = kv[:, :, 0], kv[:, :, 1]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

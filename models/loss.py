@@ -1,6 +1,6 @@
 """Next-token cross-entropy over chunks of tokens, so that [B*T, V] logits never exist.
 
-B batch, T position, D model, V vocabulary.
+B batch, T position, D model, V vocabulary; R and P parts of rows and positions on different devices.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,15 @@ from jaxtyping import Array, Float, Int
 from models.attention import largest_divisor
 
 LOGIT_AXES = ("batch", "length", "act_vocab")
+PARTIAL = ("batch", "length", "act_vocab", None)  # a gradient of the table for each group of devices
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What of the loss is static: positions in a chunk and parts of them, soft cap, z-loss, placement."""
+    """What of the loss is static: positions in a chunk, parts of rows and positions, caps and weights."""
 
     size: int
-    parts: int
+    parts: tuple[int, int]
     softcap: float | None
     z_loss: float
     constrain: Callable[[Array, tuple[str | None, ...]], Array]
@@ -35,7 +36,7 @@ def chunked_cross_entropy(
     weights: Float[Array, "B T"],
     *,
     chunk: int,
-    parts: int = 1,
+    parts: tuple[int, int] = (1, 1),
     softcap: float | None = None,
     z_loss: float = 0.0,
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
@@ -46,12 +47,13 @@ def chunked_cross_entropy(
     predicted and how much it counts. With logits l = cap(x·w), the loss of a token is
     -log softmax(l)[target] + z_loss * log²(sum exp l).
     About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
-    lowered to a divisor of T. `parts` is the number of devices that T is split over: each has an equal share
-    of every chunk, and at least one position. When differentiated, the forward pass makes dx and dw chunk by
-    chunk while the logits are there, so that backward is a scale: three matmuls, no recompute. No gradient
-    goes to `weights`.
+    lowered to a divisor of T. `parts` are the numbers of devices that B and T are split over: each device has
+    an equal share of every chunk, at least one position, and adds up its own losses and dw until the end.
+    When differentiated, the forward pass makes dx and dw chunk by chunk while the logits are there, so that
+    backward is a scale: three matmuls, no recompute. No gradient goes to `weights`.
     """
-    size = parts * largest_divisor(x.shape[1] // parts, chunk // x.shape[0] // parts)
+    share = parts[1]
+    size = share * largest_divisor(x.shape[1] // share, chunk // x.shape[0] // share)
     spec = LossSpec(size, parts, softcap, z_loss, constrain)
     loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
     # The backward rule knows only the loss's cotangent: the sums must not seem differentiable.
@@ -66,9 +68,9 @@ def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: Los
         nll, z, _ = _chunk_loss(*chunk, table, spec)
         return (sums[0] + nll, sums[1] + z), None
 
-    zero = jnp.zeros((), jnp.float32)
+    zero = jnp.zeros(spec.parts, jnp.float32)
     (nll, z), _ = jax.lax.scan(step, (zero, zero), _chunks(x, targets, weights, spec))
-    return nll + z, {"nll": nll, "z_loss": z}
+    return _results(nll, z)
 
 
 def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
@@ -79,13 +81,19 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec)
         nll, z, dlogits = _chunk_loss(*chunk, table, spec)
         dlogits = dlogits.astype(x.dtype)
         dx = jnp.einsum("BTV,VD->BTD", dlogits, table)
-        dw += jnp.einsum("BTV,BTD->VD", dlogits, chunk[0], preferred_element_type=jnp.float32)
-        return (nll_sum + nll, z_sum + z, dw), dx
+        pairs = (_groups(dlogits, spec), _groups(chunk[0], spec))
+        dw += jnp.einsum("RBPTV,RBPTD->RPVD", *pairs, preferred_element_type=jnp.float32)
+        return (nll_sum + nll, z_sum + z, spec.constrain(dw, PARTIAL)), dx
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
+    zero = jnp.zeros(spec.parts, jnp.float32)
+    start = (zero, zero, spec.constrain(jnp.zeros((*spec.parts, *w.shape), jnp.float32), PARTIAL))
     (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
-    return (nll + z, {"nll": nll, "z_loss": z}), (_join(dx, spec), dw.astype(w.dtype))
+    return _results(nll, z), (_join(dx, spec), jnp.sum(dw, axis=(0, 1)).astype(w.dtype))
+
+
+def _results(nll: Array, z: Array) -> tuple[Array, dict[str, Array]]:
+    nll, z = jnp.sum(nll), jnp.sum(z)
+    return nll + z, {"nll": nll, "z_loss": z}
 
 
 def _backward(spec: LossSpec, residuals: tuple[Array, Array], cotangents: Any) -> Any:
@@ -103,21 +111,27 @@ def _chunks(x: Array, targets: Array, weights: Array, spec: LossSpec) -> tuple[A
 
 def _split(x: Array, spec: LossSpec) -> Array:
     """[B, T, ...] as [T/size, B, size, ...]; a chunk is a stretch of positions from each part of T."""
-    blocks = x.reshape(x.shape[0], spec.parts, -1, spec.size // spec.parts, *x.shape[2:])
+    blocks = x.reshape(x.shape[0], spec.parts[1], -1, spec.size // spec.parts[1], *x.shape[2:])
     blocks = jnp.moveaxis(blocks, 2, 0)
     return blocks.reshape(blocks.shape[0], x.shape[0], spec.size, *x.shape[2:])
 
 
 def _join(x: Array, spec: LossSpec) -> Array:
     """The inverse of `_split`."""
-    blocks = x.reshape(*x.shape[:2], spec.parts, spec.size // spec.parts, *x.shape[3:])
+    blocks = x.reshape(*x.shape[:2], spec.parts[1], spec.size // spec.parts[1], *x.shape[3:])
     return jnp.moveaxis(blocks, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _groups(x: Array, spec: LossSpec) -> Array:
+    """A chunk [B, T, ...] by the devices that hold it, [R, B/R, P, T/P, ...]."""
+    rows, parts = spec.parts
+    return x.reshape(rows, x.shape[0] // rows, parts, x.shape[1] // parts, *x.shape[2:])
 
 
 def _chunk_loss(
     x: Array, targets: Array, weights: Array, table: Array, spec: LossSpec
 ) -> tuple[Array, Array, Array]:
-    """Sums of nll and z-loss over one chunk, and the gradient by its logits (dead code where unused)."""
+    """Each group's nll and z-loss over one chunk, and the gradient by its logits (dead where unused)."""
     logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
     logits = spec.constrain(logits, LOGIT_AXES)
     capped = softcap_logits(logits, spec.softcap)
@@ -133,7 +147,8 @@ def _chunk_loss(
     dlogits = exps / total * share - jnp.where(hit, weights[..., None], 0.0)
     if spec.softcap is not None:
         dlogits *= 1.0 - jnp.square(capped / spec.softcap)
-    return jnp.sum(weights * nll), jnp.sum(weights * z), dlogits
+    nll, z = (jnp.sum(_groups(weights * term, spec), axis=(1, 3)) for term in (nll, z))
+    return nll, z, dlogits
 
 
 def softcap_logits(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:

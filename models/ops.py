@@ -31,7 +31,7 @@ class Ops:
     experts: as `models.experts.run_experts`: tokens to their experts and back.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     constrain: `(x, logical axes, one a dim) -> x`.
-    loss_chunk: tokens whose logits exist at once. length_parts: devices that positions are split over.
+    loss_chunk: tokens whose logits exist at once. parts: devices that rows and positions are split over.
     z_loss: weight of log²(sum exp logits).
     repeat_kv: copies of each K/V head in the activations, so that `tensor` > num_kv_heads divides them.
     """
@@ -42,6 +42,6 @@ class Ops:
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = identity_constrain
     compute_dtype: Any = jnp.float32
     loss_chunk: int = 512
-    length_parts: int = 1
+    parts: tuple[int, int] = (1, 1)
     z_loss: float = 0.0
     repeat_kv: int = 1

@@ -157,7 +157,7 @@ class Model:
             targets,
             weights,
             chunk=ops.loss_chunk,
-            parts=ops.length_parts,
+            parts=ops.parts,
             softcap=self.config.logit_softcap,
             z_loss=z_loss,
             constrain=ops.constrain,

@@ -105,6 +105,7 @@ class Plain:
     accumulation_steps: int = 1
     remat: str = "none"
     scan_layers: bool = True
+    shardings: Any = None  # of the parameters: gradients are scattered to them as soon as they are there
 
     def forward(self, model: Model, params: Params, batch: Batch, key: Array, ops: Any) -> tuple[Array, Sums]:
         """(sum of what is minimized, sums to report) of one microbatch, every array [B, T]."""
@@ -134,7 +135,12 @@ class Plain:
             loss, sums = self.forward(model, params, micro, key, ops)
             return loss / weight, jax.tree.map(lambda s: s / weight, {"objective": loss, **sums})
 
-        grad = jax.grad(loss_of, has_aux=True)
+        def grad(params: Params, micro: Batch) -> tuple[Params, Sums]:
+            grads, means = jax.grad(loss_of, has_aux=True)(params, micro)
+            if self.shardings is not None:
+                grads = jax.lax.with_sharding_constraint(grads, self.shardings)
+            return grads, means
+
         if self.accumulation_steps == 1:
             grads, means = grad(params, batch)
             return means, grads

@@ -159,7 +159,8 @@ def build_strategy(config: Any, born: Born, layout: Layout) -> Plain | Pipeline:
     """In what order layers and microbatches are worked through."""
     training = config.training
     if born.arrangement is None:
-        return Plain(training.accumulation_steps, training.remat, training.scan_layers)
+        placed = layout.tree(born.info, is_info) if layout.mesh.size > 1 else None
+        return Plain(training.accumulation_steps, training.remat, training.scan_layers, placed)
     schedule = make_pipeline_schedule(
         config.pipeline.schedule,
         stages=born.arrangement.stages,
@@ -217,7 +218,7 @@ def build_ops(config: Any, layout: Layout) -> Ops:
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
         loss_chunk=config.training.loss_chunk,
-        length_parts=layout.ways("length"),
+        parts=(layout.ways("batch"), layout.ways("length")),
         z_loss=config.training.z_loss,
         repeat_kv=kv_repeats(config.model.num_kv_heads, layout),
     )

@@ -30,12 +30,12 @@ def naive(x, w, targets, weights, softcap, z_loss):
     ("chunk", "parts", "softcap", "z_loss"),
     # Chunks of 1, 2, 2 (12 // 3 = 4 does not divide 10), 2, 10 and twice 1 positions.
     [
-        (1, 1, None, 0.0),
-        (7, 1, 2.0, 0.0),
-        (12, 1, None, 0.01),
-        (12, 1, 2.0, 0.01),
-        (1000, 1, 2.0, 0.01),
-        (12, 2, 2.0, 0.01),
+        (1, (1, 1), None, 0.0),
+        (7, (1, 1), 2.0, 0.0),
+        (12, (1, 1), None, 0.01),
+        (12, (1, 1), 2.0, 0.01),
+        (1000, (1, 1), 2.0, 0.01),
+        (12, (3, 2), 2.0, 0.01),
     ],
 )
 def test_chunked_cross_entropy_equals_naive_in_loss_and_grads(chunk, parts, softcap, z_loss):
