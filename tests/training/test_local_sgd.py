@@ -44,7 +44,7 @@ def make_config(mesh, *, inner_steps=INNER, model=None, outer=None, optim=None, 
     if "moe" in model:
         model["moe"] = MOE
     how.setdefault("ema_decay", DECAY)
-    config = small.make_config(mesh, model=model, optim=optim or AdamWConfig(learning_rate=1e-2), **how)
+    config = small.make_config(mesh, model=model, optim=optim or AdamWConfig(learning_rate=3e-3), **how)
     config.local_sgd = LocalSGDConfig(inner_steps=inner_steps, **(outer or {}))
     return config
 
@@ -70,7 +70,7 @@ def one_worker(experts: bool) -> tuple[Program, Any]:
 
 
 @functools.cache
-def simulated(nesterov: bool = True, experts: bool = False) -> Trace:
+def simulated(experts: bool = False) -> Trace:
     """DiLoCo without a mesh: workers in turn, and the outer step in numpy."""
     program, train = one_worker(experts)
     rate, mu = LocalSGDConfig.outer_learning_rate, LocalSGDConfig.outer_momentum
@@ -89,7 +89,7 @@ def simulated(nesterov: bool = True, experts: bool = False) -> Trace:
         learnt = jax.tree.map(lambda o, *p: np.stack([o - x for x in p]), outer, *params)
         gradient = jax.tree.map(lambda x: x.mean(0), learnt)
         momentum = jax.tree.map(lambda m, g: mu * m + g, momentum, gradient)
-        step = jax.tree.map(lambda m, g: g + mu * m, momentum, gradient) if nesterov else momentum
+        step = jax.tree.map(lambda m, g: g + mu * m, momentum, gradient)
         outer = jax.tree.map(lambda o, s: o - rate * s, outer, step)
         ema = jax.tree.map(lambda e, o: e + (1 - DECAY**INNER) * (o - e), ema, outer)
         workers = [w.replace(params=small_copy(outer, w.params)) for w in workers]
@@ -223,6 +223,21 @@ def test_a_small_exchange_sends_small_numbers_and_errs_by_their_rounding(kind):
         differs = max(differs, error.max())
     assert differs > 1e-6
     assert spread(state) == 0
+
+
+def test_without_nesterov_the_outer_step_is_the_momentum_itself():
+    """Polyak's heavy ball."""
+    program, _ = compiled("fsdp_tensor")
+    config = LocalSGDConfig(inner_steps=INNER, outer_learning_rate=0.5, outer_momentum=0.8, nesterov=False)
+    replicas = replace(program.replicas, config=config)
+    state = begin("fsdp_tensor")
+    momentum = jax.tree.map(lambda x: 0.1 * x + 1, state.params)
+    mine = jax.tree.map(lambda x: x - jnp.arange(2.0).reshape(2, *(1,) * (x.ndim - 1)), state.local["params"])
+    kept = (state.params, momentum, None, mine)
+    outer, momentum, _, _ = jax.jit(lambda kept: replicas.meet(kept, jax.random.key(0), None))(kept)
+    for old, new, m in zip(*map(jax.tree.leaves, (state.params, outer, momentum)), strict=True):
+        np.testing.assert_allclose(m, 0.8 * (0.1 * old + 1) + 0.5, atol=1e-6)
+        np.testing.assert_allclose(new, old - 0.5 * m, atol=1e-6)
 
 
 def wire_types(text, collectives):
