@@ -165,9 +165,8 @@ def _gather(place: Place, end: float, limit: float) -> None:
     try:
         server = socket.create_server(("", port))
     except OSError as error:
-        raise ClusterFault(
-            f"{COORDINATOR}={place.coordinator}: {error.strerror}; choose another port"
-        ) from error
+        reason = os.strerror(error.errno or 0)
+        raise ClusterFault(f"{COORDINATOR}={place.coordinator}: {reason}; choose another port") from error
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
         there: dict[int, socket.socket] = {}

@@ -158,16 +158,18 @@ class Job:
         return None if sys.stdout.isatty() else subprocess.PIPE
 
     def _pass_on(self, lines: IO[bytes]) -> None:
-        for line in lines:
-            if not line.startswith(b"[Gloo] "):  # which says there how many peers it has met
-                sys.stdout.buffer.write(line)
-                sys.stdout.flush()
+        with lines:
+            for line in lines:
+                if not line.startswith(b"[Gloo] "):  # which says there how many peers it has met
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.flush()
 
     def _forward(self, rank: int, lines: IO[bytes]) -> None:
-        for line in lines:
-            with self._printing:
-                sys.stderr.write(f"[{rank}] {line.decode(errors='replace')}")
-                sys.stderr.flush()
+        with lines:
+            for line in lines:
+                with self._printing:
+                    sys.stderr.write(f"[{rank}] {line.decode(errors='replace')}")
+                    sys.stderr.flush()
 
     def _wait(self) -> int:
         while True:

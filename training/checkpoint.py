@@ -39,6 +39,7 @@ from training.errors import RunFault
 from training.state import TrainState
 
 FORMAT = 1
+SAVE_SECONDS = 600  # for a save, waiting for other processes included: what one of them cannot write ends all
 ABANDON_SECONDS = 30  # that a save under way gets when the job ends in a fault
 Leaves = dict[str, Array]
 
@@ -102,6 +103,7 @@ class Checkpoints:
                     max(config.keep, config.average_last)
                 ),
                 cleanup_tmp_directories=not read_only,
+                context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS)),
             )
 
     def _set_unreadable_apart(self) -> list[str]:
