@@ -518,6 +518,18 @@ def _local_sgd(case: Case) -> str | None:
     return None
 
 
+def _kernel(case: Case) -> str | None:
+    if case.sizes["context"] == 1 or case.config.training.attention != "cudnn":
+        return None
+    kind = case.config.context.attention
+    if kind == "ulysses":
+        return None
+    return (
+        f"context.attention={kind} cannot use training.attention=cudnn, whose kernel takes rows in the order "
+        "of the text; use context.attention=ulysses or training.attention=chunked"
+    )
+
+
 # In the order in which a person would look: the mesh itself, then stages, rows, positions, tensors.
 RULES = (
     _slices,
@@ -528,6 +540,7 @@ RULES = (
     _batch,
     _length,
     _ulysses,
+    _kernel,
     _splits,
     _vocabulary,
     _local_sgd,

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from models.attention import reference_attention
+from models.experts import run_experts
 from models.ops import identity_constrain
 from serving.sample import Sampling, sample, sample_keys
 
@@ -143,7 +145,8 @@ def _decode(
     All rows stand at the same position. A row whose prompt is longer than the position feeds its prompt on, a
     shorter one what it drew: different lengths need neither padding inside a text nor masks.
     """
-    ops = replace(ops, constrain=identity_constrain)
+    # One device, and queries beside a cache of keys: not what a kernel for training is made for.
+    ops = replace(ops, constrain=identity_constrain, experts=run_experts, attention=reference_attention)
     cache = model.init_cache(tokens.shape[0], tokens.shape[1], ops.compute_dtype)
     if prefill:
         _, cache = model.decode(params, tokens[:, :prefill], cache, ops)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("reference", "chunked")
+ATTENTION = ("reference", "chunked", "cudnn")
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -50,7 +50,8 @@ class TrainingConfig:
     precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
     scan_layers: bool = True  # compile one layer and loop; false unrolls
-    attention: str = "reference"  # reference | chunked
+    attention: str = "reference"  # reference | chunked | cudnn
+    max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed
     loss_chunk: int = 512  # tokens whose logits exist at once, per device group
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
     ema_decay: float | None = None  # such as 0.999: also keep a moving average of the weights
@@ -60,7 +61,7 @@ class TrainingConfig:
         _choice("training.precision", self.precision, PRECISIONS)
         _choice("training.remat", self.remat, REMAT)
         _choice("training.attention", self.attention, ATTENTION)
-        for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk"):
+        for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
         _require(self.z_loss >= 0, "training.z_loss", self.z_loss, "0 or more")
         ema = self.ema_decay

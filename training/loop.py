@@ -18,6 +18,7 @@ from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
 from data.pipeline import Prepared, follow, prepare
 from parallel import cluster
 from parallel.axes import Layout
+from parallel.cudnn import check_documents
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch, start_compile_cache
@@ -299,7 +300,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         start=first,
         depth=config.data.prefetch,
         rows=rows,
-        place=placing(job.program.batch, rows),
+        place=checked(config.training, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
     recorder.resume_clock()
@@ -322,6 +323,18 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     recorder.flush()
     checkpoints.wait()
     return state
+
+
+def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`place`, after a look at what cuDNN's kernel must know of a row beforehand."""
+    if training.attention != "cudnn":
+        return place
+
+    def look(batch: Any) -> Any:
+        check_documents(batch["segment_ids"], training.max_documents)
+        return place(batch)
+
+    return look
 
 
 def every(period: int, step: int, last: int) -> bool:
@@ -356,7 +369,7 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
         mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
         figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
     program, params = job.program, state.params
-    if sample is not None and cluster.process_count() > 1:
+    if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
 
     def write() -> None:

@@ -21,6 +21,7 @@ from optim.schedules import make_schedule
 from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
 from parallel.context import Zigzag, context_attention, uses_zigzag
+from parallel.cudnn import check_devices, cudnn_attention, cudnn_kernel
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain
@@ -29,6 +30,7 @@ from training.local_sgd import Replicas, one_replica, steps_alone
 from training.state import (
     TrainState,
     abstract_state,
+    balance_mask,
     decay_mask,
     init_state,
     is_info,
@@ -204,16 +206,22 @@ def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> di
     return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
 
 
+def build_attention(config: Any, layout: Layout) -> Callable[..., Array]:
+    """The kernel by `training.attention`, and its way over devices by `context.attention`."""
+    kind, most = config.training.attention, config.training.max_documents
+    if kind == "cudnn" and layout.mesh.shape["context"] == 1:
+        return cudnn_attention(layout, most)
+    if kind == "cudnn":
+        check_devices(layout.mesh.devices.flat, most)
+    local = cudnn_kernel(most) if kind == "cudnn" else ATTENTION[kind]
+    return context_attention(config.context.attention, layout, local, zigzag=config.context.zigzag)
+
+
 def build_ops(config: Any, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
     platform = layout.mesh.devices.flat[0].platform
     return Ops(
-        attention=context_attention(
-            config.context.attention,
-            layout,
-            ATTENTION[config.training.attention],
-            zigzag=config.context.zigzag,
-        ),
+        attention=build_attention(config, layout),
         experts=expert_dispatch(layout, run_experts),
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
@@ -236,7 +244,12 @@ def build_program(config: Any, layout: Layout) -> Program:
     seen = one_replica(layout) if alone else layout  # by the step
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
-        config.optim, schedule, decay_mask=decay_mask(born.info), matrices=matrix_dims(born.info)
+        config.optim,
+        schedule,
+        decay_mask=decay_mask(born.info),
+        matrices=matrix_dims(born.info),
+        balance=balance_mask(born.info),
+        balance_rate=config.model.moe.bias_update_rate if config.model.moe else 0.0,
     )
     step = make_train_step(
         model,

@@ -76,6 +76,7 @@ class Recorder:
             "step_seconds": seconds,
             "input_wait_seconds": wait,
             **self.flops.mfu(tokens / seconds),
+            **{key: float(value) for key, value in values.items() if key.startswith(("moe/", "mtp_"))},
         }
         if self.log:
             self.log.write(row)
