@@ -10,7 +10,7 @@ The largest segment is split into stages. Embedding, other segments and head bel
 the rules for `vocab` split their tables over mesh.pipeline, so that none holds or computes more than others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -165,17 +165,20 @@ class StageProgram:
             if self.schedule.split:
                 places = self.schedule.weight_slots[2]
                 state["taps"] = jax.tree.map(
-                    lambda s: self.at.spread(jnp.zeros((places, *s.shape), s.dtype), 1), self.tap_shapes(x)
+                    lambda t: self.at.pin(jnp.zeros((places, *t.shape), t.dtype), (None, *t.axes)),
+                    self.tap_shapes(x),
                 )
         return state
 
-    def tap_shapes(self, x: jax.ShapeDtypeStruct) -> Taps:
-        """Shapes of what one unit leaves behind on every stage, [P, n/(vP), ...]."""
+    def tap_shapes(self, x: jax.ShapeDtypeStruct) -> Any:
+        """What one unit leaves behind on every stage, [P, n/(vP), ...]."""
         segment = self.model.segments[int(self.main)]
         layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[3:], p.dtype), self.params)
-        shapes = tap_shapes(self._scan(int(self.main), self.micro(0)), layer, x)
         stages, repeats = self.schedule.stages, segment.count // (self.schedule.stages * self.schedule.chunks)
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((stages, repeats, *s.shape), s.dtype), shapes)
+        return jax.tree.map(
+            lambda t: replace(t, shape=(stages, repeats, *t.shape), axes=("stages", None, *t.axes)),
+            tap_shapes(self._scan(int(self.main), self.micro(0)), layer, x),
+        )
 
     def _zero_sums(self, x: jax.ShapeDtypeStruct) -> Sums:
         micro = self.micro(0)
@@ -264,7 +267,8 @@ class StageProgram:
         busy, params, mine = unit != IDLE, self.at.chunk(self.params, chunk), self.micro(micro)
         x = self.at.take(state["inputs"], row["take"])
         if self.schedule.split:
-            empty = jax.tree.map(lambda t: self.at.spread(jnp.zeros_like(t[0]), 0), state["taps"])
+            shapes = self.tap_shapes(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+            empty = jax.tree.map(lambda t: self.at.pin(jnp.zeros(t.shape, t.dtype), t.axes), shapes)
             (y, sums), pull = jax.vjp(
                 lambda p, x, taps: self.tapped_stages(p, x, mine, chunk, taps), params, x, empty
             )
@@ -277,7 +281,13 @@ class StageProgram:
         dy = self.at.constrain(jnp.where(widen(busy, dy), dy, 0))
         dparams, dx, *taps = pull((dy, self.cotangents(sums, busy)))
         if taps:
-            state["taps"] = self.at.keep_any(state["taps"], taps[0], row["leave"], busy)
+            left = jax.tree.map(lambda t, x: self.at.pin(x, t.axes), shapes, taps[0])
+            state["taps"] = jax.tree.map(
+                lambda t, places, x: self.at.keep(places, x, row["leave"], busy, t.axes),
+                shapes,
+                state["taps"],
+                left,
+            )
         state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
         self.count(state, sums, busy)
         dx = self.at.constrain(dx)
@@ -288,7 +298,12 @@ class StageProgram:
     def weights(self, state: dict[str, Any], row: Row) -> None:
         """Gradients by weights of units whose backward is behind them, on all stages the same microbatch."""
         unit, micro, chunk = self.units(row["weight"])
-        taps = self.at.take_any(state["taps"], row["fetch"], unit != IDLE)
+        busy = unit != IDLE
+        shapes = self.tap_shapes(jax.ShapeDtypeStruct(state["x"].shape[1:], state["x"].dtype))
+        taps = jax.tree.map(
+            lambda t, places: self.at.take(places, row["fetch"], t.axes), shapes, state["taps"]
+        )
+        taps = jax.tree.map(lambda t: jnp.where(widen(busy, t), t, 0), taps)
         dparams = self.weight_gradients(
             self.at.chunk(self.params, chunk), jnp.zeros_like(state["x"]), self.micro(micro), chunk, taps
         )

@@ -96,13 +96,29 @@ def with_einsum(scan: LayerScan, einsum: Einsum) -> LayerScan:
     return dataclasses.replace(scan, ops=dataclasses.replace(scan.ops, einsum=einsum))
 
 
-def tap_shapes(scan: LayerScan, params: Params, x: jax.ShapeDtypeStruct) -> list[tuple[Any, Any]]:
-    """Shapes of the pairs that one period of layers leaves behind, in the order in which they are met."""
-    shapes: list[tuple[Any, Any]] = []
+# An einsum's letters are the house's names of dims: how a product is written says where its pair lies.
+PLACES = {"B": "batch", "T": "length", "N": "act_heads", "K": "act_kv_heads", "F": "act_mlp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TapShape:
+    """One array of a pair, before it has a value."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+
+
+def tap_shapes(scan: LayerScan, params: Params, x: jax.ShapeDtypeStruct) -> list[tuple[TapShape, TapShape]]:
+    """The pairs that one period of layers leaves behind, in the order in which they are met."""
+    shapes: list[tuple[TapShape, TapShape]] = []
 
     def einsum(spec: str, x: Array, w: Array) -> Array:
         y = scan.ops.einsum(spec, x, w)
-        shapes.append((jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(y.shape, y.dtype)))
+        inputs, out = spec.split("->")
+        pairs = ((x, inputs.split(",")[0]), (y, out))
+        found = [TapShape(a.shape, a.dtype, tuple(PLACES.get(i) for i in letters)) for a, letters in pairs]
+        shapes.append((found[0], found[1]))
         return y
 
     watching = with_einsum(scan, einsum)

@@ -19,6 +19,7 @@ from parallel.axes import Layout
 
 RESIDUAL = ("stages", "batch", "act_length", "act_embed")
 ONE = PartitionSpec(AXIS)
+Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,20 @@ class Stages:
         """Pin a residual stream of every stage."""
         return self.layout.constrain(x, RESIDUAL)
 
-    def spec(self, x: Array) -> PartitionSpec:
-        """Where such a stream lies."""
-        return self.layout.spec(RESIDUAL, x.shape, "activation")
+    def spec(self, x: Array, axes: Axes = RESIDUAL) -> PartitionSpec:
+        """Where such a stream lies, or another array with these logical axes."""
+        # Fewer K/V heads than devices are whole on each until they are repeated.
+        many = [
+            name == "act_kv_heads" and size % self.layout.ways(name)
+            for name, size in zip(axes, x.shape, strict=True)
+        ]
+        names = [None if whole else name for name, whole in zip(axes, many, strict=True)]
+        return self.layout.spec(names, x.shape, "activation")
 
-    def spread(self, x: Array, dim: int) -> Array:
-        """Pin dim `dim` to the stages, and leave the others to the partitioner."""
-        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
-        spec[dim] = AXIS
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.layout.mesh, PartitionSpec(*spec)))
+    def pin(self, x: Array, axes: Axes) -> Array:
+        """Any array with these logical axes."""
+        placed = NamedSharding(self.layout.mesh, self.spec(x, axes))
+        return jax.lax.with_sharding_constraint(x, placed)
 
     def local(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` of the parts that a device has."""
@@ -68,42 +74,32 @@ class Stages:
 
     def keep(
         self,
-        places: Float[Array, "R P B T D"],
-        x: Float[Array, "P B T D"],
+        places: Float[Array, "R P ..."],
+        x: Float[Array, "P ..."],
         place: Int[Array, " P"],
         busy: Bool[Array, " P"],
-    ) -> Float[Array, "R P B T D"]:
+        axes: Axes = RESIDUAL,
+    ) -> Float[Array, "R P ..."]:
         """Put what each stage has in its place, unless the stage is idle."""
-        spec = self.spec(x)
+        spec = self.spec(x, axes)
         many = PartitionSpec(None, *spec)
 
         def put(places: Array, x: Array, place: Array, busy: Array) -> Array:
-            return put_at(places, x, place[0], busy[0])
+            old = jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy[0], x, old), place[0], 0)
 
         return self.local(put, (many, spec, ONE, ONE), many)(places, x, place, busy)
 
-    def take(self, places: Float[Array, "R P B T D"], place: Int[Array, " P"]) -> Float[Array, "P B T D"]:
+    def take(
+        self, places: Float[Array, "R P ..."], place: Int[Array, " P"], axes: Axes = RESIDUAL
+    ) -> Float[Array, "P ..."]:
         """What each stage kept in its place."""
-        spec = self.spec(places[0])
+        spec = self.spec(places[0], axes)
 
         def get(places: Array, place: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
 
         return self.local(get, (PartitionSpec(None, *spec), ONE), spec)(places, place)
-
-    def keep_any(self, places: Any, x: Any, place: Int[Array, " P"], busy: Bool[Array, " P"]) -> Any:
-        """`keep` for a tree [R, P, ...] of which only the stages are known to be split."""
-        many = jax.vmap(put_at, in_axes=(1, 0, 0, 0), out_axes=1)
-        return jax.tree.map(lambda p, x: self.spread(many(p, x, place, busy), 1), places, x)
-
-    def take_any(self, places: Any, place: Int[Array, " P"], busy: Bool[Array, " P"]) -> Any:
-        """`take` for such a tree; zeros where the stage is idle."""
-
-        def get(places: Array, place: Array, busy: Array) -> Array:
-            return jnp.where(busy, jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False), 0)
-
-        many = jax.vmap(get, in_axes=(1, 0, 0))
-        return jax.tree.map(lambda p: self.spread(many(p, place, busy), 0), places)
 
     def chunk(self, params: Any, chunk: Int[Array, " P"]) -> Any:
         """Each stage's parameters of a chunk, [v, P, n/(vP), ...] to [P, n/(vP), ...]."""
@@ -133,9 +129,3 @@ class Stages:
         return jax.tree.map(
             lambda spec: PartitionSpec(*spec[1:]), self.specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
-
-
-def put_at(places: Array, x: Array, place: Array, busy: Array) -> Array:
-    """[R, ...] with x in its place, or unchanged."""
-    old = jax.lax.dynamic_index_in_dim(places, place, 0, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy, x, old), place, 0)

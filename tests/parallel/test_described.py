@@ -16,7 +16,6 @@ from configs.schema import Config
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
-from parallel.cudnn import cudnn_attention
 from parallel.described import (
     GPUS,
     TPU_NAMES,
@@ -134,7 +133,13 @@ def small_llama(**mesh):
         optim=AdamWConfig(),
         schedule=ConstantConfig(warmup_steps=2),
         training=TrainingConfig(
-            num_steps=4, global_batch_size=32, precision="bfloat16", remat="dots", loss_chunk=1024
+            num_steps=4,
+            global_batch_size=32,
+            precision="bfloat16",
+            remat="dots",
+            loss_chunk=1024,
+            attention="cudnn",
+            max_documents=8,
         ),
     )
     config.data.seq_len = 512
@@ -147,27 +152,23 @@ def mesh_rules():
 
 
 MESHES = {
-    "fsdp x tensor": {"fsdp": 8, "tensor": 8},
-    "pipeline x fsdp x tensor": {"pipeline": 4, "fsdp": 2, "tensor": 8},
+    "fsdp x tensor": ({"fsdp": 8, "tensor": 8}, "1f1b"),
+    "pipeline x fsdp x tensor": ({"pipeline": 4, "fsdp": 2, "tensor": 8}, "1f1b"),
+    "pipeline x fsdp x tensor, backward split": ({"pipeline": 4, "fsdp": 2, "tensor": 8}, "zero_bubble"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_a_step_on_64_described_gpus(sizes, monkeypatch):
+@pytest.mark.parametrize(("sizes", "schedule"), MESHES.values(), ids=MESHES)
+def test_a_step_on_64_described_gpus(sizes, schedule):
     """With cuDNN attention; parameters are only gathered over fsdp, activations never over tensor."""
     try:
         devices = described_devices("h200", 64)
     except ImportError as error:
         pytest.skip(f"NOT COMPILED FOR A GPU: {error}")
     config = small_llama(**sizes)
+    config.pipeline.schedule = schedule
     layout = build_layout(config.mesh, devices)
-    build_ops = program.build_ops
-
-    def with_cudnn(config, layout):
-        return replace(build_ops(config, layout), attention=cudnn_attention(layout, 8))
-
-    monkeypatch.setattr(program, "build_ops", with_cudnn)
     built = program.build_program(config, layout)
     options = {**built.compiler_options, **compiler_options(devices)}
     compiled = replace(built, compiler_options=options).compile_train()
