@@ -22,6 +22,7 @@ from models.rope import rope_frequencies, rotate
 from models.spec import LayerSpec
 
 RESIDUAL = ("batch", "act_length", "act_embed")  # between blocks
+WHOLE = ("batch", "length", "act_embed")  # inside them
 HEADS = ("batch", "length", "act_heads", None)
 Cache = dict[str, Array]
 Sums = dict[str, Array]
@@ -255,6 +256,7 @@ class FeedForward(nnx.Module):
         spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
         hidden = add_bias(ops.einsum(spec, x, self.up[...]), self.up_bias)
         hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
+        hidden = ops.constrain(hidden, ("batch", "length", "act_mlp"))  # and so does its gradient lie
         return add_bias(ops.einsum("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
 
 
@@ -334,7 +336,9 @@ class Embedding(nnx.Module):
         x = table.at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
         if self.positions is not None:
             x = x + self.positions[...].at[batch["positions"]].get(mode="clip")
-        return ops.constrain(x.astype(ops.compute_dtype), RESIDUAL)
+        # With positions whole, the gradient of a table split over tensor is made where the rows are.
+        x = ops.constrain(x.astype(ops.compute_dtype), WHOLE)
+        return ops.constrain(x, RESIDUAL)
 
 
 class Head(nnx.Module):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from models.config import ModelConfig, check_model
 from models.further import next_targets
-from models.layers import Block, Embedding, FurtherToken, Head, Norm
+from models.layers import WHOLE, Block, Embedding, FurtherToken, Head, Norm
 from models.loss import LOGIT_AXES, chunked_cross_entropy, softcap_logits
 from models.moe import LOAD
 from models.ops import Ops
@@ -152,7 +152,7 @@ class Model:
         self, params: Tree, x: Array, targets: Array, weights: Array, ops: Ops, z_loss: float
     ) -> tuple[Array, dict[str, Array]]:
         return chunked_cross_entropy(
-            x,
+            ops.constrain(x, WHOLE),
             self._output_table(params),
             targets,
             weights,
