@@ -1,0 +1,56 @@
+"""One run that moves: a checkpoint of any mesh and schedule goes on in any other, with the same losses."""
+
+import numpy as np
+import pytest
+
+from tests.parallel import small
+from tests.parallel.test_matrix import INTERLEAVED, MODELS
+from training.checkpoint import Checkpoints
+from training.config import CheckpointConfig
+
+CHAINS = {
+    "dense": [
+        ({"pipeline": 4}, {}),
+        ({"fsdp": 4, "tensor": 2}, {}),
+        ({"pipeline": 2, "context": 2, "fsdp": 2}, {"pipeline": INTERLEAVED}),
+        ({"pipeline": 2, "tensor": 4}, {"pipeline": {"schedule": "zero_bubble"}}),
+        ({"data": 8}, {}),
+    ],
+    "moe": [
+        ({"expert": 4, "pipeline": 2}, {}),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
+        ({"context": 8}, {"context": {"attention": "ring"}}),
+    ],
+}
+
+
+def steps(program, state, first, count):
+    train, losses = program.compile_train(), []
+    for i in range(first, first + count):
+        state, metrics = train(state, small.place(program, small.packed_batch(i)))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CHAINS)
+def test_a_run_goes_on_anywhere(model, tmp_path):
+    chain = [({}, {}), *CHAINS[model]]
+    values = {"model": MODELS[model], "num_steps": len(chain)}
+    losses = []
+    for at, (mesh, how) in enumerate(chain):
+        program = small.make_program(small.make_config(mesh, **how, **values))
+        checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+        if at == 0:
+            state = program.init_state(0)
+        else:
+            found = checkpoints.restore_newest(program.canonical)
+            assert found is not None and found[1]["step"] == at and found[2] == []
+            state = program.from_canonical(found[0])
+        state, more = steps(program, state, at, 1)
+        losses += more
+        checkpoints.save(at + 1, program.to_canonical(state), {})
+        checkpoints.close()
+    program = small.make_program(small.make_config(**values))
+    _, expected = steps(program, program.init_state(0), 0, len(chain))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
