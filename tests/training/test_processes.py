@@ -12,10 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from data.errors import DataError
+from data.loader import Loader, eval_batches
+from data.pipeline import follow, prepare
 from serving.samples import write_samples
 from tests.training.ground import ROOT
+from training.feed import placing, rows_here
 from training.loop import fit
 
 SMALL = (
@@ -169,3 +177,46 @@ def watched(ground, statuses, *words):
     )
     command = [sys.executable, "-c", launcher, rank, str(statuses), *ground.words("one", *SMALL), *words]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def prepared(ground):
+    return prepare(ground.config("rows").data, ground.config("rows").tokenizer, progress=False)
+
+
+def test_another_process_opens_what_one_has_prepared(ground, prepared, tmp_path):
+    facts = json.loads(json.dumps(prepared.facts()))
+    there = follow(facts)
+    assert (there.digest, there.description) == (prepared.digest, prepared.description)
+    assert there.tokenizer.digest == prepared.tokenizer.digest
+    np.testing.assert_array_equal(there.train.tokens, prepared.train.tokens)
+    facts["stores"]["train"] = str(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="elsewhere.* is missing.* a file system that all processes share"):
+        follow(facts)
+
+
+@pytest.mark.parametrize("rows", [np.arange(2, 5), np.array([0, 1, 6, 7]), np.array([7])])
+def test_a_process_makes_any_rows_of_a_batch(ground, prepared, rows):
+    config = ground.config("rows")
+    loader = Loader(prepared, config.data, global_batch_size=8, seed=0)
+    held_out = eval_batches(prepared.validation, config.data, batch_size=8)
+    for step in (0, 1, 1000):
+        whole = loader.batch(step)
+        for key, value in loader.batch(step, rows).items():
+            np.testing.assert_array_equal(value, whole[key][rows])
+    for part, whole in zip(held_out.batches(rows), held_out, strict=True):  # the last one is padded
+        for key, value in part.items():
+            np.testing.assert_array_equal(value, whole[key][rows])
+
+
+@pytest.mark.parametrize("spec", [P("fsdp", "context"), P(("fsdp", "tensor"), None), P(None, "tensor"), P()])
+def test_placed_rows_are_the_batch(spec):
+    """With one process all rows are here; that others' are left out is what the jobs above show."""
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    tokens = np.arange(8 * 4, dtype=np.int32).reshape(8, 4)
+    abstract = {"tokens": jax.ShapeDtypeStruct((8, 4), np.int32, sharding=NamedSharding(mesh, spec))}
+    rows = rows_here(abstract)
+    assert rows.tolist() == list(range(8))
+    placed = placing(abstract, rows)({"tokens": tokens})["tokens"]
+    assert placed.sharding == abstract["tokens"].sharding
+    np.testing.assert_array_equal(placed, tokens)
