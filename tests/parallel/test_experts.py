@@ -45,6 +45,11 @@ ROWS = [[12], [5, 7], [4, 3], [2, 8, 2], [12], [5, 7], [4, 3], [12]]
 KEY = jax.random.key(0)
 
 
+def parts_of(place):
+    """Devices that rows and positions are split over."""
+    return place.ways("batch"), place.ways("length")
+
+
 def layout(**sizes: int) -> Layout:
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     devices = jax.devices()[: int(np.prod(shape))]
@@ -91,7 +96,7 @@ MESHES = [
 def test_experts_on_a_mesh_equal_one_device(sizes, dispatch):
     model, params, batch, (means, grads) = expected(dispatch)
     place = layout(**sizes)
-    ops = Ops(constrain=place.constrain, experts=expert_dispatch(place, run_experts))
+    ops = Ops(constrain=place.constrain, experts=expert_dispatch(place, run_experts), parts=parts_of(place))
     step = jax.jit(lambda params, batch: Plain(remat="full").value_and_grad(model, params, batch, KEY, ops))
     spread = {n: jax.device_put(x, place.sharding(("batch", "length"), x.shape)) for n, x in batch.items()}
     got, slopes = step(jax.device_put(params, place.tree(model.info, is_info)), spread)
@@ -230,7 +235,7 @@ def test_the_router_collects_no_tokens():
         kept["experts"] = experts
         return x, jnp.zeros(x.shape[:2])
 
-    ops = Ops(constrain=place.constrain, experts=watch)
+    ops = Ops(constrain=place.constrain, experts=watch, parts=parts_of(place))
     spec = model.segments[0].period[0]
     params = jax.tree.map(lambda leaf: leaf[0], lively(model)["segments"]["0"]["0"])
     batch = {
