@@ -10,6 +10,8 @@ PY ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 TESTS ?= tests
 # Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
 JOBS ?= 2
+MATRIX := tests/parallel/test_matrix.py tests/parallel/test_pipeline.py tests/parallel/test_collectives.py \
+	tests/training/test_checkpoint_crosses_meshes.py
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,7 +32,7 @@ test: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(ARGS)
 
 test-matrix: $(TEST)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" tests/parallel/test_matrix.py $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" $(MATRIX) $(ARGS)
 
 lint: $(TEST)
 	@$(BIN)/ruff check .

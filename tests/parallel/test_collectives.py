@@ -58,6 +58,7 @@ def test_tensor_sums_activations_and_gathers_none():
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_sequence_parallelism_gathers_what_it_scattered():
     totals, _ = step({"tensor": 4}, rules={"act_length": ["context", "tensor"]})
     assert {axes for _, axes in totals} == {("tensor",)}
@@ -75,7 +76,9 @@ def test_context_exchanges_heads_for_positions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dispatch", "exchanges"), [("dropless", 6), ("capacity", 4)])
+@pytest.mark.parametrize(
+    ("dispatch", "exchanges"), [("dropless", 6), pytest.param("capacity", 4, marks=pytest.mark.matrix)]
+)
 def test_expert_exchanges_tokens_and_sums_no_expert(dispatch, exchanges):
     moe = dataclasses.replace(MODELS["moe"]["moe"], dispatch=dispatch)
     totals, params = step({"expert": 4}, model={"moe": moe})

@@ -112,7 +112,6 @@ CASES = all_cases()
 SAMPLE = {
     "dense-pipeline2-fsdp2-tensor2",
     "dense-pipeline4",
-    "dense-context2-tensor4",
     "dense-pipeline2-fsdp2-tensor2-interleaved_1f1b-2",
     "dense-pipeline4-fsdp2-zero_bubble",
     "dense-fsdp2-tensor4-['context','tensor']",

@@ -116,6 +116,7 @@ SEVERAL = {
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", SEVERAL.values(), ids=SEVERAL)
 def test_other_segments_ride_along(model):
     expected = small.run(small.make_config(model=model), steps=2)

@@ -33,7 +33,7 @@ def steps(program, state, first, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", CHAINS)
+@pytest.mark.parametrize("model", ["dense", pytest.param("moe", marks=pytest.mark.matrix)])
 def test_a_run_goes_on_anywhere(model, tmp_path):
     chain = [({}, {}), *CHAINS[model]]
     values = {"model": MODELS[model], "num_steps": len(chain)}
