@@ -12,7 +12,6 @@ process fails the others are ended, and the exit status is that of the first; Ct
 on. Nothing is left running.
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -36,7 +35,6 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 DEVICES = 8  # in all, by default: enough for every pair of mesh axes
 FOLLOW_SECONDS = 8.0  # that the others have to come to the same end by themselves
 MAX_PROCESSES = 256
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _FORCED = re.compile(r"--xla_force_host_platform_device_count=\S+\s*")
 
 
@@ -97,10 +95,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """Linux: killing the launcher, which no handler can catch, ends its processes too."""
-    if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+# Linux: killing the launcher, which no handler can catch, ends its processes too. Said by each process before
+# it becomes the command, and not between fork and exec: there nothing of ours is safe to run beside threads.
+DIE_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Job:
@@ -133,17 +135,16 @@ class Job:
         port = free_port()
         for rank in range(self.options.processes):
             process = subprocess.Popen(
-                self.command,
+                [sys.executable, "-c", DIE_WITH_PARENT, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stdout(rank),
                 stderr=subprocess.PIPE,
                 env=environment(self.options, rank, port, os.environ),
                 # A session of its own: Ctrl-C reaches us alone, and what it starts can be ended with it.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
             self.processes.append(process)
-        for rank, process in enumerate(self.processes):  # only now: no thread may run while we fork
+        for rank, process in enumerate(self.processes):
             reader = threading.Thread(target=self._forward, args=(rank, process.stderr), daemon=True)
             reader.start()
             self.readers.append(reader)

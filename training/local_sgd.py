@@ -313,7 +313,7 @@ def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
 
     Means are weighted by tokens; `tokens` is scaled to all replicas, exact where one process holds them all.
     """
-    read: Any = jax.device_get({name: _here(x) if x.ndim else x for name, x in metrics.items()})
+    read: Any = jax.device_get({name: _here(x) if jnp.ndim(x) else x for name, x in metrics.items()})
     if jnp.ndim(metrics["tokens"]) == 0:
         return read
     seen = {name: np.concatenate(parts).astype(np.float64) for name, parts in read.items()}

@@ -282,7 +282,7 @@ def test_deterministic_asks_the_gpu_compiler_and_is_recorded(ground):
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         add.compile({f"{next(iter(wanted))}_": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.program, "compiler_options", lambda on, _: compiler_options(on, "gpu"))
+        patch.setattr(training.program, "compiler_options", lambda on, *_: compiler_options(on, "gpu"))
         state_at_start(ground.config("deterministic", "deterministic=true"))
     manifest = json.loads((ground.run("deterministic") / "manifest.json").read_text())
     assert manifest["compiler_options"] == wanted
