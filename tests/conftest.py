@@ -5,9 +5,14 @@ the suite takes half the time. Bitwise equality is tested in runs of `train.py` 
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+# Started in the background, a shell has us ignore Ctrl-C, and what we start would too: there are tests of it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -116,7 +116,6 @@ SAMPLE = {
     "dense-pipeline4-fsdp2-zero_bubble",
     "dense-fsdp2-tensor4-['context','tensor']",
     "moe-pipeline2-expert2-tensor2",
-    "moe-expert8",
 }
 
 

@@ -83,7 +83,11 @@ def one(ground):
     [
         (2, ()),
         # Two processes share each row: one has its first half, the other its second.
-        (4, ("mesh=long_context", "mesh.data=2", "mesh.fsdp=1", "mesh.context=2", "mesh.tensor=2")),
+        pytest.param(
+            4,
+            ("mesh=long_context", "mesh.data=2", "mesh.fsdp=1", "mesh.context=2", "mesh.tensor=2"),
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_every_count_of_processes_gives_the_same_losses_and_writes_the_run_once(ground, one, processes, mesh):
