@@ -23,9 +23,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from parallel.axes import Layout
+from parallel.config import CONTEXT_ATTENTION
 from parallel.ring import AXIS, SAVED, Ring
-
-KINDS = ("ulysses", "allgather", "ring")
 
 HEADS = ("batch", "length", "act_heads", None)
 TOKENS = ("batch", "length")
@@ -45,8 +44,8 @@ def context_attention(
     Ulysses: arXiv:2309.14509; all-gather: arXiv:2407.21783, 3.3.2; ring: arXiv:2310.01889.
     """
     size = layout.mesh.shape[AXIS]
-    if kind not in KINDS:
-        raise ValueError(f"context.attention={kind} is unknown; use one of {', '.join(KINDS)}")
+    if kind not in CONTEXT_ATTENTION:
+        raise ValueError(f"context.attention={kind} is unknown; use one of {', '.join(CONTEXT_ATTENTION)}")
     if size == 1:
         return local
     if tuple(layout.rules.get("length", ())) != (AXIS,):

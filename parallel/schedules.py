@@ -13,8 +13,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
+from parallel.config import PIPELINE_SCHEDULES
+
 IDLE = -1
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
 Grid = Int[np.ndarray, "ticks P"]
 
 
@@ -140,8 +141,8 @@ def make_schedule(name: str, *, stages: int, microbatches: int, virtual_stages: 
 
 def check_schedule(name: str, stages: int, microbatches: int, virtual_stages: int) -> None:
     """Raise ValueError, with the legal values, for numbers that make no schedule."""
-    if name not in SCHEDULES:
-        raise ValueError(f"pipeline.schedule={name} is not one of {', '.join(SCHEDULES)}")
+    if name not in PIPELINE_SCHEDULES:
+        raise ValueError(f"pipeline.schedule={name} is not one of {', '.join(PIPELINE_SCHEDULES)}")
     for key, value in {"microbatches": microbatches, "virtual_stages": virtual_stages}.items():
         if value < 1:
             raise ValueError(f"pipeline.{key}={value} must be 1 or more")

@@ -19,10 +19,11 @@ SHADES = {"F": ("#4c78a8", "#9ecae9"), "B": ("#f58518", "#ffbf79"), "W": ("#54a2
 
 def main(argv: list[str]) -> int:
     """Print, and draw where a file is named; the exit status."""
-    from parallel.schedules import SCHEDULES, make_schedule
+    from parallel.config import PIPELINE_SCHEDULES
+    from parallel.schedules import make_schedule
 
     parser = argparse.ArgumentParser(prog="python scripts/schedule.py", description=__doc__.splitlines()[0])
-    parser.add_argument("schedule", choices=SCHEDULES, help="pipeline.schedule")
+    parser.add_argument("schedule", choices=PIPELINE_SCHEDULES, help="pipeline.schedule")
     parser.add_argument("--stages", type=int, default=4, help="mesh.pipeline")
     parser.add_argument("--microbatches", type=int, default=8, help="pipeline.microbatches")
     parser.add_argument("--virtual-stages", type=int, default=None, help="pipeline.virtual_stages")

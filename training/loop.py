@@ -41,10 +41,9 @@ from training.tensorboard import TensorBoard
 
 Sampler = Callable[..., dict[str, Any]]
 
-PREPARE_SECONDS = (
-    4 * 3600
-)  # the others wait while the primary makes the data; scripts/prepare_data.py is free
-CLOSING_SECONDS = 3600  # while the primary writes samples
+# The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit) ...
+PREPARE_SECONDS = 4 * 3600
+CLOSING_SECONDS = 3600  # ... and while it writes samples
 
 
 def fit(config: Any, sample: Sampler | None = None) -> int:

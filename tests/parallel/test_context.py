@@ -11,8 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from parallel.axes import Layout
+from parallel.config import CONTEXT_ATTENTION
 from parallel.context import (
-    KINDS,
     SAVED,
     causal_work,
     check_context,
@@ -45,7 +45,9 @@ EIGHT, WITH_TENSOR = {"context": 8}, {"context": 4, "tensor": 2}
 WITH_DATA = {"context": 2, "data": 2, "tensor": 2}
 WITH_ROWS = {"context": 2, "fsdp": 2, "expert": 2}
 WITH_PIPELINE = {"context": 2, "pipeline": 2, "tensor": 2}
-KINDS_AND_ORDERS = [(kind, zigzag) for kind in KINDS for zigzag in {False, uses_zigzag(kind, True)}]
+KINDS_AND_ORDERS = [
+    (kind, zigzag) for kind in CONTEXT_ATTENTION for zigzag in {False, uses_zigzag(kind, True)}
+]
 ORDERED = [f"{kind}{'_zigzag' if zigzag else ''}" for kind, zigzag in KINDS_AND_ORDERS]
 every_kind = pytest.mark.parametrize(("kind", "zigzag"), KINDS_AND_ORDERS, ids=ORDERED)
 # All features at once on every mesh, none on one; one by one by the ring: others leave them to the kernel.
