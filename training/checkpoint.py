@@ -146,6 +146,14 @@ class Checkpoints:
         with _faults(f"a checkpoint could not be written to {self.directory}"):
             self._checkpointer.wait()
 
+    def newest_committed(self) -> int:
+        """The newest step on the disk once the save under way is there, 0 for none; also after an interrupt.
+
+        Orbax strikes a step off its list where the wait for it was interrupted, and commits it all the same.
+        """
+        self.wait()
+        return max(self._directories(), default=0)
+
     def close(self) -> None:
         """Commit what is under way and stop the writer."""
         with _faults(f"a checkpoint could not be written to {self.directory}"):

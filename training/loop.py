@@ -93,10 +93,7 @@ def in_mid_run(job: "Job") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        step = 0
-        if job.checkpoints is not None:
-            job.checkpoints.wait()
-            step = max(job.checkpoints.steps(), default=0)
+        step = job.checkpoints.newest_committed() if job.checkpoints is not None else 0
         raise KeyboardInterrupt(f"interrupted; the same command goes on from step {step}") from None
     except OSError as error:
         where, what = error.filename or job.run.path, error.strerror or error

@@ -3,7 +3,9 @@
 import json
 import resource
 import shutil
+import threading
 from contextlib import closing
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -320,6 +322,19 @@ def test_a_save_that_fails_in_the_background_surfaces(tmp_path, small_files, dro
             getattr(checkpoints, when)()
     assert "\n" not in str(error.value)
     assert Checkpoints(tmp_path / "checkpoints", CheckpointConfig()).steps() == []
+
+
+def test_a_wait_that_is_interrupted_takes_no_step_from_the_disk(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a wait: the save goes on, and is what the same command will go on from."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with closing(checkpoints), monkeypatch.context() as patch:
+        checkpoints.save(3, make_state(3), RECORD)
+        patch.setattr(threading.Thread, "join", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+        patch.undo()
+        assert 3 not in checkpoints.steps()  # what Orbax believes
+        assert checkpoints.newest_committed() == 3
 
 
 def test_a_record_survives_json_and_names_the_state(saved):
