@@ -13,6 +13,7 @@ from configs.cli import main
 from configs.schema import Config, check
 from parallel import cluster
 from training.errors import RunFault
+from training.host_memory import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,6 +38,7 @@ def train(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # before jax begins its threads
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
         sys.exit(2)

@@ -122,7 +122,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
             frequencies, amplitude = rope_frequencies(self.config, spec)
-            q, k = rotate((q, k), positions, frequencies, amplitude)
+            q, k = rotate((q, k), positions, frequencies, amplitude, ops.once)
         return q, k, v
 
 
@@ -215,7 +215,7 @@ class LatentAttention(nnx.Module):
         k_rope = ops.einsum("BTD,DH->BTH", x, self.k_rope[...])
         frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
         turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
-        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0)
+        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.once)
         q = jnp.concatenate([q[..., : mla.qk_nope_head_dim], q_rope], axis=-1)
         return ops.constrain(q, HEADS), latent, k_rope[:, :, 0]
 

@@ -27,6 +27,8 @@ class LossSpec:
     softcap: float | None
     z_loss: float
     constrain: Callable[[Array, tuple[str | None, ...]], Array]
+    contract_rows: Callable[[Array, Array], Array] | None
+    dtype: Any
 
 
 def chunked_cross_entropy(
@@ -40,21 +42,24 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
+    contract_rows: Callable[[Array, Array], Array] | None = None,
+    dtype: Any = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted sum of next-token losses in nats, and its parts `nll` and `z_loss` (sums, without gradient).
 
-    x: final hidden states, in the compute dtype; w: output table, cast to it; targets, weights: what is
-    predicted and how much it counts. With logits l = cap(x·w), the loss of a token is
-    -log softmax(l)[target] + z_loss * log²(sum exp l).
+    x: final hidden states, in the compute dtype; w: output table; products are of both rounded to `dtype`, by
+    default x's; targets, weights: what is predicted and how much it counts. With logits l = cap(x·w), the
+    loss of a token is -log softmax(l)[target] + z_loss * log²(sum exp l).
     About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
     lowered to a divisor of T. `parts` are the numbers of devices that B and T are split over: each device has
     an equal share of every chunk, at least one position, and adds up its own losses and dw until the end.
     When differentiated, the forward pass makes dx and dw chunk by chunk while the logits are there, so that
     backward is a scale: three matmuls, no recompute. No gradient goes to `weights`.
+    `contract_rows`: how dw is made of a chunk that lies on one device (see `models.ops.Ops`).
     """
     share = parts[1]
     size = share * largest_divisor(x.shape[1] // share, chunk // x.shape[0] // share)
-    spec = LossSpec(size, parts, softcap, z_loss, constrain)
+    spec = LossSpec(size, parts, softcap, z_loss, constrain, contract_rows, jnp.dtype(dtype or x.dtype))
     loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
     # The backward rule knows only the loss's cotangent: the sums must not seem differentiable.
     return loss, jax.lax.stop_gradient(sums)
@@ -62,7 +67,7 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
-    table = spec.constrain(w.astype(x.dtype), ("act_vocab", None))
+    table = spec.constrain(w.astype(spec.dtype), ("act_vocab", None))
 
     def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, None]:
         nll, z, _ = _chunk_loss(*chunk, table, spec)
@@ -74,21 +79,28 @@ def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: Los
 
 
 def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
-    table = spec.constrain(w.astype(x.dtype), ("act_vocab", None))
+    table = spec.constrain(w.astype(spec.dtype), ("act_vocab", None))
 
     def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         nll_sum, z_sum, dw = carry
         nll, z, dlogits = _chunk_loss(*chunk, table, spec)
-        dlogits = dlogits.astype(x.dtype)
-        dx = jnp.einsum("BTV,VD->BTD", dlogits, table)
-        pairs = (_groups(dlogits, spec), _groups(chunk[0], spec))
-        dw += jnp.einsum("RBPTV,RBPTD->RPVD", *pairs, preferred_element_type=jnp.float32)
+        dx = jnp.einsum("BTV,VD->BTD", dlogits.astype(spec.dtype), table, preferred_element_type=x.dtype)
+        dw += _by_table(dlogits, chunk[0], spec)
         return (nll_sum + nll, z_sum + z, spec.constrain(dw, PARTIAL)), dx
 
     zero = jnp.zeros(spec.parts, jnp.float32)
     start = (zero, zero, spec.constrain(jnp.zeros((*spec.parts, *w.shape), jnp.float32), PARTIAL))
     (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
     return _results(nll, z), (_join(dx, spec), jnp.sum(dw, axis=(0, 1)).astype(w.dtype))
+
+
+def _by_table(dlogits: Array, x: Array, spec: LossSpec) -> Array:
+    """Each group's gradient by the table, [R, P, V, D]."""
+    if spec.contract_rows is not None and spec.parts == (1, 1):
+        rows = (a.reshape(-1, a.shape[-1]) for a in (dlogits, x))
+        return spec.contract_rows(*rows)[None, None]
+    pairs = (_groups(a.astype(spec.dtype), spec) for a in (dlogits, x))
+    return jnp.einsum("RBPTV,RBPTD->RPVD", *pairs, preferred_element_type=jnp.float32)
 
 
 def _results(nll: Array, z: Array) -> tuple[Array, dict[str, Array]]:
@@ -132,7 +144,7 @@ def _chunk_loss(
     x: Array, targets: Array, weights: Array, table: Array, spec: LossSpec
 ) -> tuple[Array, Array, Array]:
     """Each group's nll and z-loss over one chunk, and the gradient by its logits (dead where unused)."""
-    logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BTD,VD->BTV", x.astype(spec.dtype), table, preferred_element_type=jnp.float32)
     logits = spec.constrain(logits, LOGIT_AXES)
     capped = softcap_logits(logits, spec.softcap)
     top = jnp.max(capped, axis=-1, keepdims=True)

@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them over longer texts."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +57,14 @@ def rotate(
     positions: Int[Array, "B T"],
     frequencies: np.ndarray,
     amplitude: float,
+    once: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, "B T _ H"], ...]:
-    """Turn plane i, made of elements i and i + H/2, by position * frequency_i; computed in float32."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+    """Turn plane i, made of elements i and i + H/2, by position * frequency_i; computed in float32.
+
+    `once` may hold sines and cosines [B, T, H/2] fast, see `models.ops.Ops`.
+    """
+    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = (once(wave(angles) * amplitude)[:, :, None] for wave in (jnp.cos, jnp.sin))
 
     def turn(x: Array) -> Array:
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -161,6 +161,8 @@ class Model:
             softcap=self.config.logit_softcap,
             z_loss=z_loss,
             constrain=ops.constrain,
+            contract_rows=ops.contract_rows,
+            dtype=ops.factor_dtype,
         )
 
     def _further_tokens(

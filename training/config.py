@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("reference", "chunked", "cudnn")
+ATTENTION = ("reference", "chunked", "fused", "cudnn")
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -50,7 +50,7 @@ class TrainingConfig:
     precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
     scan_layers: bool = True  # compile one layer and loop; false unrolls
-    attention: str = "reference"  # reference | chunked | cudnn
+    attention: str = "reference"  # reference | chunked | fused | cudnn
     max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed
     loss_chunk: int = 512  # tokens whose logits exist at once, per device group
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting

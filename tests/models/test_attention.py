@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from models.attention import chunked_attention, reference_attention
+from models.fused_attention import fused_attention
 from tests.models.decoders import loop_attention, make_batch, slope
 
-BACKENDS = {"reference": reference_attention, "chunked": partial(chunked_attention, block=4)}
+BACKENDS = {
+    "reference": reference_attention,
+    "chunked": partial(chunked_attention, block=4),
+    "fused": partial(fused_attention, block=4),
+    "fused_whole": fused_attention,
+}
 FEATURES = {
     "causal": dict(kv_heads=4),
     "gqa": dict(kv_heads=2),
@@ -80,7 +86,9 @@ def shapes_in(jaxpr) -> set:
     return found
 
 
-@pytest.mark.parametrize(("backend", "quadratic"), [("reference", True), ("chunked", False)])
+@pytest.mark.parametrize(
+    ("backend", "quadratic"), [("reference", True), ("chunked", False), ("fused", False)]
+)
 def test_only_the_reference_holds_a_square_buffer(backend, quadratic):
     length = 24
     (q, k, v), _, batch = make_inputs(2, [[length]], length)
@@ -92,8 +100,38 @@ def test_only_the_reference_holds_a_square_buffer(backend, quadratic):
     assert any(shape.count(length) >= 2 for shape in shapes) == quadratic
 
 
-def test_blocks_need_not_divide_the_length():
+@pytest.mark.parametrize("attention", [chunked_attention, fused_attention])
+def test_blocks_need_not_divide_the_length(attention):
     (q, k, v), _, batch = make_inputs(2, [[7], [3, 4]], 7)
-    got = jax.jit(partial(chunked_attention, scale=0.5, block=4))(q, k, v, **masks(batch))
+    got = jax.jit(partial(attention, scale=0.5, block=4))(q, k, v, **masks(batch))
     expected = loop_attention(q, k, v, batch, None, None, 0.5)
     np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_fused_attention_refuses_rows_out_of_order_by_nan():
+    (q, k, v), _, batch = make_inputs(2, [[8], [3, 5]])
+    order = np.array([4, 5, 6, 7, 0, 1, 2, 3])
+    batch["positions"][0] = order  # a query sees keys that lie behind it
+    out = fused_attention(q, k, v, **masks(batch), scale=0.5, block=4)
+    assert np.all(np.isnan(out[0])) and np.all(np.isfinite(out[1]))
+
+
+def test_fused_attention_refuses_keys_of_another_row():
+    (q, k, v), _, batch = make_inputs(2, [[8], [3, 5]])
+    with pytest.raises(ValueError, match="not 4 and 8 positions; use training.attention=chunked"):
+        fused_attention(q[:, :4], k, v, **masks(batch), scale=0.5)
+
+
+def test_fused_attention_in_bfloat16_rounds_factors_alone():
+    (q, k, v), cotangent, batch = make_inputs(2, [[8], [3, 5]])
+
+    @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    def run(q, k, v, dtype):
+        out = fused_attention(q, k, v, **masks(batch), scale=0.5, dtype=dtype)
+        return jnp.vdot(out, cotangent), out
+
+    rough, exact = run(q, k, v, jnp.bfloat16), run(q, k, v, None)
+    for x, y in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
+        assert x.dtype == jnp.float32
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert 1e-4 < error < 2e-2

@@ -1,0 +1,100 @@
+"""Projections as plain products of two matrices, forward and backward: what XLA's CPU library is fastest at.
+
+Left to differentiate `jnp.einsum`, XLA transposes a whole activation for the gradient by the weights of some
+projections, and pads what was cut out of a fused pair. Here every product is [M, K] by [K, N] in the layout
+that lies in memory: rows M of the activation, contracted K, outputs N.
+"""
+
+import math
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models.attention import largest_divisor
+
+F32 = jnp.float32
+ROWS = 1024  # contracted at a time in bfloat16
+
+
+def fast_einsum(spec: str, x: Array, w: Array, *, dtype: Any = F32) -> Array:
+    """`models.ops.plain_einsum` with products of matrices in both directions; for arrays whole on a device.
+
+    x: the activation, rows first and contracted dims last; w: contracted dims first, as every projection here
+    is laid out. Factors are rounded to `dtype`, also those of the gradients, and products added in float32;
+    the result is in the activation's dtype. Raises ValueError where the spec is no projection.
+    """
+    contracted = count_contracted(spec)
+    rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
+    width = math.prod(w.shape[:contracted])
+    y = _product(x.reshape(-1, width), w.reshape(width, -1), jnp.dtype(dtype))
+    return y.reshape(*rows, *outputs)
+
+
+@cache
+def count_contracted(spec: str) -> int:
+    """How many dims a projection contracts: the last of its activation, the first of its weight.
+
+    Raises ValueError where the spec is no such product.
+    """
+    x, _, rest = spec.partition(",")
+    w, _, y = rest.partition("->")
+    shared = [letter for letter in x if letter in w]
+    contracted = len(shared)
+    if not contracted or x[-contracted:] != w[:contracted] or y != x[:-contracted] + w[contracted:]:
+        raise ValueError(
+            f"einsum {spec} is no projection; write rows and contracted by contracted and outputs"
+        )
+    return contracted
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, dtype: Any) -> Array:
+    return _dot(x.astype(dtype), w.astype(dtype), 1, 0).astype(x.dtype)
+
+
+def _forward(x: Array, w: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    # The product itself, not `_product`: policies of rematerialization look for it here.
+    return _dot(x.astype(dtype), w.astype(dtype), 1, 0).astype(x.dtype), (x, w)
+
+
+def _backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    dx = _dot(dy.astype(dtype), w.astype(dtype), 1, 1).astype(x.dtype)
+    return dx, contract_rows(x, dy, dtype=dtype).astype(w.dtype)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def contract_rows(x: Float[Array, "M K"], y: Float[Array, "M N"], *, dtype: Any = F32) -> Float[Array, "K N"]:
+    """The product x^T y in float32, of factors rounded to `dtype`: a gradient by weights."""
+    if dtype == F32:
+        return _dot(x, y, 0, 0)
+    if x.shape[1] > y.shape[1]:  # the narrower one is transposed
+        return contract_rows(y, x, dtype=dtype).T
+    # XLA has no bfloat16 kernel that contracts rows: it would compute in float32. A transpose beside the
+    # product is folded into it again, but not into a loop. Contracting 1,024 rows at a time suits its caches.
+    rows, columns = x.shape[0], x.T
+    size = largest_divisor(rows, min(ROWS, rows // 2))
+
+    def add(i: Array, total: Array) -> Array:
+        block = jax.lax.dynamic_slice_in_dim(columns, i * size, size, 1).astype(dtype)
+        return total + _dot(block, jax.lax.dynamic_slice_in_dim(y, i * size, size).astype(dtype), 1, 0)
+
+    return jax.lax.fori_loop(0, rows // size, add, jnp.zeros((x.shape[1], y.shape[1]), F32))
+
+
+def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=F32)
+
+
+def once(x: Array) -> Array:
+    """`x` as an array of its own: XLA:CPU fuses sines into every loop that reads them, but no product.
+
+    x: float32, at least one dim. A product with the identity is exact.
+    """
+    size = x.shape[-1]
+    return _dot(x.reshape(-1, size), jnp.eye(size, dtype=x.dtype), 1, 0).reshape(x.shape)

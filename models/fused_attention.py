@@ -1,0 +1,206 @@
+"""Attention for CPUs: a row at a time, blocks of queries with the keys up to their end, its own backward.
+
+B batch, T position, N query heads, K key/value heads, G = N/K, H head size of queries and keys, V that of
+values; Q positions in a block of queries, S those up to its end, R = G*Q rows that share a K/V head.
+
+Forward keeps the output and each query's log-sum-exp; backward makes a block's weights again from them
+(FlashAttention, Dao et al. 2022, arXiv:2205.14135, without its loop over keys). Keys behind a block's end are
+never multiplied, which halves the work on long rows. The scores of one row, [K, R, S], stay in the caches.
+
+What looks odd here is written for XLA:CPU as measured (`benchmarks/kernels.py`): it has fast kernels for
+products that contract the last dim of the first factor, in bfloat16 for no other, and it folds transposes
+into products unless a loop stands between them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from models.attention import attention_mask, join_length, largest_divisor, split_length
+from models.fast_einsum import once
+
+F32 = jnp.float32
+UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have
+TINY = 1e-30
+BLOCKS = 8  # of a row at most: each is compiled by itself
+LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
+
+
+def fused_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B T"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B T"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float,
+    block: int | None = None,
+    dtype: Any = None,
+) -> Float[Array, "B T N V"]:
+    """`reference_attention` of rows with themselves, their documents in order.
+
+    A row in which what a query sees is no stretch of keys that ends with it (permuted positions) comes back
+    as nan. `block`: queries at a time, lowered to a divisor of T; by default an eighth of T, and at least
+    256. `dtype`: what the factors of products are rounded to, those of gradients too; by default q's own.
+    Raises ValueError where queries and keys are not of one row.
+    """
+    length = q.shape[1]
+    if k.shape[1] != length:
+        raise ValueError(
+            f"training.attention=fused needs queries and keys of one row, not {length} and {k.shape[1]} "
+            "positions; use training.attention=chunked"
+        )
+    size = largest_divisor(length, block or max(LEAST, -(-length // BLOCKS)))
+    spec = Spec(softcap, scale, size, jnp.dtype(dtype or q.dtype))
+    masks = (q_positions, kv_positions, q_segments, kv_segments)
+    first, exact = first_seen(*masks, window, size)
+    out = _attend(_rows(q, k.shape[2], spec), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), first, spec)
+    return jnp.where(exact[:, None, None, None], _positions(out, length), jnp.nan)
+
+
+def first_seen(
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B T"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B T"],
+    window: int | None,
+    block: int,
+) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
+    """The first key that each query sees (T where none), and whether rows see all from it to themselves."""
+    length = q_positions.shape[1]
+    keys = jnp.arange(length, dtype=jnp.int32)
+
+    def look(queries: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        index, positions, segments = queries
+        mask = attention_mask(positions, kv_positions, segments, kv_segments, window)
+        first = jnp.where(jnp.any(mask, axis=2), jnp.argmax(mask, axis=2).astype(jnp.int32), length)
+        told = (keys >= first[..., None]) & (keys <= index[..., None])
+        return first, jnp.all(mask == told, axis=2)
+
+    index = jnp.broadcast_to(keys, q_positions.shape)
+    blocks = tuple(split_length(x, block) for x in (index, q_positions, q_segments))
+    first, exact = (join_length(x) for x in jax.lax.map(look, blocks))
+    return first, jnp.all(exact, axis=1)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is static."""
+
+    softcap: float | None
+    scale: float
+    block: int
+    dtype: Any
+
+    def bounds(self, first: Int[Array, " T"], rows: int) -> Iterator[tuple[int, Array, np.ndarray]]:
+        """Of each block: the end of its keys, the first key [R] and the last [R] that its rows may see.
+
+        As float32 arrays made beforehand: XLA's loops over scores are vectors only where they read these.
+        """
+        groups = rows // self.block
+        for end in range(self.block, first.shape[0] + 1, self.block):
+            low = jnp.tile(first[None, end - self.block : end].astype(F32), (groups, 1))
+            high = np.tile(np.arange(end - self.block, end, dtype=np.float32), groups)
+            yield end, once(low).reshape(rows), high
+
+    def dot(self, spec: str, a: Array, b: Array) -> Array:
+        """A product added up in float32."""
+        return jnp.einsum(spec, a.astype(self.dtype), b.astype(self.dtype), preferred_element_type=F32)
+
+    def scaled(self, x: Array) -> Array:
+        """Queries, or keys, before their product."""
+        return (x.astype(F32) * self.scale).astype(x.dtype)
+
+    def bound(self, scores: Array) -> Array:
+        """Scores as they are weighed."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def slope(self, bounded: Array) -> Array | float:
+        """Of bounded scores by scores."""
+        return 1.0 if self.softcap is None else 1.0 - jnp.square(bounded / self.softcap)
+
+
+def _rows(q: Array, kv_heads: int, spec: Spec) -> Array:
+    """[B, T, N, H] to [B, K, blocks, R, H]: the queries that are multiplied with the same keys."""
+    batch, length, heads, size = q.shape
+    q = q.reshape(batch, length // spec.block, spec.block, kv_heads, heads // kv_heads, size)
+    return q.transpose(0, 3, 1, 4, 2, 5).reshape(batch, kv_heads, length // spec.block, -1, size)
+
+
+def _positions(x: Array, length: int) -> Array:
+    """The inverse of `_rows`."""
+    batch, kv_heads, blocks, rows, size = x.shape
+    block = length // blocks
+    x = x.reshape(batch, kv_heads, blocks, rows // block, block, size).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, length, -1, size)
+
+
+def _row_by_row(function: Callable[..., Any], *args: Array) -> Any:
+    return jax.lax.map(lambda row: function(*row), args)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Array:
+    return _row_by_row(partial(_forward_row, spec), q, k, v, first)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Any:
+    out, stats = _row_by_row(partial(_forward_row, spec), q, k, v, first)
+    return out, (q, k, v, first, out, stats)
+
+
+def _backward(spec: Spec, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    return (*_row_by_row(partial(_backward_row, spec), *saved, cotangent), None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _forward_row(spec: Spec, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
+    """Output [K, blocks, R, V] and log-sum-exp; q [K, blocks, R, H], k [K, T, H], v [K, T, V]."""
+    outs, stats = [], []
+    q = spec.scaled(q)
+    for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
+        scores = spec.bound(spec.dot("KRH,KSH->KRS", q[:, i], k[:, :end]))
+        key = jnp.arange(end, dtype=F32)
+        scores = jnp.where((key >= low[:, None]) & (key <= high[:, None]), scores, UNSEEN)
+        # Not as low as what is unseen, so that a query that sees nothing weighs nothing.
+        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
+        weights = jnp.exp(scores - top)
+        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
+        outs.append((spec.dot("KRS,KSV->KRV", weights, v[:, :end]) / total).astype(v.dtype))
+        stats.append((top + jnp.log(total))[..., 0])
+    return jnp.stack(outs, axis=1), jnp.stack(stats, axis=1)
+
+
+def _backward_row(
+    spec: Spec, q: Array, k: Array, v: Array, first: Array, out: Array, stats: Array, cotangent: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v. Scores are [S, R] here, so that no product contracts rows of both factors."""
+    delta = jnp.sum(cotangent.astype(F32) * out.astype(F32), axis=-1)
+    # The factor keeps the transpose from being folded into the product.
+    q, columns = spec.scaled(q), jnp.swapaxes(k, 1, 2).astype(F32) * spec.scale
+    dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
+    for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
+        scores = spec.bound(spec.dot("KSH,KRH->KSR", k[:, :end], q[:, i]))
+        key = jnp.arange(end, dtype=F32)[:, None]
+        seen = (key >= low) & (key <= high)
+        weights = jnp.exp(jnp.where(seen, scores, UNSEEN) - stats[:, i, None])
+        # The choice changes nothing, weights are 0 there: it keeps XLA from one slow fusion of three lines.
+        dweights = jnp.where(seen, spec.dot("KSV,KRV->KSR", v[:, :end], cotangent[:, i]), 0.0)
+        dscores = weights * (dweights - delta[:, i, None]) * spec.slope(scores)
+        dv = dv.at[:, :end].add(spec.dot("KSR,KRV->KSV", weights, cotangent[:, i]))
+        dk = dk.at[:, :end].add(spec.dot("KSR,KRH->KSH", dscores, q[:, i]))
+        dq.append(spec.dot("KHS,KSR->KHR", columns[..., :end], dscores))
+    dq = jnp.swapaxes(jnp.stack(dq, axis=1), 2, 3)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
