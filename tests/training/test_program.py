@@ -14,7 +14,8 @@ from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
 from training.loop import with_vocab
-from training.program import build_ops, compiler_options, compute_dtype, padded_vocab
+from training.precision import compute_dtype
+from training.program import build_ops, compiler_options, padded_vocab
 
 
 def layout_of(rules, **sizes):
