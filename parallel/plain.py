@@ -45,9 +45,12 @@ class Model(Protocol):
         """The sum over tokens of what is minimized, and sums to report."""
 
 
+KEPT = (SAVED, "projection")  # attention's output; a quantized product, and the scales of its operands
+
+
 def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
     # By primitive, because naming attention's output does not stop its forward from being recomputed.
-    if "dot_product_attention_fwd" in prim.name or (prim.name == "name" and kwargs["name"] == SAVED):
+    if "dot_product_attention_fwd" in prim.name or (prim.name == "name" and kwargs["name"] in KEPT):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
 
@@ -82,7 +85,7 @@ class LayerScan:
     def over(self, body: Any, x: Array, items: Any, *, remat: bool = True) -> tuple[Array, Sums]:
         """Loop `body(x, item) -> (x, sums)` over items [repetitions, ...]; sums are added up."""
         if remat and self.remat != "none":
-            body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
+            body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=not self.scan_layers)
         count = jax.tree.leaves(items)[0].shape[0]
         x, sums = jax.lax.scan(body, x, items, unroll=1 if self.scan_layers else count)
         return x, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)

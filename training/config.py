@@ -4,7 +4,9 @@ import difflib
 import re
 from dataclasses import dataclass, field
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+from models.projections import NAMES
+
+PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("reference", "chunked", "fused", "cudnn")
 EXCHANGES = ("float32", "bfloat16", "int8")
@@ -47,7 +49,8 @@ class TrainingConfig:
     num_steps: int = 1000  # optimizer steps in all
     global_batch_size: int = 8  # rows of seq_len tokens in one step, over all devices
     accumulation_steps: int = 1  # microbatches whose gradients add up to one step
-    precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
+    precision: str = "auto"  # float32 | bfloat16 | fp8 | int8 | auto: bfloat16, on CPU float32
+    full_precision: list[str] = field(default_factory=list)  # projections left out of fp8 and int8: [o, down]
     remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
     scan_layers: bool = True  # compile one layer and loop; false unrolls
     attention: str = "reference"  # reference | chunked | fused | cudnn
@@ -59,6 +62,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Each value by itself; what two values must agree on is checked in `configs.schema`."""
         _choice("training.precision", self.precision, PRECISIONS)
+        for name in self.full_precision:
+            _choice("training.full_precision", name, NAMES)
         _choice("training.remat", self.remat, REMAT)
         _choice("training.attention", self.attention, ATTENTION)
         for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):

@@ -31,6 +31,7 @@ from training.metrics import MetricsLog
 from training.one_device import on_one_device
 from training.parent import Parent, check_tokenizer, find_parent, same_parent
 from training.plots import plot_loss
+from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
 from training.recorder import Recorder
@@ -455,7 +456,7 @@ def describe(
         ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
         *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
         ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
-        ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
+        ("precision", precision_row(training, devices.flat[0].platform), training.precision),
         ("attention", training.attention, "training.attention"),
         ("layers", remat, "training.remat, training.scan_layers"),
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),

@@ -30,6 +30,7 @@ from parallel.pipeline import Pipeline
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from training.local_sgd import Replicas, one_replica, steps_alone
+from training.precision import build_einsum, compute_dtype
 from training.state import (
     TrainState,
     abstract_state,
@@ -188,13 +189,6 @@ def padded_vocab(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def compute_dtype(precision: str, platform: str) -> Any:
-    """`auto` is bfloat16 where the hardware is built for it, float32 on CPU; masters are always float32."""
-    if precision == "auto":
-        precision = "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
-
-
 def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults.
 
@@ -253,6 +247,7 @@ def common_ops(config: Any, layout: Layout, platform: str) -> Ops:
     return Ops(
         attention=build_attention(config, layout),
         experts=expert_dispatch(layout, run_experts),
+        einsum=build_einsum(config.training, layout.mesh.devices.flat[0]),
         constrain=layout.constrain,
         compute_dtype=compute_dtype(config.training.precision, platform),
         loss_chunk=config.training.loss_chunk,

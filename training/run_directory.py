@@ -30,6 +30,7 @@ from training.metrics import sync_directory
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (
     *("seed", "init_from", "training.global_batch_size", "training.precision"),
+    "training.full_precision",
     *("training.z_loss", "training.ema_decay", "training.num_steps"),
 )
 _FREE_KEYS = ("data.cache_dir", "data.workers", "data.prefetch", "data.path", "tokenizer.path")

@@ -13,8 +13,10 @@ from models.config import ModelConfig
 from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
+from tests.parallel.small import make_config, make_program
 from training.loop import with_vocab
-from training.program import build_ops, compiler_options, compute_dtype, padded_vocab
+from training.precision import compute_dtype
+from training.program import build_ops, compiler_options, padded_vocab
 
 
 def layout_of(rules, **sizes):
@@ -167,3 +169,16 @@ def test_heads_that_no_repetition_can_split_are_refused():
     with pytest.raises(ValueError) as error:
         layout.spec(("kv_heads",), (3,), "kv")
     names(error, "kv: ", "mesh.tensor=8", "kv_heads=3", "1, 3")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_unrolled_layers_are_made_again_too(scan_layers):
+    """Outside of a loop XLA merges a second computation with the first, unless a barrier keeps them apart."""
+    made = make_program(make_config(remat="dots", scan_layers=scan_layers))
+    params, batch = made.state.params, made.batch
+
+    def loss(params, batch):
+        return made.strategy.forward(made.model, params, batch, jax.random.key(0), made.ops)[0]
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params, batch))
+    assert f"prevent_cse={not scan_layers}" in text and f"prevent_cse={scan_layers}" not in text

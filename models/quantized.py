@@ -1,0 +1,170 @@
+"""Projections in eight bits, forward and backward, as other values of `Ops.einsum`.
+
+Master weights stay float32 and are rounded straight from there; what comes out has the activation's dtype.
+What is no projection (embeddings, norms, attention, router and experts, the head and its loss) never passes
+through here.
+
+fp8 (Micikevicius et al. 2022, arXiv:2209.05433): e4m3 forward, e5m2 for gradients by outputs, so that
+    y = q4(x) q4(w),   dx = q5(dy) q4(w),   dw = q4(x) q5(dy),
+each q with one scale for a tensor, of what is in it now. Scales are powers of two: multiplying by one rounds
+nothing, and since fp8 is a floating-point format, neither does the choice between two of them, but at the
+very bottom of its range. So it hardly matters over how many devices or microbatches a tensor is cut.
+int8: symmetric, a scale for each token and for each output of a weight, forward only; gradients are products
+in the compute dtype, because eight bits on one scale lose what is small in them.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from models.ops import plain_einsum
+from models.projections import name_of
+
+KEPT = "projection"  # what a remat policy that keeps matrix products is to keep of those here
+FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
+INT8_TOP = 127.0
+Einsum = Callable[[str, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class QuantizedEinsum:
+    """`Ops.einsum` in `fp8` or `int8`; projections whose names are in `keep` are those of `plain`."""
+
+    kind: str
+    keep: Collection[str] = ()
+    plain: Einsum = plain_einsum
+
+    def __call__(self, spec: str, x: Array, w: Array) -> Array:
+        """The product in x's dtype; w is the float32 master."""
+        if name_of(spec) in self.keep:
+            return self.plain(spec, x, w)
+        return PRODUCTS[self.kind](spec, x, w)
+
+
+def dims(spec: str) -> tuple[str, str, str]:
+    """The letters of both operands and of the result."""
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    return left, right, out
+
+
+def dot(spec: str, x: Array, w: Array, dtype: Any) -> Array:
+    """An einsum of two operands that may be of different types, summed in and rounded once to `dtype`.
+
+    `jnp.einsum` would first look for a type that holds both, and XLA finds its eight-bit kernels only where
+    operands are multiplied as they are.
+    """
+    left, right, out = dims(spec)
+    shared = [c for c in left if c in right]
+    contract = [left.index(c) for c in shared], [right.index(c) for c in shared]
+    y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=dtype)
+    letters = [c for c in left + right if c not in shared]
+    return jnp.transpose(y, [letters.index(c) for c in out])
+
+
+def largest(x: Array, axes: Sequence[int] | None = None) -> Array:
+    """The largest magnitude, dims kept where `axes` are given; inf where any is nan.
+
+    XLA's maximum on a CPU may pass over a nan.
+    """
+    size = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    return jnp.max(size, axis=axes, keepdims=axes is not None).astype(jnp.float32)
+
+
+# -- fp8 ------------------------------------------------------------------------------------------------
+
+
+def fp8_scale(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, ""]:
+    """The largest power of two that keeps all of x within the type's range; 1 for zeros, nan for inf and nan.
+
+    Over all devices: the maximum of a tensor that is split is the maximum over its parts.
+    """
+    top = largest(x)
+    most, limit = math.frexp(float(jnp.finfo(dtype).max))
+    mantissa, exponent = jnp.frexp(top)
+    power = jnp.clip(limit - exponent - (mantissa > most), -126, 126)
+    scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
+    scale = jnp.where(top > 0, jnp.where(top < jnp.inf, scale, jnp.nan), 1.0)
+    return checkpoint_name(jax.lax.stop_gradient(scale), KEPT)
+
+
+def to_fp8(x: Float[Array, "*shape"], dtype: Any) -> tuple[Array, Float[Array, ""]]:
+    """Eight bits for each of x, and what to multiply it by to have x again."""
+    scale, top = fp8_scale(x, dtype), float(jnp.finfo(dtype).max)
+    return jnp.clip(x.astype(jnp.float32) * scale, -top, top).astype(dtype), 1.0 / scale
+
+
+def fp8_dot(spec: str, x: tuple[Array, Array], w: tuple[Array, Array], dtype: Any) -> Array:
+    """The product of two scaled tensors. The scale comes last and is exact: rounding stays within the dot."""
+    return dot(spec, x[0], w[0], dtype) * (x[1] * w[1]).astype(dtype)
+
+
+def _fp8(spec: str, x: Array, w: Array) -> Array:
+    return fp8_dot(spec, to_fp8(x, FORWARD), to_fp8(w, FORWARD), x.dtype)
+
+
+def _fp8_forward(spec: str, x: Array, w: Array) -> Any:
+    # Not through `_fp8` with its rule: a remat policy must see the product itself.
+    return _fp8(spec, x, w), (x, w)
+
+
+def _fp8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    (x, w), (left, right, out) = saved, dims(spec)
+    grad = to_fp8(dy, GRADIENT)
+    dx = fp8_dot(f"{out},{right}->{left}", grad, to_fp8(w, FORWARD), x.dtype)
+    dw = fp8_dot(f"{left},{out}->{right}", to_fp8(x, FORWARD), grad, jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+# -- int8 -----------------------------------------------------------------------------------------------
+
+
+def to_int8(x: Float[Array, "*shape"], letters: str, contracted: str) -> tuple[Array, Array]:
+    """Eight bits for each of x, and scales: one for each slice along the dims that are contracted."""
+    axes = [letters.index(c) for c in contracted]
+    x = x.astype(jnp.float32)
+    top = largest(x, axes)
+    scale = jnp.where(top == 0, 1.0, top / INT8_TOP)  # of inf: nan
+    return jnp.clip(jnp.round(x / scale), -INT8_TOP, INT8_TOP).astype(jnp.int8), jnp.squeeze(scale, axes)
+
+
+def _int8(spec: str, x: Array, w: Array) -> Array:
+    left, right, out = dims(spec)
+    shared = "".join(c for c in left if c in right)
+    (x8, rows), (w8, columns) = to_int8(x, left, shared), to_int8(w, right, shared)
+    free = [[c for c in letters if c not in shared] for letters in (left, right)]
+    assert [*free[0], *free[1]] == list(out), spec
+    rows = rows.reshape(*rows.shape, *[1] * columns.ndim)
+    y = dot(spec, x8, w8, jnp.int32).astype(jnp.float32) * rows * columns
+    # Named: kept as the int32 of the product it would be twice as large.
+    return checkpoint_name(y.astype(x.dtype), KEPT)
+
+
+def _int8_forward(spec: str, x: Array, w: Array) -> Any:
+    return _int8(spec, x, w), (x, w)
+
+
+def _int8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    (x, w), (left, right, out) = saved, dims(spec)
+    dx = jnp.einsum(f"{out},{right}->{left}", dy, w.astype(x.dtype))
+    dw = jnp.einsum(f"{left},{out}->{right}", x, dy, preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+def differentiable(product: Einsum, forward: Any, backward: Any) -> Einsum:
+    """`product`, with a gradient of its own."""
+    made = jax.custom_vjp(product, nondiff_argnums=(0,))
+    made.defvjp(forward, backward)
+    return made
+
+
+PRODUCTS: dict[str, Einsum] = {
+    "fp8": differentiable(_fp8, _fp8_forward, _fp8_backward),
+    "int8": differentiable(_int8, _int8_forward, _int8_backward),
+}
