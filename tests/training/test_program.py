@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
-from training.loop import with_vocab
+from training.job import with_vocab
 from training.program import build_ops, compiler_options, compute_dtype, padded_vocab
 
 
