@@ -31,6 +31,7 @@ from training.progress import Progress, human, startup_table
 from training.recorder import Recorder
 from training.run_directory import RunDirectory
 from training.state import TrainState
+from training.step import FlatStep
 from training.tensorboard import TensorBoard
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
@@ -83,7 +84,7 @@ class Job:
     program: Program
     loader: Loader
     held_out: EvalBatches
-    train_step: Any
+    train_step: FlatStep
     eval_step: Any
     flops: Flops
     parent: Parent | None  # of a new run

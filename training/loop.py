@@ -67,26 +67,28 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         place=checked(config.training, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
+    leaves = job.train_step.leaves_of(state)
     recorder.resume_clock()
     for step in range(first + 1, last + 1):
         batch, wait, job.position = feed.next()
-        state, metrics = job.train_step(state, batch)
+        leaves, metrics = job.train_step.on_leaves(leaves, batch)
         recorder.push(step, metrics, wait)
 
         if every(config.eval.every, step, last):
             recorder.flush()
-            recorder.event(step, held_out_figures(job, state))
+            recorder.event(step, held_out_figures(job, job.train_step.state_of(leaves)))
             recorder.resume_clock()
 
         if every(config.checkpoint.every, step, last):
             recorder.flush()
             recorder.sync()  # a checkpoint is never ahead of its rows
             record = {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
+            state = job.train_step.state_of(leaves)
             checkpoints.save(step, job.program.to_canonical(state), record)
             recorder.resume_clock()
     recorder.flush()
     checkpoints.wait()
-    return state
+    return job.train_step.state_of(leaves)
 
 
 def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:

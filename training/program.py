@@ -41,6 +41,7 @@ from training.state import (
 )
 from training.step import (
     Batch,
+    FlatStep,
     abstract_batch,
     compile_eval_step,
     compile_train_step,
@@ -104,7 +105,7 @@ class Program:
         like = target if isinstance(tree, TrainState) else target.params
         return self.born.arrangement.relocate(tree, shardings(like), join=join)
 
-    def compile_train(self) -> Any:
+    def compile_train(self) -> FlatStep:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
         metrics = self.replicas.metrics if self.replicas is not None else self.layout.replicated()
         return compile_train_step(self.train_step, self.state, self.batch, metrics, self.compiler_options)
