@@ -89,10 +89,12 @@ class Job:
     flops: Flops
     parent: Parent | None  # of a new run
     compile_seconds: float
+    compiled: float  # the moment when all was, of `time.perf_counter`
     watch: CacheWatch
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
+    held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
@@ -149,9 +151,21 @@ def build_job(
         startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
     began = time.perf_counter()
     train_step, eval_step = program.compile_train(), program.compile_eval()
-    seconds = time.perf_counter() - began
+    compiled = time.perf_counter()
     return Job(
-        config, run, prepared, program, loader, held_out, train_step, eval_step, flops, parent, seconds, watch
+        config,
+        run,
+        prepared,
+        program,
+        loader,
+        held_out,
+        train_step,
+        eval_step,
+        flops,
+        parent,
+        compiled - began,
+        compiled,
+        watch,
     )
 
 

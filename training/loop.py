@@ -13,6 +13,7 @@ from typing import Any
 from data.loader import Prefetcher
 from parallel import cluster
 from parallel.cudnn import check_documents
+from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate
 from training.feed import placing, rows_here
@@ -68,27 +69,32 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     )
     stack.callback(feed.close)
     leaves = job.train_step.leaves_of(state)
-    recorder.resume_clock()
+    recorder.asides["starting"] = time.perf_counter() - job.compiled
+    recorder.start_clock()
     for step in range(first + 1, last + 1):
         batch, wait, job.position = feed.next()
         leaves, metrics = job.train_step.on_leaves(leaves, batch)
         recorder.push(step, metrics, wait)
 
         if every(config.eval.every, step, last):
-            recorder.flush()
-            recorder.event(step, held_out_figures(job, job.train_step.state_of(leaves)))
-            recorder.resume_clock()
+            with recorder.aside("evaluation"):
+                figures = held_out_figures(job, job.train_step.state_of(leaves))
+                recorder.event(step, figures)
+                job.held_out_at = step, figures
 
         if every(config.checkpoint.every, step, last):
-            recorder.flush()
-            recorder.sync()  # a checkpoint is never ahead of its rows
-            record = {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
-            state = job.train_step.state_of(leaves)
-            checkpoints.save(step, job.program.to_canonical(state), record)
-            recorder.resume_clock()
-    recorder.flush()
-    checkpoints.wait()
+            with recorder.aside("checkpoints"):
+                recorder.sync()  # a checkpoint is never ahead of its rows
+                state = job.train_step.state_of(leaves)
+                checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+    with recorder.aside("checkpoints"):
+        checkpoints.wait()
     return job.train_step.state_of(leaves)
+
+
+def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state."""
+    return {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
 
 
 def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -128,12 +134,8 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     recorder.progress.close()
-    figures: dict[str, Any] = held_out_figures(job, state)
-    if config.checkpoint.average_last > 0:
-        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
-        steps = steps[-config.checkpoint.average_last :]
-        mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
-        figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
+    with recorder.aside("evaluation"):
+        figures = final_figures(job, state, checkpoints)
     program, params = job.program, state.params
     if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
@@ -141,11 +143,28 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
-            written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+            with recorder.aside("samples"):
+                written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
         show(report(job, recorder, figures | written, began))
 
     cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
     return 0
+
+
+def final_figures(job: Job, state: TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Held-out figures after the last step, and of the mean of the last checkpoints."""
+    last = job.config.training.num_steps
+    figures: dict[str, Any]
+    if job.held_out_at is not None and job.held_out_at[0] == last:
+        figures = dict(job.held_out_at[1])
+    else:  # all steps were done at an earlier start
+        figures = held_out_figures(job, state)
+    if job.config.checkpoint.average_last > 0:
+        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
+        steps = steps[-job.config.checkpoint.average_last :]
+        mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
+        figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
+    return figures
 
 
 def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) -> dict[str, Any]:
@@ -163,6 +182,7 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "tokens": recorder.tokens,
             "bigram_bits_per_byte": bigram,
             "train_seconds": recorder.seconds,
+            "goodput": recorder.goodput(job.compiled),
             "wall_seconds": time.perf_counter() - began,
             "compile_seconds": job.compile_seconds,
             "compile_cache": job.watch.outcome(),

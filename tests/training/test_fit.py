@@ -242,6 +242,22 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(ground):
     assert newest < rows[-1]["step"]
 
 
+def test_the_time_after_compiling_is_told_apart_and_adds_up(ground, whole):
+    shares = ground.summary("whole")["goodput"]["shares"]
+    assert shares.keys() == {"steps", "starting", "evaluation", "checkpoints", "the rest"}
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    timed = MetricsLog.read(ground.run("whole") / "metrics.jsonl")
+    steps = sum(row["step_seconds"] for row in timed if "loss" in row)
+    assert shares["steps"] * ground.summary("whole")["goodput"]["seconds"] == pytest.approx(steps)
+
+
+def test_the_last_evaluation_is_not_done_twice(ground, sharded, monkeypatch):
+    count = []
+    monkeypatch.setattr(training.loop, "evaluate", lambda *args: count.append(args) or {"eval/loss": 1.0})
+    assert fit(ground.config(copy_run(ground, "half", "evaluated"), *WORDS, "training.num_steps=7")) == 0
+    assert len(count) == 1 and ground.summary("evaluated")["eval/loss"] == 1.0
+
+
 def test_a_gradient_that_is_not_finite_is_a_fault_even_where_the_loss_is_sound(tmp_path):
     class Quiet:
         def update(self, row):
