@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("reference", "chunked", "cudnn")
 EXCHANGES = ("float32", "bfloat16", "int8")
 
@@ -48,7 +48,7 @@ class TrainingConfig:
     global_batch_size: int = 8  # rows of seq_len tokens in one step, over all devices
     accumulation_steps: int = 1  # microbatches whose gradients add up to one step
     precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
+    remat: str = "none"  # what layers keep: none (all) | dots | attention | offload | full (their input)
     scan_layers: bool = True  # compile one layer and loop; false unrolls
     attention: str = "reference"  # reference | chunked | cudnn
     max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed

@@ -24,7 +24,7 @@ from parallel.context import Zigzag, context_attention, uses_zigzag
 from parallel.cudnn import check_devices, cudnn_attention, cudnn_kernel
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
-from parallel.plain import Plain
+from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.state import (
@@ -240,6 +240,7 @@ def build_program(config: Any, layout: Layout) -> Program:
     """
     model = build_model(config.model)
     training = config.training
+    check_remat(training.remat, layout.mesh.devices.flat)
     born = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     seen = one_replica(layout) if alone else layout  # by the step
