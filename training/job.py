@@ -33,6 +33,7 @@ from training.run_directory import RunDirectory
 from training.state import TrainState
 from training.step import FlatStep
 from training.tensorboard import TensorBoard
+from training.xla import check_options, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
@@ -133,6 +134,7 @@ def build_job(
         check_tokenizer(parent, prepared.tokenizer.digest)
     config = with_vocab(config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
+    check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = Loader(
         prepared, config.data, global_batch_size=config.training.global_batch_size, seed=config.seed
     )
@@ -305,6 +307,7 @@ def describe(
         ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
         ("attention", training.attention, "training.attention"),
         ("layers", remat, "training.remat, training.scan_layers"),
+        ("compiler", options_line(program.compiler_options), f"hardware.xla={config.hardware.xla}"),
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
         ("data", loader.describe(), f"data.mode={config.data.mode}"),

@@ -48,6 +48,7 @@ from training.step import (
     make_eval_step,
     make_train_step,
 )
+from training.xla import largest_layer_bytes, needed_options, profile_options, resolve_profile
 
 ATTENTION = {"reference": reference_attention, "chunked": chunked_attention}
 VOCAB_MULTIPLE = 128
@@ -193,18 +194,14 @@ def compute_dtype(precision: str, platform: str) -> Any:
     return jnp.dtype(precision)
 
 
-def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> dict[str, Any]:
-    """What XLA is asked for beyond its defaults.
-
-    On several CPU devices its default scheduler (jaxlib 0.10) lets them reach independent collectives in
-    different orders, and they wait for each other for ever; the other scheduler keeps one order.
-
-    On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
-    operations cost some speed. CPU and TPU repeat themselves as they are.
-    """
-    if platform == "cpu" and devices > 1:
-        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
+def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
+    """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
+    platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
+    tensor = layout.mesh.shape["tensor"]
+    layer = largest_layer_bytes(model.info["segments"]) // tensor
+    profile = resolve_profile(config.hardware.xla, platform, devices)
+    options = profile_options(profile, layer_bytes=layer, tensor=tensor)
+    return {**options, **needed_options(config.deterministic, platform, devices)}
 
 
 def build_attention(config: Any, layout: Layout) -> Callable[..., Array]:
@@ -270,8 +267,7 @@ def build_program(config: Any, layout: Layout) -> Program:
         state, canonical = replicas.state, replicas.canonical
     strategy, ops = order_of_work(config, born, layout)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    platform = layout.mesh.devices.flat[0].platform
-    options = compiler_options(config.deterministic, platform, layout.mesh.size)
+    options = compiler_options(config, model, layout)
     return Program(
         model,
         layout,

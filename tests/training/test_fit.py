@@ -10,6 +10,7 @@ import pytest
 
 import training.job
 import training.loop
+import training.program
 from data.errors import DataError
 from data.loader import Loader
 from parallel.mesh import build_layout
@@ -20,8 +21,8 @@ from training.digest import digests
 from training.errors import RunFault
 from training.loop import fit
 from training.metrics import MetricsLog
-from training.program import compiler_options
 from training.recorder import Recorder
+from training.xla import ONE_ORDER, needed_options
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 WORDS = (
@@ -292,14 +293,14 @@ def test_bad_data_in_mid_run_is_a_fault_of_the_run_and_not_of_the_command(ground
 
 
 def test_deterministic_asks_the_gpu_compiler_and_is_recorded(ground):
-    wanted = compiler_options(True, "gpu")
-    assert wanted and compiler_options(False, "gpu") == {} == compiler_options(True, "cpu")
+    wanted = needed_options(True, "gpu")
+    assert wanted and needed_options(False, "gpu") == {} == needed_options(True, "cpu")
     add = jax.jit(lambda x: x + 1).lower(1.0)
     add.compile(wanted)  # XLA knows the name: it refuses others
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         add.compile({f"{next(iter(wanted))}_": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.program, "compiler_options", lambda on, *_: compiler_options(on, "gpu"))
+        patch.setattr(training.program, "needed_options", lambda on, *_: needed_options(on, "gpu"))
         state_at_start(ground.config("deterministic", "deterministic=true"))
     manifest = json.loads((ground.run("deterministic") / "manifest.json").read_text())
-    assert manifest["compiler_options"] == wanted
+    assert manifest["compiler_options"] == {**ONE_ORDER, **wanted}

@@ -14,7 +14,7 @@ from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
 from training.job import with_vocab
-from training.program import build_ops, compiler_options, compute_dtype, padded_vocab
+from training.program import build_ops, compute_dtype, padded_vocab
 
 
 def layout_of(rules, **sizes):
@@ -47,13 +47,6 @@ def test_vocabulary_is_padded_to_the_next_multiple_of_128(size, padded):
 )
 def test_precision_is_the_platforms_unless_it_is_given(precision, platform, dtype):
     assert compute_dtype(precision, platform) == dtype
-
-
-def test_only_a_gpu_is_asked_to_be_deterministic():
-    assert compiler_options(True, "gpu") == {"xla_gpu_deterministic_ops": True}
-    assert (
-        compiler_options(False, "gpu") == compiler_options(True, "cpu") == compiler_options(True, "tpu") == {}
-    )
 
 
 @pytest.mark.parametrize(("given", "taken"), [(-1, 384), (257, 257), (300, 300)])
