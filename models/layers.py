@@ -316,15 +316,17 @@ class Block(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
         """The residual stream after this layer, the cache with its keys and values, what it reports."""
-        mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
-        x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
-        hidden = self.mlp_norm(x)
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
+            x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
         sums: Sums = {}
-        if isinstance(self.mlp, Mixture):
-            hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
-        else:
-            hidden = self.mlp(hidden, ops)
-        x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+        with jax.named_scope("mlp"):
+            hidden = self.mlp_norm(x)
+            if isinstance(self.mlp, Mixture):
+                hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
+            else:
+                hidden = self.mlp(hidden, ops)
+            x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
         return ops.constrain(x, RESIDUAL), cache, sums
 
 

@@ -135,7 +135,8 @@ class LayerScan:
         totals: Sums = {}
         for i, spec in enumerate(self.period):
             key = jax.random.fold_in(self.key, first + i)
-            x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
+            with jax.named_scope(f"layer_{i}"):
+                x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
             totals = add_sums(totals, sums)
         return x, totals
 

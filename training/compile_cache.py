@@ -30,9 +30,11 @@ class CacheWatch:
         return {"hits": self.hits, "misses": self.misses, "bytes": size}
 
 
-def start_compile_cache(directory: str | None) -> CacheWatch:
+def start_compile_cache(directory: str | None, *, names: bool = False) -> CacheWatch:
     """Keep every executable that took a while to compile in `directory`; None turns the cache off.
 
+    names: an executable that only differs in the names of its operations is another one: else a trace may
+    have the names of an older program.
     Raises ValueError where it cannot be written: jax would go on without, and warn at each compilation.
     """
     path = Path(directory).absolute() if directory else None
@@ -46,5 +48,6 @@ def start_compile_cache(directory: str | None) -> CacheWatch:
     # miss; jax would add two lines to stderr, where we say only what is wrong with the run.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", names)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CacheWatch(path)

@@ -127,10 +127,14 @@ class LoggingConfig:
     tensorboard: bool = True  # event files in the run directory
     live: bool = True  # a live line where stdout is a terminal, else plain lines
     every: int = 20  # steps between plain lines and TensorBoard points
+    profile_steps: list[int] = field(default_factory=lambda: [10, 13])  # traced by profile=true: [first, end)
 
     def __post_init__(self) -> None:
         """Each value by itself."""
         _require(self.every >= 1, "logging.every", self.every, "1 step or more")
+        steps = self.profile_steps
+        limit = "two steps [first, end), 1 <= first < end, such as [10, 13]"
+        _require(len(steps) == 2 and 1 <= steps[0] < steps[1], "logging.profile_steps", steps, limit)
 
 
 @dataclass

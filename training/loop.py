@@ -17,9 +17,10 @@ from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate
 from training.feed import placing, rows_here
-from training.job import Job, before_the_first_step, compose, in_mid_run, start
+from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.one_device import on_one_device
 from training.plots import plot_loss
+from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
@@ -39,7 +40,7 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
     Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
     """
     began = time.perf_counter()
-    watch = start_compile_cache(config.run.compile_cache)
+    watch = start_compile_cache(config.run.compile_cache, names=config.profile)
     with ExitStack() as stack:
         run = open_run_together(asdict(config), config.run.dir)
         stack.callback(run.close)
@@ -68,13 +69,23 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         place=checked(config.training, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
+    profile = planned_profile(job, first)
+    stack.callback(profile.close)
     leaves = job.train_step.leaves_of(state)
     recorder.asides["starting"] = time.perf_counter() - job.compiled
     recorder.start_clock()
     for step in range(first + 1, last + 1):
+        if profile.begins(step):
+            with recorder.aside("profile"):
+                profile.start()
+
         batch, wait, job.position = feed.next()
         leaves, metrics = job.train_step.on_leaves(leaves, batch)
         recorder.push(step, metrics, wait)
+
+        if profile.ends(step):
+            with recorder.aside("profile"):
+                say(f"profile: {profile.stop(job.train_step.as_text() or '')}")
 
         if every(config.eval.every, step, last):
             with recorder.aside("evaluation"):
@@ -90,6 +101,16 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     with recorder.aside("checkpoints"):
         checkpoints.wait()
     return job.train_step.state_of(leaves)
+
+
+def planned_profile(job: Job, first: int) -> Profile:
+    """The trace that `profile=true` asks for, of what this start has left of its steps, by the primary."""
+    config, steps, line = job.config, range(0), None
+    if config.profile:
+        steps, line = plan(config.logging.profile_steps, first, config.training.num_steps)
+    if line is not None:
+        say(line)
+    return Profile(job.run.path / "profile", steps if cluster.is_primary() else range(0))
 
 
 def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:

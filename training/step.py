@@ -54,15 +54,18 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
-        norm = optax.tree.norm(weights_only(model.info, grads))
-        if grad_clip is not None:  # balance biases take their sign alone, so that scaling them does nothing
-            scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(weights_only(model.info, grads))
+            if (
+                grad_clip is not None
+            ):  # balance biases take their sign alone, so that scaling them does nothing
+                scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,

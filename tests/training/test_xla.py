@@ -1,4 +1,4 @@
-"""Compiler options by name: known to the installed compiler, for the devices at hand, or refused in one line."""
+"""Compiler options by name: known to the installed compiler, made for the devices at hand, or refused."""
 
 import jax
 import pytest
