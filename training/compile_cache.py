@@ -9,18 +9,23 @@ import jax
 
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CacheWatch:
-    """Counts hits and misses of this process from here on."""
+    """Counts hits and misses of this process from here on, and the seconds of its compilations."""
 
     def __init__(self, directory: Path | None):
-        self.directory, self.hits, self.misses = directory, 0, 0
+        self.directory, self.hits, self.misses, self.seconds = directory, 0, 0, 0.0
         jax.monitoring.register_event_listener(self._listen)
+        jax.monitoring.register_event_duration_secs_listener(self._time)
 
     def _listen(self, event: str, **_: Any) -> None:
         self.hits += event == HIT
         self.misses += event == MISS
+
+    def _time(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.seconds += duration_secs if event == COMPILED else 0.0
 
     def outcome(self) -> dict[str, Any]:
         """Hits, misses and bytes on disk; an empty dict where there is no cache."""

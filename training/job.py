@@ -90,7 +90,7 @@ class Job:
     flops: Flops
     parent: Parent | None  # of a new run
     compile_seconds: float
-    compiled: float  # the moment when all was, of `time.perf_counter`
+    compiled: float  # the moment when the steps were, of `Recorder.now`
     watch: CacheWatch
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
@@ -153,7 +153,7 @@ def build_job(
         startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
     began = time.perf_counter()
     train_step, eval_step = program.compile_train(), program.compile_eval()
-    compiled = time.perf_counter()
+    seconds = time.perf_counter() - began
     return Job(
         config,
         run,
@@ -165,8 +165,8 @@ def build_job(
         eval_step,
         flops,
         parent,
-        compiled - began,
-        compiled,
+        seconds,
+        time.perf_counter() - watch.seconds,
         watch,
     )
 
@@ -246,7 +246,15 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
         primary=primary,
     )
     stack.callback(progress.close)
-    job.recorder = Recorder(log, job.flops, progress, board, tokens=tokens, every=config.logging.every)
+    job.recorder = Recorder(
+        log,
+        job.flops,
+        progress,
+        board,
+        tokens=tokens,
+        every=config.logging.every,
+        compiling=lambda: job.watch.seconds,
+    )
 
 
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:

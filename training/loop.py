@@ -72,7 +72,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     profile = planned_profile(job, first)
     stack.callback(profile.close)
     leaves = job.train_step.leaves_of(state)
-    recorder.asides["starting"] = time.perf_counter() - job.compiled
+    recorder.asides["starting"] = recorder.now() - job.compiled
     recorder.start_clock()
     for step in range(first + 1, last + 1):
         if profile.begins(step):
