@@ -178,7 +178,8 @@ def _time(s: Mapping[str, Any]) -> str:
         cache = s.get("compile_cache") or {}
         hits, misses = cache.get("hits", 0), cache.get("misses", 0)
         text += f", compiling {s['compile_seconds']:.1f} s"
-        text += f" (cache: {hits} hits, {misses} misses)" if cache else " (no cache)"
+        size = f", {cache['bytes'] / 1e6:,.1f} MB" if "bytes" in cache else ""
+        text += f" (cache: {hits} hits, {misses} misses{size})" if cache else " (no cache)"
     return text
 
 

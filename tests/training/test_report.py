@@ -174,7 +174,7 @@ FIGURES = {
     "tokens": 2_457_600,
     "wall_seconds": 301.0,
     "compile_seconds": 7.24,
-    "compile_cache": {"hits": 3, "misses": 17, "bytes": 5},
+    "compile_cache": {"hits": 3, "misses": 17, "bytes": 5_400_000},
     "parameters": {"total": 5_243_904, "non_embedding": 4_000_000},
     "peak_flops": 1.5e11,
     "goodput": {
@@ -220,7 +220,7 @@ def test_the_summary_has_every_figure_on_one_screen(tmp_path):
     for figure in (
         *("quick[start]", "600 of 600", "2.46M tokens", "5.24M parameters", "4:00 of steps", "5:01", "7.2 s"),
         *(
-            "3 hits, 17 misses",
+            "3 hits, 17 misses, 5.4 MB",
             "of 4:10 after compiling: steps 97.8 %, evaluation 1.5 %, the rest 0.7 %; 0.12 % of",
             "12.3k tokens/s",
             "31.3 % causal",
