@@ -8,7 +8,7 @@ from functools import lru_cache
 
 MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
-XLA_PROFILES = ("default", "none", "cpu", "gpu", "gpu_cluster", "tpu")
+XLA_PROFILES = ("default", "none", "cpu", "gpu", "gpu_cluster", "gpu_tensor", "tpu")
 CONTEXT_ATTENTION = ("ulysses", "allgather", "ring")
 
 
@@ -148,7 +148,7 @@ class HardwareConfig:
 
     name: str = "auto"  # for tables; chosen with hardware=NAME
     peak_tflops: float | None = None  # dense bf16 (accelerators), or f32 (CPU), per device
-    xla: str = "default"  # default | none | cpu | gpu | gpu_cluster | tpu
+    xla: str = "default"  # default | none | cpu | gpu | gpu_cluster | gpu_tensor | tpu
 
     def __post_init__(self) -> None:
         """A profile that there is; whether it is for the devices at hand shows when they are known."""

@@ -197,10 +197,9 @@ def compute_dtype(precision: str, platform: str) -> Any:
 def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
-    tensor = layout.mesh.shape["tensor"]
-    layer = largest_layer_bytes(model.info["segments"]) // tensor
+    layer = largest_layer_bytes(model.info["segments"]) // layout.mesh.shape["tensor"]
     profile = resolve_profile(config.hardware.xla, platform, devices)
-    options = profile_options(profile, layer_bytes=layer, tensor=tensor)
+    options = profile_options(profile, layer_bytes=layer)
     return {**options, **needed_options(config.deterministic, platform, devices)}
 
 

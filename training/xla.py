@@ -33,6 +33,8 @@ COMBINE = (
     "xla_gpu_all_reduce_combine_threshold_bytes",
     "xla_gpu_reduce_scatter_combine_threshold_bytes",
 )
+# A product and its collective are cut up to overlap; asked for by name, because it compiles 3 times as long.
+WINDOWED = {"xla_gpu_threshold_for_windowed_einsum_mib": 0}
 LEAST_COMBINED = 30 << 20  # bytes: XLA's own threshold
 TPU = {
     "xla_tpu_enable_async_collective_fusion": True,
@@ -41,7 +43,13 @@ TPU = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "gpu_cluster": "gpu", "tpu": "tpu"}  # of a profile
+PLATFORMS = {
+    "cpu": "cpu",
+    "gpu": "gpu",
+    "gpu_cluster": "gpu",
+    "gpu_tensor": "gpu",
+    "tpu": "tpu",
+}  # of a profile
 
 
 def family(platform: str) -> str:
@@ -67,18 +75,17 @@ def resolve_profile(name: str, platform: str, devices: int) -> str:
     return name
 
 
-def profile_options(profile: str, *, layer_bytes: int = 0, tensor: int = 1) -> Options:
+def profile_options(profile: str, *, layer_bytes: int = 0) -> Options:
     """The options of a resolved profile.
 
     layer_bytes: float32 parameters of the largest layer: collectives of one layer are combined into one.
-    tensor: ways that matrices are split; above 1 a product and its collective are cut up to overlap.
     """
     if profile == "cpu":
         return dict(ONE_ORDER)
     if profile == "tpu":
         return dict(TPU)
-    if profile == "gpu_cluster":
-        windowed: Options = {"xla_gpu_threshold_for_windowed_einsum_mib": 0} if tensor > 1 else {}
+    if profile in ("gpu_cluster", "gpu_tensor"):
+        windowed = WINDOWED if profile == "gpu_tensor" else {}
         return {**GPU_CLUSTER, **dict.fromkeys(COMBINE, max(layer_bytes, LEAST_COMBINED)), **windowed}
     return {}  # none; and gpu, because XLA's defaults are made for one
 

@@ -55,9 +55,9 @@ def test_several_cpu_devices_keep_one_order_under_every_profile():
         assert make_program(config).compiler_options == ONE_ORDER
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu_cluster"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu_cluster", "gpu_tensor"])
 def test_this_compiler_knows_the_options_of_a_profile(profile):
-    check_options(profile_options(profile, tensor=2), jax.devices()[0], profile)
+    check_options(profile_options(profile), jax.devices()[0], profile)
 
 
 @pytest.mark.parametrize(
