@@ -202,5 +202,5 @@ def _backward_row(
         dv = dv.at[:, :end].add(spec.dot("KSR,KRV->KSV", weights, cotangent[:, i]))
         dk = dk.at[:, :end].add(spec.dot("KSR,KRH->KSH", dscores, q[:, i]))
         dq.append(spec.dot("KHS,KSR->KHR", columns[..., :end], dscores))
-    dq = jnp.swapaxes(jnp.stack(dq, axis=1), 2, 3)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    by_query = jnp.swapaxes(jnp.stack(dq, axis=1), 2, 3)
+    return by_query.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

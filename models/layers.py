@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
             cache = extend_cache(cache, {"k": k, "v": v}, positions[0, 0])
             k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
+        q, k, v = name_inputs(q, k, v)
         mixed = ops.attention(
             q,
             k,
@@ -124,6 +126,15 @@ class Attention(nnx.Module):
             frequencies, amplitude = rope_frequencies(self.config, spec)
             q, k = rotate((q, k), positions, frequencies, amplitude, ops.once)
         return q, k, v
+
+
+def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """What attention takes, by names that say to `parallel.plain` what may be kept for the backward pass."""
+    return (
+        checkpoint_name(q, "attention_q"),
+        checkpoint_name(k, "attention_k"),
+        checkpoint_name(v, "attention_v"),
+    )
 
 
 def extend_cache(cache: Cache, new: Cache, start: Array) -> Cache:
@@ -185,7 +196,7 @@ class LatentAttention(nnx.Module):
         if cache is not None:
             cache = extend_cache(cache, {"latent": latent, "k_rope": k_rope}, positions[0, 0])
             latent, k_rope = cache["latent"].astype(x.dtype), cache["k_rope"].astype(x.dtype)
-        k, v = self.expand(latent, k_rope, ops)
+        q, k, v = name_inputs(q, *self.expand(latent, k_rope, ops))
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         mixed = ops.attention(
             q,
@@ -254,7 +265,8 @@ class FeedForward(nnx.Module):
         """Up, activate, down."""
         gated = self.activation in GATES
         spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
-        hidden = add_bias(ops.einsum(spec, x, self.up[...]), self.up_bias)
+        hidden = checkpoint_name(ops.einsum(spec, x, self.up[...]), "mlp_up")
+        hidden = add_bias(hidden, self.up_bias)
         hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
         hidden = ops.constrain(hidden, ("batch", "length", "act_mlp"))  # and so does its gradient lie
         return add_bias(ops.einsum("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
@@ -304,15 +316,17 @@ class Block(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
         """The residual stream after this layer, the cache with its keys and values, what it reports."""
-        mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
-        x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
-        hidden = self.mlp_norm(x)
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
+            x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
         sums: Sums = {}
-        if isinstance(self.mlp, Mixture):
-            hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
-        else:
-            hidden = self.mlp(hidden, ops)
-        x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+        with jax.named_scope("mlp"):
+            hidden = self.mlp_norm(x)
+            if isinstance(self.mlp, Mixture):
+                hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
+            else:
+                hidden = self.mlp(hidden, ops)
+            x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
         return ops.constrain(x, RESIDUAL), cache, sums
 
 

@@ -115,6 +115,7 @@ class Model:
             first += segment.count * len(segment.period)
         return tree
 
+    @jax.named_scope("embed")
     def embed(self, params: Tree, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T D"]:
         """Token (and learned position) embeddings, in the compute dtype."""
         return self._module("embed", params["embed"])(batch, ops)
@@ -133,6 +134,7 @@ class Model:
         x, _, sums = self._block(spec, params)(x, batch, spec, ops)
         return x, self._mean_over_layers(sums)
 
+    @jax.named_scope("head")
     def head(
         self, params: Tree, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops
     ) -> tuple[Float[Array, ""], dict[str, Array]]:

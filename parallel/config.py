@@ -8,6 +8,7 @@ from functools import lru_cache
 
 MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
+XLA_PROFILES = ("default", "none", "cpu", "gpu", "gpu_cluster", "gpu_tensor", "tpu")
 CONTEXT_ATTENTION = ("ulysses", "allgather", "ring")
 
 
@@ -140,7 +141,16 @@ class ContextConfig:
 
 @dataclass
 class HardwareConfig:
-    """The accelerator's datasheet: what MFU is a share of. `peak_tflops=null` measures at start (CPU)."""
+    """The accelerator's datasheet: what MFU is a share of. `peak_tflops=null` measures at start (CPU).
+
+    `xla` names a set of compiler options (`training.xla`); `default` is the one for the devices at hand.
+    """
 
     name: str = "auto"  # for tables; chosen with hardware=NAME
     peak_tflops: float | None = None  # dense bf16 (accelerators), or f32 (CPU), per device
+    xla: str = "default"  # default | none | cpu | gpu | gpu_cluster | gpu_tensor | tpu
+
+    def __post_init__(self) -> None:
+        """A profile that there is; whether it is for the devices at hand shows when they are known."""
+        if self.xla not in XLA_PROFILES:
+            raise ValueError(_no_choice("hardware.xla", self.xla, XLA_PROFILES))

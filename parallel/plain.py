@@ -5,6 +5,7 @@ One value of the interface that every schedule shares: `value_and_grad(model, pa
 `head`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from parallel.ring import SAVED
+
+# Checkpoint names that models give: what attention's kernel takes, and the wide hidden layer's products.
+ATTENTION_INPUTS = ("attention_q", "attention_k", "attention_v")
+WIDE = ("mlp_up",)
+HOST_MEMORY = "pinned_host"
 
 Params = Any
 Batch = dict[str, Array]
@@ -55,10 +61,46 @@ def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
 
 
+def _attention_only(prim: Any, *args: Any, **kwargs: Any) -> Any:
+    if prim.name == "name" and kwargs["name"] in ATTENTION_INPUTS:
+        return True
+    return prim.name != "dot_general" and _attention_or_dots(prim, *args, **kwargs)
+
+
+_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[*ATTENTION_INPUTS, *WIDE],
+    offload_src="device",
+    offload_dst=HOST_MEMORY,
+)
+
+
+def _dots_on_host(prim: Any, *args: Any, **kwargs: Any) -> Any:
+    if prim.name == "name" and kwargs["name"] in (*ATTENTION_INPUTS, *WIDE):
+        return _to_host(prim, *args, **kwargs)
+    return _attention_or_dots(prim, *args, **kwargs)
+
+
+# What a layer keeps for its backward; everything else is computed again.
 POLICIES = {
-    "dots": _attention_or_dots,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _attention_or_dots,  # matrix products, and what attention's kernel needs
+    "attention": _attention_only,  # queries, keys, values, and what attention's kernel needs
+    "offload": _dots_on_host,  # as dots, the widest of them in the host's memory
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
+
+
+def check_remat(remat: str, devices: Iterable[Any]) -> None:
+    """Raise ValueError where a policy needs memory that these devices cannot reach."""
+    if remat != "offload":
+        return
+    for device in devices:
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        if kinds and HOST_MEMORY not in kinds:  # a GPU that is only described names no memory at all
+            raise ValueError(
+                f"training.remat=offload needs {HOST_MEMORY} memory, and {device.device_kind} has only "
+                f"{', '.join(sorted(kinds))}; use training.remat=attention or full"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +138,8 @@ class LayerScan:
         totals: Sums = {}
         for i, spec in enumerate(self.period):
             key = jax.random.fold_in(self.key, first + i)
-            x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
+            with jax.named_scope(f"layer_{i}"):
+                x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
             totals = add_sums(totals, sums)
         return x, totals
 

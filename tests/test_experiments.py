@@ -7,7 +7,7 @@ from configs.cli import options
 from configs.schema import check
 from parallel.mesh import build_layout
 from tests.configs.composing import config
-from training.loop import with_vocab
+from training.job import with_vocab
 from training.program import build_program, trace
 
 BYTES = 257  # tokens of tokenizer=byte

@@ -23,6 +23,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import train
+import training.job
 import training.loop
 import training.run_directory
 from configs.cli import main
@@ -357,7 +358,7 @@ def test_a_read_only_directory_is_refused_before_any_work(place, typed, monkeypa
     (place.path / "runs").mkdir()
     refused = str(place.path / "runs")
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != refused and access(path, mode))
-    monkeypatch.setattr(training.loop, "prepare", None)  # must not be reached
+    monkeypatch.setattr(training.job, "prepare", None)  # must not be reached
     assert_one_line(typed(), 2, "here/runs cannot be written", "choose another run.dir=")
 
 
@@ -385,16 +386,17 @@ def disk_fills_up(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(moment: str, limit: int) -> None:
-        whole = getattr(training.loop, moment)
+        module = training.job if moment == "open_outputs" else training.loop
+        whole = getattr(module, moment)
 
         def limited(*args):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
                 return whole(*args)
             finally:
-                monkeypatch.setattr(training.loop, moment, whole)  # the next start finds space
+                monkeypatch.setattr(module, moment, whole)  # the next start finds space
 
-        monkeypatch.setattr(training.loop, moment, limited)
+        monkeypatch.setattr(module, moment, limited)
 
     yield at
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,18 +9,23 @@ import jax
 
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CacheWatch:
-    """Counts hits and misses of this process from here on."""
+    """Counts hits and misses of this process from here on, and the seconds of its compilations."""
 
     def __init__(self, directory: Path | None):
-        self.directory, self.hits, self.misses = directory, 0, 0
+        self.directory, self.hits, self.misses, self.seconds = directory, 0, 0, 0.0
         jax.monitoring.register_event_listener(self._listen)
+        jax.monitoring.register_event_duration_secs_listener(self._time)
 
     def _listen(self, event: str, **_: Any) -> None:
         self.hits += event == HIT
         self.misses += event == MISS
+
+    def _time(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.seconds += duration_secs if event == COMPILED else 0.0
 
     def outcome(self) -> dict[str, Any]:
         """Hits, misses and bytes on disk; an empty dict where there is no cache."""
@@ -30,9 +35,11 @@ class CacheWatch:
         return {"hits": self.hits, "misses": self.misses, "bytes": size}
 
 
-def start_compile_cache(directory: str | None) -> CacheWatch:
+def start_compile_cache(directory: str | None, *, names: bool = False) -> CacheWatch:
     """Keep every executable that took a while to compile in `directory`; None turns the cache off.
 
+    names: an executable that only differs in the names of its operations is another one: else a trace may
+    have the names of an older program.
     Raises ValueError where it cannot be written: jax would go on without, and warn at each compilation.
     """
     path = Path(directory).absolute() if directory else None
@@ -46,5 +53,6 @@ def start_compile_cache(directory: str | None) -> CacheWatch:
     # miss; jax would add two lines to stderr, where we say only what is wrong with the run.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", names)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CacheWatch(path)

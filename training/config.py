@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from models.projections import NAMES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("reference", "chunked", "fused", "cudnn")
 EXCHANGES = ("float32", "bfloat16", "int8")
 
@@ -51,7 +51,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # microbatches whose gradients add up to one step
     precision: str = "auto"  # float32 | bfloat16 | fp8 | int8 | auto: bfloat16, on CPU float32
     full_precision: list[str] = field(default_factory=list)  # projections left out of fp8 and int8: [o, down]
-    remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
+    remat: str = "none"  # what layers keep: none (all) | dots | attention | offload | full (their input)
     scan_layers: bool = True  # compile one layer and loop; false unrolls
     attention: str = "reference"  # reference | chunked | fused | cudnn
     max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed
@@ -132,10 +132,14 @@ class LoggingConfig:
     tensorboard: bool = True  # event files in the run directory
     live: bool = True  # a live line where stdout is a terminal, else plain lines
     every: int = 20  # steps between plain lines and TensorBoard points
+    profile_steps: list[int] = field(default_factory=lambda: [10, 13])  # traced by profile=true: [first, end)
 
     def __post_init__(self) -> None:
         """Each value by itself."""
         _require(self.every >= 1, "logging.every", self.every, "1 step or more")
+        steps = self.profile_steps
+        limit = "two steps [first, end), 1 <= first < end, such as [10, 13]"
+        _require(len(steps) == 2 and 1 <= steps[0] < steps[1], "logging.profile_steps", steps, limit)
 
 
 @dataclass

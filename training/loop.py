@@ -4,47 +4,31 @@ What happens once in a while stands there in sight. Every process of a job runs 
 writes the run's directory and prints.
 """
 
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
-import jax
-
-from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
-from data.pipeline import Prepared, follow, prepare
+from data.loader import Prefetcher
 from parallel import cluster
-from parallel.axes import Layout
 from parallel.cudnn import check_documents
-from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
-from training.compile_cache import CacheWatch, start_compile_cache
-from training.errors import RunFault
+from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate
 from training.feed import placing, rows_here
-from training.flops import Flops, peak_flops, training_flops
-from training.manifest import build_manifest
-from training.metrics import MetricsLog
+from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.one_device import on_one_device
-from training.parent import Parent, check_tokenizer, find_parent, same_parent
 from training.plots import plot_loss
-from training.precision import precision_row
-from training.program import Program, build_program, padded_vocab
-from training.progress import Progress, human, startup_table
+from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
 from training.summary import print_summary, summarize
-from training.tensorboard import TensorBoard
 
 Sampler = Callable[..., dict[str, Any]]
 
-# The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit) ...
-PREPARE_SECONDS = 4 * 3600
-CLOSING_SECONDS = 3600  # ... and while it writes samples
+CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
 
 
 def fit(config: Any, sample: Sampler | None = None) -> int:
@@ -56,7 +40,7 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
     Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
     """
     began = time.perf_counter()
-    watch = start_compile_cache(config.run.compile_cache)
+    watch = start_compile_cache(config.run.compile_cache, names=config.profile)
     with ExitStack() as stack:
         run = open_run_together(asdict(config), config.run.dir)
         stack.callback(run.close)
@@ -69,221 +53,6 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
         with in_mid_run(job):
             state = train(job, state, first, stack)
             return finish(job, state, sample, began)
-
-
-@contextmanager
-def before_the_first_step() -> Iterator[None]:
-    """Devices that cannot hold what is asked for are the command line's fault while nothing is written."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(device_fault(error)) from error
-
-
-def device_fault(error: Exception) -> str:
-    """One line for whatever XLA says, with a remedy where it says that memory is short."""
-    line = str(error).strip().splitlines()[0][:300]
-    remedy = "raise training.accumulation_steps, set training.remat=full, or split the model by mesh.fsdp"
-    short = any(word in line for word in ("RESOURCE_EXHAUSTED", "ut of memory"))
-    return f"the devices failed: {line.rstrip('.')}" + (f"; {remedy}" if short else "")
-
-
-@contextmanager
-def in_mid_run(job: "Job") -> Iterator[None]:
-    """From here on nothing is the command line's fault: what the data or the devices raise is a RunFault."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        step = job.checkpoints.newest_committed() if job.checkpoints is not None else 0
-        raise KeyboardInterrupt(f"interrupted; the same command goes on from step {step}") from None
-    except OSError as error:
-        where, what = error.filename or job.run.path, error.strerror or error
-        raise RunFault(
-            f"{where}: {what}; free space or mend the disk, then the same command goes on"
-        ) from error
-    except ValueError as error:
-        raise RunFault(str(error)) from error
-    except jax.errors.JaxRuntimeError as error:
-        raise RunFault(device_fault(error)) from error
-
-
-@dataclass
-class Job:
-    """What one call of `fit` works with; the state is not here, it is handed on."""
-
-    config: Any
-    run: RunDirectory
-    prepared: Prepared
-    program: Program
-    loader: Loader
-    held_out: EvalBatches
-    train_step: Any
-    eval_step: Any
-    flops: Flops
-    parent: Parent | None  # of a new run
-    compile_seconds: float
-    watch: CacheWatch
-    checkpoints: Checkpoints | None = None
-    recorder: Recorder | None = None
-    position: dict[str, Any] | None = None  # of the data, after the last step
-
-
-def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
-    """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
-    with cluster.together("the devices"), before_the_first_step():
-        layout = build_layout(config.mesh)
-        parent = None if run.resuming else find_parent(config)
-    prepared = prepare_together(config)
-    with cluster.together("the program"), before_the_first_step():
-        return build_job(config, run, watch, layout, parent, prepared)
-
-
-def prepare_together(config: Any) -> Prepared:
-    """The primary makes or checks the data, and the others open what it has found."""
-    mine: list[Prepared] = []
-
-    def make() -> dict[str, Any]:
-        mine.append(prepare(config.data, config.tokenizer))
-        return mine[0].facts()
-
-    facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
-    with cluster.together("the data's files"):
-        return mine[0] if mine else follow(facts)
-
-
-def build_job(
-    config: Any,
-    run: RunDirectory,
-    watch: CacheWatch,
-    layout: Layout,
-    parent: Parent | None,
-    prepared: Prepared,
-) -> Job:
-    """What every process compiles for itself, once it has data and devices."""
-    if parent is not None:
-        check_tokenizer(parent, prepared.tokenizer.digest)
-    config = with_vocab(config, prepared.tokenizer.vocab_size)
-    program = build_program(config, layout)
-    loader = Loader(
-        prepared, config.data, global_batch_size=config.training.global_batch_size, seed=config.seed
-    )
-    held_out = eval_batches(
-        prepared.validation,
-        config.data,
-        batch_size=config.training.global_batch_size,
-        max_batches=config.eval.batches,
-    )
-    device = layout.mesh.devices.flat[0]
-    peak, how = peak_flops(config.hardware, device.platform, device.device_kind)
-    flops = training_flops(
-        program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
-    )
-    if cluster.is_primary():
-        startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
-    began = time.perf_counter()
-    train_step, eval_step = program.compile_train(), program.compile_eval()
-    seconds = time.perf_counter() - began
-    return Job(
-        config, run, prepared, program, loader, held_out, train_step, eval_step, flops, parent, seconds, watch
-    )
-
-
-def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
-    """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
-    config, run, program = job.config, job.run, job.program
-    first, tokens = 0, 0
-    state: TrainState | None = None
-    if run.resuming:
-        checkpoints = open_checkpoints(job, stack)
-        if (found := checkpoints.restore_newest(program.canonical)) is not None:
-            stored, record, quarantined = found
-            state = program.from_canonical(stored)
-            first, tokens = record["step"], record["tokens"]
-            job.loader.restore(record["data"])
-            for reason in quarantined:
-                say(f"quarantined: {reason}")
-            if program.replicas is not None and "replicas" not in (stored.local or {}):
-                say("the checkpoint is not of so many replicas that step alone: they start at its mean")
-    if first > config.training.num_steps:
-        raise ValueError(
-            f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
-            f"use {first} or more"
-        )
-    if state is None:  # before anything is written: a parent may be of another shape, or damaged
-        state = fresh_state(job)
-    hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
-    cluster.from_primary("the run's directory", lambda: run.begin(manifest(job, hosts), resume_step=first))
-    with in_mid_run(job):
-        open_outputs(job, first, tokens, stack)
-    return state, first
-
-
-def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
-    """What the run's directory keeps of how it was made."""
-    program = job.program
-    return build_manifest(
-        asdict(job.config),
-        prepared_digest=job.prepared.digest,
-        tokenizer_digest=job.prepared.tokenizer.digest,
-        mesh=dict(program.layout.mesh.shape),
-        data=job.prepared.description,
-        parent=job.parent.facts() if job.parent else None,
-        extra={
-            "hosts": hosts,
-            "compute_dtype": str(program.ops.compute_dtype),
-            "compiler_options": dict(program.compiler_options),
-        },
-    )
-
-
-def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
-    """What the run writes to, continued behind step `first` or begun."""
-    config, run = job.config, job.run
-    if not run.resuming:
-        open_checkpoints(job, stack)
-    primary = cluster.is_primary()
-    log, board = None, None
-    if primary:
-        job.prepared.tokenizer.save(run.path / "tokenizer.json")
-        log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
-        stack.callback(log.close)
-        if log.missing:
-            say(
-                f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; "
-                "it was altered"
-            )
-    if primary and config.logging.tensorboard:
-        board = TensorBoard(run.path / "tensorboard", first)
-        stack.callback(board.close)
-    progress = Progress(
-        config.training.num_steps,
-        start_step=first,
-        live=config.logging.live,
-        every=config.logging.every,
-        primary=primary,
-    )
-    stack.callback(progress.close)
-    job.recorder = Recorder(log, job.flops, progress, board, tokens=tokens, every=config.logging.every)
-
-
-def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
-    """The run's checkpoints, closed with it."""
-    job.checkpoints = Checkpoints(job.run.path / "checkpoints", job.config.checkpoint)
-    stack.push(job.checkpoints.leave)
-    return job.checkpoints
-
-
-def fresh_state(job: Job) -> TrainState:
-    """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
-    program = job.program
-    with cluster.together("the first state"), before_the_first_step():
-        state = program.init_state(job.config.seed)
-        jax.block_until_ready(state)  # so that too little memory is said before anything is written
-        parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
-    if parent is None:
-        return state
-    params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
-    return program.with_params(state, program.from_canonical(params))
 
 
 def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainState:
@@ -300,26 +69,53 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         place=checked(config.training, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
-    recorder.resume_clock()
+    profile = planned_profile(job, first)
+    stack.callback(profile.close)
+    leaves = job.train_step.leaves_of(state)
+    recorder.asides["starting"] = recorder.now() - job.compiled
+    recorder.start_clock()
     for step in range(first + 1, last + 1):
+        if profile.begins(step):
+            with recorder.aside("profile"):
+                profile.start()
+
         batch, wait, job.position = feed.next()
-        state, metrics = job.train_step(state, batch)
+        leaves, metrics = job.train_step.on_leaves(leaves, batch)
         recorder.push(step, metrics, wait)
 
+        if profile.ends(step):
+            with recorder.aside("profile"):
+                say(f"profile: {profile.stop(job.train_step.as_text() or '')}")
+
         if every(config.eval.every, step, last):
-            recorder.flush()
-            recorder.event(step, held_out_figures(job, state))
-            recorder.resume_clock()
+            with recorder.aside("evaluation"):
+                figures = held_out_figures(job, job.train_step.state_of(leaves))
+                recorder.event(step, figures)
+                job.held_out_at = step, figures
 
         if every(config.checkpoint.every, step, last):
-            recorder.flush()
-            recorder.sync()  # a checkpoint is never ahead of its rows
-            record = {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
-            checkpoints.save(step, job.program.to_canonical(state), record)
-            recorder.resume_clock()
-    recorder.flush()
-    checkpoints.wait()
-    return state
+            with recorder.aside("checkpoints"):
+                recorder.sync()  # a checkpoint is never ahead of its rows
+                state = job.train_step.state_of(leaves)
+                checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+    with recorder.aside("checkpoints"):
+        checkpoints.wait()
+    return job.train_step.state_of(leaves)
+
+
+def planned_profile(job: Job, first: int) -> Profile:
+    """The trace that `profile=true` asks for, of what this start has left of its steps, by the primary."""
+    config, steps, line = job.config, range(0), None
+    if config.profile:
+        steps, line = plan(config.logging.profile_steps, first, config.training.num_steps)
+    if line is not None:
+        say(line)
+    return Profile(job.run.path / "profile", steps if cluster.is_primary() else range(0))
+
+
+def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state."""
+    return {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
 
 
 def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -359,12 +155,8 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     recorder.progress.close()
-    figures: dict[str, Any] = held_out_figures(job, state)
-    if config.checkpoint.average_last > 0:
-        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
-        steps = steps[-config.checkpoint.average_last :]
-        mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
-        figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
+    with recorder.aside("evaluation"):
+        figures = final_figures(job, state, checkpoints)
     program, params = job.program, state.params
     if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
@@ -372,11 +164,28 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
-            written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+            with recorder.aside("samples"):
+                written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
         show(report(job, recorder, figures | written, began))
 
     cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
     return 0
+
+
+def final_figures(job: Job, state: TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Held-out figures after the last step, and of the mean of the last checkpoints."""
+    last = job.config.training.num_steps
+    figures: dict[str, Any]
+    if job.held_out_at is not None and job.held_out_at[0] == last:
+        figures = dict(job.held_out_at[1])
+    else:  # all steps were done at an earlier start
+        figures = held_out_figures(job, state)
+    if job.config.checkpoint.average_last > 0:
+        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
+        steps = steps[-job.config.checkpoint.average_last :]
+        mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
+        figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
+    return figures
 
 
 def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) -> dict[str, Any]:
@@ -394,6 +203,7 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "tokens": recorder.tokens,
             "bigram_bits_per_byte": bigram,
             "train_seconds": recorder.seconds,
+            "goodput": recorder.goodput(job.compiled),
             "wall_seconds": time.perf_counter() - began,
             "compile_seconds": job.compile_seconds,
             "compile_cache": job.watch.outcome(),
@@ -413,54 +223,3 @@ def show(summary: dict[str, Any]) -> None:
     """Print the summary, once in a job."""
     if cluster.is_primary():
         print_summary(summary)
-
-
-def say(line: str) -> None:
-    """Print a line, once in a job."""
-    if cluster.is_primary():
-        print(line)
-
-
-def with_vocab(config: Any, tokenizer_size: int) -> Any:
-    """`model.vocab_size=-1` becomes the tokenizer's padded size; a given one must hold every token."""
-    size = config.model.vocab_size
-    if size == -1:
-        return replace(config, model=replace(config.model, vocab_size=padded_vocab(tokenizer_size)))
-    if size < tokenizer_size:
-        raise ValueError(
-            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; "
-            f"use model.vocab_size=-1 or at least {padded_vocab(tokenizer_size)}"
-        )
-    return config
-
-
-def describe(
-    config: Any, run: RunDirectory, program: Program, loader: Loader, peak: str
-) -> list[tuple[str, str, str]]:
-    """The start-up table: what was chosen, and why."""
-    mesh = {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1}
-    devices = program.layout.mesh.devices
-    counts = program.model.num_params()
-    training = config.training
-    tokens = training.global_batch_size * config.data.seq_len
-    remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
-    free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
-    replicas = "step together"
-    if program.replicas is not None:
-        replicas = (
-            f"step alone, exchange {config.local_sgd.exchange} every {config.local_sgd.inner_steps} steps"
-        )
-    return [
-        ("run", config.run.dir, "going on" if run.resuming else "new"),
-        ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
-        ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
-        *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
-        ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
-        ("precision", precision_row(training, devices.flat[0].platform), training.precision),
-        ("attention", training.attention, "training.attention"),
-        ("layers", remat, "training.remat, training.scan_layers"),
-        ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
-        ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
-        ("data", loader.describe(), f"data.mode={config.data.mode}"),
-        ("disk", f"{free / 2**30:.0f} GiB free", "for checkpoints"),
-    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from models.ops import plain_einsum
+from models.ops import Ops, plain_einsum
 from models.quantized import PRODUCTS, Einsum, QuantizedEinsum
 
 FP8_CAPABILITY = (8, 9)  # NVIDIA's Ada; Hopper is 9.0
@@ -60,11 +60,13 @@ def build_einsum(training: Any, device: Any) -> Einsum:
     return QuantizedEinsum(training.precision, tuple(training.full_precision))
 
 
-def precision_row(training: Any, platform: str) -> str:
+def precision_row(training: Any, ops: Ops, platform: str) -> str:
     """For the table at start-up: what multiplies in what."""
-    dtype = compute_dtype(training.precision, platform)
+    dtype = ops.compute_dtype
     if training.precision not in PRODUCTS:
-        return f"{dtype} compute, float32 masters"
+        if ops.factor_dtype in (None, dtype):
+            return f"{dtype} compute, float32 masters"
+        return f"{ops.factor_dtype} products, {dtype} activations and masters"
     left_out = ", ".join([*training.full_precision, "experts", "head"])
     emulated = ", emulated on the CPU" if platform == "cpu" else ""
     return f"{training.precision} projections{emulated}; {dtype} activations, {left_out}; float32 masters"

@@ -18,6 +18,7 @@ from models.experts import run_experts
 from models.fast_einsum import contract_rows, fast_einsum, once
 from models.fused_attention import fused_attention
 from models.ops import Ops
+from models.quantized import QuantizedEinsum
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
@@ -27,7 +28,7 @@ from parallel.context import Zigzag, context_attention, uses_zigzag
 from parallel.cudnn import check_devices, cudnn_attention, cudnn_kernel
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
-from parallel.plain import Plain
+from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
@@ -45,12 +46,14 @@ from training.state import (
 )
 from training.step import (
     Batch,
+    FlatStep,
     abstract_batch,
     compile_eval_step,
     compile_train_step,
     make_eval_step,
     make_train_step,
 )
+from training.xla import largest_layer_bytes, needed_options, profile_options, resolve_profile
 
 ATTENTION = {"reference": reference_attention, "chunked": chunked_attention, "fused": fused_attention}
 VOCAB_MULTIPLE = 128
@@ -108,7 +111,7 @@ class Program:
         like = target if isinstance(tree, TrainState) else target.params
         return self.born.arrangement.relocate(tree, shardings(like), join=join)
 
-    def compile_train(self) -> Any:
+    def compile_train(self) -> FlatStep:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
         metrics = self.replicas.metrics if self.replicas is not None else self.layout.replicated()
         return compile_train_step(self.train_step, self.state, self.batch, metrics, self.compiler_options)
@@ -189,18 +192,13 @@ def padded_vocab(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> dict[str, Any]:
-    """What XLA is asked for beyond its defaults.
-
-    On several CPU devices its default scheduler (jaxlib 0.10) lets them reach independent collectives in
-    different orders, and they wait for each other for ever; the other scheduler keeps one order.
-
-    On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
-    operations cost some speed. CPU and TPU repeat themselves as they are.
-    """
-    if platform == "cpu" and devices > 1:
-        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
+def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
+    """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
+    platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
+    layer = largest_layer_bytes(model.info["segments"]) // layout.mesh.shape["tensor"]
+    profile = resolve_profile(config.hardware.xla, platform, devices)
+    options = profile_options(profile, layer_bytes=layer)
+    return {**options, **needed_options(config.deterministic, platform, devices)}
 
 
 def build_attention(config: Any, layout: Layout) -> Callable[..., Array]:
@@ -218,23 +216,21 @@ def build_ops(config: Any, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
     platform = layout.mesh.devices.flat[0].platform
     ops = common_ops(config, layout, platform)
-    return cpu_ops(ops, config.training.precision) if platform == "cpu" and layout.mesh.size == 1 else ops
+    return cpu_ops(ops) if platform == "cpu" and layout.mesh.size == 1 else ops
 
 
-def cpu_ops(ops: Ops, precision: str) -> Ops:
+def cpu_ops(ops: Ops) -> Ops:
     """On one CPU, products in the form that XLA has fast kernels for.
 
     With training.precision=bfloat16 it is their factors that are rounded: everything else is faster, and more
     exact, in float32.
     """
-    dtype = jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
-    attention = ops.attention
-    if attention is fused_attention:
-        attention = partial(fused_attention, dtype=dtype)
+    dtype, attention = ops.compute_dtype, ops.attention
+    einsum: Any = partial(fast_einsum, dtype=dtype)
     return replace(
         ops,
-        attention=attention,
-        einsum=partial(fast_einsum, dtype=dtype),
+        attention=partial(fused_attention, dtype=dtype) if attention is fused_attention else attention,
+        einsum=replace(ops.einsum, plain=einsum) if isinstance(ops.einsum, QuantizedEinsum) else einsum,
         contract_rows=partial(contract_rows, dtype=dtype),
         once=once,
         compute_dtype=jnp.dtype("float32"),
@@ -264,6 +260,7 @@ def build_program(config: Any, layout: Layout) -> Program:
     """
     model = build_model(config.model)
     training = config.training
+    check_remat(training.remat, layout.mesh.devices.flat)
     born = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     seen = one_replica(layout) if alone else layout  # by the step
@@ -293,8 +290,7 @@ def build_program(config: Any, layout: Layout) -> Program:
         state, canonical = replicas.state, replicas.canonical
     strategy, ops = order_of_work(config, born, layout)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    platform = layout.mesh.devices.flat[0].platform
-    options = compiler_options(config.deterministic, platform, layout.mesh.size)
+    options = compiler_options(config, model, layout)
     return Program(
         model,
         layout,

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from training.errors import RunFault
@@ -19,13 +20,24 @@ class Recorder:
     """
 
     def __init__(
-        self, log: MetricsLog | None, flops: Flops, progress: Any, board: Any, *, tokens: int, every: int
+        self,
+        log: MetricsLog | None,
+        flops: Flops,
+        progress: Any,
+        board: Any,
+        *,
+        tokens: int,
+        every: int,
+        compiling: Callable[[], float] = lambda: 0.0,
     ):
+        """`compiling`: seconds of all compilations so far, which are no part of what they are needed for."""
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
-        self.tokens, self.every = tokens, every
+        self.tokens, self.every, self.compiling = tokens, every, compiling
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
+        self.waited = 0.0  # of these, for data
+        self.asides: dict[str, float] = {}  # seconds of what is no step
         self.steps = 0
         self.last: dict[str, Any] = {}
 
@@ -46,9 +58,32 @@ class Recorder:
         if self.log:
             self.log.sync()
 
-    def resume_clock(self) -> None:
-        """What happened since the last flush was no training step: do not count it as one."""
+    def start_clock(self) -> None:
+        """The next step begins now."""
         self._mark = time.perf_counter()
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Around what is no training step: the steps so far end before it, and its time is kept apart."""
+        self.flush()
+        began = self.now()
+        yield
+        self.start_clock()
+        self.asides[what] = self.asides.get(what, 0.0) + self.now() - began
+
+    def goodput(self, since: float) -> dict[str, Any]:
+        """Where the time since a moment of `now` went, for the summary."""
+        elapsed = self.now() - since
+        shares = {what: seconds / elapsed for what, seconds in {"steps": self.seconds, **self.asides}.items()}
+        return {
+            "seconds": elapsed,
+            "shares": {**shares, "the rest": max(1.0 - sum(shares.values()), 0.0)},
+            "input_wait_share": self.waited / self.seconds if self.seconds else 0.0,
+        }
+
+    def now(self) -> float:
+        """A clock in seconds that stands still while something is compiled."""
+        return time.perf_counter() - self.compiling()
 
     def event(self, step: int, values: Mapping[str, Any]) -> None:
         """A row that is not a training step, such as an evaluation."""
@@ -65,6 +100,7 @@ class Recorder:
         tokens = int(values["tokens"])
         self.tokens += tokens
         self.seconds += seconds
+        self.waited += wait
         self.steps += 1
         row = {
             "step": step,

@@ -1,6 +1,7 @@
 """One optimizer step as a pure function, compiled once, ahead of the first batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -53,15 +54,18 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
-        norm = optax.tree.norm(weights_only(model.info, grads))
-        if grad_clip is not None:  # balance biases take their sign alone, so that scaling them does nothing
-            scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(weights_only(model.info, grads))
+            if (
+                grad_clip is not None
+            ):  # balance biases take their sign alone, so that scaling them does nothing
+                scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,
@@ -102,25 +106,73 @@ def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch]
     return eval_step
 
 
+@dataclass(frozen=True)
+class FlatStep:
+    """The compiled step over the leaves of a state in a row.
+
+    `(state, batch) -> (state, metrics)` like any step; a loop takes the state apart once (`leaves_of`) and
+    calls `on_leaves`, which spares a walk through both trees at every step. The leaves given are donated.
+    """
+
+    executable: jax.stages.Compiled
+    structure: Any  # of the state's tree
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One step on a whole state."""
+        leaves, metrics = self.on_leaves(self.leaves_of(state), batch)
+        return self.state_of(leaves), metrics
+
+    def on_leaves(self, leaves: list[Array], batch: Batch) -> tuple[list[Array], dict[str, Array]]:
+        """One step on the leaves of a state."""
+        return self.executable(leaves, batch)
+
+    def leaves_of(self, state: TrainState) -> list[Array]:
+        """The leaves in order; raises ValueError where the state is of another structure."""
+        return self.structure.flatten_up_to(state)
+
+    def state_of(self, leaves: list[Array]) -> TrainState:
+        """The inverse."""
+        return self.structure.unflatten(leaves)
+
+    def as_text(self) -> str | None:
+        """The compiler's HLO."""
+        return self.executable.as_text()
+
+    def memory_analysis(self) -> Any:
+        """Bytes of arguments, outputs and temporaries on a device, as the compiler counts them."""
+        return self.executable.memory_analysis()
+
+    def cost_analysis(self) -> Any:
+        """What the compiler says of FLOPs and bytes."""
+        return self.executable.cost_analysis()
+
+
 def compile_train_step(
     step: Callable[..., Any],
     state: TrainState,
     batch: Batch,
     metrics: NamedSharding,
     options: Mapping[str, Any],
-) -> Any:
+) -> FlatStep:
     """Lower from abstract arguments with pinned shardings and compile; the result takes no other layout.
 
     metrics: where every metric goes.
     """
-    placed = shardings(state)
+    leaves: list[Any] = jax.tree.leaves(state)
+    structure: Any = jax.tree.structure(state)
+
+    def train_step(leaves: list[Array], batch: Batch) -> tuple[list[Array], dict[str, Array]]:
+        new, measured = step(structure.unflatten(leaves), batch)
+        return structure.flatten_up_to(new), measured
+
+    placed = shardings(leaves)
     jitted = jax.jit(
-        step,
+        train_step,
         in_shardings=(placed, shardings(batch)),
         out_shardings=(placed, metrics),
         donate_argnums=0,
     )
-    return jitted.lower(state, batch).compile(dict(options))
+    return FlatStep(jitted.lower(leaves, batch).compile(dict(options)), structure)
 
 
 def compile_eval_step(

@@ -24,7 +24,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
 
     `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
     compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
-    bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text; others are kept as they are.
+    goodput {seconds, shares, input_wait_share} (`Recorder.goodput`), bigram_bits_per_byte, parse_share,
+    parse_passed, parse_total, sample_text; others are kept as they are.
     From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
     tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
     """
@@ -144,6 +145,8 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "steps", f"{s['step']:,}{of}{tokens}{_parameters(s)}"
     if "train_seconds" in s:
         yield "time", _time(s)
+    if "goodput" in s:
+        yield "goodput", _goodput(s["goodput"])
     if "tokens_per_second" in s:
         yield "speed", f"{human(s['tokens_per_second'])} tokens/s{_mfu(s)}"
     if "train_loss" in s:
@@ -175,8 +178,15 @@ def _time(s: Mapping[str, Any]) -> str:
         cache = s.get("compile_cache") or {}
         hits, misses = cache.get("hits", 0), cache.get("misses", 0)
         text += f", compiling {s['compile_seconds']:.1f} s"
-        text += f" (cache: {hits} hits, {misses} misses)" if cache else " (no cache)"
+        size = f", {cache['bytes'] / 1e6:,.1f} MB" if "bytes" in cache else ""
+        text += f" (cache: {hits} hits, {misses} misses{size})" if cache else " (no cache)"
     return text
+
+
+def _goodput(goodput: Mapping[str, Any]) -> str:
+    shares = ", ".join(f"{what} {100 * share:.1f} %" for what, share in goodput["shares"].items())
+    waiting = f"{100 * goodput['input_wait_share']:.2f} % of steps waiting for data"
+    return f"of {duration(goodput['seconds'])} after compiling: {shares}; {waiting}"
 
 
 def _mfu(s: Mapping[str, Any]) -> str:

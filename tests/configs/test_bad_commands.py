@@ -43,6 +43,7 @@ BAD = {
     "choice": ([DEBUG, "model.norm=rmsnrom"], ["model.norm=rmsnrom", "layernorm", "did you mean rmsnorm?"]),
     "data choice": ([DEBUG, "data.packing=conkat"], ["data.packing=conkat", "did you mean concat?"]),
     "remat choice": ([DEBUG, "training.remat=ful"], ["training.remat=ful", "did you mean full?"]),
+    "xla choice": ([DEBUG, "hardware.xla=gpu_clusters"], ["hardware.xla=", "did you mean gpu_cluster?"]),
     "zero layers": ([DEBUG, "model.num_layers=0"], ["model.num_layers=0"]),
     "no checkpoint": ([DEBUG, "checkpoint.keep=0"], ["checkpoint.keep=0", "1 or more"]),
     "eval batches": ([DEBUG, "eval.batches=0"], ["eval.batches=0", "-1"]),

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+import training.job
 import training.loop
+import training.program
 from data.errors import DataError
 from data.loader import Loader
 from parallel.mesh import build_layout
@@ -19,8 +21,8 @@ from training.digest import digests
 from training.errors import RunFault
 from training.loop import fit
 from training.metrics import MetricsLog
-from training.program import compiler_options
 from training.recorder import Recorder
+from training.xla import ONE_ORDER, needed_options
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 WORDS = (
@@ -152,7 +154,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_loss_on_another(ground, 
     """And more steps than at first: the constant schedule is open-ended."""
     name = copy_run(ground, "half", f"half_on_{mesh.replace(' ', '_')}")
     if mesh == "one device":
-        monkeypatch.setattr(training.loop, "build_layout", lambda m: build_layout(m, jax.devices()[:1]))
+        monkeypatch.setattr(training.job, "build_layout", lambda m: build_layout(m, jax.devices()[:1]))
     assert fit(ground.config(name, *WORDS, *MESHES[mesh])) == 0
     rows, wanted = ([r for r in ground.rows(n) if "loss" in r] for n in (name, "sharded"))
     assert [r["step"] for r in rows] == list(range(1, 13))
@@ -241,6 +243,22 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(ground):
     assert newest < rows[-1]["step"]
 
 
+def test_the_time_after_compiling_is_told_apart_and_adds_up(ground, whole):
+    shares = ground.summary("whole")["goodput"]["shares"]
+    assert shares.keys() == {"steps", "starting", "evaluation", "checkpoints", "the rest"}
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    timed = MetricsLog.read(ground.run("whole") / "metrics.jsonl")
+    steps = sum(row["step_seconds"] for row in timed if "loss" in row)
+    assert shares["steps"] * ground.summary("whole")["goodput"]["seconds"] == pytest.approx(steps)
+
+
+def test_the_last_evaluation_is_not_done_twice(ground, sharded, monkeypatch):
+    count = []
+    monkeypatch.setattr(training.loop, "evaluate", lambda *args: count.append(args) or {"eval/loss": 1.0})
+    assert fit(ground.config(copy_run(ground, "half", "evaluated"), *WORDS, "training.num_steps=7")) == 0
+    assert len(count) == 1 and ground.summary("evaluated")["eval/loss"] == 1.0
+
+
 def test_a_gradient_that_is_not_finite_is_a_fault_even_where_the_loss_is_sound(tmp_path):
     class Quiet:
         def update(self, row):
@@ -275,14 +293,14 @@ def test_bad_data_in_mid_run_is_a_fault_of_the_run_and_not_of_the_command(ground
 
 
 def test_deterministic_asks_the_gpu_compiler_and_is_recorded(ground):
-    wanted = compiler_options(True, "gpu")
-    assert wanted and compiler_options(False, "gpu") == {} == compiler_options(True, "cpu")
+    wanted = needed_options(True, "gpu")
+    assert wanted and needed_options(False, "gpu") == {} == needed_options(True, "cpu")
     add = jax.jit(lambda x: x + 1).lower(1.0)
     add.compile(wanted)  # XLA knows the name: it refuses others
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         add.compile({f"{next(iter(wanted))}_": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.program, "compiler_options", lambda on, *_: compiler_options(on, "gpu"))
+        patch.setattr(training.program, "needed_options", lambda on, *_: needed_options(on, "gpu"))
         state_at_start(ground.config("deterministic", "deterministic=true"))
     manifest = json.loads((ground.run("deterministic") / "manifest.json").read_text())
-    assert manifest["compiler_options"] == wanted
+    assert manifest["compiler_options"] == {**ONE_ORDER, **wanted}

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.ops import Ops
 from parallel.described import GPUS
 from parallel.plain import POLICIES
 from tests.parallel.small import distance, make_config, make_program, reference, run
 from training.config import TrainingConfig
 from training.precision import build_einsum, compute_dtype, precision_problem, precision_row
+
+ROUGH = Ops(compute_dtype=jnp.dtype("bfloat16"))
 
 
 def device(platform, kind, capability=None):
@@ -105,7 +108,10 @@ def test_fp8_is_refused_where_nothing_multiplies_it(platform, kind, capability, 
 def test_the_row_at_start_up_says_what_multiplies_in_what():
     assert compute_dtype("fp8", "gpu") == compute_dtype("int8", "tpu") == jnp.bfloat16
     assert compute_dtype("fp8", "cpu") == jnp.float32
-    assert precision_row(TrainingConfig(), "gpu") == "bfloat16 compute, float32 masters"
-    row = precision_row(TrainingConfig(precision="fp8", full_precision=["o"]), "cpu")
+    assert precision_row(TrainingConfig(), ROUGH, "gpu") == "bfloat16 compute, float32 masters"
+    row = precision_row(TrainingConfig(precision="fp8", full_precision=["o"]), Ops(), "cpu")
     assert row.startswith("fp8 projections, emulated on the CPU; float32 activations, o, experts, head")
-    assert "emulated" not in precision_row(TrainingConfig(precision="fp8"), "gpu")
+    factors = Ops(compute_dtype=jnp.dtype("float32"), factor_dtype=jnp.dtype("bfloat16"))
+    row = precision_row(TrainingConfig(precision="bfloat16"), factors, "cpu")
+    assert row == "bfloat16 products, float32 activations and masters"
+    assert "emulated" not in precision_row(TrainingConfig(precision="fp8"), ROUGH, "gpu")

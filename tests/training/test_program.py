@@ -14,9 +14,9 @@ from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
 from tests.parallel.small import make_config, make_program
-from training.loop import with_vocab
+from training.job import with_vocab
 from training.precision import compute_dtype
-from training.program import build_ops, compiler_options, padded_vocab
+from training.program import build_ops, padded_vocab
 
 
 def layout_of(rules, **sizes):
@@ -49,13 +49,6 @@ def test_vocabulary_is_padded_to_the_next_multiple_of_128(size, padded):
 )
 def test_precision_is_the_platforms_unless_it_is_given(precision, platform, dtype):
     assert compute_dtype(precision, platform) == dtype
-
-
-def test_only_a_gpu_is_asked_to_be_deterministic():
-    assert compiler_options(True, "gpu") == {"xla_gpu_deterministic_ops": True}
-    assert (
-        compiler_options(False, "gpu") == compiler_options(True, "cpu") == compiler_options(True, "tpu") == {}
-    )
 
 
 @pytest.mark.parametrize(("given", "taken"), [(-1, 384), (257, 257), (300, 300)])

@@ -1,0 +1,73 @@
+"""What a layer keeps for its backward pass: the policies compute the same gradient, each at its own price."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from parallel.plain import POLICIES, check_remat
+from tests.parallel.small import gradients, make_config, make_program, packed_batch
+from training.config import REMAT
+
+SIZES = {"num_layers": 2, "d_model": 32, "d_ff": 64}
+
+
+def gradient(remat):
+    """The gradient of a layer scan as text: its equations are what is computed and kept."""
+    program = make_program(make_config(remat=remat))
+
+    def grad(params, batch):
+        strategy, model, ops = program.strategy, program.model, program.ops
+        return strategy.value_and_grad(model, params, batch, jax.random.key(0), ops)
+
+    return str(jax.make_jaxpr(grad)(program.state.params, program.batch))
+
+
+def test_each_policy_computes_again_what_it_says():
+    products = {remat: gradient(remat).count("dot_general[") for remat in REMAT}
+    again = {remat: count - products["none"] for remat, count in products.items()}
+    # Of a layer's six products (q, kv, scores, values, o, up) all but `down`, whose result nobody asks for.
+    assert again == {
+        "none": 0,
+        "dots": 2,  # scores and values: without a kernel they are attention's own business
+        "offload": 2,
+        "attention": 4,  # and the projections after attention
+        "full": 6,  # and those before it
+    }
+
+
+def test_offload_sends_attention_s_inputs_and_the_wide_product_to_the_host():
+    text = gradient("offload")
+    for shape in ("16,32,8,8", "16,32,4,8", "16,32,2,128"):
+        assert f"<host>[4,{shape}]" in text  # of all four layers
+    assert "<host>[4,16,32,64]" not in text  # the residual stream stays
+    assert "<host>" not in gradient("dots")
+
+
+@functools.cache
+def gradients_of(remat, stages=1):
+    program = make_program(make_config({"pipeline": stages}, model=SIZES, remat=remat))
+    return gradients(program, program.init_state(0).params, packed_batch(0))[1]
+
+
+@pytest.mark.parametrize(("remat", "stages"), [("attention", 1), ("offload", 1), ("offload", 2)])
+def test_every_policy_has_the_same_gradient(remat, stages):
+    """`dots` and `full` are held to it on meshes (test_meshes_equal_one_device)."""
+    for ours, plain in zip(
+        *(jax.tree.leaves(gradients_of(*how)) for how in ((remat, stages), ("none",))), strict=True
+    ):
+        assert np.linalg.norm(ours - plain) <= 1e-5 * np.linalg.norm(plain)
+
+
+def test_a_device_without_host_memory_is_refused_and_told_what_else_there_is():
+    poor = SimpleNamespace(device_kind="toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    with pytest.raises(
+        ValueError, match="remat=offload needs pinned_host .* toy has only device; use"
+    ) as error:
+        check_remat("offload", [poor])
+    assert "\n" not in str(error.value)
+    for remat in {*POLICIES, "none"} - {"offload"}:
+        check_remat(remat, [poor])
+    assert {*POLICIES, "none"} == set(REMAT)

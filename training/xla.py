@@ -1,0 +1,147 @@
+"""What XLA is asked for beyond its defaults: a few named sets of compiler options, and those that must be.
+
+They are handed to each compilation, never through the environment: two programs of one process may differ,
+and the manifest records what a run was compiled with. Options come and go with XLA's releases, so
+`check_options` asks the installed compiler before anything large is compiled.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from parallel.config import XLA_PROFILES
+from training.state import is_info
+
+Options = dict[str, Any]
+
+# One order for independent collectives; and a schedule that keeps less alive is up to a fifth faster on one
+# CPU, whose caches it spares.
+ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+GPU_CLUSTER = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,  # of the next repetition of a scan beside this one's work
+    "xla_gpu_enable_pipelined_all_reduce": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+}
+COMBINE = (
+    "xla_gpu_all_gather_combine_threshold_bytes",
+    "xla_gpu_all_reduce_combine_threshold_bytes",
+    "xla_gpu_reduce_scatter_combine_threshold_bytes",
+)
+# A product and its collective are cut up to overlap; asked for by name, because it compiles 3 times as long.
+WINDOWED = {"xla_gpu_threshold_for_windowed_einsum_mib": 0}
+LEAST_COMBINED = 30 << 20  # bytes: XLA's own threshold
+TPU = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+PLATFORMS = {
+    "cpu": "cpu",
+    "gpu": "gpu",
+    "gpu_cluster": "gpu",
+    "gpu_tensor": "gpu",
+    "tpu": "tpu",
+}  # of a profile
+
+
+def family(platform: str) -> str:
+    """`cuda` and `rocm` are GPUs."""
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def resolve_profile(name: str, platform: str, devices: int) -> str:
+    """What `hardware.xla` means on these devices: `default` by platform and number.
+
+    Raises ValueError for a profile of another platform.
+    """
+    platform = family(platform)
+    if name == "default":
+        name = "gpu_cluster" if platform == "gpu" and devices > 1 else platform
+        return name if name in PLATFORMS else "none"
+    if name != "none" and PLATFORMS[name] != platform:
+        fit = [profile for profile in XLA_PROFILES if PLATFORMS.get(profile, platform) == platform]
+        raise ValueError(
+            f"hardware.xla={name} is for {PLATFORMS[name]} devices, and these are {platform}; use one of "
+            f"{', '.join(fit)}"
+        )
+    return name
+
+
+def profile_options(profile: str, *, layer_bytes: int = 0) -> Options:
+    """The options of a resolved profile.
+
+    layer_bytes: float32 parameters of the largest layer: collectives of one layer are combined into one.
+    """
+    if profile == "cpu":
+        return dict(ONE_ORDER)
+    if profile == "tpu":
+        return dict(TPU)
+    if profile in ("gpu_cluster", "gpu_tensor"):
+        windowed = WINDOWED if profile == "gpu_tensor" else {}
+        return {**GPU_CLUSTER, **dict.fromkeys(COMBINE, max(layer_bytes, LEAST_COMBINED)), **windowed}
+    return {}  # none; and gpu, because XLA's defaults are made for one
+
+
+def needed_options(deterministic: bool, platform: str, devices: int = 1) -> Options:
+    """What a program must be compiled with, whatever the profile.
+
+    On several CPU devices XLA's default scheduler (jaxlib 0.10) lets them reach independent collectives in
+    different orders, and they wait for each other for ever; the other scheduler keeps one order.
+
+    On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
+    operations cost some speed. CPU and TPU repeat themselves as they are.
+    """
+    if platform == "cpu" and devices > 1:
+        return dict(ONE_ORDER)
+    return {"xla_gpu_deterministic_ops": True} if deterministic and family(platform) == "gpu" else {}
+
+
+def largest_layer_bytes(segments: Mapping[str, Any]) -> int:
+    """Bytes of one layer's parameters, the largest; segments: ParamInfo [n, ...] by segment and place."""
+
+    def size(place: Any) -> int:
+        leaves = jax.tree.leaves(place, is_leaf=is_info)
+        return sum(math.prod(leaf.shape[1:]) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+    return max(size(place) for segment in segments.values() for place in segment.values())
+
+
+def options_line(options: Mapping[str, Any]) -> str:
+    """For the start-up table."""
+    words = (f"{name.removeprefix('xla_')}={str(value).lower()}" for name, value in options.items())
+    return ", ".join(words) or "XLA's defaults"
+
+
+def check_options(options: Mapping[str, Any], device: Any, profile: str) -> None:
+    """Compile next to nothing with them, for `device`. Raises ValueError, naming one that is refused."""
+    if not options:
+        return
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(jnp.negative).lower(nothing)
+    try:
+        lowered.compile(dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        refused = refusal(str(error), options)
+        if refused is None:
+            raise
+        raise ValueError(
+            f"hardware.xla={profile}: jaxlib {jax.lib.__version__} does not take the compiler option "
+            f"{refused}; use hardware.xla=none, or the versions of the lock file"
+        ) from error
+
+
+def refusal(message: str, options: Mapping[str, Any]) -> str | None:
+    """`option=value` of the option that XLA's message is about; None where it is about something else."""
+    if not re.search(r"No such compile option|While setting option", message):
+        return None
+    return next(
+        (f"{name}={options[name]}" for name in re.findall(r"xla_\w+", message) if name in options), None
+    )
