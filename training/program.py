@@ -26,6 +26,8 @@ from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
+from parallel.whole import Parts
+from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.state import (
     TrainState,
@@ -192,6 +194,17 @@ def compute_dtype(precision: str, platform: str) -> Any:
     return jnp.dtype(precision)
 
 
+def muon_dtype(precision: str, platform: str) -> Any:
+    """Of Newton–Schulz: bfloat16, as published, but float32 on CPU and where float32 is asked for."""
+    return jnp.dtype("float32" if platform == "cpu" or precision == "float32" else "bfloat16")
+
+
+def sharing(layout: Layout, *, alone: bool) -> Parts | None:
+    """All devices share Muon's matrices, whatever axis they lie along; replicas that step alone do not."""
+    axes = tuple(a for a in layout.mesh.axis_names if not (alone and a == REPLICA))
+    return Parts(layout.mesh, axes) if layout.mesh.size > 1 else None
+
+
 def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults.
 
@@ -242,14 +255,18 @@ def build_program(config: Any, layout: Layout) -> Program:
     born = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     seen = one_replica(layout) if alone else layout  # by the step
+    platform = layout.mesh.devices.flat[0].platform
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
         config.optim,
         schedule,
         decay_mask=decay_mask(born.info),
-        matrices=matrix_dims(born.info),
+        matrices=matrix_dims(born.info, seen),
         balance=balance_mask(born.info),
         balance_rate=config.model.moe.bias_update_rate if config.model.moe else 0.0,
+        parts=sharing(seen, alone=alone),
+        muon_dtype=muon_dtype(training.precision, platform),
+        seed=config.seed,
     )
     step = make_train_step(
         model,
@@ -268,7 +285,6 @@ def build_program(config: Any, layout: Layout) -> Program:
         state, canonical = replicas.state, replicas.canonical
     strategy, ops = order_of_work(config, born, layout)
     batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    platform = layout.mesh.devices.flat[0].platform
     options = compiler_options(config.deterministic, platform, layout.mesh.size)
     return Program(
         model,
