@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["accumulation"] = [row for rows in asked.rows for row in accumulation(rows, asked.rounds)]
         show("accumulation", results)
     table = [row for rows in results.values() for row in rows]
-    payload = {"title": "The optimizer's cost", "command": command(asked), "table": table}
+    ratios = {row["case"]: row.pop("speed") for row in table if "speed" in row}
+    payload = {"title": "The optimizer's cost", "command": command(asked), "table": table, "ratios": ratios}
     print(write_result("optimizer", payload))
     return 0
 
@@ -65,8 +66,8 @@ def command(asked: argparse.Namespace) -> str:
 def show(part: str, results: dict[str, list[Row]]) -> None:
     """A part's rows, a line each."""
     for row in results[part]:
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value)
-                        for key, value in row.items()), flush=True)  # fmt: skip
+        words = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float))]
+        print(f"{part}: {row['case']}: {', '.join(words)}", flush=True)
 
 
 # -- counted -----------------------------------------------------------------------------------------------
@@ -83,12 +84,11 @@ def count_both(devices: int, words: Sequence[str]) -> list[Row]:
         line = [sys.executable, "-m", "benchmarks.optimizer", "--counted", optim, "--count", *words]
         done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[optim] = json.loads(done.stdout)
-    over = found["muon"] / found["adamw"]
+    case = f"TFLOP a device, {devices} devices, {' '.join(words)}"
     return [
-        {"what": f"TFLOP a device, {devices} devices, {' '.join(words)}, {name}", "value": flops / 1e12,
-         "ratio": over if name == "muon" else 1.0}
+        {"case": f"{case}, {name}", "value": flops / 1e12, "of the first": flops / found["adamw"]}
         for name, flops in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def counted(words: Sequence[str]) -> int:
@@ -108,17 +108,20 @@ def counted(words: Sequence[str]) -> int:
 def optimizers(rows: int, rounds: int) -> list[Row]:
     """Seconds of quickstart's step with each optimizer."""
     cases = {name: [f"optim={name}"] for name in ("adamw", "muon")}
-    return compare(f"step of {rows} x 256 tokens", rows, cases, rounds)
+    return compare(f"seconds a step, quickstart, {rows} x 256 tokens", rows, cases, rounds)
 
 
 def accumulation(rows: int, rounds: int) -> list[Row]:
     """Seconds of quickstart's step in one batch and in four parts."""
     cases = {f"accumulation_steps={n}": ["optim=adamw", f"training.accumulation_steps={n}"] for n in (1, 4)}
-    return compare(f"step of {rows} x 256 tokens", rows, cases, rounds)
+    return compare(f"seconds a step, quickstart, {rows} x 256 tokens", rows, cases, rounds)
 
 
 def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> list[Row]:
-    """A row a case: seconds of a step, and its ratio to the first case's, round by round."""
+    """A row a case: seconds of a step, and their ratio to the first case's, round by round.
+
+    `speed` is the inverse, which `benchmarks/gate.py` watches.
+    """
     steps = {
         name: stepper([*QUICKSTART, f"training.global_batch_size={rows}", *words])
         for name, words in cases.items()
@@ -127,12 +130,11 @@ def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> l
     first = next(iter(cases))
     table = []
     for name, seconds in samples.items():
-        found, over = summary(seconds), ratio(samples[first], seconds)
-        table.append(
-            {"what": f"{what}, {name}", "value": found["median"], "q1": found["q1"], "q3": found["q3"],
-             "min": found["min"], "rounds": rounds, "ratio": over["median"], "ratio_q1": over["q1"],
-             "ratio_q3": over["q3"]}
-        )  # fmt: skip
+        found, cost = summary(seconds), ratio(samples[first], seconds)
+        row: Row = {"case": f"{what}, {name}", "value": found["median"], "of the first": cost["median"]}
+        row |= {"q1": found["q1"], "q3": found["q3"], "least": found["min"], "rounds": rounds}
+        row |= {"cost q1": cost["q1"], "cost q3": cost["q3"], "speed": ratio(seconds, samples[first])}
+        table.append(row)
     return table
 
 
