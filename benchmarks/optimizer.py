@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,10 +121,11 @@ def accumulation(rows: int, rounds: int) -> list[Row]:
 def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> list[Row]:
     """A row a case: seconds of a step, and their ratio to the first case's, round by round.
 
-    `speed` is the inverse, which `benchmarks/gate.py` watches.
+    `speed` is the inverse, which `benchmarks/gate.py` watches. `cpu`: seconds that its threads worked, which tell more where others use the machine.
     """
+    busy: dict[str, list[float]] = {name: [] for name in cases}
     steps = {
-        name: stepper([*QUICKSTART, f"training.global_batch_size={rows}", *words])
+        name: stepper([*QUICKSTART, f"training.global_batch_size={rows}", *words], busy[name])
         for name, words in cases.items()
     }
     samples = alternate(steps, rounds)
@@ -134,12 +136,19 @@ def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> l
         row: Row = {"case": f"{what}, {name}", "value": found["median"], "of the first": cost["median"]}
         row |= {"q1": found["q1"], "q3": found["q3"], "least": found["min"], "rounds": rounds}
         row |= {"cost q1": cost["q1"], "cost q3": cost["q3"], "speed": ratio(seconds, samples[first])}
+        row |= {
+            "cpu": summary(busy[name])["median"],
+            "cpu of the first": ratio(busy[first], busy[name])["median"],
+        }
         table.append(row)
     return table
 
 
-def stepper(words: Sequence[str]) -> Callable[[], float]:
-    """A function that makes one more step and returns its seconds; compiled and run once already."""
+def stepper(words: Sequence[str], busy: list[float]) -> Callable[[], float]:
+    """A function that makes one more step and returns its seconds; compiled and run once already.
+
+    What its threads worked is added to `busy`, in seconds.
+    """
     import jax
     import numpy as np
 
@@ -163,8 +172,14 @@ def stepper(words: Sequence[str]) -> Callable[[], float]:
         kept[0], _ = step(kept[0], batch)
         jax.block_until_ready(kept[0])
 
+    def measured() -> float:
+        began = time.process_time()
+        seconds = timed(once)
+        busy.append(time.process_time() - began)
+        return seconds
+
     once()
-    return lambda: timed(once)
+    return measured
 
 
 def build(words: Sequence[str]) -> Any:
