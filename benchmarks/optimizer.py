@@ -121,7 +121,8 @@ def accumulation(rows: int, rounds: int) -> list[Row]:
 def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> list[Row]:
     """A row a case: seconds of a step, and their ratio to the first case's, round by round.
 
-    `speed` is the inverse, which `benchmarks/gate.py` watches. `cpu`: seconds that its threads worked, which tell more where others use the machine.
+    `speed` is the inverse, which `benchmarks/gate.py` watches. `cpu`: seconds that its threads worked, which
+    tell more where others use the machine.
     """
     busy: dict[str, list[float]] = {name: [] for name in cases}
     steps = {
