@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+MOMENT_DTYPES = ("float32", "bfloat16")
+
 
 def _require(valid: bool, key: str, value: object, limit: str) -> None:
     if not valid:
@@ -33,6 +35,7 @@ class OptimConfig:
     learning_rate: float = 3e-4  # the peak; schedule= shapes it
     weight_decay: float = 0.1  # per step, times the learning rate
     grad_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
+    moment_dtype: str = "float32"  # float32 | bfloat16, of what the optimizer remembers (docs/optimizers.md)
 
     def __post_init__(self) -> None:
         """ValueError where a value every optimizer has is out of its range."""
@@ -41,6 +44,8 @@ class OptimConfig:
         if self.grad_clip is not None:
             valid = 0 < self.grad_clip < math.inf
             _require(valid, "optim.grad_clip", self.grad_clip, "above 0, or null for no clipping")
+        valid = self.moment_dtype in MOMENT_DTYPES
+        _require(valid, "optim.moment_dtype", self.moment_dtype, " or ".join(MOMENT_DTYPES))
 
 
 @dataclass

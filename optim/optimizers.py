@@ -11,13 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig, SGDConfig
+from optim.moments import keep_in_bfloat16
+from optim.muon import Matrix, Parts, Whole, scale_by_muon
 
-# f(x) = a x + b x^3 + c x^5, steepest at zero rather than exact at one: singular values come out within
-# about 0.7 .. 1.2 after five rounds, which trains as well as ones (Jordan et al. 2024).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 EVEN = 1e-5  # of the layer's largest imbalance: what counts as none
 
 
@@ -29,21 +27,26 @@ def make_optimizer(
     matrices: Any,
     balance: Any = None,
     balance_rate: float = 0.0,
+    parts: Parts | None = None,
+    muon_dtype: Any = jnp.float32,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
     """The named optimizer; its updates are to be added to the parameters. Global-norm clipping is not inside.
 
     schedule: multiplier of the learning rates by the number of updates made. decay_mask: bools over the
-    parameter tree. matrices: over the same tree, None where Muon does not apply, else (reduction dims, output
-    dims); the dims in neither are batch, so a stack [n, D, 2, F] with ((1,), (3,)) is 2n matrices [D, F].
-    Only Muon reads matrices. balance: bools over the same tree, True for the biases by which a router's
-    choices are balanced; these move by balance_rate against their gradient's sign, whatever the schedule.
+    parameter tree. matrices: over the same tree, None where Muon does not apply, else a `Matrix` or what
+    makes one, (reduction dims, output dims). parts: how devices share Muon's matrices, by where each `Matrix`
+    says that it is placed; None leaves it to the compiler. muon_dtype: of the iteration's products. Only Muon
+    reads these three. balance: bools over the same tree, True for the biases by which a router's choices are
+    balanced; these move by balance_rate against their gradient's sign, whatever the schedule. seed: of the
+    rounding of moments in bfloat16.
     Raises ValueError for an unknown optimizer or dims that are no matrix.
     """
     decay: optax.GradientTransformation = optax.identity()
     if config.weight_decay > 0:
         decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     if isinstance(config, MuonConfig):
-        direction, learning_rate = _muon(config, matrices)
+        direction, learning_rate = _muon(config, matrices, parts or Whole(), muon_dtype)
     else:
         direction, learning_rate = _elementwise(config), optax.scale(-config.learning_rate)
     chain = optax.named_chain(
@@ -52,6 +55,8 @@ def make_optimizer(
         ("learning_rate", learning_rate),
         ("schedule", optax.scale_by_schedule(schedule)),
     )
+    if config.moment_dtype == "bfloat16":
+        chain = keep_in_bfloat16(chain, seed=seed, counter="schedule")
     balanced = balance is not None and any(jax.tree.leaves(balance))
     return _balancing(chain, balance, balance_rate) if balanced else chain
 
@@ -92,23 +97,22 @@ def _elementwise(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _muon(
-    config: MuonConfig, matrices: Any
+    config: MuonConfig, matrices: Any, parts: Parts, dtype: Any
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Direction and learning rate, each split between Muon's matrices and AdamW's rest."""
     labels = _map_matrices(lambda dims: "adamw" if dims is None else "muon", matrices)
-    # optax.partition hides the other group behind MaskedNode, and the dims have to match what it leaves.
-    dims = _map_matrices(lambda d: optax.MaskedNode() if d is None else _dimension_numbers(d), matrices)
+    # optax.partition hides the other group behind MaskedNode, and the matrices have to match what it leaves.
+    found = _map_matrices(lambda d: optax.MaskedNode() if d is None else _matrix(*d), matrices)
     muon = scale_by_muon(
-        NEWTON_SCHULZ,
-        config.ns_steps,
-        config.momentum,
+        found,
+        momentum=config.momentum,
         nesterov=config.nesterov,
-        weight_dimension_numbers=dims,
+        steps=config.ns_steps,
+        dtype=dtype,
+        parts=parts,
     )
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
-    direction = optax.partition(
-        {"muon": optax.chain(_stateless_coefficients(muon), _scale_by_width(dims)), "adamw": adam}, labels
-    )
+    direction = optax.partition({"muon": optax.chain(muon, _scale_by_width(found)), "adamw": adam}, labels)
     rates = {"muon": optax.scale(-config.learning_rate), "adamw": optax.scale(-config.adam_learning_rate)}
     return direction, optax.partition(rates, labels)
 
@@ -117,34 +121,20 @@ def _map_matrices(function: Any, matrices: Any) -> Any:
     return jax.tree.map(function, matrices, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
 
-def _dimension_numbers(dims: tuple[tuple[int, ...], tuple[int, ...]]) -> MuonDimensionNumbers:
-    reduction, output = (tuple(d) for d in dims)
-    if not reduction or not output or set(reduction) & set(output):
+def _matrix(reduction: Any, output: Any, placed: Any = None) -> Matrix:
+    matrix = Matrix(tuple(reduction), tuple(output), placed)
+    if not matrix.reduction or not matrix.output or set(matrix.reduction) & set(matrix.output):
         raise ValueError(
             f"Muon needs disjoint reduction and output dims of a matrix, not {reduction} and {output}"
         )
-    return MuonDimensionNumbers(reduction, output)
+    return matrix
 
 
-def _stateless_coefficients(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon without the iteration's constants in its state: they belong to the code, not to checkpoints."""
-
-    def init(params: Any) -> Any:
-        return muon.init(params)._replace(ns_coeffs=None)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        constants = jnp.asarray(NEWTON_SCHULZ, jnp.float32)
-        updates, state = muon.update(updates, state._replace(ns_coeffs=constants), params)
-        return updates, state._replace(ns_coeffs=None)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _scale_by_width(dims: Any) -> optax.GradientTransformation:
+def _scale_by_width(matrices: Any) -> optax.GradientTransformation:
     """Times sqrt(max(1, fan_out / fan_in)), see MuonConfig."""
 
-    def scale(update: Any, dim_numbers: MuonDimensionNumbers) -> Any:
-        fan_in, fan_out = (math.prod(update.shape[d] for d in group) for group in dim_numbers)
+    def scale(update: Any, matrix: Matrix) -> Any:
+        fan_in, fan_out = (math.prod(update.shape[d] for d in dims) for dims in matrix[:2])
         return update * math.sqrt(max(1.0, fan_out / fan_in))
 
-    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, dims))
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, matrices))

@@ -30,6 +30,8 @@ from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
+from parallel.whole import Parts
+from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
 from training.state import (
@@ -192,6 +194,17 @@ def padded_vocab(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def muon_dtype(precision: str, platform: str) -> Any:
+    """Of Newton–Schulz: bfloat16, as published, but float32 on CPU and where float32 is asked for."""
+    return jnp.dtype("float32" if platform == "cpu" or precision == "float32" else "bfloat16")
+
+
+def sharing(layout: Layout, *, alone: bool) -> Parts | None:
+    """All devices share Muon's matrices, whatever axis they lie along; replicas that step alone do not."""
+    axes = tuple(a for a in layout.mesh.axis_names if not (alone and a == REPLICA))
+    return Parts(layout.mesh, axes) if layout.mesh.size > 1 else None
+
+
 def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
@@ -264,14 +277,18 @@ def build_program(config: Any, layout: Layout) -> Program:
     born = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     seen = one_replica(layout) if alone else layout  # by the step
+    platform = layout.mesh.devices.flat[0].platform
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
         config.optim,
         schedule,
         decay_mask=decay_mask(born.info),
-        matrices=matrix_dims(born.info),
+        matrices=matrix_dims(born.info, seen),
         balance=balance_mask(born.info),
         balance_rate=config.model.moe.bias_update_rate if config.model.moe else 0.0,
+        parts=sharing(seen, alone=alone),
+        muon_dtype=muon_dtype(training.precision, platform),
+        seed=config.seed,
     )
     step = make_train_step(
         model,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from optim.muon import Matrix
 from parallel.axes import Layout
 
 
@@ -45,13 +46,14 @@ def balance_mask(info: Any) -> Any:
     return jax.tree.map(lambda i: i.role == "balance", info, is_leaf=is_info)
 
 
-def matrix_dims(info: Any) -> Any:
-    """(reduction dims, output dims) of every hidden matrix, None of everything else: what Muon asks for."""
+def matrix_dims(info: Any, layout: Layout | None = None) -> Any:
+    """A `Matrix` of every hidden matrix, placed as the layout says; None of all else: what Muon asks for."""
 
-    def dims(i: Any) -> Any:
+    def dims(i: Any) -> Matrix | None:
         if i.role != "matrix":
             return None
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=i.reduction, output_axis=i.output)
+        placed = tuple(layout.spec(i.axes, i.shape)) if layout else None
+        return Matrix(i.reduction, i.output, placed)
 
     return jax.tree.map(dims, info, is_leaf=is_info)
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optim.config import AdamWConfig
+from optim.optimizers import make_optimizer
 from tests.training.ground import DROPPED
 from training.checkpoint import Checkpoints, CorruptCheckpoint, named_leaves, state_digest
 from training.config import CheckpointConfig
@@ -96,6 +98,26 @@ def test_layouts_restore_the_same_numbers_and_digests(saved):
     for item in ("params", "opt_state", "ema"):
         here = digests({f"{item}.{name}": x for name, x in named_leaves(getattr(state, item)).items()})
         assert here == {n: d for n, d in record["digests"].items() if n.split(".")[0] == item}
+
+
+def test_moments_in_bfloat16_go_on_bitwise_after_a_restore(tmp_path):
+    """What is rounded at random depends on the step alone, not on whether the run was interrupted."""
+    config = AdamWConfig(moment_dtype="bfloat16")
+    tx = make_optimizer(config, lambda _: 1.0, decay_mask=True, matrices={"w": None}, seed=1)
+    gradient = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)}
+
+    @jax.jit
+    def step(state):
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+    state = step(TrainState(jnp.zeros((), jnp.int32), gradient, tx.init(gradient)))
+    checkpoints = written(tmp_path / "checkpoints", state)
+    restored, record = checkpoints.restore(1, abstract(state))
+    checkpoints.close()
+    assert {kind for name, kind in record["types"].items() if name.endswith("u.w")} == {"bfloat16[8, 16]"}
+    assert_equal(step(restored), step(state))
 
 
 def test_saved_numbers_survive_the_donation_of_the_state(tmp_path):
