@@ -63,9 +63,8 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median, quartiles, minimum and number of the samples. Raises ValueError where there are none."""
     if not samples:
         raise ValueError("no samples to summarize; measure at least one")
-    q1, median, q3 = (
-        statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    )
+    several = samples if len(samples) > 1 else [samples[0]] * 2  # quantiles asks for two
+    q1, median, q3 = statistics.quantiles(several, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "min": min(samples), "n": len(samples)}
 
 
@@ -76,7 +75,7 @@ def alternate(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     """
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
-        order = list(cases) if number % 2 == 0 else list(reversed(cases))
+        order = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in order:
             samples[name].append(cases[name]())
     return samples
@@ -94,10 +93,42 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def use_cores(count: int) -> None:
+    """Keep this process, and the threads it will start, to so many cores; 0 leaves it all of them."""
+    if count and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def peak_memory() -> int:
     """Bytes of this process that were resident at most."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process began, imports and all; None where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return None
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows {column: number or text} as Markdown; numbers with four digits, columns those of the first row."""
+    columns = list(rows[0])
+    numeric = [all(isinstance(row.get(c), (int, float)) for row in rows) for c in columns]
+    head = [" | ".join(columns), " | ".join("---:" if right else "---" for right in numeric)]
+    body = [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
+    return "\n".join(f"| {line} |" for line in [*head, *body])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULTS) -> Path:
@@ -114,7 +145,7 @@ def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULT
 
 
 def rounded(text: str) -> str:
-    """JSON text with its numbers to six digits: more are noise, and make every new measurement a long diff."""
+    """JSON text with its numbers to six digits: more are noise."""
 
     def shorter(value: Any) -> Any:
         if isinstance(value, float):
