@@ -97,8 +97,12 @@ def export(config: Any, directory: Path, *, batches: int = BATCHES) -> None:
         ],
     }
     (directory / "job.json").write_text(json.dumps(job), "utf-8")
-    tokens = np.stack([whole_rows(config, seed) for seed in range(batches)])
-    np.savez(directory / "arrays.npz", tokens=tokens, frequencies=frequencies, **initial_weights(config))
+    arrays: dict[str, Any] = {
+        "tokens": np.stack([whole_rows(config, seed) for seed in range(batches)]),
+        "frequencies": frequencies,
+        **initial_weights(config),
+    }
+    np.savez(directory / "arrays.npz", **arrays)
 
 
 def whole_rows(config: Any, seed: int) -> np.ndarray:
