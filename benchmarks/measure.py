@@ -117,7 +117,7 @@ def process_seconds() -> float | None:
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows {column: number or text} as Markdown; numbers with four digits, columns those of the first row."""
     columns = list(rows[0])
-    numeric = [all(isinstance(row.get(c), (int, float)) for row in rows) for c in columns]
+    numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
     head = [" | ".join(columns), " | ".join("---:" if right else "---" for right in numeric)]
     body = [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in [*head, *body])
