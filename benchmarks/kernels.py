@@ -200,7 +200,10 @@ def row(
         "quartiles, ms": f"{seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}",
         "GFLOP/s": speed / 1e9,
         "of measured peak, %": 100 * speed / peaks[dtype][0],
-        "remark": "; ".join(f"{v['median']:.3f} x {k.split(' / ')[1]}" for k, v in found.items()) or None,
+        "remark": "; ".join(
+            f"{v['median']:.3f} times as fast as {k.split(' / ')[1]}" for k, v in found.items()
+        )
+        or None,
     }
 
 
