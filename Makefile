@@ -3,6 +3,8 @@
 #   VENV=.venv-3.12     another environment beside the first
 #   ARGS="..."          more arguments: overrides for quickstart, pytest options for test
 #   TESTS=tests/models  a part of the suite
+# `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
+# was measured before.
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -20,9 +22,11 @@ VERSION := $(shell $(PY) -c 'import sys; v = sys.version_info; print(("" if v >=
 MADE := $(VENV)/.made-$(VERSION)
 CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
+TORCH := .venv-torch/.installed
+FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test test-matrix lint lock clean
+.PHONY: quickstart test test-matrix torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -33,6 +37,15 @@ test: $(TEST)
 
 test-matrix: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" $(MATRIX) $(ARGS)
+
+torch-env: $(TORCH)
+
+# Ratios are compared, never times; on a quiet machine, or the gate says that it cannot tell.
+bench: $(CORE) $(TORCH)
+	@rm -rf $(FRESH)
+	@$(BIN)/python benchmarks/versus_torch.py --output $(FRESH) $(ARGS)
+	@$(BIN)/python benchmarks/kernels.py --output $(FRESH)
+	@$(BIN)/python benchmarks/gate.py $(FRESH)
 
 lint: $(TEST)
 	@$(BIN)/ruff check .
@@ -56,6 +69,12 @@ $(CORE): requirements.lock pyproject.toml $(MADE)
 $(TEST): requirements-test.lock $(CORE)
 	@echo "installing requirements-test.lock into $(VENV)"
 	@$(PIP) install --require-hashes -r requirements-test.lock
+	@touch $@
+
+$(TORCH): benchmarks/requirements-torch.txt
+	@echo "installing PyTorch into .venv-torch"
+	@$(PY) -m venv --clear .venv-torch
+	@.venv-torch/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
 	@touch $@
 
 # For developers, with `uv` on PATH: the one tool that resolves for every Python and platform at once.

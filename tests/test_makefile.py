@@ -29,6 +29,8 @@ class Checkout:
         for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-test.lock"):
             shutil.copy(ROOT / name, root / name)
             self.touch(name, 1_000_000_000)
+        (root / "benchmarks").mkdir()
+        shutil.copy(ROOT / "benchmarks/requirements-torch.txt", root / "benchmarks")
         (root / "python").write_text(FAKE_PYTHON)
         (root / "python").chmod(0o755)
 
@@ -90,6 +92,15 @@ def test_test_tools_come_on_top_of_the_quickstart(checkout):
     checkout.done()
     checkout.make("test", "PY=./python")
     assert installs(checkout.done()) == ["requirements-test.lock"]
+
+
+def test_pytorch_has_an_environment_of_its_own(checkout):
+    for _ in range(2):  # the second call has nothing to do
+        assert checkout.make("torch-env", "PY=./python").returncode == 0
+    lines = checkout.done()
+    assert lines[0] == "-m venv --clear .venv-torch"
+    assert installs(lines) == ["benchmarks/requirements-torch.txt"] and len(lines) == 2
+    assert not (checkout.root / ".venv").exists()
 
 
 def test_changed_lock_is_installed(checkout):

@@ -1,0 +1,125 @@
+"""Did we become slower? Compares ratios of two results, never their times: another day's machine is another.
+
+    python benchmarks/gate.py FRESH COMMITTED                 # files, or directories with files of one name
+    make bench                                                # measures first, then compares
+
+A ratio (ours over PyTorch's, a kernel over the reference) has fallen where its median is lower by more than
+the tolerance and the spread of both results allow. Exit status: 0 none fell, 1 one fell, 2 no comparison.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # found from a clone that was never installed, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import RESULTS, read_result
+
+TOLERANCE = 0.05  # of the committed ratio
+NOISIEST = 0.15  # a spread above this hides whatever the gate is there to see
+
+
+class Incomparable(ValueError):
+    """The two results do not answer the question; the message says what to do."""
+
+
+def uncertainty(ratio: Mapping[str, float]) -> float:
+    """Standard error of a ratio's median, as a share of it, from its quartiles and number.
+
+    For normal noise the standard deviation is the quartiles' distance / 1.349 and the median's standard error
+    1.253 of it over the root of n; quartiles hardly notice the few rounds in which something else ran.
+    """
+    deviation = (ratio["q3"] - ratio["q1"]) / 1.349
+    return 1.253 * deviation / math.sqrt(ratio["n"]) / ratio["median"]
+
+
+def judge(fresh: Mapping[str, float], committed: Mapping[str, float], tolerance: float) -> tuple[bool, str]:
+    """Whether a ratio fell by more than `tolerance` and twice the uncertainty of both, and the figures.
+
+    Raises Incomparable where the uncertainty is above NOISIEST: such a measurement would pass anything.
+    """
+    noise = 2 * math.hypot(uncertainty(fresh), uncertainty(committed))
+    if not noise <= NOISIEST:
+        raise Incomparable(
+            f"its spread of {noise:.0%} is above {NOISIEST:.0%}; measure again with more rounds"
+        )
+    change = fresh["median"] / committed["median"] - 1
+    figures = (
+        f"{committed['median']:.3f} -> {fresh['median']:.3f} ({change:+.1%}; {tolerance + noise:.1%} allowed)"
+    )
+    return change < -(tolerance + noise), figures
+
+
+def compare(
+    fresh: Mapping[str, Any], committed: Mapping[str, Any], tolerance: float = TOLERANCE
+) -> list[tuple[str, bool, str]]:
+    """(ratio, whether it fell, figures) for every ratio of the committed result.
+
+    Raises Incomparable where the workloads differ, or a ratio is missing from the fresh one or too noisy.
+    """
+    if fresh.get("workload") != committed.get("workload"):
+        raise Incomparable("the two results are of different workloads; measure the committed one's")
+    if not committed.get("ratios"):
+        raise Incomparable("the committed result holds no ratios; commit one that does")
+    judged = []
+    for name, before in committed["ratios"].items():
+        if name not in fresh.get("ratios", {}):
+            raise Incomparable(
+                f"{name} is missing from the fresh result; measure all that the committed one has"
+            )
+        try:
+            fell, figures = judge(fresh["ratios"][name], before, tolerance)
+        except Incomparable as error:
+            raise Incomparable(f"{name}: {error}") from error
+        judged.append((name, fell, figures))
+    return judged
+
+
+def other_machine(fresh: Mapping[str, Any], committed: Mapping[str, Any]) -> str | None:
+    """What of the machine differs, for a reader to weigh; ratios of other hardware are not ours to hold."""
+    keys = ("cpu", "cores", "flags", "devices")
+    pairs = [(key, committed["machine"].get(key), fresh["machine"].get(key)) for key in keys]
+    differ = [f"{key} {then} -> {now}" for key, then, now in pairs if then != now]
+    return "another machine: " + ", ".join(differ) if differ else None
+
+
+def pairs(fresh: Path, committed: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, fresh, committed) of a file, or of every file of a directory; `committed` may be a directory."""
+    for path in [fresh] if fresh.is_file() else sorted(fresh.glob("*.json")):
+        other = committed / path.name if committed.is_dir() else committed
+        if not other.exists():
+            raise Incomparable(f"{path.name} has no committed namesake; commit it, or remove it")
+        yield path.stem, read_result(path), read_result(other)
+
+
+def main(argv: list[str]) -> int:
+    """Compare, print a line a ratio; the exit status."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/gate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("fresh", type=Path)
+    parser.add_argument("committed", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that a ratio may fall")
+    asked = parser.parse_args(argv)
+    fallen = compared = 0
+    try:
+        for name, fresh, committed in pairs(asked.fresh, asked.committed):
+            if difference := other_machine(fresh, committed):
+                print(f"{name}: {difference}")
+            for ratio, fell, figures in compare(fresh, committed, asked.tolerance):
+                print(f"{'FELL' if fell else 'held'}  {name}: {ratio}: {figures}")
+                fallen, compared = fallen + fell, compared + 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not compared:
+        print(f"error: nothing to compare in {asked.fresh.name}; run make bench", file=sys.stderr)
+        return 2
+    print(f"{compared - fallen} of {compared} ratios held")
+    return 1 if fallen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""Our side of `benchmarks/versus_torch.py`: writes down a job that both sides can read, and serves its steps.
+
+    python benchmarks/jax_worker.py export JOB OVERRIDES...    # job.json and arrays.npz into JOB
+    python benchmarks/jax_worker.py serve JOB THREADS OVERRIDES...
+
+Serving is as in `benchmarks/torch_baseline.py`: a line of JSON when ready; then, for each number of steps
+that is read, a line with their mean seconds and their losses.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # found from a clone that was never installed, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from benchmarks import measure
+from configs.cli import main
+from models.config import ModelConfig
+
+SHARED = (
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "vocab_size",
+    "norm_eps",
+    "tie_embeddings",
+)
+# Further fields that may differ from Llama's: they act on the initial weights or the frequencies, which are
+# exported, or on nothing that is computed here.
+FREE = (
+    "name",
+    "max_seq_len",
+    "zero_init",
+    "init_std",
+    "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_length",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+)
+BATCHES = 8
+
+
+def check_comparable(config: Any) -> None:
+    """Raise ValueError for what the PyTorch baseline does not have."""
+    plain = ModelConfig()
+    for field in fields(ModelConfig):
+        value, default = getattr(config.model, field.name), getattr(plain, field.name)
+        if field.name not in SHARED + FREE and value != default:
+            raise ValueError(
+                f"model.{field.name}={value} is not in the PyTorch baseline; use model.{field.name}={default}"
+            )
+    training = config.training
+    for key, value, needed in (
+        ("model.rope_scaling", config.model.rope_scaling == "yarn", "none, linear or llama3"),
+        ("optim.name", config.optim.name != "adamw", "adamw"),
+        ("training.z_loss", training.z_loss != 0, "0"),
+        ("training.ema_decay", training.ema_decay is not None, "null"),
+        ("training.accumulation_steps", training.accumulation_steps != 1, "1"),
+    ):
+        if value:
+            raise ValueError(f"{key} must be {needed}: the PyTorch baseline has nothing else")
+
+
+def export(config: Any, directory: Path, *, batches: int = BATCHES) -> None:
+    """Write job.json and arrays.npz: sizes, optimizer, learning rates; initial weights, tokens, frequencies.
+
+    Tokens are [batches, B, T + 1], rows of one document each. Raises ValueError for what has no counterpart.
+    """
+    from benchmarks.workload import resolve
+    from models.rope import rope_frequencies
+    from models.spec import make_segments
+    from optim.schedules import make_schedule
+
+    check_comparable(config)
+    config = resolve(config)
+    (segment,) = make_segments(config.model)
+    frequencies, _ = rope_frequencies(config.model, segment.period[0])
+    schedule = make_schedule(config.schedule, num_steps=config.training.num_steps)
+    optim = asdict(config.optim)
+    job = {
+        "model": {key: getattr(config.model, key) for key in SHARED},
+        "optim": {key: optim[key] for key in ("b1", "b2", "eps", "weight_decay", "grad_clip")},
+        "learning_rates": [
+            config.optim.learning_rate * float(schedule(count)) for count in range(config.training.num_steps)
+        ],
+    }
+    (directory / "job.json").write_text(json.dumps(job), "utf-8")
+    arrays: dict[str, Any] = {
+        "tokens": np.stack([whole_rows(config, seed) for seed in range(batches)]),
+        "frequencies": frequencies,
+        **initial_weights(config),
+    }
+    np.savez(directory / "arrays.npz", **arrays)
+
+
+def whole_rows(config: Any, seed: int) -> np.ndarray:
+    """Tokens [B, T + 1] of rows that are not packed."""
+    from benchmarks.workload import synthetic_batch
+
+    rows, length = config.training.global_batch_size, config.data.seq_len
+    batch = synthetic_batch(rows, length, config.model.vocab_size, seed=seed, packed=False)
+    return np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+
+
+def initial_weights(config: Any) -> dict[str, np.ndarray]:
+    """Every parameter at step 0 by its path, `segments/0/0/attention/q` and so on."""
+    import jax
+
+    from models.transformer import build_model
+
+    params = jax.jit(build_model(config.model).init)(jax.random.key(config.seed))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def load(config: Any, tokens: np.ndarray, devices: Any = None) -> Any:
+    """The compiled step of a config on the tokens of a job, as `benchmarks.workload.Work`."""
+    from benchmarks.workload import resolve, whole_batch, with_batches
+    from parallel.mesh import build_layout
+    from training.program import build_program
+
+    program = build_program(resolve(config), build_layout(config.mesh, devices))
+    return with_batches(program, config.seed, [whole_batch(rows) for rows in tokens])
+
+
+def serve(config: Any, directory: Path) -> int:
+    """Answer on stdout until stdin ends."""
+    answer = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not an answer
+    with np.load(directory / "arrays.npz") as arrays:
+        work = load(config, arrays["tokens"])
+    print(json.dumps(introduction(config, work)), file=answer)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        losses = work.losses(int(line))
+        seconds = (time.perf_counter() - start) / len(losses)
+        print(json.dumps({"seconds": seconds, "losses": losses, "bytes": memory(work)}), file=answer)
+    return 0
+
+
+def memory(work: Any) -> int:
+    """Bytes at most: of the device where it counts, else of the process."""
+    stats = work.program.layout.mesh.devices.flat[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or measure.peak_memory()
+
+
+def introduction(config: Any, work: Any) -> dict[str, Any]:
+    """What the driver, which has no JAX, is told of the job."""
+    from training.flops import peak_flops
+
+    device = work.program.layout.mesh.devices.flat[0]
+    peak, source = peak_flops(config.hardware, device.platform, device.device_kind)
+    return {
+        "ready": True,
+        "compile_seconds": work.compile_seconds,
+        "device": f"{work.program.layout.mesh.size} x {device.device_kind}",
+        "attention": config.training.attention,
+        "parameters": work.program.model.num_params()["total"],
+        "rows": config.training.global_batch_size,
+        "seq_len": config.data.seq_len,
+        "flops_per_token": work.program.model.flops_per_token(config.data.seq_len),
+        "peak_flops": peak,
+        "peak_source": source,
+    }
+
+
+def run(argv: list[str]) -> int:
+    """The exit status."""
+    what, directory, *rest = argv
+    if what == "export":
+
+        def task(config: Any) -> int:
+            export(config, Path(directory))
+            return 0
+
+        return main(task, rest, script="python benchmarks/jax_worker.py export JOB")
+    threads, *overrides = rest
+    measure.use_cores(int(threads))
+    return main(lambda config: serve(config, Path(directory)), overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""What splitting a step over devices costs: the same work on 1, 2, 4, 8 of them, by mesh axis.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --axes data,tensor --sizes 2,4 model.num_layers=4
+
+Devices are forced onto this machine's cores: more of them are never faster here, and wall time says little.
+What is compared is processor time: of all threads, in one step, over that of one device doing the same work.
+1 would be a split for nothing; above it stands what the partitioned program does in addition (copies,
+repeated work, smaller matrix products, threads that wait for others by spinning). What the links would carry
+is read from the compiled program, in bytes that one device holds of what is exchanged in a step.
+*total*: the batch is the same on any number of devices; *per device*: it grows with them.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # found from a clone that was never installed, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import measure
+from configs.cli import main
+
+AXES = ("data", "fsdp", "tensor", "context", "pipeline", "expert")
+MODES = ("total", "per device")
+BASE = (
+    "run.name=scaling",
+    "mesh=single",
+    "optim=adamw",
+    "training.precision=float32",
+    "training.num_steps=1000",
+    "data.seq_len=128",
+)
+DENSE = (
+    "+experiment=debug",
+    *BASE,
+    "model.num_layers=8",
+    "model.d_model=128",
+    "model.num_kv_heads=8",
+    "model.head_dim=16",
+    "model.d_ff=384",
+)
+EXPERTS = ("+experiment=debug_moe", *BASE)  # mesh.expert splits experts, so there have to be some
+ROWS = 16
+
+
+def overrides(axis: str, size: int, mode: str, further: Sequence[str]) -> list[str]:
+    """The command line of one case; the microbatches of a pipeline are 8 on any number of stages."""
+    rows = ROWS * (size if mode == "per device" else 1)
+    base = EXPERTS if axis == "expert" else DENSE
+    words = [*base, f"training.global_batch_size={rows}", f"mesh.{axis}={size}"]
+    return [*words, *(["pipeline.microbatches=8"] if axis == "pipeline" else []), *further]
+
+
+def measure_case(words: Sequence[str], size: int, steps: int) -> dict[str, Any]:
+    """Processor and wall seconds of a step, and what its collectives exchange. ValueError for a bad mesh."""
+    import jax
+
+    from benchmarks.workload import prepare
+    from parallel.hlo import read_hlo
+
+    configs: list[Any] = []
+
+    def keep(config: Any) -> int:
+        configs.append(config)
+        return 0
+
+    if status := main(keep, list(words)):
+        raise SystemExit(status)  # the line is printed
+    work = prepare(configs[0], packed=True, devices=jax.devices()[:size])
+    work.losses(1)
+    cpu, wall = time.process_time(), time.perf_counter()
+    work.losses(steps)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    reading = read_hlo(work.compiled.as_text(), dict(work.program.layout.mesh.shape))
+    totals = reading.totals()
+    return {
+        "cpu_seconds": cpu / steps,
+        "wall_seconds": wall / steps,
+        "collective_bytes": sum(count for _, count in totals.values()),
+        "collectives": {f"{kind} {'+'.join(axes)}": count for (kind, axes), (_, count) in totals.items()},
+    }
+
+
+def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """(axis, devices, mode) of all cases; one device has one mode."""
+    for axis in asked.axes.split(","):
+        yield axis, 1, "total"
+        for size in map(int, asked.sizes.split(",")):
+            for mode in MODES:
+                yield axis, size, mode
+
+
+def measure_scaling(asked: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
+    """Run every case; the result."""
+    found: list[dict[str, Any]] = []
+    one: dict[str, float] = {}
+    for axis, size, mode in cases(asked):
+        figures = measure_case(overrides(axis, size, mode, further), size, asked.steps)
+        if size == 1:
+            one[axis] = figures["cpu_seconds"]
+        work = size if mode == "per device" else 1
+        times = figures["cpu_seconds"] / (one[axis] * work)
+        found.append({"axis": axis, "devices": size, "mode": mode, "over_one_device": times, **figures})
+        print(f"{axis} {size} {mode}: {times:.2f}", file=sys.stderr)
+    return {
+        "title": "The cost of splitting a step, on devices forced onto one machine's cores",
+        "benchmark": "scaling",
+        "workload": {"overrides": list(further), "rows": ROWS},
+        "measurement": {"steps": asked.steps},
+        "cases": found,
+        "table": [row(case) for case in found],
+    }
+
+
+def row(case: dict[str, Any]) -> dict[str, Any]:
+    """One case in the table."""
+    return {
+        "mesh": f"{case['axis']}={case['devices']}",
+        "fixed work": case["mode"] if case["devices"] > 1 else "–",
+        "processor time, ms": case["cpu_seconds"] * 1e3,
+        "over one device's": case["over_one_device"],
+        "exchanged, MiB a device": case["collective_bytes"] / 2**20,
+        "by": ", ".join(f"{name} {size / 2**20:.3g}" for name, size in case["collectives"].items()) or None,
+    }
+
+
+def run(argv: list[str]) -> int:
+    """Measure, print and write; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/scaling.py", description=str(__doc__).splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--sizes", default="2,4,8", help="devices along the axis")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
+    parser.add_argument("--name", default="scaling", help="of the file in it")
+    asked, further = parser.parse_known_args(argv)
+    most = max(map(int, asked.sizes.split(",")))
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={most}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        result = measure_scaling(asked, further)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(measure.as_table(result["table"]))
+    print(f"written: {measure.write_result(asked.name, result, asked.output).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,328 @@
+"""The same training step in JAX and in PyTorch, side by side: same architecture, same weights, same tokens.
+
+    make torch-env                                     # PyTorch in an environment of its own, once
+    python benchmarks/versus_torch.py                  # an 11M Llama, 4096 tokens a step: for CPUs
+    python benchmarks/versus_torch.py --shape 1.34b --variants jax:bfloat16,compile:bfloat16
+    python benchmarks/versus_torch.py training.scan_layers=true    # any override of train.py
+
+A worker process per variant compiles and warms up, then all are asked in turn for a few steps at a time and
+lie idle in between, so that whatever slows the machine slows them all; ratios are taken round by round. Rows
+are one document each (PyTorch's `is_causal`), so that both sides do the same work; neither reads data.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+if __name__ == "__main__":  # found from a clone that was never installed, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import measure
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH_PYTHON = "CAMBRIAN_TORCH_PYTHON"
+COMMON = (
+    "run.name=versus",
+    "model=quickstart",
+    "tokenizer=byte",  # which is smaller than any vocabulary; there is no text here
+    "model.zero_init=false",
+    "mesh=single",
+    "optim=adamw",
+    "schedule=cosine",
+    "training.num_steps=10000",
+    "run.compile_cache=null",
+)
+
+
+def _llama(
+    layers: int, width: int, heads: int, kv_heads: int, size: int, hidden: int, vocab: int
+) -> tuple[str, ...]:
+    sizes = {
+        "num_layers": layers,
+        "d_model": width,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": size,
+        "d_ff": hidden,
+        "vocab_size": vocab,
+    }
+    return tuple(f"model.{key}={value}" for key, value in sizes.items())
+
+
+_GPU = (
+    "training.attention=cudnn",
+    "training.max_documents=1",
+    "training.loss_chunk=8192",
+    "training.scan_layers=false",
+)
+SHAPES = {
+    "cpu": (
+        *_llama(6, 384, 6, 2, 64, 1024, 4096),
+        "data.seq_len=256",
+        "training.global_batch_size=16",
+        "training.scan_layers=false",
+    ),
+    "124m": (
+        *_llama(12, 768, 12, 12, 64, 2048, 50304),
+        "data.seq_len=1024",
+        "training.global_batch_size=32",
+        *_GPU,
+    ),
+    "1.34b": (
+        *_llama(24, 2048, 16, 16, 128, 5632, 50304),
+        "data.seq_len=2048",
+        "training.global_batch_size=8",
+        "training.remat=dots",
+        *_GPU,
+    ),
+}
+VARIANTS = tuple(
+    f"{side}:{precision}" for precision in ("float32", "bfloat16") for side in ("jax", "eager", "compile")
+)
+
+
+class Worker:
+    """One side in a process of its own, which answers each line with one line."""
+
+    def __init__(self, variant: str, command: Sequence[str], environment: dict[str, str]):
+        self.variant = variant
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        self.losses: list[float] = []
+        self.bytes = 0
+        self.introduction = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker of {self.variant} ended with status {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def run(self, steps: int) -> float:
+        """Mean seconds of so many further steps."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise RuntimeError(
+                f"the worker of {self.variant} is gone, status {self.process.wait()}"
+            ) from error
+        answer = self._answer()
+        self.losses += answer["losses"]
+        self.bytes = answer["bytes"]
+        return float(answer["seconds"])
+
+    def close(self) -> None:
+        """Let it end: it does when nothing more can come."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def torch_python(asked: str | None = None) -> Path:
+    """The Python that has PyTorch: `asked`, $CAMBRIAN_TORCH_PYTHON or .venv-torch's. ValueError if absent."""
+    path = Path(asked or os.environ.get(TORCH_PYTHON) or ROOT / ".venv-torch" / "bin" / "python")
+    if not path.exists():
+        raise ValueError(
+            f"no Python with PyTorch at {os.path.relpath(path)}; run `make torch-env`, or name one by "
+            f"--torch-python or {TORCH_PYTHON}"
+        )
+    return path.absolute()
+
+
+def torch_command(python: Path, job: Path, mode: str, precision: str, threads: int) -> list[str]:
+    """How the PyTorch side is started. -P: our file names must not stand in the way of its imports."""
+    script = str(ROOT / "benchmarks" / "torch_baseline.py")
+    return [str(python), "-P", script, str(job), mode, precision, str(threads)]
+
+
+def jax_command(*words: str) -> list[str]:
+    """How ours is started."""
+    return [sys.executable, str(ROOT / "benchmarks" / "jax_worker.py"), *words]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of the workers: as many threads as were asked for; no GPU memory is taken before it is needed."""
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return os.environ | shared | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def start(variant: str, job: Path, overrides: Sequence[str], asked: argparse.Namespace) -> Worker:
+    """A worker by its variant, `jax:PRECISION`, `eager:PRECISION` or `compile:PRECISION`."""
+    side, _, precision = variant.partition(":")
+    if side == "jax":
+        words = ("serve", str(job), str(asked.threads), *overrides, f"training.precision={precision}")
+        command = jax_command(*words)
+    else:
+        command = torch_command(torch_python(asked.torch_python), job, side, precision, asked.threads)
+    print(f"starting {variant}", file=sys.stderr)
+    return Worker(variant, command, environment(asked.threads))
+
+
+def compare(overrides: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
+    """Run all variants in turn; the result. Raises ValueError or RuntimeError where one cannot be run."""
+    workers: dict[str, Worker] = {}
+    with TemporaryDirectory() as directory:
+        job = Path(directory)
+        subprocess.run(
+            jax_command("export", directory, *overrides),
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        try:
+            for variant in asked.variants:
+                workers[variant] = start(variant, job, overrides, asked)
+                workers[variant].run(asked.warmup)  # compiles, and takes memory
+            cases = {variant: partial(worker.run, asked.steps) for variant, worker in workers.items()}
+            samples = measure.alternate(cases, asked.rounds)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return result(workers, samples, asked, overrides)
+
+
+def result(
+    workers: dict[str, Worker],
+    samples: dict[str, list[float]],
+    asked: argparse.Namespace,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that was learnt, as `measure.write_result` takes it."""
+    told = {variant: worker.introduction for variant, worker in workers.items()}
+    work = next(told[v] for v in told if v.startswith("jax:"))
+    tokens = work["rows"] * work["seq_len"]
+    machine = measure.describe_machine() | {"devices": work["device"]}
+    versions = [told[v]["version"] for v in told if "version" in told[v]]
+    machine["versions"] |= {"torch": versions[0]} if versions else {}
+    return {
+        "title": f"JAX and PyTorch: {work['parameters'] / 1e6:.4g}M parameters, {tokens} tokens a step",
+        "benchmark": "versus_torch",
+        "machine": machine,
+        "workload": {
+            "shape": asked.shape,
+            "overrides": list(overrides),
+            "packed": False,
+            "tokens_per_step": tokens,
+        },
+        "measurement": {"rounds": asked.rounds, "steps": asked.steps, "threads": asked.threads},
+        "introductions": told,
+        "step_seconds": {variant: measure.summary(values) for variant, values in samples.items()},
+        "samples": samples,
+        "losses": {variant: worker.losses for variant, worker in workers.items()},
+        "ratios": ratios(samples),
+        "table": [row(worker, samples, work, tokens) for worker in workers.values()],
+    }
+
+
+def ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """How many times faster ours is than PyTorch's in the same precision; fp8 and int8 than our bfloat16."""
+    pairs = [
+        (ours, theirs)
+        for ours in samples
+        for theirs in samples
+        if ours.startswith("jax:")
+        and not theirs.startswith("jax:")
+        and theirs.partition(":")[2] == ours.partition(":")[2]
+    ]
+    pairs += [
+        (v, "jax:bfloat16") for v in samples if v in ("jax:fp8", "jax:int8") and "jax:bfloat16" in samples
+    ]
+    return {f"{ours} / {theirs}": measure.ratio(samples[ours], samples[theirs]) for ours, theirs in pairs}
+
+
+def row(worker: Worker, samples: dict[str, list[float]], work: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """One variant in the table; ratios are ours over PyTorch's speed, so they stand in our rows."""
+    seconds = measure.summary(samples[worker.variant])
+    found = ratios(samples)
+    flops = work["flops_per_token"]
+    rate = tokens / seconds["median"]
+
+    def over(side: str) -> str | None:
+        times = found.get(f"{worker.variant} / {side}:{worker.variant.partition(':')[2]}")
+        return f"{times['median']:.3f} ({times['q1']:.3f} to {times['q3']:.3f})" if times else None
+
+    return {
+        "variant": worker.variant.replace("eager", "torch eager")
+        .replace("compile", "torch.compile")
+        .replace(":", " "),
+        "step, ms": seconds["median"] * 1e3,
+        "fastest, ms": seconds["min"] * 1e3,
+        "quartiles, ms": f"{seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}",
+        "tokens/s": rate,
+        "TFLOP/s (full attention)": 3 * (flops["matmul"] + flops["attention_full"]) * rate / 1e12,
+        "over torch eager": over("eager"),
+        "over torch.compile": over("compile"),
+        "memory, GiB": worker.bytes / 2**30,
+        "last loss": worker.losses[-1],
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The flags beside the overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/versus_torch.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="cpu", help="what is trained")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="SIDE:PRECISION, comma-separated")
+    parser.add_argument("--rounds", type=int, default=15, help="times that each is asked")
+    parser.add_argument("--steps", type=int, default=3, help="steps each time")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
+    parser.add_argument("--threads", type=int, default=2, help="of each side; 0: as many as there are")
+    parser.add_argument("--torch-python", default=None, help=f"or {TORCH_PYTHON}, or .venv-torch")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
+    parser.add_argument("--name", default="versus_torch", help="of the file in it")
+    return parser
+
+
+def check_variants(text: str) -> list[str]:
+    """The variants of a comma-separated list. Raises ValueError for what is none."""
+    variants = text.split(",")
+    for variant in variants:
+        if variant.partition(":")[0] not in ("jax", "eager", "compile") or ":" not in variant:
+            raise ValueError(
+                f"--variants: {variant} is none; use SIDE:PRECISION such as {', '.join(VARIANTS)}"
+            )
+    if not any(variant.startswith("jax:") for variant in variants):
+        raise ValueError(f"--variants={text} has nothing of ours; add jax:float32 or jax:bfloat16")
+    return variants
+
+
+def run(argv: list[str]) -> int:
+    """Compare, print and write; the exit status."""
+    asked, overrides = arguments().parse_known_args(argv)
+    try:
+        asked.variants = check_variants(asked.variants)
+        if any(not variant.startswith("jax:") for variant in asked.variants):
+            torch_python(asked.torch_python)  # before anything is compiled
+        found = compare((*COMMON, *SHAPES[asked.shape], *overrides), asked)
+    except subprocess.CalledProcessError as error:
+        return error.returncode  # the process has said why
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+    print(measure.as_table(found["table"]))
+    print(f"written: {measure.write_result(asked.name, found, asked.output).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

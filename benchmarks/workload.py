@@ -1,0 +1,130 @@
+"""A step to be measured: the program of a config, and batches that look like text without any data set.
+
+B rows, T positions of a row.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from configs.schema import check
+from parallel.mesh import build_layout
+from training.feed import placing, rows_here
+from training.program import Program, build_program, padded_vocab
+from training.state import TrainState
+
+MEAN_DOCUMENT = 0.4  # of a row, where rows are packed
+BYTES = 257  # of the byte tokenizer: all values and the end of a document
+ZIPF_SHIFT = 2.7  # Mandelbrot's: the commonest words are less common than Zipf's law alone would have them
+
+
+@dataclass
+class Work:
+    """A compiled step and its state, ready to run. `run` gives metrics that are still being computed."""
+
+    program: Program
+    compiled: Any
+    compile_seconds: float
+    state: TrainState
+    batches: list[Any]  # on the devices
+    steps: int = 0
+
+    def run(self) -> Any:
+        """One optimizer step on the next of the batches."""
+        self.state, metrics = self.compiled(self.state, self.batches[self.steps % len(self.batches)])
+        self.steps += 1
+        return metrics
+
+    def losses(self, steps: int) -> list[float]:
+        """Of so many steps, in nats per token; waits for the last."""
+        metrics = [self.run()["loss"] for _ in range(steps)]
+        return [float(loss) for loss in metrics]
+
+
+def resolve(config: Any) -> Any:
+    """The config with `model.vocab_size` as its tokenizer would set it. ValueError where only a file says."""
+    if config.model.vocab_size > 0:
+        return config
+    sizes = {"bpe": config.tokenizer.vocab_size, "byte": BYTES}
+    if config.tokenizer.kind not in sizes:
+        raise ValueError(
+            f"model.vocab_size=-1 with tokenizer.kind={config.tokenizer.kind}: there is no tokenizer here to "
+            "ask; give model.vocab_size"
+        )
+    return replace(config, model=replace(config.model, vocab_size=padded_vocab(sizes[config.tokenizer.kind])))
+
+
+def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None) -> Work:
+    """Compile the step of a config on these devices (all by default), and make its state and batches."""
+    config = resolve(config)
+    check(config, len(devices) if devices is not None else jax.device_count())
+    program = build_program(config, build_layout(config.mesh, devices))
+    rows, length = program.batch["tokens"].shape
+    vocab = config.model.vocab_size
+    made = [synthetic_batch(rows, length, vocab, seed=i, packed=packed) for i in range(batches)]
+    return with_batches(program, config.seed, made)
+
+
+def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.ndarray]]) -> Work:
+    """The same for a program and batches [B, T] that are there."""
+    start = time.perf_counter()
+    compiled = program.compile_train()
+    seconds = time.perf_counter() - start
+    rows = rows_here(program.batch)
+    place = placing(program.batch, rows)
+    placed = [place({name: array[rows] for name, array in batch.items()}) for batch in batches]
+    return Work(program, compiled, seconds, program.init_state(seed), placed)
+
+
+def synthetic_batch(
+    rows: int, length: int, vocab: int, *, seed: int, packed: bool
+) -> dict[str, Int[np.ndarray, "B T"]]:
+    """Tokens by Zipf's law; packed: documents of random lengths, so that masks have something to hide."""
+    rng = np.random.default_rng(seed)
+    shares = 1.0 / (np.arange(vocab) + ZIPF_SHIFT)
+    stream = rng.choice(vocab, (rows, length + 1), p=shares / shares.sum()).astype(np.int32)
+    begins = np.zeros((rows, length), bool)
+    if packed:
+        begins = rng.random((rows, length)) < 1 / (MEAN_DOCUMENT * length)
+    begins[:, 0] = True
+    at = np.arange(length)
+    weights = np.ones((rows, length), np.float32)
+    weights[:, :-1][begins[:, 1:]] = 0  # the last token of a document does not predict the next one's first
+    return {
+        "tokens": stream[:, :-1],
+        "targets": stream[:, 1:],
+        "positions": (at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)).astype(np.int32),
+        "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32),
+        "loss_weights": weights,
+    }
+
+
+def whole_batch(rows: Int[np.ndarray, "B L"]) -> dict[str, np.ndarray]:
+    """The batch of rows of T + 1 tokens, one document each, all of which count."""
+    ones = np.ones((rows.shape[0], rows.shape[1] - 1), np.int32)
+    return {
+        "tokens": rows[:, :-1].astype(np.int32),
+        "targets": rows[:, 1:].astype(np.int32),
+        "positions": ones * np.arange(ones.shape[1], dtype=np.int32),
+        "segment_ids": ones,
+        "loss_weights": ones.astype(np.float32),
+    }
+
+
+def step_seconds(run: Callable[[], Any], steps: int) -> Iterator[float]:
+    """Seconds from the end of a step to the end of the next, one step always on its way, as in training."""
+    pending = run()
+    jax.block_until_ready(pending)
+    pending, last = run(), time.perf_counter()
+    for _ in range(steps):
+        following = run()
+        jax.block_until_ready(pending)
+        pending, now = following, time.perf_counter()
+        yield now - last
+        last = now
+    jax.block_until_ready(pending)

@@ -1,0 +1,25 @@
+"""Every axis that scaling is measured over splits the model that it is measured on."""
+
+import pytest
+
+from benchmarks import scaling
+from configs.schema import check
+from parallel.config import MESH_AXES
+from tests.configs.composing import config
+
+
+@pytest.mark.parametrize("axis", scaling.AXES)
+def test_eight_devices_along_an_axis_split_the_model(axis):
+    made = config(*scaling.overrides(axis, 8, "per device", ()))
+    check(made, 8)
+    assert made.training.global_batch_size == 8 * scaling.ROWS
+    assert {name: getattr(made.mesh, name) for name in MESH_AXES if getattr(made.mesh, name) > 1} == {axis: 8}
+
+
+def test_one_device_comes_first():
+    class Asked:
+        axes, sizes = "data,tensor", "2,4"
+
+    found = list(scaling.cases(Asked))
+    assert found[0] == ("data", 1, "total") and found[5] == ("tensor", 1, "total")
+    assert found[1:5] == [("data", n, mode) for n in (2, 4) for mode in scaling.MODES]
