@@ -4,9 +4,11 @@ import difflib
 import re
 from dataclasses import dataclass, field
 
+from parallel.backends import BACKENDS
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("reference", "chunked", "cudnn")
+ATTENTION = ("auto", *BACKENDS)
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -50,8 +52,8 @@ class TrainingConfig:
     precision: str = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # none: keep activations | dots: keep matrix products | full: keep layer inputs
     scan_layers: bool = True  # compile one layer and loop; false unrolls
-    attention: str = "reference"  # reference | chunked | cudnn
-    max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed
+    attention: str = "auto"  # auto: the fastest that can | reference | chunked | xla | cudnn | splash
+    max_documents: int = 64  # documents a row may hold where attention is cudnn; 1: rows are not packed
     loss_chunk: int = 512  # tokens whose logits exist at once, per device group
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
     ema_decay: float | None = None  # such as 0.999: also keep a moving average of the weights

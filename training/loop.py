@@ -18,6 +18,7 @@ from data.loader import EvalBatches, Loader, Prefetcher, eval_batches
 from data.pipeline import Prepared, follow, prepare
 from parallel import cluster
 from parallel.axes import Layout
+from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
@@ -296,7 +297,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         start=first,
         depth=config.data.prefetch,
         rows=rows,
-        place=checked(config.training, placing(job.program.batch, rows)),
+        place=checked(job, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
     recorder.resume_clock()
@@ -321,13 +322,13 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     return state
 
 
-def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`place`, after a look at what cuDNN's kernel must know of a row beforehand."""
-    if training.attention != "cudnn":
+def checked(job: Job, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`place`, after a look at what cuDNN's kernel, where it is the one that runs, must know of a row."""
+    if job.program.attention.name != "cudnn":
         return place
 
     def look(batch: Any) -> Any:
-        check_documents(batch["segment_ids"], training.max_documents)
+        check_documents(batch["segment_ids"], documents_of(job.config))
         return place(batch)
 
     return look
@@ -349,7 +350,7 @@ def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
 def held_out_loss(job: Job, params: Any) -> dict[str, float]:
     """`eval/loss` and `eval/bits_per_byte` of some weights."""
     rows = rows_here(job.program.batch)
-    batches = map(placing(job.program.batch, rows), job.held_out.batches(rows))
+    batches = map(checked(job, placing(job.program.batch, rows)), job.held_out.batches(rows))
     return evaluate(job.eval_step, params, batches, job.held_out.num_bytes)
 
 
@@ -456,7 +457,7 @@ def describe(
         *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
         ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
         ("precision", f"{program.ops.compute_dtype} compute, float32 masters", training.precision),
-        ("attention", training.attention, "training.attention"),
+        ("attention", program.attention.name, program.attention.why),
         ("layers", remat, "training.remat, training.scan_layers"),
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from models.attention import chunked_attention, reference_attention
 from models.experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
@@ -20,12 +19,13 @@ from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
-from parallel.context import Zigzag, context_attention, uses_zigzag
-from parallel.cudnn import check_devices, cudnn_attention, cudnn_kernel
+from parallel.backends import Choice
+from parallel.context import Zigzag, uses_zigzag
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain
 from parallel.schedules import make_schedule as make_pipeline_schedule
+from training.attention import build_attention, choose_attention
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.state import (
     TrainState,
@@ -48,7 +48,6 @@ from training.step import (
     make_train_step,
 )
 
-ATTENTION = {"reference": reference_attention, "chunked": chunked_attention}
 VOCAB_MULTIPLE = 128
 
 
@@ -67,6 +66,7 @@ class Program:
     compiler_options: Mapping[str, Any]
     born: "Born"
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
+    attention: Choice  # the backend behind `ops.attention`, and why
     replicas: Replicas | None = None  # where they step alone
 
     def init_state(self, seed: int) -> TrainState:
@@ -206,25 +206,14 @@ def compiler_options(deterministic: bool, platform: str, devices: int = 1) -> di
     return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
 
 
-def build_attention(config: Any, layout: Layout) -> Callable[..., Array]:
-    """The kernel by `training.attention`, and its way over devices by `context.attention`."""
-    kind, most = config.training.attention, config.training.max_documents
-    if kind == "cudnn" and layout.mesh.shape["context"] == 1:
-        return cudnn_attention(layout, most)
-    if kind == "cudnn":
-        check_devices(layout.mesh.devices.flat, most)
-    local = cudnn_kernel(most) if kind == "cudnn" else ATTENTION[kind]
-    return context_attention(config.context.attention, layout, local, zigzag=config.context.zigzag)
-
-
 def build_ops(config: Any, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
-    platform = layout.mesh.devices.flat[0].platform
+    dtype = compute_dtype(config.training.precision, layout.mesh.devices.flat[0].platform)
     return Ops(
-        attention=build_attention(config, layout),
+        attention=build_attention(choose_attention(config, layout, dtype).name, config, layout),
         experts=expert_dispatch(layout, run_experts),
         constrain=layout.constrain,
-        compute_dtype=compute_dtype(config.training.precision, platform),
+        compute_dtype=dtype,
         loss_chunk=config.training.loss_chunk,
         parts=(layout.ways("batch"), layout.ways("length")),
         z_loss=config.training.z_loss,
@@ -282,6 +271,7 @@ def build_program(config: Any, layout: Layout) -> Program:
         options,
         born,
         canonical,
+        choose_attention(config, layout, ops.compute_dtype),
         replicas,
     )
 
