@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import chunked_attention, reference_attention
+from models.attention import chunked_attention, reference_attention, xla_attention
 from tests.models.decoders import loop_attention, make_batch, slope
 
-BACKENDS = {"reference": reference_attention, "chunked": partial(chunked_attention, block=4)}
+BACKENDS = {
+    "reference": reference_attention,
+    "chunked": partial(chunked_attention, block=4),
+    "xla": xla_attention,
+}
 FEATURES = {
     "causal": dict(kv_heads=4),
     "gqa": dict(kv_heads=2),
@@ -33,8 +37,17 @@ def masks(batch: dict) -> dict:
     return dict(q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+# What xla cannot do, it refuses.
+PAIRS = [(b, f) for b in BACKENDS for f in FEATURES if b != "xla" or "softcap" not in FEATURES[f]]
+
+
+def test_scores_that_xla_cannot_bound_are_refused():
+    (q, k, v), _, batch = make_inputs(2, [[8]])
+    with pytest.raises(ValueError, match=r"training.attention=xla cannot bound scores .* use training.att"):
+        xla_attention(q, k, v, **masks(batch), softcap=5.0, scale=0.5)
+
+
+@pytest.mark.parametrize(("backend", "feature"), PAIRS)
 def test_attention_equals_loops_in_forward_and_gradient(backend, feature):
     values = {"documents": [[8], [8]], "window": None, "softcap": None} | FEATURES[feature]
     inputs, cotangent, batch = make_inputs(values["kv_heads"], values["documents"])
