@@ -68,7 +68,7 @@ BACKENDS: dict[str, Backend] = {
         platforms=("tpu",),
         dtypes=("float32", "bfloat16"),
         head_multiple=8,
-        head_limit=512,
+        head_limit=256,
         order="text",
         part_multiple=LANES,
     ),

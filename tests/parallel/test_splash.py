@@ -3,6 +3,7 @@
 Its kernels run here in Pallas' interpreter on a CPU; where libtpu is installed they are compiled for TPUs.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -56,14 +57,9 @@ def test_equals_the_reference_with_every_feature():
     assert not np.any(got[0][segments == 0])
 
 
-def test_equals_the_reference_on_a_mesh():
-    positions, segments = cases.make_masks(DOCUMENTS, LENGTH)
-    attention = splash.splash_attention(cases.layout_of(data=2, tensor=4))
-    assert close(*both(attention, make_inputs(2), positions, segments))  # K/V heads are repeated
-
-
-def test_vmapped_over_stages():
-    layout = cases.layout_of(pipeline=2, fsdp=2)
+def test_vmapped_over_stages_on_a_mesh():
+    """As a pipeline's stages call it; tensor splits the one K/V head, which is repeated."""
+    layout = cases.layout_of(pipeline=2, fsdp=2, tensor=2)
     attention = splash.splash_attention(Layout(layout.mesh, {**layout.rules, "batch": ("data", "fsdp")}))
     masks = [np.stack(x) for x in zip(cases.make_masks(DOCUMENTS, LENGTH), make_other(), strict=True)]
     inputs = [jnp.stack([x, x + 1]) for x in make_inputs(1, heads=2)]
@@ -118,24 +114,22 @@ def test_a_row_in_another_order_is_nan_and_its_neighbour_is_not():
     assert np.isnan(out[:2]).all() and np.isfinite(out[2]).all()
 
 
-@pytest.mark.parametrize("window", [None, 1, 60, 128, 300])
+@pytest.mark.parametrize("window", [None, 1, 60, 300])
 @pytest.mark.parametrize(("parts", "zigzag"), [(1, False), (2, False), (2, True)])
 def test_every_block_with_something_to_see_is_visited_once_and_in_both_directions(parts, zigzag, window):
     keys = 1024
     places = np.arange(keys, dtype=np.int32)
-    order = zigzag_order(keys, parts) if zigzag else places
-    for mine in order.reshape(parts, -1):
-        seen = (
-            splash.seen_by(window)(mine[:, None], places[None]).reshape(-1, 128, keys // 128, 128).any((1, 3))
-        )
-        for as_array in (np.asarray, jnp.asarray):
-            by_queries, by_keys = splash.blocks_that_meet(as_array(mine), keys, 128, 128, window)
-            visits, within = by_queries.data_next[0], by_queries.block_mask[0]
-            met = [sorted(row[ok > 0]) for row, ok in zip(visits, within, strict=True)]
-            assert met == [list(np.flatnonzero(row)) for row in seen]
-            visits, within = by_keys.data_next[0].T, by_keys.block_mask[0].T
-            met = [sorted(row[ok > 0]) for row, ok in zip(visits, within, strict=True)]
-            assert met == [list(np.flatnonzero(column)) for column in seen.T]
+    find = partial(splash.blocks_that_meet, keys=keys, rows=128, columns=128, window=window)
+    find = find if parts == 1 else jax.jit(find)  # of a part, the places depend on the device
+    for mine in (zigzag_order(keys, parts) if zigzag else places).reshape(parts, -1):
+        seen = splash.seen_by(window)(mine[:, None], places[None]).reshape(-1, 128, keys // 128, 128)
+        seen = seen.any((1, 3))
+        by_queries, by_keys = find(mine)
+        for info, met in ((by_queries, seen), (jax.tree.map(np.transpose, by_keys), seen.T)):
+            visits, within = np.asarray(info.data_next), np.asarray(info.block_mask)
+            visits, within = visits.reshape(len(met), -1), within.reshape(len(met), -1)
+            found = [sorted(row[ok > 0]) for row, ok in zip(visits, within, strict=True)]
+            assert found == [list(np.flatnonzero(row)) for row in met]
 
 
 def test_the_mask_is_that_of_attention():
