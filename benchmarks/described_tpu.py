@@ -136,16 +136,15 @@ def types(reading: Reading, which: Callable[[tuple[int, ...]], bool]) -> list[st
 
 
 def main() -> None:
-    """Every case, a row each, and all of them as JSON."""
-    rows = []
+    """Every case, a row each, and all of them as JSON, which grows case by case."""
+    made_by = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    rows: list[Row] = []
     for hardware, topology in CASES:
         rows.append(describe_step(LLAMA, hardware, topology))
         print(rows[-1].line(), flush=True)
-    made_by = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps({"made_by": made_by, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    )
+        RESULTS.parent.mkdir(exist_ok=True)
+        text = json.dumps({"made_by": made_by, "rows": [asdict(row) for row in rows]}, indent=1)
+        RESULTS.write_text(text + "\n")
 
 
 if __name__ == "__main__":
