@@ -4,12 +4,13 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from parallel.backends import BACKENDS, FASTEST, Backend, Wanted, choose, facts_of, problem
 
-DEVICES = {
+DEVICES: dict[str, dict[str, Any]] = {
     "cpu": {"platform": "cpu"},
     "h100": {"platform": "gpu", "capability": (9, 0), "device": "H100"},
     "a100": {"platform": "gpu", "capability": (8, 0), "device": "A100"},
@@ -17,7 +18,7 @@ DEVICES = {
     "tpu": {"platform": "tpu"},
     "new": {"platform": "abacus"},
 }
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "whole": {"part": 4096},
     "short": {"part": 100},
     "ulysses": {"part": 4096, "context": "ulysses"},
