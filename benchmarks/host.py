@@ -28,6 +28,7 @@ from parallel.mesh import build_layout
 from training.config import TrainingConfig
 from training.feed import placing, rows_here
 from training.flops import training_flops
+from training.host_memory import keep_freed_memory
 from training.metrics import MetricsLog
 from training.program import Program, build_program
 from training.progress import Progress
@@ -194,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     main()

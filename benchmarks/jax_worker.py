@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import measure
 from configs.cli import main
 from models.config import ModelConfig
+from training.host_memory import keep_freed_memory
 
 SHARED = (
     "num_layers",
@@ -192,4 +193,5 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(run(sys.argv[1:]))

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from training.host_memory import keep_freed_memory
 
 Case = Callable[[], float]  # seconds of one call
 
@@ -52,15 +53,15 @@ def attention_case(name: str, asked: argparse.Namespace) -> Case:
     from benchmarks.workload import synthetic_batch
     from configs.schema import Config
     from parallel.mesh import build_layout
+    from training.attention import build_attention, choose_attention
     from training.config import TrainingConfig
-    from training.program import build_attention
 
     rows, length, size = asked.rows, asked.length, asked.size
     batch = synthetic_batch(rows, length, 128, seed=0, packed=True)
     config = Config(training=TrainingConfig(attention=name, max_documents=int(batch["segment_ids"].max())))
     config.mesh.rules = read_rules()
-    attention = build_attention(config, build_layout(config.mesh, jax.devices()[:1]))
-    dtype = jnp.dtype(asked.precision)
+    layout, dtype = build_layout(config.mesh, jax.devices()[:1]), jnp.dtype(asked.precision)
+    attention = build_attention(choose_attention(config, layout, dtype).name, config, layout)
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (asked.heads, asked.kv_heads, asked.kv_heads)
     qkv = [jax.random.normal(k, (rows, length, n, size), dtype) for k, n in zip(keys, heads, strict=True)]
@@ -238,4 +239,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(main(sys.argv[1:]))

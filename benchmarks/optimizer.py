@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import alternate, ratio, summary, timed, write_result
+from training.host_memory import keep_freed_memory
 
 PARTS = ("count", "optimizers", "accumulation")
 QUICKSTART = ("+experiment=quickstart", "model.vocab_size=4096")
@@ -201,4 +202,5 @@ def build(words: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(main())

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks import measure
 from configs.cli import main
+from training.host_memory import keep_freed_memory
 
 AXES = ("data", "fsdp", "tensor", "context", "pipeline", "expert")
 MODES = ("total", "per device")
@@ -155,4 +156,5 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(run(sys.argv[1:]))

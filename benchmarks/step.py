@@ -17,6 +17,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks import measure
 from configs.cli import main
+from training.host_memory import keep_freed_memory
 
 GIB = 2**30
 
@@ -136,4 +137,5 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(run(sys.argv[1:]))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from parallel.backends import problem as backend_problem
+from parallel.backends import wanted_of
 from parallel.config import MESH_AXES, MeshConfig, dcn_problem, divisors, mesh_shape
 
 if TYPE_CHECKING:
@@ -519,15 +521,11 @@ def _local_sgd(case: Case) -> str | None:
 
 
 def _kernel(case: Case) -> str | None:
-    if case.sizes["context"] == 1 or case.config.training.attention != "cudnn":
+    training = case.config.training
+    if training.attention == "auto":
         return None
-    kind = case.config.context.attention
-    if kind == "ulysses":
-        return None
-    return (
-        f"context.attention={kind} cannot use training.attention=cudnn, whose kernel takes rows in the order "
-        "of the text; use context.attention=ulysses or training.attention=chunked"
-    )
+    dtype = None if training.precision == "auto" else training.precision
+    return backend_problem(training.attention, wanted_of(case.config, case.sizes["context"], dtype=dtype))
 
 
 # In the order in which a person would look: the mesh itself, then stages, rows, positions, tensors.

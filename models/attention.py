@@ -108,6 +108,34 @@ def chunked_attention(
     return join_length(jax.lax.map(attend_block, blocks))
 
 
+def xla_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`jax.nn.dot_product_attention` by XLA's own operations, with the exact mask; holds [B, N, T, S] scores.
+
+    Raises ValueError for `softcap`, which it does not know.
+    """
+    if softcap is not None:
+        raise ValueError(
+            f"training.attention=xla cannot bound scores (model.attention_softcap={softcap}); "
+            "use model.attention_softcap=null, or use training.attention=chunked"
+        )
+    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
+    # A padding query saw every key alike; it is to see none.
+    return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0)
+
+
 def largest_divisor(length: int, limit: int) -> int:
     """The largest divisor of `length` that is at most `limit`, and at least 1."""
     return next(size for size in range(max(1, min(limit, length)), 0, -1) if length % size == 0)

@@ -24,61 +24,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from parallel.axes import Layout
+from parallel.backends import ELSE, Wanted, facts_of, problem
 from parallel.context import HEADS, TOKENS, Placement, split_heads
 from parallel.ring import SAVED
 
-DTYPES = ("bfloat16", "float16")
-HEAD_MULTIPLE, HEAD_LIMIT = 8, 256
-PACKED_CAPABILITY = (9, 0)  # Hopper: the first whose cuDNN attention takes ragged rows
-ELSE = "or use training.attention=chunked"
 
-
-def cudnn_problem(*, head_dim: int, value_dim: int, softcap: float | None, dtype: str) -> str | None:
-    """Why cuDNN cannot compute attention of this kind, with the legal values; None where it can."""
-    if head_dim % HEAD_MULTIPLE or head_dim > HEAD_LIMIT:
-        return (
-            f"training.attention=cudnn needs a model.head_dim that is a multiple of {HEAD_MULTIPLE} and at "
-            f"most {HEAD_LIMIT}, not {head_dim}; use {_near_head(head_dim)}, {ELSE}"
-        )
-    if value_dim != head_dim:
-        return (
-            f"training.attention=cudnn needs values as wide as keys, but latent attention has {value_dim} "
-            f"and {head_dim} (packed rows have one offset for both); use training.attention=chunked"
-        )
-    if softcap is not None:
-        return (
-            f"training.attention=cudnn cannot bound scores (model.attention_softcap={softcap}); "
-            f"use model.attention_softcap=null, {ELSE}"
-        )
-    if dtype not in DTYPES:
-        return (
-            f"training.attention=cudnn computes in {' or '.join(DTYPES)}, not {dtype}; "
-            f"use training.precision=bfloat16, {ELSE}"
-        )
-    return None
-
-
-def _near_head(head_dim: int) -> str:
-    below = min(head_dim, HEAD_LIMIT) // HEAD_MULTIPLE * HEAD_MULTIPLE
-    sizes = [n for n in (below, below + HEAD_MULTIPLE) if HEAD_MULTIPLE <= n <= HEAD_LIMIT]
-    return " or ".join(map(str, sizes))
+def check(wanted: Wanted) -> None:
+    """Raise ValueError for what the table of backends says cuDNN cannot do."""
+    if (reason := problem("cudnn", wanted)) is not None:
+        raise ValueError(reason)
 
 
 def check_devices(devices: Any, max_documents: int) -> None:
     """Raise ValueError where these devices have no such kernel."""
-    device = devices[0]
-    capability = getattr(device, "compute_capability", None)
-    if device.platform not in ("gpu", "cuda") or capability is None:
-        raise ValueError(
-            f"training.attention=cudnn needs NVIDIA GPUs, not {device.platform}; "
-            "use training.attention=chunked"
-        )
-    if max_documents > 1 and tuple(int(n) for n in str(capability).split(".")) < PACKED_CAPABILITY:
-        needed = ".".join(map(str, PACKED_CAPABILITY))
-        raise ValueError(
-            f"training.attention=cudnn takes packed documents from compute capability {needed} (H100) on, "
-            f"and {device.device_kind} has {capability}; use training.attention=chunked"
-        )
+    check(Wanted(packed=max_documents > 1, **facts_of(devices[0])))
 
 
 def check_documents(segments: Int[np.ndarray, "B T"], max_documents: int) -> None:
@@ -153,9 +112,7 @@ def _prepare(
     softcap: float | None = None,
     scale: float,
 ) -> tuple["Kernel", tuple[Array, ...]]:
-    problem = cudnn_problem(head_dim=q.shape[3], value_dim=v.shape[3], softcap=softcap, dtype=q.dtype.name)
-    if problem is not None:
-        raise ValueError(problem)
+    check(Wanted(head_dim=q.shape[3], value_dim=v.shape[3], softcap=softcap, dtype=q.dtype.name))
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"training.attention=cudnn needs queries and keys of one row, not {q.shape[1]} and {k.shape[1]} "
@@ -227,20 +184,30 @@ def find_documents(
     `max_documents`, or in any other order, are not exact. Segment 0 is padding.
     """
     real = segments > 0
-    before, after = (jnp.pad(segments, ((0, 0), pad)) for pad in ((1, 0), (0, 1)))
-    begins, ends = real & (segments != before[:, :-1]), real & (segments != after[:, 1:])
-    goes_on = positions[:, 1:] == positions[:, :-1] + 1
-    grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
-    in_order = jnp.all(jnp.where(begins[:, 1:], grows, goes_on) | ~real[:, 1:], axis=1)
+    begins, after = document_begins(segments), jnp.pad(segments, ((0, 0), (0, 1)))
+    ends = real & (segments != after[:, 1:])
     counts = jnp.sum(begins, axis=1)
     told = jnp.cumsum(counts) <= counts.size * max_documents
-    exact = in_order & (counts <= max_documents) & told
+    exact = in_order(positions, segments) & (counts <= max_documents) & told
     if max_documents == 1:
         lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
         return Documents(jnp.zeros_like(lengths), lengths, exact & (real[:, 0] | (counts == 0)), real)
     starts, stops = (nth_true(x.reshape(-1), counts.size * max_documents) for x in (begins, ends))
     lengths = jnp.where(starts < real.size, stops - starts + 1, 0)
     return Documents(starts, lengths, exact, real)
+
+
+def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where a token that is not padding has another segment before it, or none."""
+    return (segments > 0) & (segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1])
+
+
+def in_order(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, " B"]:
+    """Whether documents are runs of one segment, of numbers that grow, in which positions grow by one."""
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
+    ordered = jnp.where(document_begins(segments)[:, 1:], grows, goes_on)
+    return jnp.all(ordered | (segments[:, 1:] == 0), axis=1)
 
 
 def nth_true(flags: Bool[Array, " L"], count: int) -> Int[Array, " count"]:

@@ -85,6 +85,7 @@ class Reading:
     collectives: list[Collective] = field(default_factory=list)
     flops: int = 0  # of matrix products, two a multiply-add; attention kernels are not in it
     custom_calls: Counter[str] = field(default_factory=Counter)  # executions by target
+    kernels: Counter[str] = field(default_factory=Counter)  # executions of Pallas kernels on TPU by name
     buffers: list[Buffer] = field(default_factory=list)  # largest first
     uncounted_loops: list[str] = field(default_factory=list)  # trip count unknown: taken as 1
 
@@ -200,6 +201,8 @@ class _Reader:
             self.reading.flops += times * flops(instruction, table)
             if target := instruction.attribute(r'custom_call_target="([^"]*)"'):
                 self.reading.custom_calls[target] += times
+                if target == "tpu_custom_call":
+                    self.reading.kernels[re.sub(r"(\.\d+)+$", "", instruction.name)] += times
             if materialized and instruction.opcode not in ALIASES:
                 size = type_bytes(instruction.type)
                 self.reading.buffers.append(

@@ -13,6 +13,7 @@ CONFIGS = (
     "data.config",
     "models.config",
     "optim.config",
+    "parallel.backends",
     "parallel.config",
     "serving.config",
     "training.config",

@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass, field
 
 from models.projections import NAMES
+from parallel.backends import BACKENDS
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
-ATTENTION = ("reference", "chunked", "fused", "cudnn")
+ATTENTION = ("auto", *BACKENDS)
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -53,8 +54,8 @@ class TrainingConfig:
     full_precision: list[str] = field(default_factory=list)  # projections left out of fp8 and int8: [o, down]
     remat: str = "none"  # what layers keep: none (all) | dots | attention | offload | full (their input)
     scan_layers: bool = True  # compile one layer and loop; false unrolls
-    attention: str = "reference"  # reference | chunked | fused | cudnn
-    max_documents: int = 64  # documents a row may hold under attention=cudnn; 1: rows are not packed
+    attention: str = "auto"  # auto: the fastest that can | reference | chunked | fused | xla | cudnn | splash
+    max_documents: int = 64  # documents a row may hold where attention is cudnn; 1: rows are not packed
     loss_chunk: int = 512  # tokens whose logits exist at once, per device group
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
     ema_decay: float | None = None  # such as 0.999: also keep a moving average of the weights

@@ -314,7 +314,7 @@ def describe(
         *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
         ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
         ("precision", precision_row(training, program.ops, devices.flat[0].platform), training.precision),
-        ("attention", training.attention, "training.attention"),
+        ("attention", program.attention.name, program.attention.why),
         ("layers", remat, "training.remat, training.scan_layers"),
         ("compiler", options_line(program.compiler_options), f"hardware.xla={config.hardware.xla}"),
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.loader import Prefetcher
 from parallel import cluster
+from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
@@ -66,7 +67,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         start=first,
         depth=config.data.prefetch,
         rows=rows,
-        place=checked(config.training, placing(job.program.batch, rows)),
+        place=checked(job, placing(job.program.batch, rows)),
     )
     stack.callback(feed.close)
     profile = planned_profile(job, first)
@@ -118,13 +119,13 @@ def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
     return {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
 
 
-def checked(training: Any, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`place`, after a look at what cuDNN's kernel must know of a row beforehand."""
-    if training.attention != "cudnn":
+def checked(job: Job, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`place`, after a look at what cuDNN's kernel, where it is the one that runs, must know of a row."""
+    if job.program.attention.name != "cudnn":
         return place
 
     def look(batch: Any) -> Any:
-        check_documents(batch["segment_ids"], training.max_documents)
+        check_documents(batch["segment_ids"], documents_of(job.config))
         return place(batch)
 
     return look
@@ -146,7 +147,7 @@ def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
 def held_out_loss(job: Job, params: Any) -> dict[str, float]:
     """`eval/loss` and `eval/bits_per_byte` of some weights."""
     rows = rows_here(job.program.batch)
-    batches = map(placing(job.program.batch, rows), job.held_out.batches(rows))
+    batches = map(checked(job, placing(job.program.batch, rows)), job.held_out.batches(rows))
     return evaluate(job.eval_step, params, batches, job.held_out.num_bytes)
 
 

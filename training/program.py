@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from models.attention import chunked_attention, reference_attention
 from models.experts import run_experts
 from models.fast_einsum import contract_rows, fast_einsum, once
 from models.fused_attention import fused_attention
@@ -24,13 +23,14 @@ from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
-from parallel.context import Zigzag, context_attention, uses_zigzag
-from parallel.cudnn import check_devices, cudnn_attention, cudnn_kernel
+from parallel.backends import Choice
+from parallel.context import Zigzag, uses_zigzag
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline
 from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from parallel.whole import Parts
+from training.attention import build_attention, choose_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
@@ -57,7 +57,6 @@ from training.step import (
 )
 from training.xla import largest_layer_bytes, needed_options, profile_options, resolve_profile
 
-ATTENTION = {"reference": reference_attention, "chunked": chunked_attention, "fused": fused_attention}
 VOCAB_MULTIPLE = 128
 
 
@@ -76,6 +75,7 @@ class Program:
     compiler_options: Mapping[str, Any]
     born: "Born"
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
+    attention: Choice  # the backend behind `ops.attention`, and why
     replicas: Replicas | None = None  # where they step alone
 
     def init_state(self, seed: int) -> TrainState:
@@ -214,22 +214,11 @@ def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any
     return {**options, **needed_options(config.deterministic, platform, devices)}
 
 
-def build_attention(config: Any, layout: Layout) -> Callable[..., Array]:
-    """The kernel by `training.attention`, and its way over devices by `context.attention`."""
-    kind, most = config.training.attention, config.training.max_documents
-    if kind == "cudnn" and layout.mesh.shape["context"] == 1:
-        return cudnn_attention(layout, most)
-    if kind == "cudnn":
-        check_devices(layout.mesh.devices.flat, most)
-    local = cudnn_kernel(most) if kind == "cudnn" else ATTENTION[kind]
-    return context_attention(config.context.attention, layout, local, zigzag=config.context.zigzag)
-
-
 def build_ops(config: Any, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
-    platform = layout.mesh.devices.flat[0].platform
-    ops = common_ops(config, layout, platform)
-    return cpu_ops(ops) if platform == "cpu" and layout.mesh.size == 1 else ops
+    device = layout.mesh.devices.flat[0]
+    ops = common_ops(config, layout, device)
+    return cpu_ops(ops) if device.platform == "cpu" and layout.mesh.size == 1 else ops
 
 
 def cpu_ops(ops: Ops) -> Ops:
@@ -251,14 +240,15 @@ def cpu_ops(ops: Ops) -> Ops:
     )
 
 
-def common_ops(config: Any, layout: Layout, platform: str) -> Ops:
+def common_ops(config: Any, layout: Layout, device: Any) -> Ops:
     """The same on any device."""
+    dtype = compute_dtype(config.training.precision, device.platform)
     return Ops(
-        attention=build_attention(config, layout),
+        attention=build_attention(choose_attention(config, layout, dtype).name, config, layout),
         experts=expert_dispatch(layout, run_experts),
-        einsum=build_einsum(config.training, layout.mesh.devices.flat[0]),
+        einsum=build_einsum(config.training, device),
         constrain=layout.constrain,
-        compute_dtype=compute_dtype(config.training.precision, platform),
+        compute_dtype=dtype,
         loss_chunk=config.training.loss_chunk,
         parts=(layout.ways("batch"), layout.ways("length")),
         z_loss=config.training.z_loss,
@@ -320,6 +310,7 @@ def build_program(config: Any, layout: Layout) -> Program:
         options,
         born,
         canonical,
+        choose_attention(config, layout, ops.compute_dtype),
         replicas,
     )
 

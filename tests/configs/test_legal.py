@@ -40,6 +40,7 @@ SHAPE = {
 }
 MOE = MoEConfig(num_experts=4, d_expert=32)
 MLA = MLAConfig(kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
+KERNEL = {"mesh.data": 8, "training.precision": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,56 @@ ILLEGAL = {
         {"mesh.fsdp": 8, "mesh.rules.mlp": ["fsdp"]},
         ["mesh.rules.embed=[fsdp,expert]", "mesh.rules.mlp=[fsdp]", "mesh.fsdp=8", "use mesh.fsdp=1"],
     ),
+    "scores that cudnn cannot bound": (
+        {**KERNEL, "training.attention": "cudnn", "model.attention_softcap": 50.0},
+        ["training.attention=cudnn cannot bound scores (model.attention_softcap=50.0)", "softcap=null"],
+    ),
+    "precision that cudnn has not": (
+        {**KERNEL, "training.attention": "cudnn", "training.precision": "float32"},
+        ["training.attention=cudnn", "not float32", "use training.precision=bfloat16"],
+    ),
+    "heads that cudnn has not": (
+        {**KERNEL, "training.attention": "cudnn", "model.head_dim": 12},
+        ["model.head_dim", "a multiple of 8 and at most 256, not 12", "use 8 or 16"],
+    ),
+    "values that cudnn has not": (
+        {
+            **KERNEL,
+            "training.attention": "cudnn",
+            "model.head_dim": 8,
+            "model.num_kv_heads": 8,
+            "model.mla": MLAConfig(kv_lora_rank=16, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=16),
+        },
+        ["training.attention=cudnn needs values as wide as keys", "has 16 and 8"],
+    ),
+    "scores that xla cannot bound": (
+        {**KERNEL, "training.attention": "xla", "model.attention_softcap": 50.0},
+        ["training.attention=xla cannot bound scores (model.attention_softcap=50.0)"],
+    ),
+    "positions that splash has not": (
+        {**KERNEL, "training.attention": "splash", "data.seq_len": 200},
+        ["training.attention=splash", "multiples of 128, not data.seq_len=200", "data.seq_len=128 or 256"],
+    ),
+    "parts of rows that splash has not": (
+        {
+            "mesh.context": 8,
+            "training.attention": "splash",
+            "context.attention": "allgather",
+            "data.seq_len": 1024,
+        },
+        ["multiples of 128", "under context.attention=allgather only 64 lie together", "that makes it 128"],
+    ),
+    "parts of rows that cudnn has not": (
+        {"mesh.context": 8, "training.attention": "cudnn", "context.attention": "allgather"},
+        [
+            "context.attention=allgather cannot use training.attention=cudnn",
+            "use context.attention=ulysses or training.attention=chunked",
+        ],
+    ),
+    "a kernel beside ring's own": (
+        {"mesh.context": 2, "mesh.data": 4, "training.attention": "chunked", "context.attention": "ring"},
+        ["training.attention=chunked has nothing to do", "context.attention=ring", "training.attention=auto"],
+    ),
     "inner steps without replicas": (
         {"mesh.data": 8, "local_sgd.inner_steps": 5},
         ["local_sgd.inner_steps=5", "mesh.replica=1", "use mesh.replica=2, 4, 8 or local_sgd.inner_steps=1"],
@@ -266,6 +317,8 @@ def offers(reason):
 def readable(text):
     if text.startswith("["):
         return text.strip("[]").split(",")
+    if text == "null":
+        return None
     return int(text) if text.lstrip("-").isdigit() else text
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import chunked_attention, reference_attention
+from models.attention import chunked_attention, reference_attention, xla_attention
 from models.fused_attention import fused_attention
 from tests.models.decoders import loop_attention, make_batch, slope
 
@@ -14,6 +14,7 @@ BACKENDS = {
     "chunked": partial(chunked_attention, block=4),
     "fused": partial(fused_attention, block=4),
     "fused_whole": fused_attention,
+    "xla": xla_attention,
 }
 FEATURES = {
     "causal": dict(kv_heads=4),
@@ -39,8 +40,17 @@ def masks(batch: dict) -> dict:
     return dict(q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+# What xla cannot do, it refuses.
+PAIRS = [(b, f) for b in BACKENDS for f in FEATURES if b != "xla" or f not in ("softcap", "all")]
+
+
+def test_scores_that_xla_cannot_bound_are_refused():
+    (q, k, v), _, batch = make_inputs(2, [[8]])
+    with pytest.raises(ValueError, match=r"training.attention=xla cannot bound scores .* use training.att"):
+        xla_attention(q, k, v, **masks(batch), softcap=5.0, scale=0.5)
+
+
+@pytest.mark.parametrize(("backend", "feature"), PAIRS)
 def test_attention_equals_loops_in_forward_and_gradient(backend, feature):
     values = {"documents": [[8], [8]], "window": None, "softcap": None} | FEATURES[feature]
     inputs, cotangent, batch = make_inputs(values["kv_heads"], values["documents"])

@@ -4,6 +4,7 @@ There is no GPU here. A stand-in for the kernel does what cuDNN does with length
 and leaves everything else undefined; all around it is the code that runs on GPUs.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.attention import attention_mask, reference_attention
-from parallel import cudnn
+from parallel import backends, cudnn
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from parallel.context import context_attention
@@ -71,7 +72,8 @@ def kernel(monkeypatch):
     monkeypatch.setattr(cudnn, "fused_forward", kernel_forward)
     monkeypatch.setattr(cudnn, "fused_backward", kernel_backward)
     monkeypatch.setattr(cudnn, "check_devices", lambda devices, max_documents: None)
-    monkeypatch.setattr(cudnn, "DTYPES", ("float32",))
+    entry = replace(backends.BACKENDS["cudnn"], dtypes=("float32",))
+    monkeypatch.setitem(backends.BACKENDS, "cudnn", entry)
 
 
 def make_inputs(rows, kv_heads, heads=8, size=8):
@@ -276,13 +278,13 @@ GOOD = {"head_dim": 128, "value_dim": 128, "softcap": None, "dtype": "bfloat16"}
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change, words):
-    problem = cudnn.cudnn_problem(**{**GOOD, **change})
+    problem = backends.problem("cudnn", backends.Wanted(**{**GOOD, **change}))
     assert all(word in problem for word in ["training.attention=cudnn", *words]), problem
     assert "\n" not in problem
 
 
 def test_what_it_can_do_is_not():
-    assert cudnn.cudnn_problem(**GOOD) is None
+    assert backends.problem("cudnn", backends.Wanted(**GOOD)) is None
 
 
 def test_the_problem_is_raised_where_it_is_called(kernel):

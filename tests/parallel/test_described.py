@@ -12,6 +12,7 @@ import yaml
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.described_tpu import describe_config
 from configs.schema import Config
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
@@ -184,3 +185,26 @@ def test_a_step_on_64_described_gpus(sizes, schedule):
     assert set(by_kind.get("collective-permute", {("pipeline",): 0})) == {("pipeline",)}
     assert by_kind["all-reduce"].get(("fsdp",), 0) < 2**16  # norms of gradients, and no gradient
     assert compiled.memory_analysis().argument_size_in_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_step_on_described_tpus_has_splash_and_nothing_quadratic(scan_layers):
+    try:
+        devices = described_devices("v6e", "2x2")
+    except ImportError as error:
+        pytest.skip(f"NOT COMPILED FOR A TPU: {error}")
+    config = small_llama(fsdp=4)
+    sizes = {"num_layers": 2, "d_model": 384, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768}
+    config.model = replace(config.model, vocab_size=1280, **sizes)
+    config.training = replace(
+        config.training, attention="auto", global_batch_size=8, loss_chunk=512, scan_layers=scan_layers
+    )
+    config.data.seq_len = 1024
+    row = describe_config(config, devices, "v6e", "2x2")
+    assert (row.attention, row.why) == ("splash", "auto on tpu")
+    assert not row.quadratic and not row.logits
+    # Its forward is not run again in the backward pass. A loop over layers stands there once.
+    count = 1 if scan_layers else 2
+    kernels = ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals")
+    assert row.kernels == {f"splash_mha_{name}": count for name in kernels}
