@@ -12,11 +12,11 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from hydra import compose, initialize_config_dir
 
 from configs import schema
@@ -173,7 +173,7 @@ def main() -> None:
             print(f"  largest: {', '.join(b.type[:40] for b in reading.buffers[:3])}", flush=True)
     print(table(rows))
     if not changes:
-        about = {"device": DEVICE, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        about = {"device": DEVICE, "jax": jax.__version__, "jaxlib": version("jaxlib")}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=1) + "\n", "utf-8")
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import attention_mask, join_length, largest_divisor, split_length
@@ -28,6 +29,7 @@ from models.fast_einsum import once
 F32 = jnp.float32
 UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have
 TINY = 1e-30
+SAVED = "ring_attention"  # the checkpoint name by which policies know what attention's backward needs
 BLOCKS = 8  # of a row at most: each is compiled by itself
 LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
 
@@ -156,6 +158,8 @@ def _attend(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Array:
 
 def _forward(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Any:
     out, stats = _row_by_row(partial(_forward_row, spec), q, k, v, first)
+    # Named, so that a policy of rematerialization can keep them: the forward is then not run again.
+    out, stats = (checkpoint_name(x, SAVED) for x in (out, stats))
     return out, (q, k, v, first, out, stats)
 
 

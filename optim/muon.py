@@ -8,7 +8,7 @@ networks".
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Matrix(NamedTuple):
         return tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
+@runtime_checkable  # so that a test can hold calls to their annotations
 class Parts(Protocol):
     """How devices that hold parts of arrays work on whole matrices (`parallel.whole`)."""
 

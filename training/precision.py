@@ -62,7 +62,7 @@ def build_einsum(training: Any, device: Any) -> Einsum:
 
 def precision_row(training: Any, ops: Ops, platform: str) -> str:
     """For the table at start-up: what multiplies in what."""
-    dtype = ops.compute_dtype
+    dtype = jnp.dtype(ops.compute_dtype)
     if training.precision not in PRODUCTS:
         if ops.factor_dtype in (None, dtype):
             return f"{dtype} compute, float32 masters"

@@ -14,9 +14,9 @@ from training.config import REMAT
 SIZES = {"num_layers": 2, "d_model": 32, "d_ff": 64}
 
 
-def gradient(remat):
+def gradient(remat, **mesh):
     """The gradient of a layer scan as text: its equations are what is computed and kept."""
-    program = make_program(make_config(remat=remat))
+    program = make_program(make_config(mesh, remat=remat))
 
     def grad(params, batch):
         strategy, model, ops = program.strategy, program.model, program.ops
@@ -26,7 +26,7 @@ def gradient(remat):
 
 
 def test_each_policy_computes_again_what_it_says():
-    products = {remat: gradient(remat).count("dot_general[") for remat in REMAT}
+    products = {remat: gradient(remat, data=2).count("dot_general[") for remat in REMAT}
     again = {remat: count - products["none"] for remat, count in products.items()}
     # Of a layer's six products (q, kv, scores, values, o, up) all but `down`, whose result nobody asks for.
     assert again == {
@@ -39,11 +39,16 @@ def test_each_policy_computes_again_what_it_says():
 
 
 def test_offload_sends_attention_s_inputs_and_the_wide_product_to_the_host():
-    text = gradient("offload")
+    text = gradient("offload", data=2)
     for shape in ("16,32,8,8", "16,32,4,8", "16,32,2,128"):
         assert f"<host>[4,{shape}]" in text  # of all four layers
     assert "<host>[4,16,32,64]" not in text  # the residual stream stays
-    assert "<host>" not in gradient("dots")
+    assert "<host>" not in gradient("dots", data=2)
+
+
+def test_fused_attention_s_forward_runs_once_where_its_output_is_kept():
+    none, dots = (gradient(remat).count("dot_general[") for remat in ("none", "dots"))
+    assert dots == none  # on one CPU device, where it is what `auto` takes
 
 
 @functools.cache
