@@ -164,7 +164,11 @@ def _forward(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Any:
 
 
 def _backward(spec: Spec, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-    return (*_row_by_row(partial(_backward_row, spec), *saved, cotangent), None)
+    q, k, v, first, out, stats = saved
+    columns = jnp.swapaxes(
+        spec.scaled(k), 2, 3
+    )  # made here: inside the loop it would be folded into a product
+    return (*_row_by_row(partial(_backward_row, spec), q, k, columns, v, first, out, stats, cotangent), None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -188,12 +192,22 @@ def _forward_row(spec: Spec, q: Array, k: Array, v: Array, first: Array) -> tupl
 
 
 def _backward_row(
-    spec: Spec, q: Array, k: Array, v: Array, first: Array, out: Array, stats: Array, cotangent: Array
+    spec: Spec,
+    q: Array,
+    k: Array,
+    columns: Array,
+    v: Array,
+    first: Array,
+    out: Array,
+    stats: Array,
+    cotangent: Array,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v. Scores are [S, R] here, so that no product contracts rows of both factors."""
+    """Gradients of q, k and v; columns: k scaled, [K, H, T].
+
+    Scores are [S, R] here, so that no product contracts rows of both factors.
+    """
     delta = jnp.sum(cotangent.astype(F32) * out.astype(F32), axis=-1)
-    # The factor keeps the transpose from being folded into the product.
-    q, columns = spec.scaled(q), jnp.swapaxes(k, 1, 2).astype(F32) * spec.scale
+    q = spec.scaled(q)
     dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
     for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
         scores = spec.bound(spec.dot("KSH,KRH->KSR", k[:, :end], q[:, i]))
