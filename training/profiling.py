@@ -4,6 +4,8 @@ Operations are named by the parts of the model that they come from (`jax.named_s
 place in its period), attention, mlp, head, optimizer.
 """
 
+import gzip
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -61,9 +63,9 @@ class Profile:
 
     def stop(self, hlo: str) -> Path:
         """Write the trace and the page, whose path is returned; hlo: the compiled step's text."""
-        before = set(self.directory.rglob("*.xplane.pb"))
+        before = set(self.directory.rglob("*.trace.json.gz"))
         self.close()
-        (trace,) = set(self.directory.rglob("*.xplane.pb")) - before
+        (trace,) = set(self.directory.rglob("*.trace.json.gz")) - before
         page = self.directory / "summary.txt"
         events = device_events(trace, module_name(hlo))
         page.write_text(summary_page(events, operations(hlo), self.steps), encoding="utf-8")
@@ -88,23 +90,32 @@ def plan(asked: Iterable[int], first: int, last: int) -> tuple[range, str | None
 
 
 def device_events(trace: Path, module: str) -> list[tuple[str, float]]:
-    """(operation, seconds) of what ran on devices for one compiled program, from an `.xplane.pb`."""
+    """(operation, seconds) of what ran on devices for one compiled program, from a `.trace.json.gz`.
+
+    Not from the `.xplane.pb` beside it: jaxlib 0.12 crashes while `ProfileData` reads its statistics.
+    """
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    lines = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event.get("ph") == "M" and event["name"] == "thread_name"
+    }
     found = []
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = event_operation(line.name, event, module)
-                if name is not None:
-                    found.append((name, event.duration_ns / 1e9))
+    for event in events:
+        if event.get("ph") == "X":
+            name = event_operation(lines.get((event["pid"], event["tid"]), ""), event, module)
+            if name is not None:
+                found.append((name, event["dur"] / 1e6))
     return found
 
 
-def event_operation(line: str, event: Any, module: str) -> str | None:
-    """The operation of an event: CPUs and GPUs say it as a statistic, TPUs by its name."""
-    stats = dict(event.stats)
-    if "hlo_op" in stats:
-        return str(stats["hlo_op"]) if stats.get("hlo_module", module) == module else None
-    return event.name.split(" ")[0].lstrip("%") if line == "XLA Ops" else None
+def event_operation(line: str, event: Mapping[str, Any], module: str) -> str | None:
+    """The operation of an event: CPUs and GPUs say it beside its name, TPUs by the name itself."""
+    beside = event.get("args", {})
+    if "hlo_op" in beside:
+        return str(beside["hlo_op"]) if beside.get("hlo_module", module) == module else None
+    return event["name"].split(" ")[0].lstrip("%") if line == "XLA Ops" else None
 
 
 def module_name(hlo: str) -> str:

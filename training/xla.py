@@ -8,6 +8,7 @@ and the manifest records what a run was compiled with. Options come and go with 
 import math
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -22,12 +23,14 @@ Options = dict[str, Any]
 # One order for independent collectives; and a schedule that keeps less alive is up to a fifth faster on one
 # CPU, whose caches it spares.
 ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-GPU_CLUSTER = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_enable_pipelined_all_gather": True,  # of the next repetition of a scan beside this one's work
-    "xla_gpu_enable_pipelined_all_reduce": True,
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
-}
+GPU_CLUSTER = {"xla_gpu_enable_latency_hiding_scheduler": True}
+# Collectives of a scan's next repetition beside this one's work. jaxlib 0.11 has options of other names and
+# values, and what they do is not known here: there XLA decides by itself.
+PIPELINED = (
+    "xla_gpu_enable_pipelined_all_gather",
+    "xla_gpu_enable_pipelined_all_reduce",
+    "xla_gpu_enable_pipelined_reduce_scatter",
+)
 COMBINE = (
     "xla_gpu_all_gather_combine_threshold_bytes",
     "xla_gpu_all_reduce_combine_threshold_bytes",
@@ -86,8 +89,15 @@ def profile_options(profile: str, *, layer_bytes: int = 0) -> Options:
         return dict(TPU)
     if profile in ("gpu_cluster", "gpu_tensor"):
         windowed = WINDOWED if profile == "gpu_tensor" else {}
-        return {**GPU_CLUSTER, **dict.fromkeys(COMBINE, max(layer_bytes, LEAST_COMBINED)), **windowed}
+        pipelined = dict.fromkeys(PIPELINED, True) if jaxlib_version() < (0, 11) else {}
+        combined = dict.fromkeys(COMBINE, max(layer_bytes, LEAST_COMBINED))
+        return {**GPU_CLUSTER, **pipelined, **combined, **windowed}
     return {}  # none; and gpu, because XLA's defaults are made for one
+
+
+def jaxlib_version() -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(n) for n in version("jaxlib").split(".")[:2])
 
 
 def needed_options(deterministic: bool, platform: str, devices: int = 1) -> Options:
