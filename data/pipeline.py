@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
 from data.config import DataConfig, TokenizerConfig
+from data.encoding import TextEncoding
 from data.errors import DataError
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
@@ -218,7 +219,7 @@ class _Preparation:
                 write_store(
                     directory,
                     documents,
-                    tokenizer_directory / "tokenizer.json",
+                    TextEncoding(tokenizer_directory / "tokenizer.json"),
                     workers=self.data.workers,
                     about=about,
                     advance=advance,

@@ -2,9 +2,11 @@
 
 `tokens.bin` holds each document as [bos] t1 .. tn [eos] (uint16, or uint32 past 65536 ids), `offsets.npy`
 where each begins. The inputs of a document are its first n+1 entries and its targets the last n+1, so the
-target at an address is simply the next entry: packing never has to ask where a document ends.
+target at an address is simply the next entry: packing never has to ask where a document ends. Where the
+encoding gives weights, `weights.bin` holds one uint8 an entry: what it counts in the loss as a target.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Int, Integer, UInt8
 
 from data.cache import verify
+from data.encoding import Encoded, Encoder, Encoding
 from data.errors import DataError
 from data.sources import Documents
-from data.tokenizer import Tokenizer, load_tokenizer
 
 JOB_BYTES = 2 << 20  # text that a worker tokenizes at a time
 
@@ -43,6 +45,7 @@ class TokenStore:
     num_bytes: int
     bos_id: int
     eos_id: int
+    weights: UInt8[np.ndarray, " N"] | None = None  # of each entry as a target; None: all count
 
     @classmethod
     def open(cls, path: str | Path, *, contents: bool = True) -> "TokenStore":
@@ -52,6 +55,7 @@ class TokenStore:
         """
         path = Path(path)
         about = verify(path, contents=contents)
+        weights = path / "weights.bin"
         return cls(
             path=path,
             tokens=np.memmap(path / "tokens.bin", dtype=about["dtype"], mode="r"),
@@ -60,6 +64,7 @@ class TokenStore:
             num_bytes=about["num_bytes"],
             bos_id=about["bos_id"],
             eos_id=about["eos_id"],
+            weights=np.memmap(weights, dtype=np.uint8, mode="r") if weights.exists() else None,
         )
 
     @property
@@ -95,7 +100,7 @@ class TokenStore:
 def write_store(
     directory: Path,
     documents: Documents,
-    tokenizer_path: Path,
+    encoding: Encoding,
     *,
     workers: int,
     about: dict[str, Any],
@@ -105,31 +110,40 @@ def write_store(
 
     The bytes written do not depend on `workers`: jobs are cut by document number and written in that order.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    encoder = encoding.open()
+    dtype = _dtype(encoder)
     lengths, num_bytes = [], 0
-    with open(directory / "tokens.bin", "wb") as file:
-        for tokens, counts, text_bytes in _tokenized(documents, tokenizer_path, workers):
-            file.write(tokens.astype(dtype).tobytes())
+    with contextlib.ExitStack() as files:
+        file = files.enter_context(open(directory / "tokens.bin", "wb"))
+        weighing = open(directory / "weights.bin", "wb") if encoder.weighted else None
+        weights_file = files.enter_context(weighing) if weighing else None
+        for tokens, weights, counts, text_bytes in _tokenized(documents, encoding, workers):
+            file.write(tokens.tobytes())
+            if weights_file is not None:
+                weights_file.write(weights.tobytes())
             lengths.append(counts)
             num_bytes += text_bytes
             advance(len(counts))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
     np.save(directory / "offsets.npy", offsets)
-    np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
+    np.save(directory / "token_bytes.npy", encoder.token_bytes())
     about |= {
         "dtype": dtype.str,
         "num_bytes": num_bytes,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
+        "bos_id": encoder.bos_id,
+        "eos_id": encoder.eos_id,
     }
 
 
-def _tokenized(documents: Documents, tokenizer_path: Path, workers: int) -> Iterator[tuple]:
+def _dtype(encoder: Encoder) -> np.dtype:
+    return np.dtype("<u2" if encoder.vocab_size <= 1 << 16 else "<u4")
+
+
+def _tokenized(documents: Documents, encoding: Encoding, workers: int) -> Iterator[tuple]:
     jobs = _jobs(documents)
     if workers == 1 or len(jobs) == 1:
-        tokenizer = load_tokenizer(tokenizer_path)
-        yield from (_tokenize(documents, tokenizer, job) for job in jobs)
+        encoder = encoding.open()
+        yield from (_tokenize(documents, encoder, job) for job in jobs)
         return
     # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their
     # locks. A spawned child imports the main script anew, so a script that gets here needs
@@ -138,7 +152,7 @@ def _tokenized(documents: Documents, tokenizer_path: Path, workers: int) -> Iter
         min(workers, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(documents, tokenizer_path),
+        initargs=(documents, encoding),
     )
     try:
         yield from _in_order(pool, jobs, ahead=2 * workers)
@@ -171,14 +185,14 @@ def _in_order(pool: ProcessPoolExecutor, jobs: list[range], ahead: int) -> Itera
         yield pending.popleft().result()
 
 
-_worker: tuple[Documents, Tokenizer]
+_worker: tuple[Documents, Encoder]
 
 
-def _start_worker(documents: Documents, tokenizer_path: Path) -> None:
+def _start_worker(documents: Documents, encoding: Encoding) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (documents, load_tokenizer(tokenizer_path))
+    _worker = (documents, encoding.open())
 
 
 def _die_with_parent() -> None:
@@ -192,12 +206,18 @@ def _run_job(job: range) -> tuple:
     return _tokenize(*_worker, job)
 
 
-def _tokenize(documents: Documents, tokenizer: Tokenizer, job: range) -> tuple:
-    """Return (entries of all documents in a row, entries of each, bytes of text)."""
+def _tokenize(documents: Documents, encoder: Encoder, job: range) -> tuple:
+    """Return (entries of all documents in a row, their weights or None, entries of each, bytes of text)."""
     texts = documents.read(job)
-    bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    framed = [np.concatenate([bos, ids, eos]) for ids in tokenizer.encode_batch(texts)]
-    counts = np.array([len(ids) for ids in framed], dtype=np.int64)
+    encoded = encoder.encode_batch(texts)
+    counts = np.array([len(one.ids) for one in encoded], dtype=np.int64)
     # Narrow before the trip through the pipe: it is most of what a worker sends.
-    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    return np.concatenate(framed).astype(narrow), counts, sum(len(text.encode()) for text in texts)
+    tokens = np.concatenate([one.ids for one in encoded]).astype(_dtype(encoder))
+    weights = _weights(encoded) if encoder.weighted else None
+    return tokens, weights, counts, sum(len(text.encode()) for text in texts)
+
+
+def _weights(encoded: list[Encoded]) -> np.ndarray:
+    for one in encoded:
+        assert one.weights is not None and one.weights.shape == one.ids.shape
+    return np.concatenate([np.asarray(one.weights, np.uint8) for one in encoded])
