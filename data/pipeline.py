@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.bigram import bigram_bits_per_byte
-from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
+from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
 from data.config import DataConfig, TokenizerConfig
 from data.encoding import TextEncoding
 from data.errors import DataError
@@ -236,7 +236,7 @@ class _Preparation:
                 return directory
             except CorruptCache as error:
                 self._rebuilding(str(error))
-        with building(directory, about) as aside:
+        with (resuming if kind == "tokens" else building)(directory, about) as aside:
             make(aside)
         return directory
 
