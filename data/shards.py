@@ -31,9 +31,7 @@ BLOCK_BYTES = 2 << 20  # text that a worker holds at a time
 BLOCK_DOCUMENTS = 4096
 LENGTH = np.dtype("<i8")  # entries of a document
 JOURNAL = "shards"  # the directory, in a store that is being made
-Record = dict[
-    str, Any
-]  # {"number", "documents", "entries", "num_bytes", "files": {kind: {"sha256", "bytes"}}}
+Record = dict[str, Any]  # number, documents, entries, num_bytes, files: {kind: {sha256, bytes}}
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class _Durable:
         self.hash, self.size = hashlib.sha256(), 0
 
     def write(self, values: np.ndarray | bytes) -> None:
-        raw = memoryview(values).cast("B") if len(values) else b""
+        raw = values if isinstance(values, bytes) else values.tobytes()
         self.file.write(raw)
         self.hash.update(raw)
         self.size += len(raw)
@@ -159,14 +157,24 @@ def _finished(directory: Path, job: str, count: int, workers: int) -> dict[int, 
         return {record["number"]: record for record in found if record is not None}
 
 
-def _sound(directory: Path, number: int) -> Record | None:
+def record_of(directory: Path, number: int) -> Record | None:
+    """Return a shard's record, None where it has none."""
     try:
-        record = json.loads(path_of(directory, number, "json").read_text())
+        return json.loads(path_of(directory, number, "json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _sound(directory: Path, number: int) -> Record | None:
+    record = record_of(directory, number)
+    if record is None:
+        return None
+    try:
         for kind, entry in record["files"].items():
             path = path_of(directory, number, kind)
             if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, KeyError):
         return None
     return record
 

@@ -81,11 +81,8 @@ class TokenStore:
         parts = [path.parent / name for name in about.get("parts", ())] or [path]
         said = [verify(part, contents=contents) for part in parts] if "parts" in about else [about]
         offsets = [np.load(part / "offsets.npy", mmap_mode="r") for part in parts]
-        files = [
-            file
-            for part, facts, own in zip(parts, said, offsets, strict=True)
-            for file in _files(part, facts, own)
-        ]
+        each = zip(parts, said, offsets, strict=True)
+        files = [file for part, facts, own in each for file in _files(part, facts, own)]
         weighted = (parts[0] / files[0].path.name.replace("tokens", "weights")).exists()
         return cls(
             path=path,
@@ -184,10 +181,8 @@ def write_store(
     engine = engine or local_engine(workers)
     records = make_shards(work, cut, inputs, engine, workers=workers, advance=advance)
     groups = _groups(records, dtype.itemsize)
-    names = [
-        f"tokens-{i:05d}-of-{len(groups):05d}.bin" if len(groups) > 1 else "tokens.bin"
-        for i in range(len(groups))
-    ]
+    names = [f"tokens-{number:05d}-of-{len(groups):05d}.bin" for number in range(len(groups))]
+    names = names if len(groups) > 1 else ["tokens.bin"]
     for name, group in zip(names, groups, strict=True):
         _gather(work.directory, group, "tokens", directory / name)
         if encoder.weighted:
