@@ -124,7 +124,12 @@ def documents(config: DataConfig, split: str) -> Documents:
 
 
 class Corpus:
-    """A corpus by its inputs: their digest, and the TFDS directory that they become."""
+    """A corpus by its inputs: their digest, and the TFDS directory that they become.
+
+    `names`: the only files of the folder that are meant; None: all (`data.growth`).
+    """
+
+    names: frozenset[str] | None = None
 
     def __init__(self, config: DataConfig):
         self.config = config
@@ -148,8 +153,15 @@ class Corpus:
             except CorruptCache as error:
                 reason = str(error)
         with building(self.directory, {"kind": "documents", "digest": self.digest}) as aside:
-            _build(self.config, aside)
+            _build(self.config, aside, self.names)
         return reason
+
+    def splits(self) -> list[str]:
+        """Return those of "train" and "validation" that have documents; the corpus must be there."""
+        if self.names is None:  # it would have been refused
+            return ["train", "validation"]
+        info = json.loads((_version_directory(self.directory) / "dataset_info.json").read_text())
+        return [split["name"] for split in info["splits"]]
 
     def split(self, split: str) -> Documents:
         """Return one split's documents. Raises DataError when it is empty."""
@@ -225,7 +237,7 @@ def _version_directory(cached: Path) -> Path:
     return next(cached.glob("*/*/dataset_info.json")).parent
 
 
-def _build(config: DataConfig, aside: Path) -> None:
+def _build(config: DataConfig, aside: Path, names: frozenset[str] | None = None) -> None:
     with quiet():
         from data import tfds_builders
 
@@ -236,6 +248,7 @@ def _build(config: DataConfig, aside: Path) -> None:
             validation_fraction=config.validation_fraction,
             text_key=config.text_key,
         )
+        builder.names = names
         try:
             builder.download_and_prepare()
         except Exception as error:

@@ -104,17 +104,20 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh)
         parent = None if run.resuming else find_parent(config)
-    prepared = prepare_together(config)
+    prepared = prepare_together(config, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
         return build_job(config, run, watch, layout, parent, prepared)
 
 
-def prepare_together(config: Any) -> Prepared:
-    """The primary makes or checks the data, and the others open what it has found."""
+def prepare_together(config: Any, wanted: str | None = None) -> Prepared:
+    """The primary makes or checks the data, and the others open what it has found.
+
+    `wanted`: the digest of what a run began with; of a corpus that has grown since, that generation is taken.
+    """
     mine: list[Prepared] = []
 
     def make() -> dict[str, Any]:
-        mine.append(prepare(config.data, config.tokenizer))
+        mine.append(prepare(config.data, config.tokenizer, wanted=wanted))
         return mine[0].facts()
 
     facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
