@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data.errors import DataError
+from data.rows import Entries, write_rows
 
 WINDOW = 1 << 16  # pieces that best_fit considers together
 KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
@@ -127,34 +128,32 @@ def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
 
 
 def fill(
-    batch: dict[str, np.ndarray], where: np.ndarray, tokens: np.ndarray, plan: Plan, rows: np.ndarray
+    batch: dict[str, np.ndarray],
+    where: np.ndarray,
+    tokens: Entries,
+    plan: Plan,
+    rows: np.ndarray,
+    *,
+    weights: Entries | None = None,
+    max_length: int | None = None,
 ) -> None:
     """Copy the plan's `rows` into the batch's rows `where`.
 
-    Segment ids number a row's pieces from 1; positions restart at each piece.
+    Those rows are written whole, padding included. Segment ids number a row's pieces from 1; positions
+    restart at each piece. `tokens` and `weights` have one entry per address; the loss weight of a target is
+    that of its entry, 1 without `weights`. `max_length` cuts each piece at its multiples into pieces of their
+    own: every (input, target) pair stays.
     """
-    seq_len = batch["tokens"].shape[1]
     first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
-    piece, number = _ranges(first, last - first)
-    lengths = plan.lengths[piece]
-    row = np.repeat(np.arange(len(rows)), last - first)
-    before = np.cumsum(lengths) - lengths
-    in_row = before - before[np.cumsum(last - first) - (last - first)][row]
-    source, position = _ranges(plan.starts[piece], lengths)
-    target = np.repeat(where[row] * seq_len + in_row, lengths) + position
-    values = {
-        "tokens": tokens[source],
-        "targets": tokens[source + 1],
-        "positions": position,
-        "segment_ids": np.repeat(number + 1, lengths),
-        "loss_weights": 1.0,
-    }
-    for key, value in values.items():
-        batch[key].reshape(-1)[target] = value
+    piece, counts = _ranges(first, last - first), last - first
+    starts, lengths = plan.starts[piece], plan.lengths[piece]
+    if max_length is not None:
+        counts = np.add.reduceat(-(-lengths // max_length), np.cumsum(counts) - counts)
+        starts, lengths = _pieces(starts, lengths, max_length)
+    write_rows(batch, where, tokens, (starts, lengths, counts), weights)
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenation of range(start, start + count), and each entry's number within its range."""
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the concatenation of range(start, start + count)."""
     before = np.cumsum(counts) - counts
-    within = np.arange(int(counts.sum())) - np.repeat(before, counts)
-    return np.repeat(starts, counts) + within, within
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
