@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.bad_records import in_words
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
 from data.config import DataConfig, TokenizerConfig
@@ -157,6 +158,9 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
+        self.skipped = self.corpus.skipped()
+        if self.skipped:
+            self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")
         if train is not None and train.num_tokens < self.data.seq_len:
             raise DataError(
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
@@ -174,8 +178,8 @@ class _Preparation:
     def _documents(self, split: str) -> Documents:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
         if not self.ensured:
-            if self.data.source != "tfds" and not self.corpus.directory.exists():
-                self._say(f"making the {self.data.source} corpus ({len(self.corpus.inputs['files'])} files)")
+            if plan := self.corpus.plan():
+                self._say(plan)
             reason = self.corpus.ensure()
             if reason:
                 self._rebuilding(reason)
@@ -261,6 +265,7 @@ class _Preparation:
             "vocab_size": tokenizer.vocab_size,
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
+            "skipped": self.skipped,
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 
