@@ -68,6 +68,9 @@ class Documents(Sequence):
             info = self._builder().info
             self._check(info)
             try:
+                if info.splits[self.split].num_examples == 0:
+                    self._source = ()  # tfds cannot open a split without records
+                    return self._source
                 with quiet():
                     self._source = self._builder().as_data_source(split=self.split)
                     len(self._source)

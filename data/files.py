@@ -101,7 +101,7 @@ def read_documents(path: Path, text_key: str, bad: BadRecords | None = None) -> 
     """Yield a file's documents: the file itself, or one a record, under `text_key`; empty ones are left out.
 
     What is no text goes to `bad`, which stops unless told to skip. Raises DataError whatever `bad` says for
-    an empty file (save .py: an empty module is ordinary) and for one that is unreadable, truncated or corrupt.
+    an empty file (save .py: an empty module is ordinary), an unreadable and a truncated or corrupt one.
     """
     bad = bad or BadRecords()
     try:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SHARD_BYTES = 256 << 20  # of records, uncompressed
-OPTIONS = "group_size:1"  # as TFDS writes it: each record is compressed by itself, so that one is read alone
+# As TFDS writes it: each record is a chunk by itself, so that one is read alone; both have checksums.
+COMPRESSED, PLAIN = "group_size:1", "group_size:1,uncompressed"
 BLOCK = 64  # records read at a time
 TEXT_FEATURES = {
     "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
@@ -44,13 +45,15 @@ def _field(number: int, value: bytes) -> bytes:
 
 
 def write_prepared(
-    aside: Path, name: str, splits: dict[str, Iterable[bytes]], features: dict[str, Any] = TEXT_FEATURES
+    aside: Path, name: str, splits: dict[str, Iterable[bytes]], options: str = COMPRESSED
 ) -> None:
-    """Write `aside`/`name`/1.0.0 with the records of each split in their order; one split after the other."""
+    """Write `aside`/`name`/1.0.0 with the text records of each split in their order, one split after the
+    other.
+    """
     directory = aside / name / "1.0.0"
     directory.mkdir(parents=True)
-    infos = [_write_split(directory, name, split, records) for split, records in splits.items()]
-    write_info(directory, {"name": name, "version": "1.0.0", "splits": infos}, features)
+    infos = [_write_split(directory, name, split, records, options) for split, records in splits.items()]
+    write_info(directory, {"name": name, "version": "1.0.0", "splits": infos}, TEXT_FEATURES)
 
 
 def write_info(directory: Path, info: dict[str, Any], features: dict[str, Any]) -> None:
@@ -60,12 +63,14 @@ def write_info(directory: Path, info: dict[str, Any], features: dict[str, Any]) 
     (directory / "features.json").write_text(json.dumps(features, indent=4, sort_keys=True))
 
 
-def _write_split(directory: Path, name: str, split: str, records: Iterable[bytes]) -> dict[str, Any]:
+def _write_split(
+    directory: Path, name: str, split: str, records: Iterable[bytes], options: str
+) -> dict[str, Any]:
     lengths: list[int] = []
     total, source = 0, iter(records)
     first = next(source, None)
     while first is not None or not lengths:  # an empty split has one empty shard
-        with shard_writer(directory / f"{split}-{len(lengths)}.part") as writer:
+        with shard_writer(directory / f"{split}-{len(lengths)}.part", options) as writer:
             count, size = 0, 0
             while first is not None and size < SHARD_BYTES:
                 writer.write(first)
@@ -92,10 +97,10 @@ def split_info(split: str, lengths: list[int], num_bytes: int) -> dict[str, Any]
 class shard_writer:
     """`with shard_writer(path) as writer: writer.write(record)`; closed also where an error comes through."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, options: str = COMPRESSED):
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self._writer = ArrayRecordWriter(str(path), OPTIONS)
+        self._writer = ArrayRecordWriter(str(path), options)
 
     def __enter__(self) -> Any:
         return self._writer

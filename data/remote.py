@@ -1,8 +1,8 @@
 """`s3://` and `gs://`: a remote folder mirrored once into the cache, file by file, then read as a local one.
 
-Each start lists the remote folder again: what is new or has another size or ETag is fetched, what is gone is
-removed. A file is fetched beside its name, checked (size; md5, where the server tells one), then renamed, then
-noted in `mirror.jsonl`; a mirror that broke off goes on with the first file that is not noted.
+Each start lists the remote folder again: what is new or has another size or ETag is fetched, what is gone
+is removed. A file is fetched beside its name, checked (size; md5, where the server tells one), then renamed,
+then noted in `mirror.jsonl`; a mirror that broke off goes on with the first file that is not noted.
 """
 
 import base64

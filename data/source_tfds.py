@@ -1,4 +1,4 @@
-"""TFDS datasets that somebody prepared, or that TFDS prepares here: read where they lie if they are ArrayRecord.
+"""TFDS datasets that somebody prepared, or that TFDS prepares here; ArrayRecord is read where it lies.
 
 What is stored as TFRecord, and what has records to leave out, becomes an ArrayRecord copy in the cache: the
 same records in the same order, byte for byte.

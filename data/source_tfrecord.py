@@ -19,8 +19,8 @@ def need_tensorflow(directory: Path) -> None:
     """Raise DataError with the command that installs TensorFlow where it is absent."""
     if importlib.util.find_spec("tensorflow") is None:
         raise DataError(
-            f"data.path={directory} is stored as tfrecord; prepare it with file_format=array_record, which is "
-            "read without TensorFlow, or install what reads it: pip install -e '.[tensorflow]'"
+            f"data.path={directory} is stored as tfrecord; prepare it with file_format=array_record, which "
+            "is read without TensorFlow, or install what reads it: pip install -e '.[tensorflow]'"
         )
 
 

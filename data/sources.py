@@ -43,7 +43,7 @@ class Source(Protocol):
         """Raise DataError where records that are read only while training are not sound."""
 
     def build(self, aside: Path) -> dict[str, int]:
-        """Make a prepared directory at aside/NAME/VERSION; return how many bad records of each kind it skipped."""
+        """Make a prepared directory at aside/NAME/VERSION; return the bad records left out, by kind."""
 
 
 class FolderSource:

@@ -1,8 +1,8 @@
 """Run as a script, in a process of its own: the records of TFRecord files, with the real TensorFlow.
 
-It reads paths from stdin, one a line, and writes each file's records to stdout, each behind its size (8 bytes,
-little-endian), then END in a size's place. TensorFlow checks the two checksums of every record. Exits with 1
-and one line on stderr where one fails.
+It reads paths from stdin, one a line, and writes each file's records to stdout, each behind its size
+(8 bytes, little-endian), then END in a size's place. TensorFlow checks the two checksums of every record.
+Exits with 1 and one line on stderr where one fails.
 """
 
 import os
