@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from etils import epath
 
 from data.bad_records import KINDS, BadRecords
 from data.cache import verify
@@ -111,7 +110,7 @@ def test_shuffle_keeps_integer_keys_in_order_and_finds_duplicates(tmp_path, monk
     from data.shuffling import Shuffler
 
     monkeypatch.setattr("data.shuffling.BUFFER", 50)
-    ordered = Shuffler(epath.Path(tmp_path), "salt", disable_shuffling=True)
+    ordered = Shuffler(tmp_path, "salt", disable_shuffling=True)
     for key in (5, 1, 300, 2):
         ordered.add(key, b"x" * 20)
     assert [key for key, _ in ordered] == [1, 2, 5, 300]
