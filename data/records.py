@@ -4,7 +4,7 @@ A record is a serialized `tf.train.Example`. What is written here, `tfds.builder
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def _field(number: int, value: bytes) -> bytes:
 
 
 def write_prepared(
-    aside: Path, name: str, splits: dict[str, Iterable[bytes]], options: str = COMPRESSED
+    aside: Path, name: str, splits: Mapping[str, Iterable[bytes]], options: str = COMPRESSED
 ) -> None:
     """Write `aside`/`name`/1.0.0 with the text records of each split in their order, one split after the
     other.

@@ -96,13 +96,9 @@ class Mirror:
         self.remote = {name: info for name, info in self.remote.items() if not name.endswith("/")}
         for name in self.remote:
             if ".." in PurePosixPath(name).parts or name.startswith("/"):
-                raise DataError(
-                    f"data.path={self.url} holds {name}, which leads out of its folder; rename it"
-                )
+                raise DataError(f"data.path={self.url} holds {name}, outside its folder; rename it")
         if not self.remote:
-            raise DataError(
-                f"data.path={self.url} holds no objects; give the bucket and folder of your files"
-            )
+            raise DataError(f"data.path={self.url} holds no objects; give the folder of your files")
 
     def _sound(self, name: str, note: dict[str, Any] | None, contents: bool) -> bool:
         path = self.files / name

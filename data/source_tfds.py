@@ -161,6 +161,7 @@ def download(name: str, root: Path) -> None:
     try:
         with quiet(), bounded_shuffle():
             import tensorflow_datasets as tfds
+            import tensorflow_datasets.text  # old builders (c4, wiki40b) are known once it is imported
 
             builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
             builder.download_and_prepare()

@@ -18,6 +18,9 @@ from data.sources import Corpus, documents
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
 
+# protobuf 7 warns of what tfds's copy of an older json_format does.
+pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")
+
 
 def write_dataset(root: Path, file_format: str) -> Path:
     """Several shards a split, records long and short, some of them not ASCII."""
