@@ -95,7 +95,7 @@ def test_a_remote_folder_is_the_local_one_and_is_fetched_once(s3, texts, tmp_pat
 def test_a_changed_object_is_noticed_and_a_removed_one_is_gone(s3, texts, tmp_path, monkeypatch):
     first = prepare(s3_config(tmp_path / "c"), BYTES, progress=False)
     fetched = counted(monkeypatch)
-    s3.pipe("corpora/texts/000.txt", texts.joinpath("000.txt").read_bytes()[::-1])  # of the same size
+    s3.pipe("corpora/texts/000.txt", texts.joinpath("000.txt").read_text()[::-1].encode())  # as long
     changed = prepare(s3_config(tmp_path / "c"), BYTES, progress=False)
     assert fetched == ["000.txt"] and changed.digest != first.digest
     s3.pipe("corpora/texts/000.txt", texts.joinpath("000.txt").read_bytes())
