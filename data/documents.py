@@ -2,11 +2,17 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+
+Say = Callable[[str], None]  # where a line about what is under way goes
+
+
+def silent(line: str) -> None:
+    """A `Say` that says nothing."""
 
 
 class Documents(Sequence):

@@ -144,7 +144,7 @@ class _Preparation:
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console):
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
-        self.corpus = Corpus(data)
+        self.corpus = Corpus(data, self._say)
         self.ensured = False
         self.rebuilt: list[str] = []
 

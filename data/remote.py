@@ -19,7 +19,7 @@ from typing import Any
 
 from data.cache import digest_of, file_digest
 from data.config import DataConfig
-from data.documents import first_line
+from data.documents import Say, first_line
 from data.errors import DataError
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
@@ -34,7 +34,7 @@ def is_remote(path: str | None) -> bool:
     return path is not None and "://" in path
 
 
-def local_path(config: DataConfig, below: str = "", *, contents: bool = True) -> Path:
+def local_path(config: DataConfig, say: Say, below: str = "", *, contents: bool = True) -> Path:
     """Return `data.path` as a folder of this machine: itself, or its mirror brought up to date.
 
     below: a part of the remote folder, mirrored alone. contents: hash mirrored files once more, so that one
@@ -43,7 +43,7 @@ def local_path(config: DataConfig, below: str = "", *, contents: bool = True) ->
     if not is_remote(config.path):
         return Path(str(config.path)) / below
     url = "/".join(part for part in (str(config.path).rstrip("/"), below) if part)
-    return Mirror(url, Path(config.cache_dir)).update(config.workers, contents=contents)
+    return Mirror(url, Path(config.cache_dir)).update(config.workers, say, contents=contents)
 
 
 def mirrored_digest(directory: Path) -> str:
@@ -65,7 +65,7 @@ class Mirror:
         self.place = cache / "mirror" / digest_of(url)[:16]
         self.files = self.place / "files"
 
-    def update(self, workers: int, *, contents: bool) -> Path:
+    def update(self, workers: int, say: Say, *, contents: bool) -> Path:
         """Fetch what is missing or changed and return the local folder."""
         self._listed()
         notes = _notes(self.place)
@@ -74,6 +74,9 @@ class Mirror:
             self.files.mkdir(parents=True, exist_ok=True)
             for name in set(notes) - set(self.remote):
                 (self.files / name).unlink(missing_ok=True)
+            if stale:
+                total = sum(self.remote[name]["size"] for name in stale) >> 20
+                say(f"fetching {len(stale)} files ({total} MB) from {self.url}")
             self._write_notes({name: note for name, note in notes.items() if name in self.remote})
             with ThreadPoolExecutor(workers) as pool, open(self.place / "mirror.jsonl", "a") as log:
                 self._fetch_all(stale, pool, log)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cache import digest_of, file_digest
+from data.documents import Say, silent
 from data.errors import DataError
 
 
@@ -22,12 +23,14 @@ class ShardRecord:
         self.directory, self.names, self.path = directory, names, path
         self._known = _load(path)
 
-    def check(self, workers: int) -> None:
+    def check(self, workers: int, say: Say = silent) -> None:
         """Hash what is new or was touched. Raises DataError where a shard changed since it was first read."""
         shards = self._known["shards"]
         stale = [name for name in self.names if shards.get(name, [None])[:2] != self._stat(name)]
         if not stale:
             return
+        total = sum((self.directory / name).stat().st_size for name in stale) >> 20
+        say(f"hashing {len(stale)} files of {self.directory} ({total} MB)")
         stats = [self._stat(name) for name in stale]  # before hashing: what is written meanwhile stays stale
         with ThreadPoolExecutor(workers) as pool:
             digests = list(pool.map(self._digest, stale))

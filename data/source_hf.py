@@ -16,7 +16,7 @@ from typing import Any
 
 from data.bad_records import BadRecords
 from data.config import DataConfig
-from data.documents import base_splits, first_line, quiet
+from data.documents import Say, base_splits, first_line, quiet, silent
 from data.errors import DataError
 from data.files import column_texts, fingerprint, walk
 from data.records import text_record, write_prepared
@@ -32,12 +32,12 @@ class HfSource:
     directory = None
     text_key = "text"
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, say: Say = silent):
         if importlib.util.find_spec("datasets") is None:
             raise DataError("data.source=hf needs the package datasets; pip install -e '.[hf]'")
         self.config = config
         self.splits = {"train": config.train_split, "validation": config.validation_split}
-        self.path = local_path(config) if config.path else None
+        self.path = local_path(config, say) if config.path else None
         if self.path is not None and not self.path.is_dir():
             raise DataError(
                 f"data.path={self.path} is no folder; give what save_to_disk wrote, or a folder of data files"
@@ -66,7 +66,8 @@ class HfSource:
         """Write each split in use into ArrayRecord, in order."""
         bad = BadRecords(self.config.on_bad_record)
         splits = base_splits(*self.splits.values())
-        write_prepared(aside, "hf", {split: self._records(split, bad) for split in splits})
+        with quiet():  # not in the generators: whoever stops reading one would stay unheard
+            write_prepared(aside, "hf", {split: self._records(split, bad) for split in splits})
         return dict(bad.counts)
 
     def _records(self, split: str, bad: BadRecords) -> Iterator[bytes]:
@@ -127,9 +128,8 @@ class HfSource:
     def _said_plainly(self) -> Iterator[None]:
         """Turn whatever the library and the hub raise into one line."""
         try:
-            with quiet():
-                yield
-        except (DataError, GeneratorExit):
+            yield
+        except DataError:
             raise
         except Exception as error:
             key = f"data.name={self.config.name}" if self.config.name else f"data.path={self.path}"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from data.config import DataConfig
+from data.documents import Say, silent
 from data.records import PLAIN, text_record, write_prepared
 
 WORDS, FOLLOWERS, TOPIC = 8192, 8, 4
@@ -29,7 +30,7 @@ class SyntheticSource:
     text_key = "text"
     splits = {"train": "train", "validation": "validation"}
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, say: Say = silent):
         self.seed = int(config.name or 0)
         self.count = config.synthetic_documents
 

@@ -12,7 +12,7 @@ from typing import Any
 from data.bad_records import BadRecords
 from data.cache import digest_of
 from data.config import DataConfig
-from data.documents import Documents, base_splits, broken, first_line, open_builder, quiet
+from data.documents import Documents, Say, base_splits, broken, first_line, open_builder, quiet, silent
 from data.errors import DataError
 from data.records import copy_prepared, read_records
 from data.remote import is_remote, local_path, mirrored_digest
@@ -23,9 +23,9 @@ from data.source_tfrecord import TFRecordReader, need_tensorflow
 class TfdsSource:
     """`data.source=tfds`: a version directory by path, or a builder's name under the TFDS root."""
 
-    def __init__(self, config: DataConfig):
-        self.config = config
-        self.prepared, self.mirror = _directory(config)
+    def __init__(self, config: DataConfig, say: Say = silent):
+        self.config, self.say = config, say
+        self.prepared, self.mirror = _directory(config, say)
         self.info = json.loads((self.prepared / "dataset_info.json").read_text())
         named = any(".tfrecord" in path.name for path in self.prepared.iterdir())
         self.format = self.info.get("fileFormat") or ("tfrecord" if named else "unknown")
@@ -52,7 +52,7 @@ class TfdsSource:
             inputs["on_bad_record"] = "skip"
         known = Path(self.config.cache_dir) / "shards" / f"{digest_of(inputs)[:32]}.json"
         self.shards = ShardRecord(self.prepared, [path.name for path in shards], known)
-        self.shards.check(self.config.workers)
+        self.shards.check(self.config.workers, self.say)
         return inputs
 
     def check(self) -> None:
@@ -62,6 +62,9 @@ class TfdsSource:
         what = f"{self.config.train_split}/{self.config.text_key}"
         if not self.shards.was_read(what):
             documents = Documents(self.prepared, self.config.train_split, self.config.text_key)
+            self.say(
+                f"reading the {len(documents)} documents of {self.config.train_split} through, this once"
+            )
             for first in range(0, len(documents), 64):
                 documents.read(range(first, min(first + 64, len(documents))))
             self.shards.read(what)
@@ -112,15 +115,16 @@ class TfdsSource:
         return keep
 
 
-def _directory(config: DataConfig) -> tuple[Path, Path | None]:
+def _directory(config: DataConfig, say: Say) -> tuple[Path, Path | None]:
     """Return the version directory, made first where `data.download` asks for it, and the mirror it is in."""
     if is_remote(config.path):
         # Only what is named, not the whole root; ArrayRecord's and TFRecord's own checksums guard contents.
-        mirror = local_path(config, (config.name or "").replace(":", "/"), contents=False)
+        mirror = local_path(config, say, (config.name or "").replace(":", "/"), contents=False)
         return _sound(_newest(mirror) if config.name else mirror, config), mirror
     root = Path(config.path) if config.path else Path.home() / "tensorflow_datasets"
     directory = _newest(root.joinpath(*config.name.replace(":", "/").split("/"))) if config.name else root
     if not directory.is_dir() and config.name and config.download:
+        say(f"downloading and preparing {config.name} into {root}")
         download(config.name, root)
         directory = _newest(root.joinpath(*config.name.replace(":", "/").split("/")))
     return _sound(directory, config), None

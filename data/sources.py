@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from data.cache import CorruptCache, building, digest_of, verify
 from data.config import DataConfig
-from data.documents import Documents, first_line, quiet
+from data.documents import Documents, Say, first_line, quiet, silent
 from data.errors import DataError
 from data.files import fingerprint, list_folder, list_stdlib
 from data.remote import local_path
@@ -22,7 +22,9 @@ from data.source_tfds import TfdsSource
 
 
 class Source(Protocol):
-    """What every kind of source answers. It is made from a DataConfig, and may fetch what lies elsewhere."""
+    """What every kind of source answers. It is made from a DataConfig and a `Say`; it may fetch what lies
+    elsewhere, and says so.
+    """
 
     @property
     def directory(self) -> Path | None:
@@ -53,9 +55,9 @@ class FolderSource:
     text_key = "text"
     splits = {"train": "train", "validation": "validation"}
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, say: Say = silent):
         self.config = config
-        self.root = local_path(config)
+        self.root = local_path(config, say)
         self.files = list_folder(self.root)
 
     def inputs(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class FolderSource:
 class StdlibSource(FolderSource):
     """`data.source=stdlib`: the standard library's own source, as installed here."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, say: Say = silent):
         self.config = config
         self.root = stdlib_root()
         self.files = list_stdlib(self.root)
@@ -128,9 +130,9 @@ def documents(config: DataConfig, split: str) -> Documents:
 class Corpus:
     """A corpus by its inputs: their digest, and the TFDS directory that they become."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, say: Say = silent):
         self.config = config
-        self.source = SOURCES[config.source](config)  # type: ignore[call-arg]  # a Protocol has no __init__
+        self.source = SOURCES[config.source](config, say)  # type: ignore[call-arg]  # a Protocol has no __init__
         self.inputs = self.source.inputs()
         self.digest = digest_of(self.inputs)
         cached = Path(config.cache_dir) / "documents" / self.digest[:16]

@@ -75,7 +75,12 @@ def texts(s3, tmp_path):
 def counted(monkeypatch) -> list[str]:
     fetched: list[str] = []
     fetch = Mirror._fetch
-    monkeypatch.setattr(Mirror, "_fetch", lambda self, name: fetched.append(name) or fetch(self, name))
+
+    def counting(self: Mirror, name: str) -> dict[str, Any]:
+        fetched.append(name)
+        return fetch(self, name)
+
+    monkeypatch.setattr(Mirror, "_fetch", counting)
     return fetched
 
 
