@@ -1,6 +1,7 @@
 """TFRecord through the extra `tensorflow`: read by a child process, so that the trainer never imports it."""
 
 import importlib.util
+import json
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from data.errors import DataError
 
 READER = Path(__file__).with_name("tfrecord_reader.py")
 SIZE = struct.Struct("<Q")
-END = 2**64 - 1
+END, BROKEN = 2**64 - 1, 2**64 - 2  # what tfrecord_reader.py writes in a size's place
 
 
 def need_tensorflow(directory: Path) -> None:
@@ -42,25 +43,31 @@ class TFRecordReader:
 
     def read(self, path: Path) -> Iterator[bytes]:
         """Yield a file's records, their checksums verified. Raises ValueError where one fails or is cut."""
-        child = self._child
-        assert child.stdin is not None and child.stdout is not None
+        stdin = self._child.stdin
+        assert stdin is not None
         try:
-            child.stdin.write(f"{path.absolute()}\n".encode())
-            child.stdin.flush()
+            stdin.write(json.dumps(str(path.absolute())).encode() + b"\n")
+            stdin.flush()
         except BrokenPipeError:
             raise self._died(path) from None
-        while True:
-            head = child.stdout.read(SIZE.size)
-            size = SIZE.unpack(head)[0] if len(head) == SIZE.size else None
-            if size == END:
-                return
-            record = child.stdout.read(size) if size is not None else b""
-            if size is None or len(record) < size:
-                raise self._died(path)
-            yield record
+        while (size := self._size(path)) != END:
+            if size == BROKEN:
+                said = self._bytes(path, self._size(path)).decode(errors="replace")
+                raise ValueError(f"{path.name}: {said.splitlines()[0][:200]}")
+            yield self._bytes(path, size)
+
+    def _size(self, path: Path) -> int:
+        return SIZE.unpack(self._bytes(path, SIZE.size))[0]
+
+    def _bytes(self, path: Path, size: int) -> bytes:
+        assert self._child.stdout is not None
+        found = self._child.stdout.read(size)
+        if len(found) < size:
+            raise self._died(path)
+        return found
 
     def _died(self, path: Path) -> ValueError:
         self._child.wait()
         self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines() or ["the reader died"]
-        return ValueError(f"{path.name}: {lines[-1][:200]}")
+        lines = self._said.read().decode(errors="replace").strip().splitlines() or ["no word of it"]
+        return ValueError(f"the reader died at {path.name}: {lines[-1][:200]}")

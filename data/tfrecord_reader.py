@@ -1,19 +1,20 @@
 """Run as a script, in a process of its own: the records of TFRecord files, with the real TensorFlow.
 
-It reads paths from stdin, one a line, and writes each file's records to stdout, each behind its size
-(8 bytes, little-endian), then END in a size's place. TensorFlow checks the two checksums of every record.
-Exits with 1 and one line on stderr where one fails.
+It reads paths from stdin, a JSON string a line, and writes each file's records to stdout, each behind its
+size (8 bytes, little-endian), then END in a size's place. TensorFlow checks both checksums of every record;
+where one fails, BROKEN stands in END's place, and what TensorFlow says of it follows as a record.
 """
 
+import json
 import os
 import struct
 import sys
 
-END = 2**64 - 1
+END, BROKEN = 2**64 - 1, 2**64 - 2
 
 
-def main() -> int:
-    """Answer until stdin ends; return the exit status."""
+def main() -> None:
+    """Answer until stdin ends."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its greetings would bury the one line that matters
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # reading files needs no accelerator; the trainer may hold it
     import tensorflow as tf
@@ -21,16 +22,15 @@ def main() -> int:
     out = sys.stdout.buffer
     for line in sys.stdin:
         try:
-            for record in tf.data.TFRecordDataset(line.rstrip("\n")).as_numpy_iterator():
+            for record in tf.data.TFRecordDataset(json.loads(line)).as_numpy_iterator():
                 out.write(struct.pack("<Q", len(record)))
                 out.write(record)
+            out.write(struct.pack("<Q", END))
         except tf.errors.OpError as error:
-            print((error.message or type(error).__name__).splitlines()[0], file=sys.stderr)
-            return 1
-        out.write(struct.pack("<Q", END))
+            said = (error.message or type(error).__name__).encode()
+            out.write(struct.pack("<QQ", BROKEN, len(said)) + said)
         out.flush()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from data.records import read_records, shard_writer, text_record, write_prepared
 from data.source_synthetic import LONGEST, Language
 from data.sources import SOURCES, Corpus, documents
 from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of, write_texts
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_source_has_a_line_in_the_table():
@@ -122,6 +126,45 @@ def test_shuffle_keeps_integer_keys_in_order_and_finds_duplicates(tmp_path, monk
     assert sorted(data for _, data in once) == [b"b" * 100, b"first"]
     with pytest.raises(DuplicatedKeysError):
         list(twice)
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+import data.shuffling
+from data.config import DataConfig
+from data.sources import Corpus
+
+data.shuffling.BUFFER = 1 << 20
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+
+threading.Thread(target=watch, daemon=True).start()
+for folder in sys.argv[1:]:
+    peak = 0
+    Corpus(DataConfig(source="folder", path=folder, cache_dir=folder + "-cache")).ensure()
+    print(peak)
+done.set()
+"""
+
+
+def test_building_a_corpus_takes_no_more_memory_for_ten_times_the_text(tmp_path):
+    """With a buffer of 1 MB, so that 40 MB stand for a corpus that memory could not hold."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+    line = b'{"text": "' + b"some words " * 900 + b'%d"}\n'
+    for name, count in (("small", 400), ("large", 4000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_bytes(b"".join(line % n for n in range(count)))
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    small, large = map(int, out.stdout.split())  # kB
+    assert large - small < 12_000, out.stderr
 
 
 # Bad records --------------------

@@ -14,6 +14,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.pipeline import prepare
 from data.records import read_records
+from data.source_tfrecord import TFRecordReader
 from data.sources import Corpus, documents
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
@@ -90,38 +91,52 @@ def test_slices_of_tfrecord_splits(written, tmp_path):
     config = config_of(
         written["tfrecord"], tmp_path, train_split="train[50%:]+validation", validation_split="train[:50%]"
     )
-    whole = list(documents(config_of(written["tfrecord"], tmp_path), "train"))
+    whole = list(documents(config_of(written["array_record"], tmp_path), "train"))
     assert list(documents(config, "validation")) == whole[: len(whole) // 2]
     config.validation_split = "test"
     with pytest.raises(DataError, match=r"split test is not in .*train, validation"):
         documents(config, "validation")
 
 
-@pytest.mark.parametrize(
-    ("damage", "mode"),
-    [
-        ("length", "cached"),
-        ("text", "cached"),
-        ("text", "streaming"),
-        ("cut", "cached"),
-        ("cut at a record", "cached"),
-        ("gone", "cached"),
-    ],
-)
-def test_damaged_tfrecord_is_found_before_the_first_batch(written, tmp_path, damage, mode):
+def damaged(raw: bytes) -> dict[str, bytes]:
+    """A TFRecord file with each kind of damage. A record is: length, its crc, the bytes, their crc."""
+
+    def flipped(position: int) -> bytes:
+        return bytes([*raw[:position], raw[position] ^ 1, *raw[position + 1 :]])
+
+    first = 16 + int.from_bytes(raw[:8], "little")
+    found = {f"flipped at {position}": flipped(position) for position in (1, 9, 40, first - 2, first + 3)}
+    return found | {"cut": raw[:-5], "cut in a length": raw[: first + 4]}
+
+
+def test_the_reader_finds_every_kind_of_damage_and_goes_on(written, tmp_path):
+    require("tensorflow", "tensorflow")
+    shard = next(written["tfrecord"].glob("*train*-00001-of-*"))
+    with TFRecordReader() as reader:
+        whole = list(reader.read(shard))
+        for name, raw in damaged(shard.read_bytes()).items():
+            (tmp_path / "x").write_bytes(raw)
+            with pytest.raises(ValueError, match="^x: ") as caught:
+                list(reader.read(tmp_path / "x"))
+            assert "\n" not in str(caught.value), name
+        with pytest.raises(ValueError, match="^none: "):
+            list(reader.read(tmp_path / "none"))
+        assert list(reader.read(shard)) == whole
+        reader._child.kill()
+        with pytest.raises(ValueError, match="the reader died at "):
+            list(reader.read(shard))
+
+
+@pytest.mark.parametrize("mode", ("cached", "streaming"))
+def test_damaged_tfrecord_stops_before_the_first_batch(written, tmp_path, mode):
+    """A flipped bit; and a file cut between two records, which its own checksums do not notice."""
     directory = Path(shutil.copytree(written["tfrecord"], tmp_path / "written" / "1.0.0"))
     shard = next(directory.glob("*train*-00001-of-*"))
-    raw = bytearray(shard.read_bytes())
-    first = 16 + int.from_bytes(raw[:8], "little")  # a record: length, its crc, the bytes, their crc
-    if damage == "gone":
-        shard.unlink()
-    else:
-        at = {"length": 1, "text": 40}.get(damage)
-        if at is not None:
-            raw[at] ^= 1
-        keep = {"cut": len(raw) - 5, "cut at a record": first}.get(damage, len(raw))
-        shard.write_bytes(raw[:keep])
-    with pytest.raises(DataError, match="is no sound TFDS dataset") as caught:
+    raw = shard.read_bytes()
+    between = raw[: 16 + int.from_bytes(raw[:8], "little")]
+    shard.write_bytes(between if mode == "cached" else damaged(raw)["flipped at 40"])
+    match = "holds 1 records, dataset_info.json says" if mode == "cached" else "corrupted record"
+    with pytest.raises(DataError, match=f"is no sound TFDS dataset.*{match}") as caught:
         prepare(config_of(directory, tmp_path / "cache", mode=mode), BYTES, progress=False)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob(".building*"))
@@ -132,6 +147,7 @@ def test_the_trainer_never_imports_tensorflow(written, tmp_path):
     code = f"""
 import sys
 from data.config import DataConfig
+from data.source_tfrecord import TFRecordReader
 from data.sources import documents
 config = DataConfig(source="tfds", path={str(written["tfrecord"])!r}, cache_dir={str(tmp_path)!r})
 print(len(documents(config, "train")), "tensorflow" in sys.modules)
