@@ -5,6 +5,7 @@ files each generation added (`corpora/*.json` in the cache). What is there is ne
 save to check it. So a run that began on an old generation finds exactly that one, by its digest.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ class Part(Corpus):
         self.inputs = {**whole.inputs, "files": kept}
         self.digest = digest_of(self.inputs)
         self.directory = Path(self.config.cache_dir) / "documents" / self.digest[:16]
-        self.names = frozenset(files)
+        self.source = copy.copy(whole.source)
+        self.source.names = frozenset(files)  # type: ignore[attr-defined]  # only folders grow
 
 
 class Ledger:
@@ -90,8 +92,8 @@ class Ledger:
         shared = [len(one.files.keys() & self.files.keys()) for one in self.known]
         if not any(shared):
             raise DataError(
-                "--append: nothing of this folder has been prepared in this cache with these options and this "
-                "tokenizer; run once without --append"
+                "--append: nothing of this folder has been prepared in this cache with these options and "
+                "this tokenizer; run once without --append"
             )
         number = max(range(len(shared)), key=lambda i: (shared[i], i))  # of equals the one that grew longest
         last = self.known[number]

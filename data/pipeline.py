@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.bad_records import in_words
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
 from data.config import DataConfig, TokenizerConfig
@@ -170,7 +172,7 @@ class _Preparation:
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
         self.engine = engine
         # `corpus` decides the tokenizer; what was appended to it follows in `parts`.
-        self.corpus = Corpus(data)
+        self.corpus = Corpus(data, self._say)
         self.parts: list[Corpus] = [self.corpus]
         self.ensured: set[str] = set()
         self.rebuilt: list[str] = []
@@ -186,6 +188,9 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
+        self.skipped = dict(sum((Counter(part.skipped()) for part in self.parts), Counter[str]()))
+        if self.skipped:
+            self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")
         if train is not None and train.num_tokens < self.data.seq_len:
             raise DataError(
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
@@ -236,8 +241,8 @@ class _Preparation:
     def _ensured(self, corpus: Corpus) -> Corpus:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
         if corpus.digest not in self.ensured:
-            if self.data.source != "tfds" and not corpus.directory.exists():
-                self._say(f"making the {self.data.source} corpus ({len(corpus.inputs['files'])} files)")
+            if plan := corpus.plan():
+                self._say(plan)
             reason = corpus.ensure()
             if reason:
                 self._rebuilding(reason)
@@ -346,6 +351,7 @@ class _Preparation:
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
             **({"generation": len(self.parts) - 1} if len(self.parts) > 1 else {}),
+            "skipped": self.skipped,
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from data.bad_records import BadRecords
 from data.errors import DataError
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
@@ -20,7 +21,16 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     VERSION = tfds.core.Version("1.0.0")
     names: frozenset[str] | None = None  # the only files that are meant; a split of them may be empty
 
-    def __init__(self, *, root: str, validation_fraction: float, text_key: str = "text", **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        root: str,
+        validation_fraction: float,
+        text_key: str = "text",
+        on_bad_record: str = "stop",
+        **kwargs: Any,
+    ):
+        self.bad = BadRecords(on_bad_record)
         self._root = Path(root)
         self._fraction = validation_fraction
         self._text_key = text_key
@@ -44,9 +54,11 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
         empty = True
+        # Both splits read every file; what is left out is counted by one of them.
+        bad = BadRecords(self.bad.policy) if held_out else self.bad
         for path in self._files():
             name = relative(self._root, path)
-            for number, text in enumerate(self._read(path)):
+            for number, text in enumerate(self._read(path, bad)):
                 if in_validation(text, self._fraction) == held_out:
                     empty = False
                     yield f"{name}:{number}", {"text": text, "path": name}
@@ -60,8 +72,8 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def _files(self) -> list[Path]:
         raise NotImplementedError
 
-    def _read(self, path: Path) -> Iterator[str]:
-        return read_documents(path, self._text_key)
+    def _read(self, path: Path, bad: BadRecords) -> Iterator[str]:
+        return read_documents(path, self._text_key, bad)
 
 
 class StdlibCorpus(_TextCorpus):
