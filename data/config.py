@@ -2,7 +2,10 @@
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.steps.config import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds")
 MODES = ("cached", "streaming")
@@ -39,6 +42,9 @@ class DataConfig:
     seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
+    steps: list[Any] = field(
+        default_factory=list
+    )  # sampling, dedup, filters: [{step: NAME, …}], in this order
 
     def __post_init__(self) -> None:
         # A shell leaves the tilde of `data.path=~/texts` as it is.
@@ -50,6 +56,7 @@ class DataConfig:
         _at_least("data.seq_len", self.seq_len, 2)
         _at_least("data.workers", self.workers, 1)
         _at_least("data.prefetch", self.prefetch, 1)
+        parse_steps(self.steps)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"

@@ -17,6 +17,7 @@ from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.optimize import OptimizedCorpus, corpus_of
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -143,7 +144,7 @@ class _Preparation:
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console):
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
-        self.corpus = Corpus(data)
+        self.corpus = corpus_of(data, self._say)
         self.ensured = False
         self.rebuilt: list[str] = []
 
@@ -162,6 +163,8 @@ class _Preparation:
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
                 "split; use shorter rows or a larger corpus"
             )
+        for line in self.corpus.lines() if isinstance(self.corpus, OptimizedCorpus) else ():
+            self._say(line)
         return Prepared(
             tokenizer,
             train,
@@ -174,7 +177,8 @@ class _Preparation:
     def _documents(self, split: str) -> Documents:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
         if not self.ensured:
-            if self.data.source != "tfds" and not self.corpus.directory.exists():
+            made_here = isinstance(self.corpus, Corpus) and self.data.source != "tfds"
+            if made_here and not self.corpus.directory.exists():
                 self._say(f"making the {self.data.source} corpus ({len(self.corpus.inputs['files'])} files)")
             reason = self.corpus.ensure()
             if reason:
@@ -261,6 +265,7 @@ class _Preparation:
             "vocab_size": tokenizer.vocab_size,
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
+            **({"steps": self.data.steps} if self.data.steps else {}),
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 
