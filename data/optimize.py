@@ -233,7 +233,7 @@ class _Building:
 
     def _report(self, sizes: dict[str, Any]) -> None:
         sizes = {"source_file_bytes": file_bytes(self.source.splits["train"].directory), **sizes}
-        report = {
+        report: dict[str, Any] = {
             "format": FORMAT,
             "digest": self.corpus.digest,
             "source_digest": self.corpus.source.digest,
@@ -254,10 +254,11 @@ class _Building:
 
     def _entry(self, number: int, step: Step, sizes: dict[str, Any]) -> dict[str, Any]:
         if _of_writer(step):
-            return step_entry(step, self._untouched(number), {}, sizes)
+            return step_entry(step, self._untouched(number), {}, sizes, {})
         working = self.working[number]
         details = self.details.get(number, getattr(working, "details", {}))
-        return step_entry(step, self.tallies[number], getattr(working, "edges", EDGES_OF_GLOBAL), details)
+        edges = getattr(working, "edges", EDGES_OF_GLOBAL)
+        return step_entry(step, self.tallies[number], edges, details, getattr(working, "bounds", {}))
 
     def _untouched(self, number: int) -> Tally:
         """Return the counts of a step that drops nothing: what the one before it has left."""

@@ -60,8 +60,8 @@ def train(config: FilterLearned) -> tuple[Classifier, dict[str, Any]]:
     texts, labels = _examples(config)
     aside = np.array([hash64(text, f"held out {config.seed}") < config.held_out * 2**64 for text in texts])
     for name, label in (("good", 1), ("bad", 0)):
-        for held in (True, False):
-            if ((labels == label) & (aside == held)).sum() < LEAST * (config.held_out if held else 1) / 2:
+        for tested in (True, False):
+            if ((labels == label) & (aside == tested)).sum() < LEAST * (config.held_out if tested else 1) / 2:
                 raise DataError(
                     f"data.steps: filter_learned {name} has too few examples "
                     f"({(labels == label).sum()}); give {5 * LEAST} or more different ones"
@@ -150,7 +150,8 @@ def _sklearn() -> dict[str, Any]:
 
 
 def _examples(config: FilterLearned) -> tuple[list[str], np.ndarray]:
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[int] = []
     for label, paths in ((1, config.good), (0, config.bad)):
         found = dict.fromkeys(t for path in paths for t in read_documents(Path(path), config.text_key))
         texts += found

@@ -30,7 +30,8 @@ def page(report: dict[str, Any]) -> str:
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Data report</title>",
         f"<style>{STYLE}</style></head><body><h1>Data report</h1>",
         f"<p class='note'>corpus {_escaped(report['digest'][:16])}, made of "
-        f"{_escaped(report['source_digest'][:16])} by {len(steps)} steps; documents and bytes before and after each</p>",
+        f"{_escaped(report['source_digest'][:16])} by {len(steps)} steps; "
+        "documents and bytes before and after each</p>",
         f"<pre class='table'>{_escaped(chr(10).join(table(report)))}</pre>",
         _picture(overview(report), "documents and bytes left after each step"),
         _histograms({"histograms": report["corpus"]["histograms"]}),
@@ -187,6 +188,9 @@ def _histogram(axes: Any, name: str, histogram: dict[str, Any]) -> None:
         axes.set_xscale("symlog", linthresh=max(float(edges[edges > 0][0]), 1e-6))
     axes.stairs(before, edges, fill=True, color=BEFORE, label="before")
     axes.stairs(after, edges, fill=True, color=AFTER, alpha=0.75, label="after")
+    for bound in histogram["bounds"]:
+        if bound is not None and edges[0] <= bound <= edges[-1]:
+            axes.axvline(bound, color=GONE, linestyle="--", linewidth=1)
     axes.set_title(_literal(name), fontsize=9, loc="left")
     axes.yaxis.set_major_locator(_few())
     axes.yaxis.set_major_formatter(_short)

@@ -23,10 +23,11 @@ from data.errors import DataError
 from data.sources import Documents
 from data.steps.base import SPLITS, Corpus, Decision, GlobalStep, LocalStep
 from data.steps.length import EDGES as LENGTHS
-from data.steps.tally import Tally, rank_of, shortened
+from data.steps.tally import EXAMPLES, Tally, rank_of, shortened
 
 JOB_BYTES = 1 << 20  # text that a worker takes at a time
 PARALLEL_BYTES = 16 << 20  # a smaller corpus is done before a worker has started
+BEFORE_MASK = 100  # characters that an example shows before what was masked
 WHOLE = -1  # the tally of the corpus as a whole
 
 
@@ -147,9 +148,13 @@ def _one_step(
         tally.counts.update(outcome.counts)
         if dropped or outcome.text != text:
             rank = rank_of(int(number))
-            if len(tally.examples) < 10 or rank < tally.examples[-1][0]:
+            if len(tally.examples) < EXAMPLES or rank < tally.examples[-1][0]:
+                # Of a masked document, the place that was masked first.
+                start = (
+                    0 if dropped else max(0, len(os.path.commonprefix([text, outcome.text])) - BEFORE_MASK)
+                )
                 shown = {"split": split, "number": int(number), "reason": outcome.reason or "masked"}
-                tally.show(rank, shown | {"text": shortened(hidden(outcome.text, hide)), "note": ""})
+                tally.show(rank, shown | {"text": shortened(hidden(outcome.text, hide)[start:]), "note": ""})
     for name, edges in step.edges.items():
         tally.measure(name, edges, [outcome.values[name] for outcome in outcomes], kept)
     return kept, [o.text for o, k in zip(outcomes, kept, strict=True) if k], tally
@@ -205,7 +210,7 @@ def _of_decision(
     for name, values in decision.values.items():
         tally.measure(name, decision.edges[name], values, decision.keep)
     dropped = sorted((rank_of(int(numbers[row])), int(row)) for row in np.flatnonzero(~decision.keep))
-    for rank, row in dropped[:10]:
+    for rank, row in dropped[:EXAMPLES]:
         split = "train" if is_train[row] else "validation"
         about = {
             "split": split,
@@ -218,7 +223,7 @@ def _of_decision(
     return tally
 
 
-def jobs_of(source: Source, numbers: Int[np.ndarray, " N"]) -> list[tuple[str, Int[np.ndarray, " M"]]]:
+def jobs_of(source: Source, numbers: Int[np.ndarray, " N"]) -> list[tuple[str, np.ndarray]]:
     """Cut documents into runs of one split and about JOB_BYTES: by their numbers alone, not by workers."""
     total = sum(documents.num_bytes for documents in source.splits.values())
     size = max(1, min(1024, len(source) * JOB_BYTES // max(total, 1)))

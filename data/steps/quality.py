@@ -57,7 +57,8 @@ def features(text: str) -> dict[str, float]:
     shares of lines that begin or end so; short_lines: share under 30 characters; duplicate_lines and
     duplicate_line_characters: share of lines that were there before, and of their characters;
     duplicate_paragraphs; top_bigram: share of characters in the commonest pair of words; duplicate_5grams:
-    share of words in a repeated run of five; digits: share of characters; uppercase: share of letters; braces: `{`.
+    share of words in a repeated run of five; digits: share of characters; uppercase: share of letters;
+    braces: how many `{`.
     """
     words = text.split()
     lines = [line for line in map(str.strip, text.split("\n")) if line]

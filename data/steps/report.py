@@ -1,5 +1,6 @@
 """The data report: what each step did, in numbers that add up."""
 
+from collections import Counter
 from typing import Any
 
 from data.errors import DataError
@@ -8,8 +9,13 @@ from data.steps.config import Step, as_dict
 from data.steps.tally import Tally
 
 
-def step_entry(step: Step, tally: Tally, edges: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
-    """Return what the report says of one step; documents and bytes are [before, after] of each split."""
+def step_entry(
+    step: Step, tally: Tally, edges: dict[str, Any], details: dict[str, Any], bounds: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the report says of one step; documents and bytes are [before, after] of each split.
+
+    `edges` are those of its histograms, `bounds` the [least, most] that a value may have.
+    """
     return {
         "step": step.step,
         "parameters": {key: value for key, value in as_dict(step).items() if key != "step"},
@@ -18,17 +24,18 @@ def step_entry(step: Step, tally: Tally, edges: dict[str, Any], details: dict[st
         "reasons": {split: dict(sorted(tally.reasons[split].items())) for split in SPLITS},
         "counts": dict(sorted(tally.counts.items())),
         "details": details,
-        "histograms": _histograms(tally, edges),
+        "histograms": _histograms(tally, edges, bounds),
         "examples": [example for _, example in tally.examples],
     }
 
 
-def _histograms(tally: Tally, edges: dict[str, Any]) -> dict[str, Any]:
+def _histograms(tally: Tally, edges: dict[str, Any], bounds: dict[str, Any]) -> dict[str, Any]:
     return {
         name: {
             "edges": [round(float(edge), 6) for edge in edges[name]],
             "before": histogram[0].tolist(),
             "after": histogram[1].tolist(),
+            "bounds": list(bounds.get(name, (None, None))),
         }
         for name, histogram in sorted(tally.histograms.items())
     }
@@ -39,7 +46,7 @@ def whole_entry(tally: Tally, edges: dict[str, Any], details: dict[str, Any]) ->
     return {
         "documents": tally.documents,
         "bytes": tally.bytes,
-        "histograms": _histograms(tally, edges),
+        "histograms": _histograms(tally, edges, {}),
         "details": details,
     }
 
@@ -82,20 +89,13 @@ def line_of(step: dict[str, Any]) -> str:
         f"{split} {before:,} → {after:,}" if before != after else f"{split} {after:,}"
         for split, (before, after) in sorted(step["documents"].items())
     ]
-    reasons = sum((_counter(step["reasons"][split]) for split in SPLITS), _counter({}))
-    said = [f"{name} {count:,}" for name, count in reasons.most_common(4)]
-    if not said:
-        said = [f"{name} {count:,}" for name, count in _counter(step["counts"]).most_common(6)]
+    reasons = sum((Counter(step["reasons"][split]) for split in SPLITS), Counter())
+    counted = reasons or Counter(step["counts"])
+    said = [f"{name} {count:,}" for name, count in counted.most_common(6)]
     if "file_bytes" in step["details"]:
         before, after = step["details"]["source_file_bytes"], step["details"]["file_bytes"]
         said = [f"files of {before:,} → {after:,} bytes"]
     return f"{step['step']}: {', '.join(parts)} documents" + (f" ({', '.join(said)})" if said else "")
-
-
-def _counter(values: dict[str, int]) -> Any:
-    from collections import Counter
-
-    return Counter(values)
 
 
 def table(report: dict[str, Any]) -> list[str]:
