@@ -407,7 +407,7 @@ def test_bands_find_what_they_promise_with_as_many_rows_as_they_can(threshold):
 def test_features_are_what_their_names_say():
     values = features(PROSE)
     assert set(values) == set(FEATURES)
-    assert values["words"] == 23
+    assert values["words"] == 22
     assert values["sentences"] == 3
     assert values["stop_words"] == 8
     assert values["punctuated_lines"] == 1
@@ -428,8 +428,8 @@ def test_features_are_what_their_names_say():
 
 def test_a_document_is_dropped_for_the_feature_that_is_out_of_bounds():
     step = FilterQualityStep(FilterQuality(preset="gopher", min=(("words", 10.0),)))
-    assert step.apply(PROSE + "\n" + PROSE.upper()).reason is None
-    assert step.apply("the and 123 456 789 123 456 789 12 34 56").reason == "min_alphabetic_words"
+    assert step.apply(PROSE).reason is None
+    assert step.apply("the and 1234 4567 7890 2345 3456 5678 8901 1111").reason == "min_alphabetic_words"
     assert step.apply("the and of " + "extraordinarilylong " * 20).reason == "max_mean_word_length"
     assert step.apply("the").reason == "min_words"
 

@@ -24,7 +24,7 @@ FRENCH = "Le train pour Hambourg ne circule pas aujourd'hui parce que la ligne e
 
 
 def planted(distinct: int, pairs: dict[tuple[int, int], int], seed: int = 0) -> tuple[list[str], list[tuple]]:
-    """Documents of words that occur nowhere else, and pairs whose 5-grams have exactly Jaccard common / union.
+    """Documents of words that occur nowhere else, and pairs whose 5-grams have an exact Jaccard.
 
     A document of S + 4 words has S shingles. Two that share their first c + 4 words and no other have c of
     them in common: c / (2 S - c). pairs: (common, shingles) → how many; returns (first, second, Jaccard).
