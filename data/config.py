@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.steps.config import parse_steps
+from data.steps.parse import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds")
 MODES = ("cached", "streaming")

@@ -30,10 +30,9 @@ from data.steps.config import (
     Sample,
     Shard,
     Step,
-    as_dict,
-    parse_steps,
 )
 from data.steps.length import EDGES as LENGTHS
+from data.steps.parse import as_dict, parse_steps
 from data.steps.passes import WHOLE, Pass, Source, decide, run_pass
 from data.steps.report import check_report, line_of, step_entry, whole_entry
 from data.steps.tally import Tally

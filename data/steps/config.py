@@ -1,4 +1,4 @@
-"""The steps by name and their parameters: `data.steps` as a person writes it, turned into frozen dataclasses.
+"""The steps by name and their parameters, with what each value may be; `data.steps.parse` reads them.
 
 Nothing heavy is imported here: a typo in a step is answered before anything is read.
 """
@@ -6,10 +6,9 @@ Nothing heavy is imported here: a typo in a step is answered before anything is 
 import difflib
 import math
 import os
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import ClassVar, get_args
 
 # Features of a document that `filter_quality` may bound; `data.steps.quality` computes and explains them.
 FEATURES = (
@@ -68,14 +67,16 @@ PRESETS: dict[str, dict[str, tuple[float | None, float | None]]] = {
 }
 
 
-def _near(word: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(allowed), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def near(word: str, allowed: Iterable[str]) -> str:
+    """Return the remedy for a misspelt word, empty where nothing is like it."""
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
-        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{_near(str(value), allowed)}")
+        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{near(str(value), allowed)}")
 
 
 def _within(key: str, value: float | None, low: float, high: float = math.inf) -> None:
@@ -133,7 +134,7 @@ class DedupMinhash:
     def __post_init__(self) -> None:
         _share("threshold", self.threshold)
         _within("ngram", self.ngram, 1, 100)
-        _one_of("unit", self.unit, UNITS)
+        one_of("unit", self.unit, UNITS)
         _within("permutations", self.permutations, 16, 4096)
         _within("recall", self.recall, 0.5, 0.9999)
         _within("seed", self.seed, 0)
@@ -171,13 +172,13 @@ class FilterQuality:
     max: tuple[tuple[str, float | None], ...] = ()  # feature: greatest value
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, tuple(PRESETS))
+        one_of("preset", self.preset, tuple(PRESETS))
         for bound in ("min", "max"):
             for name, _ in getattr(self, bound):
                 if name not in FEATURES:
                     raise ValueError(
                         f"{bound}.{name} is no feature"
-                        + (_near(name, FEATURES) or f"; use {', '.join(FEATURES)}")
+                        + (near(name, FEATURES) or f"; use {', '.join(FEATURES)}")
                     )
         limits = self.limits()
         if not limits:
@@ -257,7 +258,7 @@ class MaskPII:
         if not self.kinds:
             raise ValueError(f"kinds is empty; use some of {', '.join(PII_KINDS)}")
         for kind in self.kinds:
-            _one_of("kinds", kind, PII_KINDS)
+            one_of("kinds", kind, PII_KINDS)
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class Compress:
     group: int = 1  # documents compressed together: smaller files, but one read unpacks them all
 
     def __post_init__(self) -> None:
-        _one_of("codec", self.codec, CODECS)
+        one_of("codec", self.codec, CODECS)
         limits = {"zstd": (1, 22), "brotli": (0, 11)}
         if self.codec in limits:
             _within("level", self.level, *limits[self.codec])
@@ -307,84 +308,3 @@ Step = (
     | Shard
 )
 STEPS: dict[str, type] = {kind.step: kind for kind in get_args(Step)}
-
-
-def parse_steps(entries: Iterable[Any]) -> tuple[Step, ...]:
-    """Turn `data.steps` into dataclasses, in its order.
-
-    Raises ValueError, one line that names the entry, for an unknown step or parameter and a value of the
-    wrong type or out of range.
-    """
-    steps = tuple(_parse(f"data.steps[{number}]", entry) for number, entry in enumerate(entries))
-    for kind in (Compress, Shard):
-        if sum(isinstance(step, kind) for step in steps) > 1:
-            raise ValueError(f"data.steps has two steps {kind.step}, but is written once; leave one out")
-    return steps
-
-
-def as_dict(step: Step) -> dict[str, Any]:
-    """Return a step with all its parameters, json-able: what a digest and a report hold."""
-    values = {field.name: getattr(step, field.name) for field in fields(step)}
-    named = {name: dict(value) for name, value in values.items() if _is_mapping(step, name)}
-    return {"step": step.step, **values, **named}
-
-
-def _is_mapping(step: Step, name: str) -> bool:
-    return isinstance(step, FilterQuality) and name in ("min", "max")
-
-
-def _parse(where: str, entry: Any) -> Step:
-    if not isinstance(entry, Mapping) or "step" not in entry:
-        raise ValueError(f"{where}={entry} names no step; write it as {{step: dedup_exact}}")
-    name = str(entry["step"])
-    try:
-        _one_of("step", name, tuple(STEPS))
-    except ValueError as error:
-        raise ValueError(f"{where}.{error}") from None
-    kind = STEPS[name]
-    hints = {key: hint for key, hint in get_type_hints(kind).items() if key != "step"}
-    given = {str(key): value for key, value in entry.items() if key != "step"}
-    for key in given:
-        if key not in hints:
-            hint = _near(key, hints) or f"; it has {', '.join(hints)}"
-            raise ValueError(f"{where}.{key} is no parameter of {name}{hint}")
-    try:
-        made = kind(**{key: _typed(key, value, hints[key]) for key, value in given.items()})
-    except TypeError:
-        missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory]
-        raise ValueError(f"{where} ({name}) needs {' and '.join(missing)}; add it") from None
-    except ValueError as error:
-        raise ValueError(f"{where} ({name}): {error}") from None
-    return made
-
-
-WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """Return the value as the dataclass holds it. Raises ValueError where it is of another type."""
-    if isinstance(hint, types.UnionType):  # X | None
-        return None if value is None else _typed(key, value, get_args(hint)[0])
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)[0]
-        return _pairs(key, value) if get_origin(inner) is tuple else _words(key, value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ValueError(f"{key}={value} must be {WANTED[hint]}")
-    return value
-
-
-def _words(key: str, value: Any) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not all(isinstance(word, str) for word in listed):
-        raise ValueError(f"{key}={value} must be a list of words, such as [en]")
-    return tuple(listed)
-
-
-def _pairs(key: str, value: Any) -> tuple[tuple[str, float | None], ...]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{key}={value} must map features to numbers, as {{digits: 0.2}} does")
-    return tuple(
-        (str(name), _typed(f"{key}.{name}", number, float | None)) for name, number in sorted(value.items())
-    )

@@ -5,7 +5,8 @@ from typing import Any
 
 from data.errors import DataError
 from data.steps.base import SPLITS
-from data.steps.config import Step, as_dict
+from data.steps.config import Step
+from data.steps.parse import as_dict
 from data.steps.tally import Tally
 
 

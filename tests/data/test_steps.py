@@ -21,9 +21,10 @@ from data.optimize import OptimizedCorpus
 from data.pipeline import prepare
 from data.sources import Corpus, documents
 from data.steps.base import Corpus as Seen
-from data.steps.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, Sample, parse_steps
+from data.steps.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, Sample
 from data.steps.dedup import Clusters, DedupExactStep, chance, choose_bands, normalized
 from data.steps.page import page
+from data.steps.parse import parse_steps
 from data.steps.pii import MaskPIIStep
 from data.steps.quality import FilterQualityStep, features
 from data.steps.report import check_report, line_of
