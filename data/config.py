@@ -2,7 +2,10 @@
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.steps.parse import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
 BAD_RECORDS = ("stop", "skip")
@@ -44,6 +47,9 @@ class DataConfig:
     seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
+    steps: list[Any] = field(
+        default_factory=list
+    )  # sampling, dedup, filters: [{step: NAME, …}], in this order
 
     def __post_init__(self) -> None:
         # A shell leaves the tilde of `data.path=~/texts` as it is.
@@ -64,6 +70,7 @@ class DataConfig:
                     f"data.generation={self.generation} needs data.source=folder and data.mode=cached: only "
                     "such corpora grow by prepare_data.py --append"
                 )
+        parse_steps(self.steps)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"

@@ -21,6 +21,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.encoding import TextEncoding
 from data.errors import DataError
 from data.growth import Files, Generation, Ledger, Part
+from data.optimize import OptimizedCorpus, corpus_of
 from data.shards import Engine
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
@@ -172,8 +173,8 @@ class _Preparation:
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
         self.engine = engine
         # `corpus` decides the tokenizer; what was appended to it follows in `parts`.
-        self.corpus = Corpus(data, self._say)
-        self.parts: list[Corpus] = [self.corpus]
+        self.corpus = corpus_of(data, self._say)
+        self.parts: list[Corpus | OptimizedCorpus] = [self.corpus]
         self.ensured: set[str] = set()
         self.rebuilt: list[str] = []
 
@@ -198,6 +199,8 @@ class _Preparation:
             )
         if ledger is not None:
             ledger.note(Generation(groups, digest))
+        for line in self.corpus.lines() if isinstance(self.corpus, OptimizedCorpus) else ():
+            self._say(line)
         return Prepared(
             tokenizer,
             train,
@@ -209,17 +212,19 @@ class _Preparation:
 
     def _grow(self, append: bool, wanted: str | None) -> tuple[Ledger | None, tuple[Files, ...]]:
         """Find of which generations the corpus consists; only folders read in cached mode have several."""
-        if self.data.source != "folder" or self.data.mode != "cached":
+        data, corpus = self.data, self.corpus
+        if data.source != "folder" or data.mode != "cached" or isinstance(corpus, OptimizedCorpus):
             if append:
+                steps = "with data.steps" if data.steps else "without data.steps"
                 raise DataError(
-                    f"--append needs data.source=folder and data.mode=cached, not {self.data.source} and "
-                    f"{self.data.mode}; put the new documents into a folder"
+                    f"--append needs data.source=folder and data.mode=cached without data.steps, not "
+                    f"{data.source} and {data.mode} {steps}; put the new documents into a folder"
                 )
             return None, ()
-        ledger = Ledger(self.root, self.corpus, self._tokenizer_inputs(corpus=False))
+        ledger = Ledger(self.root, corpus, self._tokenizer_inputs(corpus=False))
         groups = ledger.grown() if append else ledger.current(wanted, self.data.generation)
         if len(groups) > 1 or groups[0] != ledger.files:
-            self.parts = [Part(self.corpus, files) for files in groups]
+            self.parts = [Part(corpus, files) for files in groups]
             self.corpus = self.parts[0]
         elif not append and ledger.news():
             self._say(
@@ -228,7 +233,7 @@ class _Preparation:
             )
         return ledger, groups
 
-    def _digest(self, tokenizer: Tokenizer, part: Corpus | None = None) -> str:
+    def _digest(self, tokenizer: Tokenizer, part: Corpus | OptimizedCorpus | None = None) -> str:
         """Digest of tokens and tokenizer: a part's, or the whole corpus's."""
         if part is not None or len(self.parts) == 1:
             corpus = (part or self.corpus).digest
@@ -238,7 +243,7 @@ class _Preparation:
     def _documents(self, split: str) -> Documents:
         return self._ensured(self.corpus).split(split)
 
-    def _ensured(self, corpus: Corpus) -> Corpus:
+    def _ensured(self, corpus: Corpus | OptimizedCorpus) -> Corpus | OptimizedCorpus:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
         if corpus.digest not in self.ensured:
             if plan := corpus.plan():
@@ -352,6 +357,7 @@ class _Preparation:
             "rebuilt": self.rebuilt,
             **({"generation": len(self.parts) - 1} if len(self.parts) > 1 else {}),
             "skipped": self.skipped,
+            **({"steps": self.data.steps} if self.data.steps else {}),
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 

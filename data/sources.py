@@ -125,7 +125,9 @@ SOURCES: dict[str, type[Source]] = {
 
 def documents(config: DataConfig, split: str) -> Documents:
     """Return the "train" or "validation" documents of a corpus, built into the cache if need be."""
-    corpus = Corpus(config)
+    from data.optimize import corpus_of  # which reads what is made here
+
+    corpus = corpus_of(config)
     corpus.ensure()
     return corpus.split(split)
 
