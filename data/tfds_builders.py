@@ -46,16 +46,18 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             splits = {split: held_out for split, held_out in splits.items() if self._any(held_out)}
             if not splits:
                 raise DataError(f"data.path={self._root}: its new files hold no documents; put some there")
+        self._counts = next(iter(splits.values()))
         return {split: self._generate_examples(held_out) for split, held_out in splits.items()}
 
     def _any(self, held_out: bool) -> bool:
-        texts = (text for path in self._files() for text in self._read(path))
+        unseen = BadRecords(self.bad.policy)
+        texts = (text for path in self._files() for text in self._read(path, unseen))
         return any(in_validation(text, self._fraction) == held_out for text in texts)
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
         empty = True
         # Both splits read every file; what is left out is counted by one of them.
-        bad = BadRecords(self.bad.policy) if held_out else self.bad
+        bad = self.bad if held_out == self._counts else BadRecords(self.bad.policy)
         for path in self._files():
             name = relative(self._root, path)
             for number, text in enumerate(self._read(path, bad)):
