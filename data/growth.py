@@ -90,8 +90,8 @@ class Ledger:
         shared = [len(one.files.keys() & self.files.keys()) for one in self.known]
         if not any(shared):
             raise DataError(
-                "--append: nothing of this folder has been prepared in this cache with these options and this "
-                "tokenizer; run once without --append"
+                "--append: nothing of this folder has been prepared in this cache with these options and "
+                "this tokenizer; run once without --append"
             )
         number = max(range(len(shared)), key=lambda i: (shared[i], i))  # of equals the one that grew longest
         last = self.known[number]

@@ -17,6 +17,7 @@ from data.cache import CorruptCache, building, digest_of, verify
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import fingerprint, list_folder, list_stdlib
+from data.shuffle import bounded
 
 
 class Documents(Sequence):
@@ -250,7 +251,8 @@ def _build(config: DataConfig, aside: Path, names: frozenset[str] | None = None)
         )
         builder.names = names
         try:
-            builder.download_and_prepare()
+            with bounded():
+                builder.download_and_prepare()
         except Exception as error:
             raise _said_plainly(error, config) from None
     shutil.rmtree(aside / "downloads", ignore_errors=True)

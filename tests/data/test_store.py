@@ -248,3 +248,15 @@ def test_a_process_that_follows_refuses_another_tokenizer(prepared, tmp_path):
     facts["description"]["tokenizer_path"] = str(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match="is another tokenizer"):
         follow(facts)
+
+
+def test_a_corpus_shuffled_through_files_is_the_one_shuffled_in_memory(
+    corpus, prepared, tmp_path, monkeypatch
+):
+    import data.shuffle
+
+    monkeypatch.setattr(data.shuffle, "HELD_BYTES", 1500)
+    config = replace(folder_config(*corpus), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        assert list(documents(config, split)) == list(documents(folder_config(*corpus), split))
+    assert not list(tmp_path.rglob(".shuffle-*"))
