@@ -24,10 +24,10 @@ class Shuffler:
         from tensorflow_datasets.core import hashing
 
         self._hasher = hashing.Hasher(hash_salt)
-        self._directory = tempfile.TemporaryDirectory(dir=dirpath, prefix=".shuffle-")
+        self._place = Path(dirpath)
+        self._directory: Path | None = None  # of the files, once there are any
         self._held: list[tuple[int, bytes]] = []
         self._held_bytes = 0
-        self._spilled = False
         self.size = 0
         self.num_examples = 0
 
@@ -47,31 +47,30 @@ class Shuffler:
         return True
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        if not self._spilled:
+        if self._directory is None:
             yield from sorted(self._held)
             return
         self._spill()
         for bucket in range(BUCKETS):
-            yield from sorted(self._read(bucket))
-        self._directory.cleanup()
+            yield from sorted(self._read(self._directory / str(bucket)))
+        self._directory.rmdir()
 
     def _spill(self) -> None:
         """Append what is held to the files, in order of hash, so that each is opened once."""
         self._held.sort()
-        self._spilled = True
+        self._directory = self._directory or Path(tempfile.mkdtemp(dir=self._place, prefix=".shuffle-"))
         with contextlib.ExitStack() as stack:
             last, file = -1, None
             for key, data in self._held:
                 bucket = key * BUCKETS >> 128
                 if bucket != last or file is None:
                     stack.close()
-                    last, file = bucket, stack.enter_context(open(self._path(bucket), "ab"))
+                    last, file = bucket, stack.enter_context(open(self._directory / str(bucket), "ab"))
                 file.write(HEAD.pack(key.to_bytes(16, "big"), len(data)))
                 file.write(data)
         self._held, self._held_bytes = [], 0
 
-    def _read(self, bucket: int) -> Iterator[tuple[int, bytes]]:
-        path = self._path(bucket)
+    def _read(self, path: Path) -> Iterator[tuple[int, bytes]]:
         if not path.exists():
             return
         with open(path, "rb") as file:
@@ -79,9 +78,6 @@ class Shuffler:
                 key, size = HEAD.unpack(head)
                 yield int.from_bytes(key, "big"), file.read(size)
         path.unlink()
-
-    def _path(self, bucket: int) -> Path:
-        return Path(self._directory.name) / str(bucket)
 
 
 @contextlib.contextmanager
