@@ -85,20 +85,23 @@ def anonymous(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def peak_of(command: list[str]) -> tuple[float, float]:
-    """Run a command; the peak of RssAnon in MB, and the seconds."""
-    began, peak = time.perf_counter(), 0
+def peak_of(command: list[str], note: Path) -> float:
+    """Run a command; the peak of RssAnon in MB. `note` keeps it, for where a run is cut off and goes on."""
+    peak = int(note.read_text()) if note.exists() else 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, sum(map(anonymous, descendants(process.pid))))
+        now = sum(map(anonymous, descendants(process.pid)))
+        if now > peak:
+            peak = now
+            note.write_text(str(peak))
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return peak / 1e6, time.perf_counter() - began
+    return peak / 1e6
 
 
 def measure(root: Path, megabytes: int, seq_len: int) -> dict[str, Any]:
-    """One corpus through both stages, each in a process of its own."""
+    """One corpus through both stages, each in a process of its own, unless they are done already."""
     place = root / str(megabytes)
     if not (place / "whole").exists():
         write_corpus(place / "texts", megabytes)
@@ -115,7 +118,10 @@ def measure(root: Path, megabytes: int, seq_len: int) -> dict[str, Any]:
             "--seq-len",
             str(seq_len),
         ]
-        row[f"{name}: peak MB"], row[f"{name}: seconds"] = peak_of(words)
+        done = place / f"{name}.done"
+        if not done.exists():
+            done.write_text(str(peak_of(words, place / f"{name}.peak")))
+        row[f"{name}: peak MB"] = float(done.read_text())
     return row
 
 
