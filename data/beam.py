@@ -62,7 +62,7 @@ def _beam() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _findable() -> Iterator[None]:
-    """Let the processes that a runner starts here find this project, be it a clone that was never installed."""
+    """Let the processes that a runner starts here find this project, in a clone that is not installed too."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), before)))
     try:

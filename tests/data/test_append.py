@@ -186,12 +186,11 @@ def test_a_run_resumes_on_its_generation_and_a_new_one_takes_the_newest(
 ):
     monkeypatch.chdir(tmp_path)
     words = ["+experiment=debug", "data=folder", "data.path=texts", "data.validation_fraction=0.3"]
-    words += ["data.cache_dir=cache", "data.seq_len=16", "tokenizer=byte"]
+    words += ["data.cache_dir=cache", "data.seq_len=16", "tokenizer=byte", "schedule=constant"]
+    words += ["schedule.warmup_steps=1", "run.compile_cache=null"]
 
     def steps(name: str, count: int) -> dict[str, Any]:
-        assert (
-            main(train, [*words, f"run.name={name}", "schedule=constant", f"training.num_steps={count}"]) == 0
-        )
+        assert main(train, [*words, f"run.name={name}", f"training.num_steps={count}"]) == 0
         return json.loads(Path("runs", name, "manifest.json").read_text())["data"]
 
     old = steps("old", 2)
