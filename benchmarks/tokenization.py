@@ -71,8 +71,8 @@ def store_seconds(corpus: Documents, tokenizer: Path, workers: int) -> float:
 def main() -> None:
     """Measure in turns, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--megabytes", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where the corpus stays; by default it is removed")
     parser.add_argument("--only-make", action="store_true", help="make the corpus and stop")
     options = parser.parse_args()
