@@ -5,7 +5,10 @@ the store's journal, so the cache and the corpus must lie where all workers see 
 pipeline that breaks off, or whose workers are tried again, leaves what any killed preparation leaves.
 """
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from data.cache import Stopped
@@ -24,7 +27,7 @@ def beam_engine(options: Sequence[str]) -> Engine:
     def make(work: Work, shards: dict[int, range]) -> Iterator[Record]:
         try:
             parsed = pipeline_options.PipelineOptions(list(options))
-            with beam.Pipeline(options=parsed) as pipeline:
+            with _findable(), beam.Pipeline(options=parsed) as pipeline:
                 numbered = [(number, part.start, part.stop) for number, part in shards.items()]
                 _ = (
                     pipeline
@@ -57,6 +60,19 @@ def _beam() -> tuple[Any, Any]:
     return apache_beam, pipeline_options
 
 
+@contextlib.contextmanager
+def _findable() -> Iterator[None]:
+    """Let the processes that a runner starts here find this project, in a clone that is not installed too."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), before)))
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def _writer(beam: Any, work: Work) -> Any:
     """Return the function that Beam sends to its workers: each opens the encoder once."""
 
@@ -72,11 +88,12 @@ def _writer(beam: Any, work: Work) -> Any:
 
 
 def _said_plainly(error: Exception, options: Sequence[str]) -> DataError:
-    """Return what a worker said, from under what Beam wrapped around it; else Beam's own first line."""
+    """Return what a worker said, from under what Beam wrapped around it; else Beam's own last line."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, DataError):
             return inner
         inner = inner.__cause__ or inner.__context__
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    # A worker's traceback may be all there is, and its last line is what was raised.
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
     return Stopped(f"the Beam pipeline failed ({line}); its options were {' '.join(options)}")

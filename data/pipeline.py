@@ -119,7 +119,8 @@ def prepare(
     `data.workers` processes, which import the main script anew: call this under
     `if __name__ == "__main__":`.
 
-    Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
+    Raises DataError, one line that names key, value and remedy; of what was under way only finished shards of
+    tokens stay, for the next call.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker imports a main script that has no guard; its parent holds the lock and waits for it.

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,3 +250,58 @@ def test_a_process_that_follows_refuses_another_tokenizer(prepared, tmp_path):
     facts["description"]["tokenizer_path"] = str(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match="is another tokenizer"):
         follow(facts)
+
+
+def test_a_corpus_shuffled_through_files_is_the_one_shuffled_in_memory(
+    corpus, prepared, tmp_path, monkeypatch
+):
+    import data.shuffling
+
+    monkeypatch.setattr(data.shuffling, "BUFFER", 1500)
+    config = replace(folder_config(*corpus), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        assert list(documents(config, split)) == list(documents(folder_config(*corpus), split))
+    assert not list(tmp_path.rglob(".shuffle-*"))
+
+
+class Same:
+    """As many documents as one likes, all of 4 kB."""
+
+    def __init__(self, count: int):
+        self.count, self.num_bytes = count, 4000 * count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> list[str]:
+        return ["x" * 4000] * len(indices)
+
+
+@dataclass(frozen=True)
+class Letters(TextEncoding):
+    """Code points for ids: no time goes into it."""
+
+    def open(self) -> "LetterEncoder":
+        return LetterEncoder(super().open().tokenizer)
+
+
+class LetterEncoder(TextEncoder):
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        return [Encoded(np.frombuffer(text.encode(), np.uint8).astype(np.uint16)) for text in texts]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Sixteen times the documents: what is held at a time is one block of 2 MB, in its several forms."""
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer([], BYTES).save(tokenizer)
+    peaks = []
+    for count in (1000, 16000):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        tracemalloc.start()
+        texts: Any = Same(count)
+        write_store(directory, texts, Letters(tokenizer), workers=1, about={"inputs": "x"})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (directory / "tokens.bin").stat().st_size == count * 8000
+    assert peaks[1] - peaks[0] < 2 << 20

@@ -74,7 +74,7 @@ def test_a_truncated_corpus_stops_the_pipeline_with_our_own_line(corpus, prepare
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_runner_is_one_line():
     with pytest.raises(DataError, match="NoSuchRunner"):
-        next(iter(beam_engine(beam_options("NoSuchRunner", []))(None, {0: range(1)})))  # type: ignore[arg-type]
+        next(iter(beam_engine(beam_options("NoSuchRunner", []))(None, {0: range(1)})))
 
 
 def test_the_script_takes_a_runner_and_its_options(corpus, prepared, tmp_path):
