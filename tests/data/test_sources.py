@@ -1,5 +1,6 @@
 """The sources behind one interface: what each must hold whatever lies under it."""
 
+import base64
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data import remote
 from data.bad_records import KINDS, BadRecords
 from data.cache import verify
 from data.config import SOURCES as NAMES
@@ -424,6 +426,15 @@ def test_an_extra_that_is_missing_is_named(tmp_path, monkeypatch, values, module
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(DataError, match=match):
         prepare(DataConfig(cache_dir=str(tmp_path), **values), BYTES, progress=False)
+
+
+def test_md5_is_taken_where_a_server_tells_one():
+    """GCS says it outright; S3's ETag is one unless the object came in parts."""
+    md5 = hashlib.md5(b"x", usedforsecurity=False)
+    assert remote._md5({"md5Hash": base64.b64encode(md5.digest()).decode()}) == md5.hexdigest()
+    assert remote._md5({"ETag": f'"{md5.hexdigest()}"'}) == md5.hexdigest()
+    assert remote._md5({"ETag": f'"{md5.hexdigest()}-2"'}) is None
+    assert remote._md5({"size": 1}) is None
 
 
 @pytest.mark.parametrize(
