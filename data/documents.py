@@ -39,13 +39,15 @@ class Documents(Sequence):
 
     def read(self, indices: Sequence[int]) -> list[str]:
         """Return the texts at `indices`. Raises DataError where the files are truncated or corrupt."""
+        return [self._text(record[self.text_key]) for record in self._records(indices)]
+
+    def _records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
-            records = self._opened().__getitems__(list(indices))
+            return self._opened().__getitems__(list(indices))
         except DataError:
             raise
         except Exception as error:
             raise self._broken(error) from None
-        return [self._text(record[self.text_key]) for record in records]
 
     @property
     def num_bytes(self) -> int:

@@ -16,7 +16,7 @@ from data.documents import Documents, Say, base_splits, broken, first_line, open
 from data.errors import DataError
 from data.records import copy_prepared, read_records
 from data.remote import is_remote, local_path, mirrored_digest
-from data.shards import ShardRecord
+from data.shard_record import ShardRecord
 from data.source_tfrecord import TFRecordReader, need_tensorflow
 
 

@@ -79,10 +79,8 @@ class FolderSource:
         """Run our TFDS builder."""
         with quiet():
             from data.shuffling import bounded_shuffle
-            from data.tfds_builders import FolderCorpus, StdlibCorpus
 
-            kind = StdlibCorpus if self.config.source == "stdlib" else FolderCorpus
-            builder = kind(
+            builder = self.builder(
                 data_dir=str(aside),
                 root=str(self.root),
                 validation_fraction=self.config.validation_fraction,
@@ -97,6 +95,12 @@ class FolderSource:
         shutil.rmtree(aside / "downloads", ignore_errors=True)
         return dict(builder.bad.counts)
 
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder, imported only where there is something to build."""
+        from data.tfds_builders import FolderCorpus
+
+        return FolderCorpus(**options)
+
 
 class StdlibSource(FolderSource):
     """`data.source=stdlib`: the standard library's own source, as installed here."""
@@ -109,6 +113,12 @@ class StdlibSource(FolderSource):
     def inputs(self) -> dict[str, Any]:
         """Files count by name and content."""
         return super().inputs() | {"text_key": "text"}
+
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder."""
+        from data.tfds_builders import StdlibCorpus
+
+        return StdlibCorpus(**options)
 
 
 SOURCES: dict[str, type[Source]] = {

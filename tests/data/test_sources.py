@@ -294,7 +294,7 @@ def test_a_shard_that_changes_in_place_is_found_at_the_next_start(tmp_path, data
 def test_a_warm_start_reads_no_shard(tmp_path, dataset, monkeypatch):
     config = tfds_config(tmp_path, dataset)
     first = prepare(config, BYTES, progress=False)
-    monkeypatch.setattr("data.shards.file_digest", None)
+    monkeypatch.setattr("data.shard_record.file_digest", None)
     assert prepare(config, BYTES, progress=False).digest == first.digest
     config = tfds_config(tmp_path, dataset, mode="streaming")
     prepare(config, BYTES, progress=False)
