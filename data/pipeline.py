@@ -158,6 +158,7 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
+        self.corpus.hold()
         self.skipped = self.corpus.skipped()
         if self.skipped:
             self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")

@@ -63,6 +63,9 @@ class HfSource:
     def check(self) -> None:
         """Nothing: every record is read when it is written."""
 
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
+
     def build(self, aside: Path) -> dict[str, int]:
         """Write each split in use into ArrayRecord, in order."""
         bad = BadRecords(self.config.on_bad_record)

@@ -41,6 +41,9 @@ class SyntheticSource:
     def check(self) -> None:
         """Nothing: what is made here is sound."""
 
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
+
     def build(self, aside: Path) -> dict[str, int]:
         """Write both splits, in order."""
         language = Language(self.seed)
