@@ -84,6 +84,10 @@ class OptimizedCorpus:
     def plan(self) -> None:
         """Say nothing: `ensure` says what it does."""
 
+    def hold(self) -> None:
+        """Take note that the source is whole, as `Corpus` does."""
+        self.source.hold()
+
     def skipped(self) -> dict[str, int]:
         """Return how many bad records the source left out, by kind."""
         return self.source.skipped()

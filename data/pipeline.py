@@ -190,6 +190,8 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
+        for part in self.parts:
+            part.hold()
         self.skipped = dict(sum((Counter(part.skipped()) for part in self.parts), Counter[str]()))
         if self.skipped:
             self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")

@@ -24,7 +24,7 @@ class ShardRecord:
         self._known = _load(path)
 
     def check(self, workers: int, say: Say = silent) -> None:
-        """Hash what is new or was touched. Raises DataError where a shard changed since it was first read."""
+        """Hash what is new or was touched. Raises DataError where a shard that is held changed."""
         shards = self._known["shards"]
         stale = [name for name in self.names if shards.get(name, [None])[:2] != self._stat(name)]
         if not stale:
@@ -35,22 +35,30 @@ class ShardRecord:
         with ThreadPoolExecutor(workers) as pool:
             digests = list(pool.map(self._digest, stale))
         for name, stat, digest in zip(stale, stats, digests, strict=True):
-            if name in shards and shards[name][2] != digest:
+            if self._known["prepared"] and name in shards and shards[name][2] != digest:
                 raise DataError(
-                    f"{self.directory / name} changed since it was first read (its sha256 was "
+                    f"{self.directory / name} changed since it was prepared (its sha256 was "
                     f"{shards[name][2][:12]} and is {digest[:12]}); restore it, or, if the change is meant, "
                     "choose another data.cache_dir"
                 )
+            if name in shards and shards[name][2] != digest:
+                self._known["read"] = []  # what was mended is read again
             shards[name] = [*stat, digest]
         self._save()
 
-    def was_read(self, what: str) -> bool:
-        """Say whether `read(what)` was said of these shards."""
-        return what in self._known["read"]
+    def hold(self) -> None:
+        """Hold the shards to their sha256 from now on: something was made from them, or is read from them."""
+        if not self._known["prepared"]:
+            self._known["prepared"] = True
+            self._save()
 
-    def read(self, what: str) -> None:
+    def was_read(self, split: str) -> bool:
+        """Say whether `read(split)` was said of these shards as they are."""
+        return split in self._known["read"]
+
+    def read(self, split: str) -> None:
         """Remember that every record of a split has been read and found sound."""
-        self._known["read"].append(what)
+        self._known["read"].append(split)
         self._save()
 
     def _stat(self, name: str) -> list[int]:
@@ -85,4 +93,4 @@ def _load(path: Path) -> dict[str, Any]:
         known = json.loads(path.read_text())
         if known.pop("digest") == digest_of(known):
             return known
-    return {"shards": {}, "read": []}
+    return {"shards": {}, "read": [], "prepared": False}

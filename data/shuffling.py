@@ -7,11 +7,13 @@ plain files from BUFFER bytes on, and splits any of them that is larger than BUF
 
 import contextlib
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BUFFER = 32 << 20  # bytes of records held in memory
+BUFFER = 48 << 20  # bytes held in memory, what Python needs for each record included
+OBJECTS = 200  # of them, for the objects of a record
 HEAD = struct.Struct(">16sQ")  # a record's hash, then its size
 
 
@@ -48,7 +50,7 @@ class Shuffler:
         self.num_examples += 1
         if self._buckets is None:
             self._buffer.append(record)
-            if self.size <= BUFFER:
+            if self.size + self.num_examples * OBJECTS <= BUFFER:
                 return
             self._buckets = _Buckets(self._directory / f".shuffle-{id(self)}", 0)
             for one in self._buffer:
@@ -74,6 +76,7 @@ class _Buckets:
     def __init__(self, directory: Path, depth: int):
         self._directory, self._depth = directory, depth
         self._files: dict[int, Any] = {}
+        self._counts: Counter[int] = Counter()
         directory.mkdir()
 
     def add(self, key: bytes, data: bytes) -> None:
@@ -82,14 +85,16 @@ class _Buckets:
             self._files[bucket] = open(self._directory / f"{bucket:03d}", "wb")
         self._files[bucket].write(HEAD.pack(key, len(data)))
         self._files[bucket].write(data)
+        self._counts[bucket] += 1
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         for file in self._files.values():
             file.close()
         for bucket in sorted(self._files):
             path = self._directory / f"{bucket:03d}"
-            # At the sixteenth byte all that is left has one hash, which is an error that the caller finds.
-            if path.stat().st_size > BUFFER and self._depth < 15:
+            # One record cannot be split. At the sixteenth byte all that is left has one hash, which is an
+            # error that the caller finds.
+            if path.stat().st_size > BUFFER and self._counts[bucket] > 1 and self._depth < 15:
                 finer = _Buckets(self._directory / f"{bucket:03d}.d", self._depth + 1)
                 for key, data in _records(path):
                     finer.add(key, data)

@@ -10,6 +10,7 @@ From then on the library is not needed: random access, and the exactness of `cac
 import contextlib
 import importlib.util
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,17 @@ class HfSource:
     def check(self) -> None:
         """Nothing: every record is read when it is written."""
 
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
+
     def build(self, aside: Path) -> dict[str, int]:
         """Write each split in use into ArrayRecord, in order."""
         bad = BadRecords(self.config.on_bad_record)
         splits = base_splits(*self.splits.values())
+        self._scratch = aside / "scratch"  # the library's locks, which it would leave in the home directory
         with quiet():  # not in the generators: whoever stops reading one would stay unheard
             write_prepared(aside, "hf", {split: self._records(split, bad) for split in splits})
+        shutil.rmtree(self._scratch, ignore_errors=True)
         return dict(bad.counts)
 
     def _records(self, split: str, bad: BadRecords) -> Iterator[bytes]:
@@ -107,16 +113,15 @@ class HfSource:
     def _streamed(self) -> Any:
         import datasets
 
+        options: dict[str, Any] = {"streaming": True, "cache_dir": str(self._scratch)}
         if self.config.name is None:
-            return datasets.load_dataset(str(self.path), streaming=True)
+            return datasets.load_dataset(str(self.path), **options)
         if self.path is not None:
-            return datasets.load_dataset(self.config.name, data_dir=str(self.path), streaming=True)
+            return datasets.load_dataset(self.config.name, data_dir=str(self.path), **options)
         match = NAME.fullmatch(self.config.name)
         if match is None:
             raise DataError(f"data.name={self.config.name} is no ORG/REPO:CONFIG@REVISION of the hub")
-        return datasets.load_dataset(
-            match["repo"], match["config"], revision=match["revision"], streaming=True
-        )
+        return datasets.load_dataset(match["repo"], match["config"], revision=match["revision"], **options)
 
     def _no_split(self, split: str, there: list[str]) -> DataError:
         return DataError(

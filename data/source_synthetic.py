@@ -19,7 +19,7 @@ from data.records import PLAIN, text_record, write_prepared
 
 WORDS, FOLLOWERS, TOPIC = 8192, 8, 4
 LONGEST = 640  # words of the longest document; the shortest has a quarter: about 2 KB on average
-BLOCK = 1024  # documents made together
+BLOCK, TOGETHER = 4096, 512  # documents that are sorted by length, and that are made together
 HELD_OUT = 20  # every 20th document is held out, 5 %
 
 
@@ -40,6 +40,9 @@ class SyntheticSource:
 
     def check(self) -> None:
         """Nothing: what is made here is sound."""
+
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
 
     def build(self, aside: Path) -> dict[str, int]:
         """Write both splits, in order."""
@@ -76,28 +79,30 @@ class Language:
         """Return the UTF-8 text of each document."""
         span = np.uint64(LONGEST - LONGEST // 4)
         lengths = LONGEST // 4 + (_random(self.seed, 1, indices) % span).astype(np.int64)
-        words = self.words[self._walk(indices)]
-        return [b" ".join(row[:n].tolist()) for row, n in zip(words, lengths.tolist(), strict=True)]
+        texts: list[bytes] = [b""] * len(indices)
+        by_length = np.argsort(lengths, kind="stable")
+        for first in range(0, len(indices), TOGETHER):  # of like length: few steps are taken for nothing
+            some = by_length[first : first + TOGETHER]
+            words = self.words[self._walk(indices[some], int(lengths[some[-1]]))]
+            for place, row, length in zip(some.tolist(), words, lengths[some].tolist(), strict=True):
+                texts[place] = b" ".join(row[:length].tolist())
+        return texts
 
-    def _walk(self, indices: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, "N T"]:
-        """Return LONGEST word ids of each document; all documents take a step together."""
-        draws = _random(self.seed, 2, indices[:, None] * 1024 + np.arange(LONGEST))
-        kind = (draws % np.uint64(24)).astype(
-            np.int64
-        )  # of 24, 16 follow, 3 are of the topic, 5 are any word
+    def _walk(self, indices: Int64[np.ndarray, " N"], steps: int) -> Int64[np.ndarray, "N T"]:
+        """Return the word ids of documents that all take their steps together."""
+        draws = _random(self.seed, 2, np.arange(steps)[:, None] + indices * 1024)
+        kind = draws.astype(np.int64) & 31  # of 32, 21 follow, 4 are of the topic, 7 are any word
         ids = self._anything(draws)
-        topic = ids[np.arange(len(ids))[:, None], (draws >> np.uint64(50)).astype(np.int64) % TOPIC]
-        ids = np.where((kind >= 16) & (kind < 19), topic, ids)
-        rank = GEOMETRIC[(draws >> np.uint64(40)).astype(np.int64) & 127]
-        follows = (kind < 16).T.copy()
-        # A step reads and writes columns: transposed, they lie in a row.
-        steps, rank = ids.T.copy(), rank.T.copy()
-        next_word = np.empty_like(steps[0])
-        for t in range(1, LONGEST):
-            rank[t] += steps[t - 1] * FOLLOWERS
-            self.followers.take(rank[t], out=next_word, mode="clip")  # by default, `out` is written twice
-            np.copyto(steps[t], next_word, where=follows[t])
-        return steps.T
+        topic = ids[(draws >> np.uint64(50)).astype(np.int64) % TOPIC, np.arange(len(indices))]
+        np.copyto(ids, topic, where=(kind >= 21) & (kind < 25))
+        place = GEOMETRIC[(draws >> np.uint64(40)).astype(np.int64) & 127]
+        follows = kind < 21
+        next_word = np.empty_like(ids[0])
+        for t in range(1, steps):
+            place[t] += ids[t - 1] * FOLLOWERS
+            self.followers.take(place[t], out=next_word, mode="clip")  # by default, `out` is written twice
+            np.copyto(ids[t], next_word, where=follows[t])
+        return np.ascontiguousarray(ids.T)
 
     def _anything(self, draws: UInt64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
         return self.zipf[(draws >> np.uint64(8)).astype(np.int64) & 0xFFFF]
@@ -111,9 +116,12 @@ def _random(seed: int, stream: int, counters: Int64[np.ndarray, "..."]) -> UInt6
     """Return 64 random bits for each counter: SplitMix64 (Steele et al. 2014) at that place."""
     start = np.uint64((seed * 0x632BE59BD9B4E019 + stream * 0xD1342543DE82EF95) % 2**64)
     z = (counters.astype(np.uint64) + start) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def _word(draw: int, rank: int) -> bytes:

@@ -69,6 +69,10 @@ class TfdsSource:
                 documents.read(range(first, min(first + 64, len(documents))))
             self.shards.read(what)
 
+    def hold(self) -> None:
+        """Hold the shards to what they are now."""
+        self.shards.hold()
+
     def build(self, aside: Path) -> dict[str, int]:
         """Copy the splits in use, record by record, as ArrayRecord."""
         info = open_builder(self.prepared).info

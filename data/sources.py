@@ -45,6 +45,9 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise DataError where records that are read only while training are not sound."""
 
+    def hold(self) -> None:
+        """Take note that all is well: a change from now on is a fault."""
+
     def build(self, aside: Path) -> dict[str, int]:
         """Make a prepared directory at aside/NAME/VERSION; return the bad records left out, by kind."""
 
@@ -77,14 +80,15 @@ class FolderSource:
     def check(self) -> None:
         """Nothing: every record is read when it is built."""
 
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
+
     def build(self, aside: Path) -> dict[str, int]:
         """Run our TFDS builder."""
         with quiet():
             from data.shuffling import bounded_shuffle
-            from data.tfds_builders import FolderCorpus, StdlibCorpus
 
-            kind = StdlibCorpus if self.config.source == "stdlib" else FolderCorpus
-            builder = kind(
+            builder = self.builder(
                 data_dir=str(aside),
                 root=str(self.root),
                 validation_fraction=self.config.validation_fraction,
@@ -100,6 +104,12 @@ class FolderSource:
         shutil.rmtree(aside / "downloads", ignore_errors=True)
         return dict(builder.bad.counts)
 
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder, imported only where there is something to build."""
+        from data.tfds_builders import FolderCorpus
+
+        return FolderCorpus(**options)
+
 
 class StdlibSource(FolderSource):
     """`data.source=stdlib`: the standard library's own source, as installed here."""
@@ -112,6 +122,12 @@ class StdlibSource(FolderSource):
     def inputs(self) -> dict[str, Any]:
         """Files count by name and content."""
         return super().inputs() | {"text_key": "text"}
+
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder."""
+        from data.tfds_builders import StdlibCorpus
+
+        return StdlibCorpus(**options)
 
 
 SOURCES: dict[str, type[Source]] = {
@@ -175,6 +191,10 @@ class Corpus:
         if len(found) == 0:
             raise DataError(f"data.{split}_split={name} is empty; name a split that has documents")
         return found
+
+    def hold(self) -> None:
+        """Take note that what was prepared is whole: from now on, a change in place is a fault."""
+        self.source.hold()
 
     def plan(self) -> str | None:
         """Say in a line what `ensure` is going to build; None where it is there already."""

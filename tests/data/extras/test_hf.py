@@ -62,6 +62,7 @@ def test_a_folder_of_data_files_is_streamed_once(datasets, tmp_path, name):
         (folder / f"{part}.jsonl").write_text("".join(lines))
     config = hf_config(tmp_path / "cache", path=str(folder), name=name, **SLICES)
     assert list(documents(config, "validation")) + list(documents(config, "train")) == TEXTS
+    assert not list((tmp_path / "cache").rglob("*.lock"))
     digest = prepare(config, BYTES, progress=False).digest
     (folder / "1.jsonl").write_text('{"text": "another"}\n')
     assert prepare(config, BYTES, progress=False).digest != digest

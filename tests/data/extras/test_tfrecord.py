@@ -87,13 +87,8 @@ def test_tfrecord_reads_byte_identically_to_array_record(written, tmp_path):
     assert (again.digest, again.description["rebuilt"]) == (prepared["tfrecord"].digest, [])
 
 
-def test_slices_of_tfrecord_splits(written, tmp_path):
-    config = config_of(
-        written["tfrecord"], tmp_path, train_split="train[50%:]+validation", validation_split="train[:50%]"
-    )
-    whole = list(documents(config_of(written["array_record"], tmp_path), "train"))
-    assert list(documents(config, "validation")) == whole[: len(whole) // 2]
-    config.validation_split = "test"
+def test_a_split_that_is_not_there_is_named_before_anything_is_copied(written, tmp_path):
+    config = config_of(written["tfrecord"], tmp_path, validation_split="test")
     with pytest.raises(DataError, match=r"split test is not in .*train, validation"):
         documents(config, "validation")
 
@@ -116,9 +111,12 @@ def test_the_reader_finds_every_kind_of_damage_and_goes_on(written, tmp_path):
         whole = list(reader.read(shard))
         for name, raw in damaged(shard.read_bytes()).items():
             (tmp_path / "x").write_bytes(raw)
-            with pytest.raises(ValueError, match="^x: ") as caught:
-                list(reader.read(tmp_path / "x"))
-            assert "\n" not in str(caught.value), name
+            try:
+                found = list(reader.read(tmp_path / "x"))
+            except ValueError as error:
+                assert str(error).startswith("x: ") and "\n" not in str(error), name
+            else:  # TensorFlow takes a piece of a length for the end; then dataset_info.json's count tells
+                assert (name, len(found)) == ("cut in a length", 1)
         with pytest.raises(ValueError, match="^none: "):
             list(reader.read(tmp_path / "none"))
         assert list(reader.read(shard)) == whole
