@@ -209,6 +209,8 @@ class _Building:
                 self.tallies.setdefault(number, Tally()).add(tally)
             for text, path in done.documents:
                 writer.write(split, text, path)
+            if what.last is not None:
+                what.last[1].names.update(done.names)
             if done.signatures is not None:
                 signatures.append(done.signatures)
         found = np.concatenate(left)

@@ -69,6 +69,8 @@ class GlobalStep(Protocol):
     def field(self) -> str | None:
         """The field of the records that `sign` wants beside the texts."""
 
+    names: dict[int, str]  # of strata by their hash; filled with what the workers send, before `decide`
+
     def sign(self, texts: list[str], values: list[str]) -> UInt64[np.ndarray, "N K"]:
         """Return a row for each text; `values` are the fields of their records."""
 

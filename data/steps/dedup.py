@@ -41,6 +41,7 @@ class DedupExactStep:
     """Compares 128 bits of the sha256 of each text."""
 
     field = None
+    names: dict[int, str] = {}  # no strata
 
     def __init__(self, config: DedupExact):
         self.config = config
@@ -66,6 +67,7 @@ class DedupMinhashStep:
     """MinHash over bands, exact Jaccard for what they propose, union-find for the clusters."""
 
     field = None
+    names: dict[int, str] = {}  # no strata
 
     def __init__(self, config: DedupMinhash):
         self.config = config

@@ -105,6 +105,7 @@ class KeepBestStep:
     """With `keep`: finds the score that this share of train reaches; it holds for both splits."""
 
     field = None
+    names: dict[int, str] = {}  # no strata
 
     def __init__(self, config: FilterLearned):
         assert config.keep is not None

@@ -75,6 +75,7 @@ class Done:
     signatures: UInt64[np.ndarray, "N K"] | None
     documents: list[tuple[str, str]]
     tallies: dict[int, Tally]
+    names: dict[int, str] = field(default_factory=dict)  # of strata, by their hash
 
 
 def text_of(value: Any) -> str:
@@ -104,11 +105,13 @@ def run_job(source: Source, what: Pass, split: str, numbers: Int[np.ndarray, " N
         kept, texts, tallies[number] = _one_step(step, what.hide, split, numbers[rows], texts)
         rows = rows[kept]
     signatures = None
+    names: dict[int, str] = {}
     documents: list[tuple[str, str]] = []
     if what.last is not None:
         field_ = what.last[1].field
         values = [_field(records[row], field_, source.splits[split]) for row in rows] if field_ else []
         signatures = what.last[1].sign(texts, values or [""] * len(texts))
+        names = what.last[1].names
         sizes = np.array([len(text.encode()) for text in texts], np.uint64).reshape(-1, 1)
         signatures = np.concatenate([sizes, signatures.reshape(len(texts), -1)], axis=1)
     else:
@@ -116,7 +119,7 @@ def run_job(source: Source, what: Pass, split: str, numbers: Int[np.ndarray, " N
         paths = [path_of(records[row], split, int(numbers[row]) - first) for row in rows]
         documents = list(zip(texts, paths, strict=True))
         _count_whole(whole, split, texts, 1)
-    return Done(numbers[rows], signatures, documents, tallies)
+    return Done(numbers[rows], signatures, documents, tallies, names)
 
 
 def _count_whole(tally: Tally, split: str, texts: list[str], side: int) -> None:
@@ -239,7 +242,8 @@ def run_pass(
 ) -> Iterator[tuple[str, Done]]:
     """Yield (split, what came of it) of each job, in the order of the corpus, a few jobs ahead at most."""
     jobs = jobs_of(source, numbers)
-    small = sum(documents.num_bytes for documents in source.splits.values()) < PARALLEL_BYTES
+    sizes = [documents.num_bytes for documents in source.splits.values()]  # 0 where nobody has counted
+    small = 0 not in sizes and sum(sizes) < PARALLEL_BYTES
     if workers == 1 or len(jobs) == 1 or small:
         yield from ((split, run_job(source, what, split, mine)) for split, mine in jobs)
         return

@@ -24,7 +24,9 @@ class SampleStep:
     def sign(self, texts: list[str], values: list[str]) -> UInt64[np.ndarray, "N 2"]:
         """Return (rank, stratum) of each document: 16 bytes."""
         salt = f"sample {self.config.seed}"
-        rows = [(hash64(t, salt), hash64(self.stratum(v))) for t, v in zip(texts, values, strict=True)]
+        hashes = {value: hash64(self.stratum(value)) for value in set(values)}
+        self.names |= {number: self.stratum(value) for value, number in hashes.items()}
+        rows = [(hash64(text, salt), hashes[value]) for text, value in zip(texts, values, strict=True)]
         return np.array(rows, dtype=np.uint64).reshape(-1, 2)
 
     def stratum(self, value: str) -> str:
@@ -38,13 +40,12 @@ class SampleStep:
         keep = ~corpus.is_train
         rows = np.flatnonzero(corpus.is_train)
         ranks, strata = corpus.signatures[rows].T
-        _, stratum, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+        keys, stratum, sizes = np.unique(strata, return_inverse=True, return_counts=True)
         quotas = _quotas(sizes, self.config.fraction)
         keep[rows[_lowest(ranks, stratum, quotas)]] = True
-        details = {
-            "strata": [[int(size), int(quota)] for size, quota in zip(sizes, quotas, strict=True)][:SHOWN],
-            "strata_in_all": len(sizes),
-        }
+        largest = np.argsort(-sizes, kind="stable")[:SHOWN]
+        named = {self.names.get(int(keys[s]), ""): [int(sizes[s]), int(quotas[s])] for s in largest}
+        details = {"strata": named, "strata_in_all": len(sizes)}
         return Decision(keep, ("not_sampled",), np.zeros(len(keep), np.int64), details)
 
 

@@ -339,6 +339,9 @@ def test_strata_of_paths_are_their_first_parts(tmp_path):
     source = Counter(text[:2] for text in documents(plain, "train"))
     kept = Counter(text[:2] for text in documents(config, "train"))
     assert set(kept) == {"en", "de"}
+    report = OptimizedCorpus(config).report()
+    assert report is not None
+    assert report["steps"][0]["details"]["strata"] == {name: [source[name], kept[name]] for name in source}
     held_out = [list(documents(each, "validation")) for each in (plain, config)]
     assert held_out[0] == held_out[1]
     assert all(abs(kept[name] - source[name] / 2) < 1 for name in source)
