@@ -66,13 +66,14 @@ def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
     """One long stream, cut every `seq_len`: only the last row is padded."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    rows = np.arange(0, ends[-1], seq_len)
-    cuts = np.union1d(begins, rows)
-    document = np.searchsorted(begins, cuts, side="right") - 1
+    first = begins // seq_len  # the row in which each document begins
+    counts = -(-ends // seq_len) - first
+    row = _ranges(first, counts)
+    cuts = np.maximum(row * seq_len, np.repeat(begins, counts))
     return Plan(
-        starts=starts[document] + cuts - begins[document],
+        starts=np.repeat(starts - begins, counts) + cuts,
         lengths=np.diff(cuts, append=ends[-1]),
-        row_offsets=np.append(np.searchsorted(cuts, rows), len(cuts)),
+        row_offsets=np.searchsorted(row, np.arange(row[-1] + 2)),
     )
 
 

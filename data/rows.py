@@ -89,9 +89,9 @@ def _by_addresses(
     index = np.arange(len(where) * seq_len)
     address = (index + np.repeat(starts - begins, lengths)).reshape(-1, seq_len)
     position = (index - np.repeat(begins, lengths)).reshape(-1, seq_len)
-    padded = [(row, slice(int(used[row]), None)) for row in np.flatnonzero(used < seq_len)]
-    for span in padded:
-        address[span] = 0  # any that exists
+    padded = [(row, slice(used[row], None)) for row in np.flatnonzero(used < seq_len).tolist()]
+    for row, rest in padded:
+        address[row, rest] = 0  # any that exists
     values = {
         "tokens": tokens[address.reshape(-1)],
         "positions": position,
@@ -104,5 +104,5 @@ def _by_addresses(
         values["loss_weights"] = weights[address.reshape(-1)]
     for key, value in values.items():
         batch[key][where] = value.reshape(-1, seq_len)
-        for row, span in padded:
-            batch[key][where[row], span] = 0
+        for row, rest in padded:
+            batch[key][where[row], rest] = 0
