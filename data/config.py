@@ -3,12 +3,18 @@
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 SOURCES = ("stdlib", "folder", "tfds")
 MODES = ("cached", "streaming")
 PACKINGS = ("concat", "best_fit", "first_fit", "none")
+OWN = ("weight", "epochs")  # what a component of a mixture has beside keys of `data`
+# What all components of a mixture have in common.
+SHARED = (
+    *("cache_dir", "mode", "packing", "seq_len", "workers", "prefetch"),
+    *("mixture", "curriculum", "virtual_shards"),
+)
 TOKENIZERS = ("bpe", "file", "byte")
 
 
@@ -74,8 +80,8 @@ class DataConfig:
             )
         if self.virtual_shards and self.mode != "streaming":
             raise ValueError(
-                f"data.virtual_shards={self.virtual_shards} has no effect with data.mode={self.mode}, which is "
-                "exact on any number of hosts; use data.virtual_shards=0, or data.mode=streaming"
+                f"data.virtual_shards={self.virtual_shards} has no effect with data.mode={self.mode}, which "
+                "is exact on any number of hosts; use data.virtual_shards=0, or data.mode=streaming"
             )
         if self.mixture:
             from data.mixture import components  # which needs this module
@@ -89,6 +95,11 @@ class DataConfig:
                 "data.source=tfds needs data.path, a prepared dataset's directory, or data.name "
                 "with data.path as its TFDS root"
             )
+
+
+def component_keys() -> list[str]:
+    """Return the keys that `data.mixture.NAME` may have."""
+    return [*OWN, *(f.name for f in fields(DataConfig) if f.name not in SHARED)]
 
 
 def check_curriculum(points: list[Any], seq_len: int) -> None:

@@ -17,7 +17,7 @@ def longest_piece(curriculum: Sequence[Sequence[int]], step: int, seq_len: int) 
 
 
 def cut_pieces(batch: dict[str, np.ndarray], longest: int) -> None:
-    """Cut, in place, the pieces of a batch of [B, T] arrays into parts of `longest` and a shorter last one."""
+    """Cut, in place, the pieces of a batch [B, T] into parts of `longest` and a shorter last one."""
     real = batch["segment_ids"] > 0
     batch["positions"] %= longest
     begins = real & (batch["positions"] == 0)

@@ -3,30 +3,24 @@
 Letters: C components, S steps at which some weight's schedule has a point, R rows.
 
 A component's share of the rows is its weight over the sum of all weights. Shares are taken at each of the S
-steps and go linearly from one to the next; before the first and past the last they stand still. So T_i(n), the
-rows that are due to component i among the first n, is piecewise quadratic in n. Row j of component i belongs at
-the time t where T_i(t) = j + 1/2, and the rows of all components are read in the order of these times, ties in
-the order of names: the divisor method of Webster and Sainte-Lague. What has been read of a component never
-differs from what is due to it by more than about a row, and which row of which component the global row n is
-follows from n and the weights alone: nothing has to be counted, stored or restored.
+steps and go linearly from one to the next; before the first and past the last they stand still. So T_i(n),
+the rows that are due to component i among the first n, is piecewise quadratic in n. Row j of component i
+belongs at the time t where T_i(t) = j + 1/2, and the rows of all components are read in the order of these
+times, ties in the order of names: the divisor method of Webster and Sainte-Lague. What has been read of a
+component never differs from what is due to it by more than about a row, and which row of which component the
+global row n is follows from n and the weights alone: nothing has to be counted, stored or restored.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from data.config import DataConfig, did_you_mean
+from data.config import OWN, SHARED, DataConfig, component_keys, did_you_mean
 
-OWN = ("weight", "epochs")  # what a component has beside the keys of `data`
-# What all components of a run have in common.
-SHARED = (
-    *("cache_dir", "mode", "packing", "seq_len", "workers", "prefetch"),
-    *("mixture", "curriculum", "virtual_shards"),
-)
 Points = list[tuple[int, float]]
 
 
@@ -37,11 +31,6 @@ class Component:
     data: DataConfig
     weight: Points
     epochs: float | None
-
-
-def component_keys() -> list[str]:
-    """Return the keys that `data.mixture.NAME` may have."""
-    return [*OWN, *(f.name for f in fields(DataConfig) if f.name not in SHARED)]
 
 
 def components(data: DataConfig) -> dict[str, Component]:
@@ -57,7 +46,9 @@ def components(data: DataConfig) -> dict[str, Component]:
     found = {name: _component(data, name, data.mixture[name]) for name in sorted(data.mixture)}
     for step in sorted({step for part in found.values() for step, _ in part.weight}):
         if not any(_weight_at(part.weight, step) for part in found.values()):
-            raise ValueError(f"data.mixture: all weights are 0 at step {step}; give one of them a weight there")
+            raise ValueError(
+                f"data.mixture: all weights are 0 at step {step}; give one of them a weight there"
+            )
     return found
 
 
@@ -90,7 +81,9 @@ def _points(key: str, value: Any) -> Points:
     pairs = [[0, value]] if _is_number(value) else value
     sound = isinstance(pairs, list) and pairs
     if not sound or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise ValueError(f"{key}={value} is neither a number nor a list of [step, weight]; use 1.0 or [[0,1.0]]")
+        raise ValueError(
+            f"{key}={value} is neither a number nor a list of [step, weight]; use 1.0 or [[0,1.0]]"
+        )
     if not all(type(step) is int and step >= 0 and _is_number(w) and w >= 0 for step, w in pairs):
         raise ValueError(f"{key}={value}: steps are whole numbers from 0, weights are numbers from 0")
     if any(a[0] >= b[0] for a, b in zip(pairs, pairs[1:], strict=False)):

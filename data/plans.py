@@ -1,7 +1,8 @@
-"""Plans kept on disk: packing a large corpus takes minutes, and every host of every start needs the same plan.
+"""Plans kept on disk: packing a large corpus takes minutes, and every start of every host needs the same.
 
-A plan is a pure function of (token store, seed, epoch, packing, row length). One that took longer than SECONDS
-to make is written beside the stores, with the sha256 of its numbers; what fails it is made again, and said.
+A plan is a pure function of (token store, seed, epoch, packing, row length). One that took longer than
+SECONDS to make is written beside the stores, with the sha256 of its numbers; what fails it is made again,
+and said.
 """
 
 import contextlib

@@ -22,7 +22,10 @@ def prepare_data(config: "Config") -> int:
     from data.pipeline import prepare
 
     prepared = prepare(config.data, config.tokenizer)
-    print_table(prepared, config.data.seq_len)
+    for name, part in (prepared.components or {"": prepared}).items():
+        if name:
+            print(f"{name}:")
+        print_table(part, config.data.seq_len)
     return 0
 
 
