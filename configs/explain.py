@@ -213,7 +213,7 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     if key.startswith("mesh.rules."):
         return f"{key} has no rule yet; add one with +{key}=[AXIS]"
     if key.startswith("data.mixture."):
-        return f"{key} is not set yet; add it with +{key}=VALUE"
+        return f"{key} is not there yet; begin its keys with +, as in +{key}.weight=1.0"
     if key.startswith("mesh.dcn."):
         return f"{key} has no factor yet; add one with +{key}=SLICES"
     if key not in keys:

@@ -185,8 +185,7 @@ class Shards:
             raise DataError(
                 f"data.virtual_shards={shards}: a host with {len(wanted)} of the {self.batch_size} rows of a "
                 f"batch has {counts[v]} of the {self.rows} rows of shard {v}; use a number of hosts that "
-                f"divides the shards ({hosts}), each with rows of its own, or data.virtual_shards=0, which goes "
-                "with any"
+                f"divides the shards ({hosts}), each with rows of its own, or data.virtual_shards=0"
             )
         return np.flatnonzero(counts).tolist()
 
