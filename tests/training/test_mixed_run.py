@@ -22,9 +22,6 @@ def test_a_mixture_resumes_bitwise_and_says_its_shares_in_table_rows_and_summary
     held_out = [row for row in rows if "eval/loss" in row]
     shares = [(row["mixture/again"], row["mixture/words"]) for row in held_out]
     assert shares == [(0.625, 0.375), (0.75, 0.25)]
-        (0.625, 0.375),
-        (0.75, 0.25),
-    ]
     # At the end of the schedule nothing of `words` is left, so the whole is the other.
     assert all(row["eval/loss"] == row["eval/again/loss"] != row["eval/words/loss"] for row in held_out)
     summary = ground.summary("mixed")
