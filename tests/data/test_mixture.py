@@ -180,6 +180,11 @@ def test_a_stream_of_a_mixture_is_refused():
         DataConfig(mode="streaming", mixture={"a": {"weight": 1}})
 
 
+def test_virtual_shards_of_what_is_cached_are_refused():
+    with pytest.raises(ValueError, match="data.virtual_shards=2 has no effect with data.mode=cached"):
+        DataConfig(virtual_shards=2)
+
+
 @pytest.mark.parametrize(
     ("curriculum", "said"),
     [
