@@ -41,7 +41,10 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
 
         engine = beam_engine(beam_options(options.runner, options.runner_option))
     prepared = prepare(config.data, config.tokenizer, append=options.append, engine=engine)
-    print_table(prepared, config.data.seq_len)
+    for name, part in (prepared.components or {"": prepared}).items():
+        if name:
+            print(f"{name}:")
+        print_table(part, config.data.seq_len)
     return 0
 
 
