@@ -60,9 +60,7 @@ class DataConfig:
     seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
-    steps: list[Any] = field(
-        default_factory=list
-    )  # sampling, filters: [{step: NAME, …}], in order
+    steps: list[dict] = field(default_factory=list)  # sampling, filters: [{step: NAME, …}], in order
     mixture: dict[str, dict] = field(default_factory=dict)  # NAME: weight, epochs, and what of data differs
     curriculum: list[list[int]] = field(default_factory=list)  # [step, longest piece] pairs, growing
     virtual_shards: int = 0  # streaming: parts, each tokenized where its rows are; 0: all of it on each host

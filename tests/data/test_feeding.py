@@ -102,15 +102,15 @@ def patch(monkeypatch, owner, name):
 def test_the_next_epochs_plan_is_made_ahead_and_changes_nothing(prepared, corpus, packing, monkeypatch):
     monkeypatch.setattr("data.loader.NEAR", 1)  # as soon as an epoch begins
     ahead, threads = cached(prepared, corpus, packing=packing), []
-    original = ahead._epochs._made
+    original = ahead._epochs[0]._made
 
     def made(epoch):
         threads.append((epoch, threading.current_thread()))
         return original(epoch)
 
-    monkeypatch.setattr(ahead._epochs, "_made", made)
+    monkeypatch.setattr(ahead._epochs[0], "_made", made)
     steps = 0
-    while len(ahead._epochs.kept) < 2 or 2 not in ahead._epochs.kept:
+    while len(ahead._epochs[0].kept) < 2 or 2 not in ahead._epochs[0].kept:
         batch = ahead.batch(steps)
         monkeypatch.setattr("data.loader.NEAR", 10**9)
         assert same(batch, cached(prepared, corpus, packing=packing).batch(steps))
