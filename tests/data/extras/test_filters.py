@@ -17,6 +17,7 @@ from data.steps.base import Corpus as Seen
 from data.steps.config import DedupMinhash, FilterLanguage, FilterLearned
 from tests.data.extras import require
 
+pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")  # tfds, of protobuf's newest
 SPLITS = ("train", "validation")
 GERMAN = "Der Zug nach Hamburg fährt heute nicht, weil die Strecke wegen des Sturms gesperrt ist."
 ENGLISH = "The train to Hamburg is not running today because the line is closed after the storm."
