@@ -124,10 +124,11 @@ class Stream:
                 entries = [self._index(j) for j in wanted]
             with stage("read"):
                 texts = self.documents.read(entries)
-            bos, eos = [self.tokenizer.bos_id], [self.tokenizer.eos_id]
             with stage("tokenize"):
                 for j, ids in zip(wanted, self.tokenizer.encode_batch(texts), strict=True):
-                    self._ready[j] = np.concatenate([bos, ids, eos]).astype(np.int32)
+                    framed = np.empty(len(ids) + 2, np.int32)
+                    framed[0], framed[1:-1], framed[-1] = self.tokenizer.bos_id, ids, self.tokenizer.eos_id
+                    self._ready[j] = framed
         return self._ready.pop(k)
 
     def _index(self, k: int) -> int:

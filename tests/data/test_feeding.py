@@ -1,5 +1,6 @@
 """Batches ahead of the step: how many, in which thread, where the time goes; plans before they are due."""
 
+import importlib
 import threading
 import time
 
@@ -75,19 +76,17 @@ def test_the_slow_stage_has_the_time(slow, prepared, streamed, corpus, monkeypat
         "read": (type(streamed.documents), "read"),
         "tokenize": (type(streamed.tokenizer), "encode_batch"),
         "fill": ("data.loader", "fill"),
-        "place": (time, "monotonic_ns"),
+        "place": (Prefetcher, ""),
     }[slow]
-    if slow != "place":
-        patch(monkeypatch, owner, name)
+    if name:
+        delay(monkeypatch, owner, name)
     ahead = Prefetcher(loader, start=0, place=lambda batch: time.sleep(SLOW * (slow == "place")) or batch)
     ahead.next()
     ahead.close()
     assert max(ahead.stages, key=ahead.stages.get) == slow, ahead.stages
 
 
-def patch(monkeypatch, owner, name):
-    import importlib
-
+def delay(monkeypatch, owner, name):
     owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     original = getattr(owner, name)
 
