@@ -10,29 +10,27 @@ from data.store import TokenStore
 from tests.data.numbered import BATCH, SEQ_LEN, write_numbered
 
 
-def rooms_after(lengths, room, choose):
-    """Place pieces one by one by a rule over the rooms left; the plain way, to compare with."""
-    rooms, rows = [], []
-    for length in lengths:
-        fitting = [row for row, left in enumerate(rooms) if left >= length]
-        row = choose(fitting, rooms) if fitting else len(rooms)
-        rooms += [room] * (row == len(rooms))
-        rooms[row] -= length
+def placed_one_by_one(lengths, room, rule):
+    """Each piece's row by a rule over the rows that take it: (row, room left, when it was last filled)."""
+    rows, state = [], []
+    for when, length in enumerate(lengths.tolist()):
+        fitting = [(row, left, filled) for row, (left, filled) in enumerate(state) if left >= length]
+        row = min(fitting, key=rule)[0] if fitting else len(state)
+        state += [(room, when)] * (row == len(state))
+        state[row] = state[row][0] - length, when
         rows.append(row)
-    return rows, rooms
+    return rows
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fits_place_as_the_plain_rules_do(seed):
+def test_fits_place_every_piece_where_the_plain_rules_do(seed):
     rng = np.random.default_rng(seed)
     room = int(rng.integers(2, 30))
     lengths = rng.integers(1, room + 1, int(rng.integers(1, 150)))
-    rows, _ = rooms_after(lengths, room, lambda fitting, rooms: fitting[0])
-    assert first_fit(lengths, room).tolist() == rows
-    order = np.argsort(-lengths, kind="stable")
-    _, rooms = rooms_after(lengths[order], room, lambda fitting, rooms: min(fitting, key=rooms.__getitem__))
-    mine = room - np.bincount(best_fit(lengths, room), lengths).astype(int)
-    assert sorted(mine) == sorted(rooms)  # which of several equal rows takes a piece changes no room
+    assert first_fit(lengths, room).tolist() == placed_one_by_one(lengths, room, lambda row: row[0])
+    longest_first = np.argsort(-lengths, kind="stable")
+    rows = placed_one_by_one(lengths[longest_first], room, lambda row: (row[1], -row[2]))
+    assert best_fit(lengths, room)[longest_first].tolist() == rows
 
 
 @pytest.fixture

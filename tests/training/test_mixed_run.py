@@ -14,6 +14,7 @@ MIXED = (
 SHARDED = ("data.mode=streaming", "data.virtual_shards=4")
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_bitwise_and_says_its_shares_in_table_rows_and_summary(ground, capsys):
     fit(ground.config("mixed", *SMALL, *MIXED))
     said = capsys.readouterr().out
