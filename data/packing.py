@@ -6,6 +6,7 @@ exactly one piece.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -14,6 +15,13 @@ from data.errors import DataError
 
 WINDOW = 1 << 16  # pieces that best_fit considers together
 KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+
+
+class Entries(Protocol):
+    """One value per address of a token file: an array, or what reads several files as one."""
+
+    def __getitem__(self, addresses: np.ndarray, /) -> np.ndarray:
+        """Return the values at these addresses."""
 
 
 @dataclass(frozen=True)
@@ -127,27 +135,41 @@ def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
 
 
 def fill(
-    batch: dict[str, np.ndarray], where: np.ndarray, tokens: np.ndarray, plan: Plan, rows: np.ndarray
+    batch: dict[str, np.ndarray],
+    where: np.ndarray,
+    tokens: Entries,
+    plan: Plan,
+    rows: np.ndarray,
+    *,
+    weights: Entries | None = None,
+    max_length: int | None = None,
 ) -> None:
     """Copy the plan's `rows` into the batch's rows `where`.
 
-    Segment ids number a row's pieces from 1; positions restart at each piece.
+    Segment ids number a row's pieces from 1; positions restart at each piece. `tokens` and `weights` have one
+    entry per address; the loss weight of a target is that of its entry, 1 without `weights`. `max_length`
+    cuts each piece at its multiples into pieces of their own: every (input, target) pair stays.
     """
     seq_len = batch["tokens"].shape[1]
     first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
-    piece, number = _ranges(first, last - first)
-    lengths = plan.lengths[piece]
-    row = np.repeat(np.arange(len(rows)), last - first)
+    piece, _ = _ranges(first, last - first)
+    starts, lengths, counts = plan.starts[piece], plan.lengths[piece], last - first
+    if max_length is not None:
+        row = np.repeat(np.arange(len(rows)), counts)
+        counts = np.bincount(row, -(-lengths // max_length), len(rows)).astype(np.int64)
+        starts, lengths = _pieces(starts, lengths, max_length)
+    _, number = _ranges(np.zeros_like(counts), counts)
+    row = np.repeat(np.arange(len(rows)), counts)
     before = np.cumsum(lengths) - lengths
-    in_row = before - before[np.cumsum(last - first) - (last - first)][row]
-    source, position = _ranges(plan.starts[piece], lengths)
+    in_row = before - before[np.cumsum(counts) - counts][row]
+    source, position = _ranges(starts, lengths)
     target = np.repeat(where[row] * seq_len + in_row, lengths) + position
     values = {
         "tokens": tokens[source],
         "targets": tokens[source + 1],
         "positions": position,
         "segment_ids": np.repeat(number + 1, lengths),
-        "loss_weights": 1.0,
+        "loss_weights": 1.0 if weights is None else weights[source + 1],
     }
     for key, value in values.items():
         batch[key].reshape(-1)[target] = value

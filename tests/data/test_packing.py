@@ -14,12 +14,12 @@ def toy(lengths):
     return np.arange(1, (lengths + 1).sum() + 1), starts, lengths
 
 
-def all_rows(packing, lengths):
+def all_rows(packing, lengths, **options):
     tokens, starts, lengths = toy(lengths)
     order = permutation(len(starts), 7)
     plan = make_plan(packing, starts[order], lengths[order], SEQ_LEN)
     batch = empty_batch(plan.num_rows, SEQ_LEN)
-    fill(batch, np.arange(plan.num_rows), tokens, plan, np.arange(plan.num_rows))
+    fill(batch, np.arange(plan.num_rows), tokens, plan, np.arange(plan.num_rows), **options)
     return tokens, starts, lengths, plan, batch
 
 
@@ -74,6 +74,28 @@ def test_none_has_one_piece_a_row():
     *_, plan, batch = all_rows("none", CASES[-1])
     assert batch["segment_ids"].max() == 1
     assert plan.num_rows == sum(-(-n // SEQ_LEN) for n in CASES[-1])
+
+
+@pytest.mark.parametrize("lengths", CASES, ids=str)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_maximal_length_cuts_pieces_and_keeps_every_pair(packing, lengths):
+    *_, whole = all_rows(packing, lengths)
+    *_, cut = all_rows(packing, lengths, max_length=3)
+    for key in ("tokens", "targets", "loss_weights"):
+        assert np.array_equal(cut[key], whole[key])
+    real = whole["segment_ids"] > 0
+    assert np.array_equal(cut["positions"], whole["positions"] % 3)
+    begins = (cut["positions"] == 0) & real  # a segment begins wherever positions restart, counted from 1
+    assert np.array_equal(cut["segment_ids"], np.cumsum(begins, axis=1) * real)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_weight_of_a_target_is_that_of_its_entry(packing):
+    tokens, *_ = toy(CASES[-1])
+    weights = (tokens % 3).astype(np.uint8)
+    *_, batch = all_rows(packing, CASES[-1], weights=weights)
+    expected = np.where(batch["segment_ids"] > 0, batch["targets"] % 3, 0)
+    assert np.array_equal(batch["loss_weights"], expected.astype(np.float32))
 
 
 def test_best_fit_cuts_only_what_exceeds_a_row_and_wastes_little():
