@@ -5,7 +5,7 @@ counts the different followers of a, and p(b) = (c(b) + 1) / (n + V). No free pa
 corpus's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Integer
@@ -17,10 +17,12 @@ def bigram_bits_per_byte(
     *,
     vocab_size: int,
     validation_bytes: int,
+    counted: Integer[np.ndarray, " N"] | None = None,
 ) -> float:
     """Return bits of all validation targets over bytes of validation text.
 
-    train, validation: documents as [bos] t1 .. tn [eos].
+    train, validation: documents as [bos] t1 .. tn [eos]. `counted`, one an entry of all validation documents
+    in a row: not 0 where the entry is a target; None: all are.
     """
     codes, counts = _count(train, vocab_size)
     before, after = np.divmod(codes, vocab_size)
@@ -29,7 +31,7 @@ def bigram_bits_per_byte(
     total = np.bincount(before, counts, vocab_size)
     followers = np.bincount(before, minlength=vocab_size)
 
-    wanted, times = _count(validation, vocab_size)
+    wanted, times = _count(validation if counted is None else _targets(validation, counted), vocab_size)
     at = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
     seen = np.where(codes[at] == wanted, counts[at], 0)
     a, b = np.divmod(wanted, vocab_size)
@@ -37,6 +39,17 @@ def bigram_bits_per_byte(
         p = (seen + followers[a] * unigram[b]) / (total[a] + followers[a])
     p = np.where(total[a] > 0, p, unigram[b])
     return float(-(times * np.log2(p)).sum() / validation_bytes)
+
+
+def _targets(
+    documents: Iterable[Integer[np.ndarray, " T"]], counted: Integer[np.ndarray, " N"]
+) -> Iterator[Integer[np.ndarray, " T"]]:
+    """Yield (entry before, target) for each target that counts."""
+    first = 0
+    for ids in documents:
+        for at in np.flatnonzero(counted[first : first + len(ids)]):
+            yield ids[at - 1 : at + 1]
+        first += len(ids)
 
 
 def _count(documents: Iterable[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,10 @@ import os
 from dataclasses import dataclass
 
 SOURCES = ("stdlib", "folder", "tfds")
+FORMATS = ("text", "chat")
 MODES = ("cached", "streaming")
 PACKINGS = ("concat", "best_fit", "none")
-TOKENIZERS = ("bpe", "file", "byte")
+TOKENIZERS = ("bpe", "file", "byte", "inherit")
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -27,6 +28,7 @@ class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
     source: str = "stdlib"  # stdlib | folder | tfds
+    format: str = "text"  # text | chat: conversations, of which only the assistant's turns are learnt
     path: str | None = None  # folder: where the files are; tfds: the prepared dataset's directory
     name: str | None = None  # tfds: builder name with config and version, as in `wiki40b/en:1.3.0`
     text_key: str = "text"  # the field that holds the text, in jsonl, parquet and tfds records
@@ -45,6 +47,7 @@ class DataConfig:
         self.path = self.path and os.path.expanduser(self.path)
         self.cache_dir = os.path.expanduser(self.cache_dir)
         _choice("data.source", self.source, SOURCES)
+        _choice("data.format", self.format, FORMATS)
         _choice("data.mode", self.mode, MODES)
         _choice("data.packing", self.packing, PACKINGS)
         _at_least("data.seq_len", self.seq_len, 2)
@@ -58,6 +61,15 @@ class DataConfig:
             raise ValueError(
                 f"data.packing={self.packing} needs every document's length beforehand; "
                 "use data.packing=concat with data.mode=streaming, or data.mode=cached"
+            )
+        if self.format == "chat" and self.mode == "streaming":
+            raise ValueError(
+                "data.format=chat weighs each token, which data.mode=streaming cannot; use data.mode=cached"
+            )
+        if self.format == "chat" and self.source == "stdlib":
+            raise ValueError(
+                "data.source=stdlib holds no conversations for data.format=chat; make some with "
+                "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
         if self.source == "folder" and not self.path:
             raise ValueError("data.source=folder needs data.path, the folder with your files")
@@ -73,15 +85,17 @@ class TokenizerConfig:
     """What cuts text into tokens.
 
     `bpe` trains a byte-level BPE on the corpus, `file` reads a `tokenizer.json`,
-    `byte` is the 256 bytes and one separator.
+    `byte` is the 256 bytes and one separator, `inherit` takes that of the run that `init_from` names.
     """
 
-    kind: str = "bpe"  # bpe | file | byte
+    kind: str = "bpe"  # bpe | file | byte | inherit
     vocab_size: int = 4096  # bpe only, the separator included
     path: str | None = None  # file only: a `tokenizer.json`
+    chat_template: str | None = None  # data.format=chat: a Jinja file; null: the tokenizer's own
 
     def __post_init__(self) -> None:
         self.path = self.path and os.path.expanduser(self.path)
+        self.chat_template = self.chat_template and os.path.expanduser(self.chat_template)
         _choice("tokenizer.kind", self.kind, TOKENIZERS)
         _at_least("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
         if self.kind == "file" and not self.path:

@@ -70,7 +70,8 @@ class Loader:
             plan, order, first, end = self._epochs.containing(int(wanted[0]))
             here = wanted < end
             where = np.flatnonzero(here) + len(batch["tokens"]) - len(wanted)
-            fill(batch, where, self._store.tokens, plan, order[wanted[here] - first])
+            rows_here = order[wanted[here] - first]
+            fill(batch, where, self._store.tokens, plan, rows_here, weights=self._store.weights)
             wanted = wanted[~here]
         return batch
 
@@ -98,9 +99,15 @@ class Loader:
             return f"streaming, concat: {self._stream.num_documents:,} documents in rows of {data.seq_len}"
         store, (plan, _, _, rows) = self._store, self._epochs.containing(0)
         full = store.num_tokens / (plan.num_rows * data.seq_len)
+        learnt = ""
+        if store.weights is not None:
+            cut = int((store.lengths > data.seq_len).sum())
+            learnt = f" ({np.count_nonzero(store.weights) / store.num_tokens:.1%} learnt)"
+            learnt += f", {cut:,} longer than a row and cut," if cut and data.packing != "concat" else ""
         return (
-            f"cached, {data.packing}: {store.num_documents:,} documents, {store.num_tokens:,} tokens in "
-            f"{rows:,} rows of {data.seq_len} ({full:.1%} full), {rows / self.batch_size:,.1f} steps an epoch"
+            f"cached, {data.packing}: {store.num_documents:,} documents, {store.num_tokens:,} tokens{learnt} "
+            f"in {rows:,} rows of {data.seq_len} ({full:.1%} full), "
+            f"{rows / self.batch_size:,.1f} steps an epoch"
         )
 
 
@@ -143,20 +150,27 @@ class _Epochs:
 class EvalBatches:
     """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
 
-    Documents are concatenated whatever the training's packing, so that figures compare. Rows come shuffled by
-    a fixed key: the first few batches are a fair sample, not one long document. `num_tokens` and `num_bytes`
-    are what the batches cover: bits per byte = nll_sum / ln 2 / num_bytes.
+    Documents are concatenated whatever the training's packing, so that figures compare; conversations are
+    packed whole, so that an answer keeps its question. Rows come shuffled by a fixed key: the first few
+    batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
+    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. Raises DataError where there is none.
     """
 
     def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int):
         self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
-        self.plan = make_plan("concat", store.starts, store.lengths, data.seq_len)
+        packing = "concat" if store.weights is None else "best_fit"
+        self.plan = make_plan(packing, store.starts, store.lengths, data.seq_len)
         rows = permutation(self.plan.num_rows, 0)
         self.rows = rows if max_batches < 0 else rows[: max_batches * batch_size]
-        if len(self.rows) == self.plan.num_rows:
+        if len(self.rows) == self.plan.num_rows and store.weights is None:
             self.num_tokens, self.num_bytes = store.num_tokens, store.num_bytes
         else:
             self.num_tokens, self.num_bytes = self._covered()
+        if not self.num_bytes:
+            raise DataError(
+                f"eval.batches={max_batches} batches of {batch_size} rows hold nothing of an assistant; "
+                "use more, or -1 for the whole split"
+            )
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -175,7 +189,8 @@ class EvalBatches:
         batch = empty_batch(len(wanted), self.seq_len)
         real = np.flatnonzero(wanted < len(self.rows))
         if len(real):  # a process may hold nothing but the last batch's padding
-            fill(batch, real, self.store.tokens, self.plan, self.rows[wanted[real]])
+            here = self.rows[wanted[real]]
+            fill(batch, real, self.store.tokens, self.plan, here, weights=self.store.weights)
         return batch
 
     def _covered(self) -> tuple[int, int]:

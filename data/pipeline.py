@@ -15,8 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
+from data.chat import FORMAT as CHAT_FORMAT
+from data.chat import ChatEncoder, ChatEncoding, plain_text
+from data.chat_template import ChatTemplate, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
-from data.encoding import TextEncoding
+from data.encoding import Encoding, TextEncoding
 from data.errors import DataError
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
@@ -64,7 +67,8 @@ class Prepared:
             _some(self.train.framed() if self.train else self._streamed()),
             self.validation.framed(),
             vocab_size=self.tokenizer.vocab_size,
-            validation_bytes=self.validation.num_bytes,
+            validation_bytes=self.validation.learnt_bytes,
+            counted=self.validation.weights,
         )
         aside = cached.with_name(f".bigram-{os.getpid()}")
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
@@ -124,6 +128,10 @@ def follow(facts: dict[str, Any]) -> Prepared:
     try:
         stores = {name: TokenStore.open(path, contents=False) for name, path in facts["stores"].items()}
         tokenizer = load_tokenizer(description["tokenizer_path"])
+        if "chat_template" in description:
+            tokenizer.chat = ChatEncoder(
+                tokenizer, ChatTemplate(**description["chat_template"], specials=specials_of(tokenizer))
+            )
         documents = (
             Documents(Path(facts["documents"][0]), *facts["documents"][1:]) if facts["documents"] else None
         )
@@ -139,19 +147,33 @@ def follow(facts: dict[str, Any]) -> Prepared:
     )
 
 
+def chat_template(data: DataConfig, config: TokenizerConfig) -> ChatTemplate | None:
+    """The template of data.format=chat, known before the tokenizer is: ours have the separator alone."""
+    if data.format != "chat":
+        return None
+    path = config.path if config.kind == "file" else None
+    known = load_tokenizer(path) if path else train_tokenizer((), TokenizerConfig(kind="byte"))
+    return find_template(config.chat_template, path, known)
+
+
 class _Preparation:
     """The steps of one `prepare`, sharing the corpus, the console, and the reasons for building again."""
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console):
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
-        self.corpus = Corpus(data)
+        self.template = chat_template(data, tokenizer)
+        self.corpus = Corpus(data, self.template)
         self.ensured = False
         self.rebuilt: list[str] = []
 
     def run(self) -> Prepared:
         directory = self._tokenizer_directory()
         tokenizer = load_tokenizer(directory / "tokenizer.json")
-        digest = digest_of({"format": FORMAT, "corpus": self.corpus.digest, "tokenizer": tokenizer.digest})
+        inputs = {"format": FORMAT, "corpus": self.corpus.digest, "tokenizer": tokenizer.digest}
+        if self.template is not None:
+            inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.facts})
+            tokenizer.chat = ChatEncoder(tokenizer, self.template)
+        digest = digest_of(inputs)
         streaming = self.data.mode == "streaming"
         train = None if streaming else self._store("train", directory, digest)
         validation = self._store("validation", directory, digest)
@@ -185,6 +207,8 @@ class _Preparation:
 
     def _tokenizer_directory(self) -> Path:
         config = self.tokenizer_config
+        if config.kind == "inherit":
+            raise DataError("tokenizer.kind=inherit takes that of init_from's run; give init_from=RUN")
         given = load_tokenizer(str(config.path)) if config.kind == "file" else None
         inputs: dict[str, Any] = {"kind": config.kind, "format": FORMAT}
         if given:
@@ -208,7 +232,8 @@ class _Preparation:
         self._say(f"training a tokenizer of {self.tokenizer_config.vocab_size} tokens")
         stride = max(1, -(-documents.num_bytes // BPE_SAMPLE_BYTES))
         for first in range(0, len(documents), stride * BLOCK):
-            yield from documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
+            texts = documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
+            yield from texts if self.template is None else map(plain_text, texts)
 
     def _store(self, split: str, tokenizer_directory: Path, digest: str) -> TokenStore:
         about: dict[str, Any] = {"kind": "tokens", "split": split, "inputs": digest}
@@ -219,13 +244,16 @@ class _Preparation:
                 write_store(
                     directory,
                     documents,
-                    TextEncoding(tokenizer_directory / "tokenizer.json"),
+                    self._encoding(tokenizer_directory / "tokenizer.json"),
                     workers=self.data.workers,
                     about=about,
                     advance=advance,
                 )
 
         return TokenStore.open(self._once("tokens", f"{digest[:16]}-{split}", make, about))
+
+    def _encoding(self, tokenizer: Path) -> Encoding:
+        return TextEncoding(tokenizer) if self.template is None else ChatEncoding(tokenizer, self.template)
 
     def _once(self, kind: str, key: str, make: Callable[[Path], None], about: dict[str, Any]) -> Path:
         """Return the cached directory of that key, made when it is missing or fails its checksums."""
@@ -252,6 +280,7 @@ class _Preparation:
         self, train: TokenStore | None, validation: TokenStore, path: Path, tokenizer: Tokenizer, digest: str
     ) -> dict[str, Any]:
         splits = {"train": train, "validation": validation}
+        template = self.template and {"name": self.template.name, **self.template.facts}
         return {
             "source": self.data.source,
             "mode": self.data.mode,
@@ -262,6 +291,7 @@ class _Preparation:
             "vocab_size": tokenizer.vocab_size,
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
+            **({"chat_template": template} if template else {}),
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 

@@ -10,10 +10,14 @@ import json
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.cache import CorruptCache, building, digest_of, verify
+from data.chat import FORMAT as CHAT_FORMAT
+from data.chat import list_chat
+from data.chat_template import ChatTemplate
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import fingerprint, list_folder, list_stdlib
@@ -124,11 +128,14 @@ def documents(config: DataConfig, split: str) -> Documents:
 
 
 class Corpus:
-    """A corpus by its inputs: their digest, and the TFDS directory that they become."""
+    """A corpus by its inputs: their digest, and the TFDS directory that they become.
 
-    def __init__(self, config: DataConfig):
-        self.config = config
-        self.inputs = _inputs(config)
+    `chat`: what conversations are checked with, so that a bad one is named by its line.
+    """
+
+    def __init__(self, config: DataConfig, chat: ChatTemplate | None = None):
+        self.config, self.chat = config, chat
+        self.inputs = _inputs(config, chat)
         self.digest = digest_of(self.inputs)
         cached = Path(config.cache_dir) / "documents" / self.digest[:16]
         self.directory = Path(self.inputs["directory"]) if config.source == "tfds" else cached
@@ -148,7 +155,7 @@ class Corpus:
             except CorruptCache as error:
                 reason = str(error)
         with building(self.directory, {"kind": "documents", "digest": self.digest}) as aside:
-            _build(self.config, aside)
+            _build(self.config, aside, self.chat)
         return reason
 
     def split(self, split: str) -> Documents:
@@ -167,10 +174,18 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _inputs(config: DataConfig) -> dict[str, Any]:
+def _inputs(config: DataConfig, chat: ChatTemplate | None) -> dict[str, Any]:
     """Return everything that decides which documents come out, json-able."""
     if config.source == "tfds":
         return _prepared_inputs(config)
+    if chat is not None:
+        root, files = list_chat(Path(str(config.path)))
+        return {
+            "source": config.source,
+            "chat": {"format": CHAT_FORMAT, **chat.facts},
+            "validation_fraction": config.validation_fraction,
+            "files": fingerprint(root, files, config.workers),
+        }
     root = stdlib_root() if config.source == "stdlib" else Path(str(config.path))
     files = list_stdlib(root) if config.source == "stdlib" else list_folder(root)
     return {
@@ -225,11 +240,13 @@ def _version_directory(cached: Path) -> Path:
     return next(cached.glob("*/*/dataset_info.json")).parent
 
 
-def _build(config: DataConfig, aside: Path) -> None:
+def _build(config: DataConfig, aside: Path, chat: ChatTemplate | None) -> None:
     with quiet():
         from data import tfds_builders
 
         kind = tfds_builders.StdlibCorpus if config.source == "stdlib" else tfds_builders.FolderCorpus
+        if chat is not None:
+            kind = partial(tfds_builders.ChatCorpus, chat=chat)
         builder = kind(
             data_dir=str(aside),
             root=str(stdlib_root() if config.source == "stdlib" else config.path),

@@ -78,6 +78,13 @@ class TokenStore:
         return int(self.offsets[-1]) - self.num_documents
 
     @property
+    def learnt_bytes(self) -> int:
+        """UTF-8 bytes of the targets that count."""
+        if self.weights is None:
+            return self.num_bytes
+        return int(self.token_bytes[self.tokens[np.flatnonzero(self.weights)]].sum())
+
+    @property
     def starts(self) -> Int[np.ndarray, " D"]:
         """Address of each document's bos."""
         return self.offsets[:-1]

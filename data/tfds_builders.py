@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from data.chat import list_chat, read_chat
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
@@ -66,3 +68,18 @@ class FolderCorpus(_TextCorpus):
 
     def _files(self) -> list[Path]:
         return list_folder(self._root)
+
+
+class ChatCorpus(_TextCorpus):
+    """Conversations of .jsonl (.gz, .zst) and .parquet files, each as canonical JSON."""
+
+    def __init__(self, *, root: str, chat: ChatTemplate, **kwargs: Any):
+        folder, self._chat_files = list_chat(Path(root))
+        self._chat = chat
+        super().__init__(root=str(folder), **kwargs)
+
+    def _files(self) -> list[Path]:
+        return self._chat_files
+
+    def _read(self, path: Path) -> Iterator[str]:
+        return read_chat(path, self._chat)

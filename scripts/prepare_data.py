@@ -21,7 +21,12 @@ def prepare_data(config: "Config") -> int:
     """Tokenize, and print what there is."""
     from data.pipeline import prepare
 
-    prepared = prepare(config.data, config.tokenizer)
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "inherit":  # only then: it imports JAX
+        from training.parent import tokenizer_config
+
+        tokenizer = tokenizer_config(config, None, None)
+    prepared = prepare(config.data, tokenizer)
     print_table(prepared, config.data.seq_len)
     return 0
 

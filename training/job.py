@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from data.config import TokenizerConfig
 from data.loader import EvalBatches, Loader, eval_batches
 from data.pipeline import Prepared, follow, prepare
 from parallel import cluster
@@ -25,7 +26,7 @@ from training.errors import RunFault
 from training.flops import Flops, peak_flops, training_flops
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
-from training.parent import Parent, check_tokenizer, find_parent, same_parent
+from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
 from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
@@ -104,17 +105,18 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh)
         parent = None if run.resuming else find_parent(config)
-    prepared = prepare_together(config)
+        tokenizer = tokenizer_config(config, run, parent)
+    prepared = prepare_together(config, tokenizer)
     with cluster.together("the program"), before_the_first_step():
         return build_job(config, run, watch, layout, parent, prepared)
 
 
-def prepare_together(config: Any) -> Prepared:
+def prepare_together(config: Any, tokenizer: TokenizerConfig) -> Prepared:
     """The primary makes or checks the data, and the others open what it has found."""
     mine: list[Prepared] = []
 
     def make() -> dict[str, Any]:
-        mine.append(prepare(config.data, config.tokenizer))
+        mine.append(prepare(config.data, tokenizer))
         return mine[0].facts()
 
     facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
@@ -229,6 +231,8 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
     log, board = None, None
     if primary:
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
+        if job.prepared.tokenizer.chat is not None:
+            job.prepared.tokenizer.chat.save(run.path)
         log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
         stack.callback(log.close)
         if log.missing:
