@@ -21,6 +21,7 @@ NEEDS = {
     "data=folder": "data.path=texts",
     "data=tfds": "data.name=wiki40b/en:1.3.0",
     "tokenizer=file": "tokenizer.path=tokenizer.json",
+    "tokenizer=inherit": "init_from=quickstart",
 }
 
 
