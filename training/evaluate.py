@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 
 def evaluate(
@@ -19,3 +21,20 @@ def evaluate(
     nll = math.fsum(float(s["nll"]) for s in sums)
     weight = math.fsum(float(s["weight"]) for s in sums)
     return {"eval/loss": nll / weight, "eval/bits_per_byte": nll / math.log(2) / num_bytes}
+
+
+def row_losses(
+    evaluate_batch: Callable[..., Any], params: Any, batches: Iterable[Any]
+) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+    """(nll in nats, weight) of each row of the batches: what a difference of means is bootstrapped from.
+
+    evaluate_batch: `(params, batch of any number of rows) -> {"nll", "weight"}`, such as a strategy's.
+    """
+
+    def one(row: Any) -> tuple[Any, Any]:
+        sums = evaluate_batch(params, {key: value[None] for key, value in row.items()})
+        return sums["nll"], sums["weight"]
+
+    rows = jax.jit(lambda batch: jax.lax.map(one, batch))
+    nll, weight = zip(*(jax.device_get(rows(batch)) for batch in batches), strict=True)
+    return np.concatenate(nll).astype(float), np.concatenate(weight).astype(float)

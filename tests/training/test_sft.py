@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import cache
 
 import jax
 import numpy as np
@@ -53,11 +54,13 @@ def gradients():
     model = build_model(MODEL)
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model.init(jax.random.key(0)))
 
-    def of(batch, steps=1):
+    @cache
+    def compiled(steps):
         plain = Plain(accumulation_steps=steps)
-        means, grads = jax.jit(lambda b: plain.value_and_grad(model, params, b, jax.random.key(0), Ops()))(
-            batch
-        )
+        return jax.jit(lambda b: plain.value_and_grad(model, params, b, jax.random.key(0), Ops()))
+
+    def of(batch, steps=1):
+        means, grads = compiled(steps)(batch)
         return float(means["nll"]), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
     return model, params, of
@@ -99,7 +102,13 @@ def test_evaluation_divides_by_the_weight_of_all_batches(batch, gradients):
 
 
 def test_a_finished_run_learns_to_answer_and_goes_on_without_its_parent(ground, conversations, capsys):
-    tiny = ("model.num_layers=1", "mesh.data=1", "eval.every=20", "checkpoint.every=20", "schedule=constant")
+    tiny = (
+        "model.num_layers=1",
+        "eval.every=20",
+        "checkpoint.every=20",
+        "schedule=constant",
+        "schedule.warmup_steps=1",
+    )
     assert fit(ground.config("taught", *tiny, "training.num_steps=2")) == 0
     words = (
         *(*tiny, "init_from=taught", "tokenizer=inherit", f"data.path={conversations}", "data.format=chat"),
@@ -110,7 +119,10 @@ def test_a_finished_run_learns_to_answer_and_goes_on_without_its_parent(ground, 
     held_out = [row["eval/loss"] for row in ground.rows("answers") if "eval/loss" in row]
     assert held_out[1] < 0.7 * held_out[0] < 4
     manifest = json.loads((ground.run("answers") / "manifest.json").read_text())
-    assert manifest["parent"]["step"] == 2 and manifest["data"]["chat_template"]["name"] == "default"
+    assert (
+        manifest["parent"]["step"] == 2
+        and manifest["data"]["description"]["chat_template"]["name"] == "default"
+    )
     tokenizer = (ground.run("answers") / "tokenizer.json").read_bytes()
     assert tokenizer == (ground.run("taught") / "tokenizer.json").read_bytes()
 
