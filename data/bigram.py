@@ -17,12 +17,12 @@ def bigram_bits_per_byte(
     *,
     vocab_size: int,
     validation_bytes: int,
-    counted: Integer[np.ndarray, " N"] | None = None,
+    counted: Iterable[Integer[np.ndarray, " T"]] | None = None,
 ) -> float:
     """Return bits of all validation targets over bytes of validation text.
 
-    train, validation: documents as [bos] t1 .. tn [eos]. `counted`, one an entry of all validation documents
-    in a row: not 0 where the entry is a target; None: all are.
+    train, validation: documents as [bos] t1 .. tn [eos]. `counted`, of each validation document: not 0
+    where an entry is a target; None: all are.
     """
     codes, counts = _count(train, vocab_size)
     before, after = np.divmod(codes, vocab_size)
@@ -42,14 +42,12 @@ def bigram_bits_per_byte(
 
 
 def _targets(
-    documents: Iterable[Integer[np.ndarray, " T"]], counted: Integer[np.ndarray, " N"]
-) -> Iterator[Integer[np.ndarray, " T"]]:
+    documents: Iterable[Integer[np.ndarray, " T"]], counted: Iterable[Integer[np.ndarray, " T"]]
+) -> Iterator[Integer[np.ndarray, " P"]]:
     """Yield (entry before, target) for each target that counts."""
-    first = 0
-    for ids in documents:
-        for at in np.flatnonzero(counted[first : first + len(ids)]):
+    for ids, weights in zip(documents, counted, strict=True):
+        for at in np.flatnonzero(weights):
             yield ids[at - 1 : at + 1]
-        first += len(ids)
 
 
 def _count(documents: Iterable[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

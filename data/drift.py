@@ -39,8 +39,7 @@ class Sample:
 
     def ids(self, document: int) -> Integer[np.ndarray, " T"]:
         """A document's tokens without its frame."""
-        offsets = self.store.offsets
-        return self.store.tokens[offsets[document] + 1 : offsets[document + 1] - 1]
+        return self.store.document(int(document))[1:]
 
 
 def features(sample: Sample) -> dict[str, Float[np.ndarray, " D"]]:

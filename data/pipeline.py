@@ -68,7 +68,7 @@ class Prepared:
             self.validation.framed(),
             vocab_size=self.tokenizer.vocab_size,
             validation_bytes=self.validation.learnt_bytes,
-            counted=self.validation.weights,
+            counted=self.validation.framed_weights(),
         )
         aside = cached.with_name(f".bigram-{os.getpid()}")
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time

@@ -106,9 +106,9 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     from data.store import TokenStore
 
     path = Path(where)
-    if (path / "offsets.npy").is_file():
+    if (path / "manifest.json").is_file() and not (path / "config.yaml").is_file():
         return TokenStore.open(path)
-    if (path / "config.yaml").is_file() and (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file():
         data = json.loads((path / "manifest.json").read_text())["data"]["description"]
         if "train" not in data:
             raise DataError(f"--{key}={where} is a run that streamed; give a token store or its documents")
