@@ -25,6 +25,10 @@ class CorruptCache(DataError):
     """A cached directory whose files are not those that its manifest lists."""
 
 
+class Stopped(DataError):
+    """Work that broke off for a reason outside of the corpus: what is finished can be gone on with."""
+
+
 def digest_of(value: Any) -> str:
     """Return the sha256 (hex) of a json-able value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -67,17 +71,42 @@ def building(final: Path, description: dict[str, Any]) -> Iterator[Path]:
     aside = final.with_name(f".building-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
+        with _becoming(aside, final, description):
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resuming(final: Path, description: dict[str, Any]) -> Iterator[Path]:
+    """Like `building`, but what is in the directory stays when work breaks off, and the next one goes on.
+
+    Whoever fills it must know again what of it is finished. It is removed where the work cannot ever be done:
+    at a DataError about the corpus, unlike one about this machine (`Stopped`, OSError).
+    """
+    aside = final.with_name(f".partial-{final.name}")
+    try:
+        with _becoming(aside, final, description):
+            yield aside
+    except Stopped:
+        raise
+    except DataError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _becoming(aside: Path, final: Path, description: dict[str, Any]) -> Iterator[None]:
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        yield
         _write_manifest(aside, description)
         shutil.rmtree(final, ignore_errors=True)  # only ever a directory that failed verification
         os.replace(aside, final)
     except OSError as error:
-        raise DataError(
+        raise Stopped(
             f"data.cache_dir: {final} cannot be written ({error}); free space or choose another"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_manifest(directory: Path, description: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class DataConfig:
     text_key: str = "text"  # the field that holds the text, in jsonl, parquet and tfds records
     train_split: str = "train"  # tfds: the name of a split
     validation_split: str = "validation"  # tfds: the same for held-out documents
+    generation: int | None = None  # folder: which one, of a corpus grown by `--append`; null: the newest
     validation_fraction: float = 0.05  # stdlib and folder: share of documents held out, by content hash
     cache_dir: str = ".cache/data"  # corpora, tokenizers and token stores, found again by hash
     mode: str = "cached"  # cached: tokenize once | streaming: tokenize while training
@@ -53,6 +54,13 @@ class DataConfig:
         _at_least("data.seq_len", self.seq_len, 2)
         _at_least("data.workers", self.workers, 1)
         _at_least("data.prefetch", self.prefetch, 1)
+        if self.generation is not None:
+            _at_least("data.generation", self.generation, 0)
+            if self.source != "folder" or self.mode != "cached":
+                raise ValueError(
+                    f"data.generation={self.generation} needs data.source=folder and data.mode=cached: only "
+                    "such corpora grow by prepare_data.py --append"
+                )
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"

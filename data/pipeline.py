@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.bigram import bigram_bits_per_byte
-from data.cache import FORMAT, CorruptCache, building, digest_of, locked, verify
+from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
 from data.chat import FORMAT as CHAT_FORMAT
 from data.chat import ChatEncoder, ChatEncoding, plain_text
 from data.chat_template import ChatTemplate, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
 from data.encoding import Encoding, TextEncoding
 from data.errors import DataError
+from data.growth import Files, Generation, Ledger, Part
+from data.shards import Engine
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -98,15 +100,28 @@ def _blocks(documents: Documents) -> Iterator[list[str]]:
         yield documents.read(range(first, min(first + BLOCK, len(documents))))
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Prepared:
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    progress: bool = True,
+    append: bool = False,
+    wanted: str | None = None,
+    engine: Engine | None = None,
+) -> Prepared:
     """Make, or find in the cache, what training reads. Calling it again costs a hash of the inputs.
+
+    A folder to which `append` added files is a corpus of several generations (`data.growth`): the one whose
+    digest is `wanted` is taken, else the one that `data.generation` names, else the newest. `engine` makes
+    the tokens, by default `data.workers` processes of this machine.
 
     Progress goes to stdout, where training's goes too: stderr is for what is wrong. Where several processes
     call it at once, one works and the others wait; those of one job had better `follow` it. Tokenizing spawns
     `data.workers` processes, which import the main script anew: call this under
     `if __name__ == "__main__":`.
 
-    Raises DataError, one line that names key, value and remedy; nothing half-made stays behind.
+    Raises DataError, one line that names key, value and remedy; of what was under way only finished shards of
+    tokens stay, for the next call.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker imports a main script that has no guard; its parent holds the lock and waits for it.
@@ -115,7 +130,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = Tr
         )
     root = Path(data.cache_dir)
     with locked(root):
-        return _Preparation(data, tokenizer, root, Console(quiet=not progress)).run()
+        work = _Preparation(data, tokenizer, root, Console(quiet=not progress), engine)
+        return work.run(append=append, wanted=wanted)
 
 
 def follow(facts: dict[str, Any]) -> Prepared:
@@ -128,6 +144,8 @@ def follow(facts: dict[str, Any]) -> Prepared:
     try:
         stores = {name: TokenStore.open(path, contents=False) for name, path in facts["stores"].items()}
         tokenizer = load_tokenizer(description["tokenizer_path"])
+        if tokenizer.digest != description["tokenizer_digest"]:
+            raise DataError(f"{description['tokenizer_path']} is another tokenizer")
         if "chat_template" in description:
             tokenizer.chat = ChatEncoder(
                 tokenizer, ChatTemplate(**description["chat_template"], specials=specials_of(tokenizer))
@@ -159,24 +177,33 @@ def chat_template(data: DataConfig, config: TokenizerConfig) -> ChatTemplate | N
 class _Preparation:
     """The steps of one `prepare`, sharing the corpus, the console, and the reasons for building again."""
 
-    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console):
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: TokenizerConfig,
+        root: Path,
+        console: Console,
+        engine: Engine | None,
+    ):
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
-        self.template = chat_template(data, tokenizer)
+        self.engine = engine
+        self.template = chat_template(data, self.tokenizer_config)
+        # `corpus` decides the tokenizer; what was appended to it follows in `parts`.
         self.corpus = Corpus(data, self.template)
-        self.ensured = False
+        self.parts: list[Corpus] = [self.corpus]
+        self.ensured: set[str] = set()
         self.rebuilt: list[str] = []
 
-    def run(self) -> Prepared:
+    def run(self, *, append: bool, wanted: str | None) -> Prepared:
+        ledger, groups = self._grow(append, wanted)
         directory = self._tokenizer_directory()
         tokenizer = load_tokenizer(directory / "tokenizer.json")
-        inputs = {"format": FORMAT, "corpus": self.corpus.digest, "tokenizer": tokenizer.digest}
         if self.template is not None:
-            inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.facts})
             tokenizer.chat = ChatEncoder(tokenizer, self.template)
-        digest = digest_of(inputs)
+        digest = self._digest(tokenizer)
         streaming = self.data.mode == "streaming"
-        train = None if streaming else self._store("train", directory, digest)
-        validation = self._store("validation", directory, digest)
+        train = None if streaming else self._store("train", directory, tokenizer)
+        validation = self._store("validation", directory, tokenizer)
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
@@ -185,6 +212,8 @@ class _Preparation:
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
                 "split; use shorter rows or a larger corpus"
             )
+        if ledger is not None:
+            ledger.note(Generation(groups, digest))
         return Prepared(
             tokenizer,
             train,
@@ -194,31 +223,68 @@ class _Preparation:
             self._describe(train, validation, directory / "tokenizer.json", tokenizer, digest),
         )
 
+    def _grow(self, append: bool, wanted: str | None) -> tuple[Ledger | None, tuple[Files, ...]]:
+        """Find of which generations the corpus consists; only folders read in cached mode have several."""
+        if self.data.source != "folder" or self.data.mode != "cached":
+            if append:
+                raise DataError(
+                    f"--append needs data.source=folder and data.mode=cached, not {self.data.source} and "
+                    f"{self.data.mode}; put the new documents into a folder"
+                )
+            return None, ()
+        ledger = Ledger(self.root, self.corpus, self._tokenizer_inputs(corpus=False))
+        groups = ledger.grown() if append else ledger.current(wanted, self.data.generation)
+        if len(groups) > 1 or groups[0] != ledger.files:
+            self.parts = [Part(self.corpus, files) for files in groups]
+            self.corpus = self.parts[0]
+        elif not append and ledger.news():
+            self._say(
+                f"{ledger.news()} files are new since the folder was prepared; all is made anew, where "
+                "prepare_data.py --append would add them alone"
+            )
+        return ledger, groups
+
+    def _digest(self, tokenizer: Tokenizer, part: Corpus | None = None) -> str:
+        """Digest of tokens and tokenizer: a part's, or the whole corpus's."""
+        if part is not None or len(self.parts) == 1:
+            corpus = (part or self.corpus).digest
+            inputs = {"format": FORMAT, "corpus": corpus, "tokenizer": tokenizer.digest}
+            if self.template is not None:
+                inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.facts})
+            return digest_of(inputs)
+        return digest_of({"format": FORMAT, "parts": [self._digest(tokenizer, part) for part in self.parts]})
+
     def _documents(self, split: str) -> Documents:
+        return self._ensured(self.corpus).split(split)
+
+    def _ensured(self, corpus: Corpus) -> Corpus:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
-        if not self.ensured:
-            if self.data.source != "tfds" and not self.corpus.directory.exists():
-                self._say(f"making the {self.data.source} corpus ({len(self.corpus.inputs['files'])} files)")
-            reason = self.corpus.ensure()
+        if corpus.digest not in self.ensured:
+            if self.data.source != "tfds" and not corpus.directory.exists():
+                self._say(f"making the {self.data.source} corpus ({len(corpus.inputs['files'])} files)")
+            reason = corpus.ensure()
             if reason:
                 self._rebuilding(reason)
-            self.ensured = True
-        return self.corpus.split(split)
+            self.ensured.add(corpus.digest)
+        return corpus
+
+    def _tokenizer_inputs(self, *, corpus: bool = True) -> dict[str, Any]:
+        """Everything that decides the tokenizer; without `corpus`, all but what it is trained on."""
+        config = self.tokenizer_config
+        inputs: dict[str, Any] = {"kind": config.kind, "format": FORMAT}
+        if config.kind == "file":
+            inputs["digest"] = load_tokenizer(str(config.path)).digest
+        if config.kind == "bpe":
+            inputs |= {"vocab_size": config.vocab_size, "sample": BPE_SAMPLE_BYTES}
+            inputs |= {"corpus": self.corpus.digest} if corpus else {}
+        return inputs
 
     def _tokenizer_directory(self) -> Path:
         config = self.tokenizer_config
         if config.kind == "inherit":
             raise DataError("tokenizer.kind=inherit takes that of init_from's run; give init_from=RUN")
         given = load_tokenizer(str(config.path)) if config.kind == "file" else None
-        inputs: dict[str, Any] = {"kind": config.kind, "format": FORMAT}
-        if given:
-            inputs["digest"] = given.digest
-        if config.kind == "bpe":
-            inputs |= {
-                "vocab_size": config.vocab_size,
-                "corpus": self.corpus.digest,
-                "sample": BPE_SAMPLE_BYTES,
-            }
+        inputs = self._tokenizer_inputs()
 
         def make(directory: Path) -> None:
             made = given or train_tokenizer(self._sample() if config.kind == "bpe" else (), config)
@@ -235,11 +301,29 @@ class _Preparation:
             texts = documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
             yield from texts if self.template is None else map(plain_text, texts)
 
-    def _store(self, split: str, tokenizer_directory: Path, digest: str) -> TokenStore:
+    def _store(self, split: str, tokenizer_directory: Path, tokenizer: Tokenizer) -> TokenStore:
+        stores = [self._tokens(split, tokenizer_directory, tokenizer, part) for part in self.parts]
+        found = [path for path in stores if path is not None]
+        if len(self.parts) == 1:
+            return TokenStore.open(found[0], contents=False)  # `_once` has just read it all
+        digest = self._digest(tokenizer)
+        about = {"kind": "tokens", "split": split, "inputs": digest, "parts": [path.name for path in found]}
+        grown = self._once("tokens", f"{digest[:16]}-{split}", lambda directory: None, about)
+        return TokenStore.open(grown, contents=False)
+
+    def _tokens(
+        self, split: str, tokenizer_directory: Path, tokenizer: Tokenizer, part: Corpus
+    ) -> Path | None:
+        """Return the store of one part's split; None where the part has no such documents."""
+        digest = self._digest(tokenizer, part)
         about: dict[str, Any] = {"kind": "tokens", "split": split, "inputs": digest}
+        key = f"{digest[:16]}-{split}"
+        if part is not self.corpus and not (self.root / "tokens" / key).exists():
+            if split not in self._ensured(part).splits():
+                return None
 
         def make(directory: Path) -> None:
-            documents = self._documents(split)
+            documents = self._ensured(part).split(split)
             with _bar(self.console, f"tokenizing {split}", len(documents)) as advance:
                 write_store(
                     directory,
@@ -248,9 +332,10 @@ class _Preparation:
                     workers=self.data.workers,
                     about=about,
                     advance=advance,
+                    engine=self.engine,
                 )
 
-        return TokenStore.open(self._once("tokens", f"{digest[:16]}-{split}", make, about))
+        return self._once("tokens", key, make, about)
 
     def _encoding(self, tokenizer: Path) -> Encoding:
         return TextEncoding(tokenizer) if self.template is None else ChatEncoding(tokenizer, self.template)
@@ -260,11 +345,11 @@ class _Preparation:
         directory = self.root / kind / key
         if directory.exists():
             try:
-                verify(directory)
+                _same_inputs(directory, verify(directory), about)
                 return directory
             except CorruptCache as error:
                 self._rebuilding(str(error))
-        with building(directory, about) as aside:
+        with (resuming if kind == "tokens" else building)(directory, about) as aside:
             make(aside)
         return directory
 
@@ -292,8 +377,15 @@ class _Preparation:
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
             **({"chat_template": template} if template else {}),
+            **({"generation": len(self.parts) - 1} if len(self.parts) > 1 else {}),
             **{name: _counts(store) for name, store in splits.items() if store},
         }
+
+
+def _same_inputs(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Hold a store to what it should have been made from: whole it may be, and another tokenizer's."""
+    if found.get("inputs") != expected.get("inputs"):
+        raise CorruptCache(f"{directory} was made from another corpus or with another tokenizer; delete it")
 
 
 def _counts(store: TokenStore) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from data.chat_template import ChatTemplate
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import fingerprint, list_folder, list_stdlib
+from data.shuffle import bounded
 
 
 class Documents(Sequence):
@@ -130,8 +131,11 @@ def documents(config: DataConfig, split: str) -> Documents:
 class Corpus:
     """A corpus by its inputs: their digest, and the TFDS directory that they become.
 
-    `chat`: what conversations are checked with, so that a bad one is named by its line.
+    `names`: the only files of the folder that are meant; None: all (`data.growth`). `chat`: what
+    conversations are checked with, so that a bad one is named by its line.
     """
+
+    names: frozenset[str] | None = None
 
     def __init__(self, config: DataConfig, chat: ChatTemplate | None = None):
         self.config, self.chat = config, chat
@@ -155,8 +159,15 @@ class Corpus:
             except CorruptCache as error:
                 reason = str(error)
         with building(self.directory, {"kind": "documents", "digest": self.digest}) as aside:
-            _build(self.config, aside, self.chat)
+            _build(self.config, aside, self.names, self.chat)
         return reason
+
+    def splits(self) -> list[str]:
+        """Return those of "train" and "validation" that have documents; the corpus must be there."""
+        if self.names is None:  # it would have been refused
+            return ["train", "validation"]
+        info = json.loads((_version_directory(self.directory) / "dataset_info.json").read_text())
+        return [split["name"] for split in info["splits"]]
 
     def split(self, split: str) -> Documents:
         """Return one split's documents. Raises DataError when it is empty."""
@@ -240,7 +251,12 @@ def _version_directory(cached: Path) -> Path:
     return next(cached.glob("*/*/dataset_info.json")).parent
 
 
-def _build(config: DataConfig, aside: Path, chat: ChatTemplate | None) -> None:
+def _build(
+    config: DataConfig,
+    aside: Path,
+    names: frozenset[str] | None = None,
+    chat: ChatTemplate | None = None,
+) -> None:
     with quiet():
         from data import tfds_builders
 
@@ -253,8 +269,10 @@ def _build(config: DataConfig, aside: Path, chat: ChatTemplate | None) -> None:
             validation_fraction=config.validation_fraction,
             text_key=config.text_key,
         )
+        builder.names = names
         try:
-            builder.download_and_prepare()
+            with bounded():
+                builder.download_and_prepare()
         except Exception as error:
             raise _said_plainly(error, config) from None
     shutil.rmtree(aside / "downloads", ignore_errors=True)

@@ -4,30 +4,51 @@
 where each begins. The inputs of a document are its first n+1 entries and its targets the last n+1, so the
 target at an address is simply the next entry: packing never has to ask where a document ends. Where the
 encoding gives weights, `weights.bin` holds one uint8 an entry: what it counts in the loss as a target.
+
+Past FILE_BYTES the tokens lie in several files, `tokens-00000-of-00012.bin`, each of whole documents. A store
+that has grown (`data.growth`) has none of its own: its manifest names the stores that it consists of. Either
+way the tokens are one array, see `data.mapped`.
 """
 
-import contextlib
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from data.cache import verify
-from data.encoding import Encoded, Encoder, Encoding
-from data.errors import DataError
+from data.encoding import Encoding
+from data.mapped import first_entries, mapped
+from data.shards import (
+    BLOCK_BYTES,
+    BLOCK_DOCUMENTS,
+    JOURNAL,
+    Engine,
+    Record,
+    Work,
+    lengths_of,
+    local_engine,
+    make_shards,
+    path_of,
+    token_dtype,
+)
 from data.sources import Documents
 
-JOB_BYTES = 2 << 20  # text that a worker tokenizes at a time
+JOB_BYTES = 2 << 20  # text in a shard of work, at the least
+MAX_SHARDS = 4096  # shards of work, at the most: past 8 GB of text they grow instead
+FILE_BYTES = 4 << 30  # tokens in a file of a finished store, at the most (save a single shard that has more)
+
+
+class _File(NamedTuple):
+    """A file of tokens: entries and documents in it."""
+
+    path: Path
+    entries: int
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +56,8 @@ class TokenStore:
     """Tokenized documents of one split, in TFDS's order.
 
     `num_tokens` counts targets: every document's tokens and one separator. `num_bytes` counts the text's
-    UTF-8 bytes.
+    UTF-8 bytes. `offsets` counts entries from 0; where tokens lie in several files, `gaps` has (first
+    document, entries by which its address exceeds its offset) for each file: see `starts`.
     """
 
     path: Path
@@ -46,6 +68,7 @@ class TokenStore:
     bos_id: int
     eos_id: int
     weights: UInt8[np.ndarray, " N"] | None = None  # of each entry as a target; None: all count
+    gaps: tuple[tuple[int, int], ...] = ((0, 0),)
 
     @classmethod
     def open(cls, path: str | Path, *, contents: bool = True) -> "TokenStore":
@@ -55,16 +78,22 @@ class TokenStore:
         """
         path = Path(path)
         about = verify(path, contents=contents)
-        weights = path / "weights.bin"
+        parts = [path.parent / name for name in about.get("parts", ())] or [path]
+        said = [verify(part, contents=contents) for part in parts] if "parts" in about else [about]
+        offsets = [np.load(part / "offsets.npy", mmap_mode="r") for part in parts]
+        each = zip(parts, said, offsets, strict=True)
+        files = [file for part, facts, own in each for file in _files(part, facts, own)]
+        weighted = (parts[0] / files[0].path.name.replace("tokens", "weights")).exists()
         return cls(
             path=path,
-            tokens=np.memmap(path / "tokens.bin", dtype=about["dtype"], mode="r"),
-            offsets=np.load(path / "offsets.npy"),
-            token_bytes=np.load(path / "token_bytes.npy"),
-            num_bytes=about["num_bytes"],
-            bos_id=about["bos_id"],
-            eos_id=about["eos_id"],
-            weights=np.memmap(weights, dtype=np.uint8, mode="r") if weights.exists() else None,
+            tokens=_mapped(files, np.dtype(said[0]["dtype"])),
+            offsets=offsets[0] if len(parts) == 1 else _joined(offsets),
+            token_bytes=np.load(parts[0] / "token_bytes.npy"),
+            num_bytes=sum(facts["num_bytes"] for facts in said),
+            bos_id=said[0]["bos_id"],
+            eos_id=said[0]["eos_id"],
+            weights=_mapped(files, np.dtype(np.uint8), "weights") if weighted else None,
+            gaps=_gaps(files),
         )
 
     @property
@@ -93,8 +122,11 @@ class TokenStore:
 
     @property
     def starts(self) -> Int[np.ndarray, " D"]:
-        """Address of each document's bos."""
-        return self.offsets[:-1]
+        """Address of each document's bos in `tokens` and `weights`."""
+        if len(self.gaps) == 1:
+            return self.offsets[:-1]
+        firsts, shifts = zip(*self.gaps, strict=True)
+        return self.offsets[:-1] + np.repeat(shifts, np.diff([*firsts, self.num_documents]))
 
     @property
     def lengths(self) -> Int[np.ndarray, " D"]:
@@ -103,12 +135,41 @@ class TokenStore:
 
     def document(self, index: int) -> Int[np.ndarray, " T"]:
         """Return [bos] + tokens of a document, int32."""
-        return np.asarray(self.tokens[self.offsets[index] : self.offsets[index + 1] - 1], dtype=np.int32)
+        return np.asarray(self._framed(index)[:-1], dtype=np.int32)
 
     def framed(self) -> Iterator[Integer[np.ndarray, " T"]]:
         """Yield each document as stored: [bos] + tokens + [eos]."""
         for index in range(self.num_documents):
-            yield self.tokens[self.offsets[index] : self.offsets[index + 1]]
+            yield self._framed(index)
+
+    def _framed(self, index: int) -> np.ndarray:
+        shift = next(shift for first, shift in reversed(self.gaps) if first <= index)
+        return self.tokens[self.offsets[index] + shift : self.offsets[index + 1] + shift]
+
+
+def _files(directory: Path, about: dict[str, Any], offsets: np.ndarray) -> list[_File]:
+    if "files" not in about:
+        return [_File(directory / "tokens.bin", int(offsets[-1]), len(offsets) - 1)]
+    return [_File(directory / name, entries, documents) for name, entries, documents in about["files"]]
+
+
+def _mapped(files: list[_File], dtype: np.dtype, kind: str = "tokens") -> np.ndarray:
+    paths = [file.path.with_name(file.path.name.replace("tokens", kind)) for file in files]
+    return mapped(paths, [file.entries for file in files], dtype)
+
+
+def _joined(offsets: list[np.ndarray]) -> np.ndarray:
+    """One count of entries over several stores."""
+    before = np.cumsum([0, *(int(own[-1]) for own in offsets)])
+    return np.concatenate([[0], *(own[1:] + first for own, first in zip(offsets, before, strict=False))])
+
+
+def _gaps(files: list[_File]) -> tuple[tuple[int, int], ...]:
+    counts = [file.entries for file in files]
+    documents = np.cumsum([0, *(file.documents for file in files)]).tolist()
+    before = np.cumsum([0, *counts]).tolist()
+    addresses = zip(documents, first_entries(counts), before, strict=False)
+    return tuple((first, address - entry) for first, address, entry in addresses)
 
 
 def write_store(
@@ -119,119 +180,92 @@ def write_store(
     workers: int,
     about: dict[str, Any],
     advance: Callable[[int], None] = lambda documents: None,
+    engine: Engine | None = None,
 ) -> None:
     """Tokenize a split into `directory` and add to `about` what `TokenStore.open` reads from the manifest.
 
-    The bytes written do not depend on `workers`: jobs are cut by document number and written in that order.
+    What an earlier call left finished in `directory` is taken over where `about` says the same. The bytes
+    written depend neither on that, nor on `workers`, nor on `engine` (by default `workers` processes here).
     """
     encoder = encoding.open()
-    dtype = _dtype(encoder)
-    lengths, num_bytes = [], 0
-    with contextlib.ExitStack() as files:
-        file = files.enter_context(open(directory / "tokens.bin", "wb"))
-        weighing = open(directory / "weights.bin", "wb") if encoder.weighted else None
-        weights_file = files.enter_context(weighing) if weighing else None
-        for tokens, weights, counts, text_bytes in _tokenized(documents, encoding, workers):
-            file.write(tokens.tobytes())
-            if weights_file is not None:
-                weights_file.write(weights.tobytes())
-            lengths.append(counts)
-            num_bytes += text_bytes
-            advance(len(counts))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
-    np.save(directory / "offsets.npy", offsets)
+    dtype = token_dtype(encoder.vocab_size)
+    cut = _jobs(documents)
+    work = Work(directory / JOURNAL, documents, encoding, _block(documents))
+    inputs = {**about, "dtype": dtype.str, "weighted": encoder.weighted}
+    engine = engine or local_engine(workers)
+    records = make_shards(work, cut, inputs, engine, workers=workers, advance=advance)
+    groups = _groups(records, dtype.itemsize)
+    names = [f"tokens-{number:05d}-of-{len(groups):05d}.bin" for number in range(len(groups))]
+    names = names if len(groups) > 1 else ["tokens.bin"]
+    for name, group in zip(names, groups, strict=True):
+        _gather(work.directory, group, "tokens", directory / name)
+        if encoder.weighted:
+            _gather(work.directory, group, "weights", directory / name.replace("tokens", "weights"))
+    _write_offsets(directory / "offsets.npy", work.directory, records)
     np.save(directory / "token_bytes.npy", encoder.token_bytes())
+    shutil.rmtree(work.directory)
     about |= {
         "dtype": dtype.str,
-        "num_bytes": num_bytes,
+        "num_bytes": sum(record["num_bytes"] for record in records),
         "bos_id": encoder.bos_id,
         "eos_id": encoder.eos_id,
     }
-
-
-def _dtype(encoder: Encoder) -> np.dtype:
-    return np.dtype("<u2" if encoder.vocab_size <= 1 << 16 else "<u4")
-
-
-def _tokenized(documents: Documents, encoding: Encoding, workers: int) -> Iterator[tuple]:
-    jobs = _jobs(documents)
-    if workers == 1 or len(jobs) == 1:
-        encoder = encoding.open()
-        yield from (_tokenize(documents, encoder, job) for job in jobs)
-        return
-    # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their
-    # locks. A spawned child imports the main script anew, so a script that gets here needs
-    # `if __name__ == "__main__":`.
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(documents, encoding),
-    )
-    try:
-        yield from _in_order(pool, jobs, ahead=2 * workers)
-    except BrokenProcessPool:
-        raise DataError(
-            f"data.workers={workers}: a tokenizing process died (out of memory, or a main script without "
-            '`if __name__ == "__main__":`); use fewer workers'
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if len(groups) > 1:
+        about["files"] = [
+            [name, *(sum(record[key] for record in group) for key in ("entries", "documents"))]
+            for name, group in zip(names, groups, strict=True)
+        ]
 
 
 def _jobs(documents: Documents) -> list[range]:
-    """Cut the split into runs of documents of about JOB_BYTES each."""
+    """Cut the split into shards of work: runs of documents of about JOB_BYTES each."""
     count = len(documents)
-    size = max(1, min(4096, count * JOB_BYTES // max(documents.num_bytes, 1)))
+    size = max(_documents_in(JOB_BYTES, documents), -(-count // MAX_SHARDS))
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _in_order(pool: ProcessPoolExecutor, jobs: list[range], ahead: int) -> Iterator[tuple]:
-    """Yield results in the order of jobs with only a few in flight: memory stays bounded however large the
-    corpus.
-    """
-    pending: deque[Future] = deque()
-    for job in jobs:
-        pending.append(pool.submit(_run_job, job))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def _block(documents: Documents) -> int:
+    return _documents_in(BLOCK_BYTES, documents)
 
 
-_worker: tuple[Documents, Encoder]
+def _documents_in(size: int, documents: Documents) -> int:
+    """How many documents have about so many bytes, were all alike."""
+    return max(1, min(BLOCK_DOCUMENTS, len(documents) * size // max(documents.num_bytes, 1)))
 
 
-def _start_worker(documents: Documents, encoding: Encoding) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (documents, encoding.open())
+def _groups(records: list[Record], itemsize: int) -> list[list[Record]]:
+    """Put shards, in order, into files of FILE_BYTES at the most."""
+    groups: list[list[Record]] = [[]]
+    size = 0
+    for record in records:
+        more = record["entries"] * itemsize
+        if groups[-1] and size + more > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(record)
+        size += more
+    return groups
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when it is gone, killed too
-        os._exit(1)
+def _gather(journal: Path, records: list[Record], kind: str, target: Path) -> None:
+    """Write the shards in a row. They stay until the store is whole: a kill in here costs nothing."""
+    with open(target, "wb") as out:
+        for record in records:
+            with open(path_of(journal, record["number"], kind), "rb") as shard:
+                shutil.copyfileobj(shard, out, 1 << 20)
+        out.flush()
+        os.fsync(out.fileno())
 
 
-def _run_job(job: range) -> tuple:
-    return _tokenize(*_worker, job)
-
-
-def _tokenize(documents: Documents, encoder: Encoder, job: range) -> tuple:
-    """Return (entries of all documents in a row, their weights or None, entries of each, bytes of text)."""
-    texts = documents.read(job)
-    encoded = encoder.encode_batch(texts)
-    counts = np.array([len(one.ids) for one in encoded], dtype=np.int64)
-    # Narrow before the trip through the pipe: it is most of what a worker sends.
-    tokens = np.concatenate([one.ids for one in encoded]).astype(_dtype(encoder))
-    weights = _weights(encoded) if encoder.weighted else None
-    return tokens, weights, counts, sum(len(text.encode()) for text in texts)
-
-
-def _weights(encoded: list[Encoded]) -> np.ndarray:
-    for one in encoded:
-        assert one.weights is not None and one.weights.shape == one.ids.shape
-    return np.concatenate([np.asarray(one.weights, np.uint8) for one in encoded])
+def _write_offsets(path: Path, journal: Path, records: Sequence[Record]) -> None:
+    """Write where each document begins, and the end of the last, shard by shard."""
+    count = sum(record["documents"] for record in records)
+    with open(path, "wb") as out:
+        header = {"descr": np.dtype(np.int64).str, "fortran_order": False, "shape": (count + 1,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        out.write(np.zeros(1, np.int64).tobytes())
+        end = 0
+        for record in records:
+            ends = np.cumsum(lengths_of(journal, record), dtype=np.int64) + end
+            out.write(ends.tobytes())
+            end = int(ends[-1])

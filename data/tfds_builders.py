@@ -20,6 +20,7 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     """Files under one root, split by document content; TFDS shuffles by the hash of each document's place."""
 
     VERSION = tfds.core.Version("1.0.0")
+    names: frozenset[str] | None = None  # the only files that are meant; a split of them may be empty
 
     def __init__(self, *, root: str, validation_fraction: float, text_key: str = "text", **kwargs: Any):
         self._root = Path(root)
@@ -32,7 +33,16 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
+        splits = {"train": False, "validation": True}
+        if self.names is not None:  # tfds refuses an empty split
+            splits = {split: held_out for split, held_out in splits.items() if self._any(held_out)}
+            if not splits:
+                raise DataError(f"data.path={self._root}: its new files hold no documents; put some there")
+        return {split: self._generate_examples(held_out) for split, held_out in splits.items()}
+
+    def _any(self, held_out: bool) -> bool:
+        texts = (text for path in self._files() for text in self._read(path))
+        return any(in_validation(text, self._fraction) == held_out for text in texts)
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
         empty = True
@@ -67,7 +77,8 @@ class FolderCorpus(_TextCorpus):
     """A user's own .txt, .md, .py, .jsonl (.gz, .zst) and .parquet files."""
 
     def _files(self) -> list[Path]:
-        return list_folder(self._root)
+        files = list_folder(self._root)
+        return [path for path in files if self.names is None or relative(self._root, path) in self.names]
 
 
 class ChatCorpus(_TextCorpus):
@@ -79,7 +90,8 @@ class ChatCorpus(_TextCorpus):
         super().__init__(root=str(folder), **kwargs)
 
     def _files(self) -> list[Path]:
-        return self._chat_files
+        root, files = self._root, self._chat_files
+        return [path for path in files if self.names is None or relative(root, path) in self.names]
 
     def _read(self, path: Path) -> Iterator[str]:
         return read_chat(path, self._chat)

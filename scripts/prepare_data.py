@@ -1,12 +1,16 @@
 """Make an experiment's token stores before training it: `python scripts/prepare_data.py +experiment=NAME`.
 
 Takes the overrides that `train.py` takes. Training does the same by itself when the stores are missing; this
-is for doing it elsewhere or beforehand. Done again, it finds everything made and only prints the table.
+is for doing it elsewhere or beforehand. Done again, it finds everything made and only prints the table;
+killed, it goes on from its finished shards.
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -14,21 +18,63 @@ if TYPE_CHECKING:
 
 PURPOSE = """\
 Make an experiment's token stores (data.cache_dir) before training it, for instance on another machine.
-Of an experiment, data.* and tokenizer.* count; train.py with the same finds them and starts at once."""
+Of an experiment, data.* and tokenizer.* count; train.py with the same finds them and starts at once.
+Killed and started again, it goes on from the shards that are finished.
+
+  --append                  tokenize only the files that are new in data.path, and add them to the corpus;
+                            its tokenizer stays, and what is there is not written again
+  --workers N               processes that tokenize, as data.workers=N
+  --runner NAME             tokenize by Apache Beam (extra `beam`): `direct` runs here, any other name is
+                            handed on to Beam; data.cache_dir must lie where all of its workers see it
+  --runner-option KEY=VALUE an option of Beam's, any number of times: --runner-option region=europe-west4"""
+DIRECT = "DirectRunner"
 
 
-def prepare_data(config: "Config") -> int:
+def prepare_data(config: "Config", options: argparse.Namespace | None = None) -> int:
     """Tokenize, and print what there is."""
     from data.pipeline import prepare
 
+    options = options or split_options([])[0]
+    engine = None
+    if options.runner:
+        from data.beam import beam_engine
+
+        engine = beam_engine(beam_options(options.runner, options.runner_option))
     tokenizer = config.tokenizer
     if tokenizer.kind == "inherit":  # only then: it imports JAX
         from training.parent import tokenizer_config
 
         tokenizer = tokenizer_config(config, None, None)
-    prepared = prepare(config.data, tokenizer)
+    prepared = prepare(config.data, tokenizer, append=options.append, engine=engine)
     print_table(prepared, config.data.seq_len)
     return 0
+
+
+def split_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return this script's own options, and the words that are left for the config.
+
+    Raises ValueError where an option lacks its value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage as well
+    parser.add_argument("--append", action="store_true")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--runner")
+    parser.add_argument("--runner-option", action="append", default=[])
+    options, words = parser.parse_known_args(list(argv))
+    if options.runner_option and not options.runner:
+        _refuse("--runner-option needs --runner, such as --runner direct")
+    return options, words + ([f"data.workers={options.workers}"] if options.workers is not None else [])
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message}; --help lists the options")
+
+
+def beam_options(runner: str, options: Sequence[str]) -> list[str]:
+    """Return Beam's own command line: `KEY=VALUE` becomes `--KEY=VALUE`."""
+    name = DIRECT if runner.lower() in ("direct", DIRECT.lower()) else runner
+    return [f"--runner={name}", *(f"--{option.lstrip('-')}" for option in options)]
 
 
 def print_table(prepared: "Prepared", seq_len: int) -> None:
@@ -51,9 +97,20 @@ def print_table(prepared: "Prepared", seq_len: int) -> None:
             print(f"{split}: {store.path}")
 
 
+def run(argv: Sequence[str]) -> int:
+    """Do what a command line asks; return the exit status."""
+    from configs.cli import main
+
+    try:
+        options, words = split_options(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    task: Callable[[Config], int] = partial(prepare_data, options=options)
+    return main(task, words, script="python scripts/prepare_data.py", purpose=PURPOSE)
+
+
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from configs.cli import main
-
-    sys.exit(main(prepare_data, script="python scripts/prepare_data.py", purpose=PURPOSE))
+    sys.exit(run(sys.argv[1:]))

@@ -106,17 +106,20 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
         layout = build_layout(config.mesh)
         parent = None if run.resuming else find_parent(config)
         tokenizer = tokenizer_config(config, run, parent)
-    prepared = prepare_together(config, tokenizer)
+    prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
         return build_job(config, run, watch, layout, parent, prepared)
 
 
-def prepare_together(config: Any, tokenizer: TokenizerConfig) -> Prepared:
-    """The primary makes or checks the data, and the others open what it has found."""
+def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
+    """The primary makes or checks the data, and the others open what it has found.
+
+    `wanted`: the digest of what a run began with; of a corpus that has grown since, that generation is taken.
+    """
     mine: list[Prepared] = []
 
     def make() -> dict[str, Any]:
-        mine.append(prepare(config.data, tokenizer))
+        mine.append(prepare(config.data, tokenizer, wanted=wanted))
         return mine[0].facts()
 
     facts = cluster.from_primary("the data", make, PREPARE_SECONDS)

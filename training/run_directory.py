@@ -122,6 +122,11 @@ class RunDirectory:
         """The checkpoint that the first start took its weights from, as its manifest names it."""
         return self._manifest.get("parent")
 
+    @property
+    def data_digest(self) -> str | None:
+        """What the first start read, as its manifest names it; None for a new run."""
+        return self._manifest.get("data", {}).get("digest")
+
     def close(self) -> None:
         """Let the lock go."""
         if self._lock is not None:

@@ -1,7 +1,11 @@
 """The errand that makes token stores beforehand."""
 
+import sys
+
+import pytest
+
 from configs.cli import main
-from scripts.prepare_data import prepare_data
+from scripts.prepare_data import beam_options, prepare_data, run, split_options
 
 
 def test_prepare_data_makes_the_stores_that_it_names_and_makes_them_once(tmp_path, monkeypatch, capsys):
@@ -32,3 +36,34 @@ def test_prepare_data_says_in_one_line_what_is_missing(tmp_path, monkeypatch, ca
     assert err.count("\n") == 1
     assert "data.path=nowhere" in err
     assert out == ""
+
+
+def test_own_options_are_taken_out_and_the_rest_is_the_configs():
+    options, words = split_options(
+        ["+experiment=debug", "--append", "seed=1", "--workers", "3", "--cfg", "job", "--runner", "Flink"]
+    )
+    assert (options.append, options.runner) == (True, "Flink")
+    assert words == ["+experiment=debug", "seed=1", "--cfg", "job", "data.workers=3"]
+    assert beam_options("direct", ["a=1", "--b=2"]) == ["--runner=DirectRunner", "--a=1", "--b=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--runner-option", "a=1"], "--runner-option needs --runner"),
+        (["--workers", "many"], "--workers"),
+        (["--runner", "direct"], "pip install -e '.[beam]'"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(words, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    assert run(["+experiment=debug", *words]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and said in err
+
+
+def test_help_names_the_options(capsys):
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--append", "--workers", "--runner NAME", "--runner-option"))
