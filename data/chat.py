@@ -17,7 +17,8 @@ from jaxtyping import Int
 from data.chat_template import ChatTemplate, Rendered, TemplateRefusal
 from data.encoding import Encoded
 from data.errors import DataError
-from data.files import RECORDS, list_folder, read_documents
+from data.files import RECORDS, list_folder
+from data.files import _lines as file_lines
 from data.tokenizer import Tokenizer, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -198,25 +199,43 @@ def list_chat(path: Path) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def read_chat(path: Path, template: ChatTemplate) -> Iterator[str]:
+def stop(kind: str, message: str) -> None:
+    """What is done with a bad record unless it may be skipped: raise DataError."""
+    raise DataError(message)
+
+
+def read_chat(path: Path, template: ChatTemplate, found: Callable[[str, str], None] = stop) -> Iterator[str]:
     """Yield a file's conversations as canonical JSON.
 
-    Each is rendered once only for the sake of the error, which can still name its line. Raises DataError.
+    `found(kind, message)` hears of each bad record, which is left out unless it raises. Each is rendered once
+    only for the sake of that message, which can still name its line. Raises DataError for a damaged file.
     """
-
-    def text_of(record: object, _: str, where: str) -> list[str]:
-        text = conversation_text(record, where)
+    for where, record in _records(path, found):
         try:
+            text = conversation_text(record, where)
             template.render(json.loads(text))
         except TemplateRefusal as error:
-            raise DataError(f"data.path: {where}: {error}") from None
-        return [text]
+            found("template", f"data.path: {where}: {error}")
+        except DataError as error:
+            found("conversation", str(error))
+        else:
+            yield text
 
-    if path.suffix != ".parquet":
-        yield from read_documents(path, "messages", text_of)
+
+def _records(path: Path, found: Callable[[str, str], None]) -> Iterator[tuple[str, object]]:
+    if path.suffix == ".parquet":
+        yield from ((f"{path}:{number}", record) for number, record in enumerate(_parquet_records(path), 1))
         return
-    for number, record in enumerate(_parquet_records(path), 1):
-        yield from text_of(record, "", f"{path}:{number}")
+    for number, line in enumerate(file_lines(path), 1):
+        where = f"{path}:{number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            found("utf8", f"data.path: {where} is not UTF-8 at byte {error.start}; convert it to UTF-8")
+        except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets nested thousands deep
+            reason = getattr(error, "msg", "nested too deep")
+            found("json", f"data.path: {where} is not JSON ({reason}); mend or remove that line")
 
 
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,13 +92,8 @@ def in_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(head, "big") < fraction * 2**64
 
 
-TextOf = Callable[[object, str, str], Iterable[str]]  # (record, text_key, where it stands) to its documents
-
-
-def read_documents(path: Path, text_key: str, text_of: TextOf | None = None) -> Iterator[str]:
+def read_documents(path: Path, text_key: str) -> Iterator[str]:
     """Yield a file's documents: the file itself, or one a record, under `text_key`; empty ones are left out.
-
-    `text_of` makes other documents of the records of JSON Lines.
 
     Raises DataError for an empty file (save .py: an empty module is ordinary), one that is unreadable or not
     UTF-8, a broken line and a record without `text_key`.
@@ -113,7 +108,7 @@ def read_documents(path: Path, text_key: str, text_of: TextOf | None = None) -> 
         elif path.suffix == ".parquet":
             yield from _parquet(path, text_key)
         else:
-            yield from _json_lines(path, text_key, text_of or _text_of)
+            yield from _json_lines(path, text_key)
     except OSError as error:  # gzip's BadGzipFile is one too
         raise DataError(_unreadable(path, error)) from None
 
@@ -137,7 +132,7 @@ def _open_lines(path: Path) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def _json_lines(path: Path, text_key: str, text_of: TextOf) -> Iterator[str]:
+def _json_lines(path: Path, text_key: str) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(_lines(path), 1):
         where = f"{path}:{number}"
@@ -151,7 +146,7 @@ def _json_lines(path: Path, text_key: str, text_of: TextOf) -> Iterator[str]:
             raise DataError(
                 f"data.path: {where} is not JSON ({error.msg}); mend or remove that line"
             ) from None
-        yield from text_of(record, text_key, where)
+        yield from _text_of(record, text_key, where)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data.bigram import bigram_bits_per_byte
-from data.chat import ChatEncoder, conversation_text
+from data.chat import ChatEncoder, conversation_text, read_chat
 from data.chat_template import ChatTemplate, TemplateRefusal, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
@@ -217,6 +217,18 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, record, message):
     with pytest.raises(DataError, match=message) as error:
         prepare(chat_config(path, tmp_path / "cache"), BYTES, progress=False)
     assert f"{path}:2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_records_can_be_left_out_one_by_one(tmp_path):
+    path, found = tmp_path / "chat.jsonl", []
+    lines = [json.dumps(one).encode() for one in (LONG, BAD["empty"][0], LONG, BAD["refused"][0])]
+    path.write_bytes(b"\n".join([*lines, b"\xff", b"{", b"", lines[0]]))
+    kept = list(read_chat(path, default().template, lambda kind, message: found.append((kind, message))))
+    assert kept == [conversation_text(LONG, "")] * 3
+    assert [kind for kind, _ in found] == ["conversation", "template", "utf8", "json"]
+    assert [f"{path}:{n}" in message for n, (_, message) in zip((2, 4, 5, 6), found, strict=True)] == [
+        True
+    ] * 4
 
 
 CONVERSATIONS = [talk(f"question {i}", "answer " * (i % 7 + 1), "more?", f"no {i}") for i in range(30)]
