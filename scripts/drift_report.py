@@ -117,7 +117,8 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
         raise DataError(f"--{key}={where} does not exist; give a token store, a run or a folder of documents")
     if tokenizer is None:
         raise DataError(f"--{key}={where} has to be tokenized first; give --run=NAME or --tokenizer=FILE")
-    data = DataConfig(source="folder", path=where, cache_dir=cache_dir, seq_len=2)
+    # Documents are held out too, of which there must be some; the comparison is of the others.
+    data = DataConfig(source="folder", path=where, cache_dir=cache_dir, seq_len=2, validation_fraction=0.1)
     store = prepare(data, TokenizerConfig(kind="file", path=str(tokenizer))).train
     assert store is not None
     return store
