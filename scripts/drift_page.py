@@ -94,8 +94,8 @@ def _plot_tokens(figure: Any, report: dict[str, Any]) -> None:
 
 
 def _spelled(text: str) -> str:
-    """Printable, and no mathematics to matplotlib."""
-    return repr(text)[1:-1].encode("ascii", "backslashreplace").decode()[:24].replace("$", r"\$") or "''"
+    """Printable, spaces visible between quotes, and no mathematics to matplotlib."""
+    return repr(text[:20]).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
 
 
 def _floors(axis: Any, named: list[tuple[str, dict[str, Any]]]) -> None:
