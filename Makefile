@@ -5,6 +5,7 @@
 #   TESTS=tests/models  a part of the suite
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
+# `make test-data` tests the sources and steps of data that need extras (Beam, TensorFlow, HF datasets, S3) in .venv-data.
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -23,10 +24,11 @@ MADE := $(VENV)/.made-$(VERSION)
 CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
 TORCH := .venv-torch/.installed
+DATA := .venv-data/.installed
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test test-matrix torch-env bench lint lock clean
+.PHONY: quickstart test test-matrix test-data torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -37,6 +39,10 @@ test: $(TEST)
 
 test-matrix: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" $(MATRIX) $(ARGS)
+
+# An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
+test-data: $(DATA)
+	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras $(ARGS)
 
 torch-env: $(TORCH)
 
@@ -77,6 +83,13 @@ $(TORCH): benchmarks/requirements-torch.txt
 	@.venv-torch/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
 	@touch $@
 
+$(DATA): requirements-data.lock pyproject.toml
+	@echo "installing requirements-data.lock into .venv-data (3 GB)"
+	@$(PY) -m venv --clear .venv-data
+	@.venv-data/bin/python -m pip --quiet --quiet --disable-pip-version-check install --require-hashes -r $<
+	@.venv-data/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-build-isolation --no-deps -e .
+	@touch $@
+
 # For developers, with `uv` on PATH: the one tool that resolves for every Python and platform at once.
 # An existing lock is kept where it still fits; `make lock ARGS=--upgrade` takes the newest of everything.
 UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group build pyproject.toml \
@@ -85,6 +98,8 @@ lock:
 	@$(UV) $(ARGS) -o requirements.lock
 	@$(UV) $(ARGS) -c requirements.lock --extra test -o requirements-test.lock
 	@$(UV) $(ARGS) -c requirements.lock --extra cuda -o requirements-cuda.lock
+	@$(UV) $(ARGS) --extra hf --extra beam --extra tensorflow --extra s3 --extra gcs --extra filters --extra test \
+		--extra test-data -o requirements-data.lock
 
 clean:
 	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache

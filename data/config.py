@@ -2,9 +2,13 @@
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-SOURCES = ("stdlib", "folder", "tfds")
+from data.steps.parse import parse_steps
+
+SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
+BAD_RECORDS = ("stop", "skip")
 FORMATS = ("text", "chat")
 MODES = ("cached", "streaming")
 PACKINGS = ("concat", "best_fit", "none")
@@ -27,13 +31,16 @@ def _at_least(key: str, value: int, limit: int) -> None:
 class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
-    source: str = "stdlib"  # stdlib | folder | tfds
+    source: str = "stdlib"  # stdlib | folder | tfds | hf | synthetic
     format: str = "text"  # text | chat: conversations, of which only the assistant's turns are learnt
-    path: str | None = None  # folder: where the files are; tfds: the prepared dataset's directory
-    name: str | None = None  # tfds: builder name with config and version, as in `wiki40b/en:1.3.0`
-    text_key: str = "text"  # the field that holds the text, in jsonl, parquet and tfds records
-    train_split: str = "train"  # tfds: the name of a split
-    validation_split: str = "validation"  # tfds: the same for held-out documents
+    path: str | None = None  # folder, tfds, hf: where the files are, a directory or an s3:// or gs:// URL
+    name: str | None = None  # tfds: `wiki40b/en:1.3.0`; hf: `org/repo:config@revision`; synthetic: a seed
+    text_key: str = "text"  # the field that holds the text, in jsonl, parquet, tfds and hf records
+    train_split: str = "train"  # tfds and hf: the name of a split
+    validation_split: str = "validation"  # tfds and hf: the same for held-out documents
+    download: bool = False  # tfds: let TFDS download and prepare data.name where it is absent
+    synthetic_documents: int = 20000  # synthetic: how many, of 2 KB each; every twentieth is held out
+    on_bad_record: str = "stop"  # stop | skip: what is no text in a corpus stops the run, or is counted
     generation: int | None = None  # folder: which one, of a corpus grown by `--append`; null: the newest
     validation_fraction: float = 0.05  # stdlib and folder: share of documents held out, by content hash
     cache_dir: str = ".cache/data"  # corpora, tokenizers and token stores, found again by hash
@@ -42,6 +49,9 @@ class DataConfig:
     seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
+    steps: list[Any] = field(
+        default_factory=list
+    )  # sampling, dedup, filters: [{step: NAME, …}], in this order
 
     def __post_init__(self) -> None:
         # A shell leaves the tilde of `data.path=~/texts` as it is.
@@ -49,8 +59,10 @@ class DataConfig:
         self.cache_dir = os.path.expanduser(self.cache_dir)
         _choice("data.source", self.source, SOURCES)
         _choice("data.format", self.format, FORMATS)
+        _choice("data.on_bad_record", self.on_bad_record, BAD_RECORDS)
         _choice("data.mode", self.mode, MODES)
         _choice("data.packing", self.packing, PACKINGS)
+        _at_least("data.synthetic_documents", self.synthetic_documents, 20)  # the first held-out one
         _at_least("data.seq_len", self.seq_len, 2)
         _at_least("data.workers", self.workers, 1)
         _at_least("data.prefetch", self.prefetch, 1)
@@ -61,6 +73,7 @@ class DataConfig:
                     f"data.generation={self.generation} needs data.source=folder and data.mode=cached: only "
                     "such corpora grow by prepare_data.py --append"
                 )
+        parse_steps(self.steps)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"
@@ -74,9 +87,9 @@ class DataConfig:
             raise ValueError(
                 "data.format=chat weighs each token, which data.mode=streaming cannot; use data.mode=cached"
             )
-        if self.format == "chat" and self.source == "stdlib":
+        if self.format == "chat" and self.source in ("stdlib", "synthetic"):
             raise ValueError(
-                "data.source=stdlib holds no conversations for data.format=chat; make some with "
+                f"data.source={self.source} holds no conversations for data.format=chat; make some with "
                 "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
         if self.source == "folder" and not self.path:
@@ -86,6 +99,13 @@ class DataConfig:
                 "data.source=tfds needs data.path, a prepared dataset's directory, or data.name "
                 "with data.path as its TFDS root"
             )
+        if self.source == "hf" and not (self.path or self.name):
+            raise ValueError(
+                "data.source=hf needs data.path, what save_to_disk wrote or a folder of data files, or "
+                "data.name, as in data.name=org/repo:config@revision"
+            )
+        if self.source == "synthetic" and not (self.name or "0").isdecimal():
+            raise ValueError(f"data.name={self.name} is no seed of data.source=synthetic; use a number, as 7")
 
 
 @dataclass

@@ -5,6 +5,7 @@ files each generation added (`corpora/*.json` in the cache). What is there is ne
 save to check it. So a run that began on an old generation finds exactly that one, by its digest.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,12 +38,13 @@ class Part(Corpus):
     """The documents of some of a folder's files; not every split need have any."""
 
     def __init__(self, whole: Corpus, files: Mapping[str, str]):
-        self.config, self.chat = whole.config, whole.chat
+        self.config = whole.config
         kept = [(name, sha) for name, sha in whole.inputs["files"] if name in files]
         self.inputs = {**whole.inputs, "files": kept}
         self.digest = digest_of(self.inputs)
         self.directory = Path(self.config.cache_dir) / "documents" / self.digest[:16]
-        self.names = frozenset(files)
+        self.source = copy.copy(whole.source)
+        self.source.names = frozenset(files)  # type: ignore[attr-defined]  # only folders grow
 
 
 class Ledger:

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from data.ahead import Ahead
 from data.config import DataConfig
 from data.errors import DataError
 from data.packing import Plan, empty_batch, fill, make_plan, permutation
 from data.pipeline import Prepared
+from data.stages import Seconds, Stages, copying, stage
 from data.store import TokenStore
 from data.streaming import Stream
 
 DOCUMENTS, ROWS = 0, 1  # what a permutation's key is for
+NEAR = 8  # in the last 1/8 of an epoch the next one's plan is made
 Batch = dict[str, np.ndarray]
 Rows = slice | np.ndarray | None  # of a global batch: a range, increasing row numbers, or all
 
@@ -118,6 +121,7 @@ class _Epochs:
         self.store, self.data, self.seed = store, data, seed
         self.kept: dict[int, tuple[Plan, np.ndarray]] = {}
         self.ends: list[int] = []  # global rows at each epoch's end, as far as known
+        self.ahead = Ahead[tuple[Plan, np.ndarray]]()
 
     def containing(self, row: int) -> tuple[Plan, np.ndarray, int, int]:
         """Return (plan, order of its rows, first global row, end) of the epoch that holds a global row."""
@@ -125,6 +129,8 @@ class _Epochs:
             self._extend(row)
         epoch = int(np.searchsorted(self.ends, row, side="right"))
         plan, order = self._plan(epoch)
+        if self.ends[epoch] - row <= plan.num_rows // NEAR and epoch + 1 not in self.kept:
+            self.ahead.start(epoch + 1, lambda: self._made(epoch + 1))  # no step waits at the epoch's edge
         return plan, order, self.ends[epoch] - plan.num_rows, self.ends[epoch]
 
     def _extend(self, row: int) -> None:
@@ -138,13 +144,18 @@ class _Epochs:
 
     def _plan(self, epoch: int) -> tuple[Plan, np.ndarray]:
         if epoch not in self.kept:
-            order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
-            starts, lengths = self.store.starts[order], self.store.lengths[order]
-            plan = make_plan(self.data.packing, starts, lengths, self.data.seq_len)
+            with stage("plan"):
+                made = self.ahead.take(epoch) or self._made(epoch)
             while len(self.kept) >= 2:
                 del self.kept[next(iter(self.kept))]
-            self.kept[epoch] = plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
+            self.kept[epoch] = made
         return self.kept[epoch]
+
+    def _made(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
+        starts, lengths = self.store.starts[order], self.store.lengths[order]
+        plan = make_plan(self.data.packing, starts, lengths, self.data.seq_len)
+        return plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
 
 
 class EvalBatches:
@@ -213,6 +224,7 @@ class Prefetcher:
     """A thread that makes batches ahead, from step `start` on, `depth` at most waiting.
 
     `place` (such as a copy to devices) is applied in the thread. What the thread raises, `next` raises.
+    `stages`: the seconds that the thread spent on the batch of the last `next`, by stage.
     """
 
     def __init__(
@@ -226,14 +238,20 @@ class Prefetcher:
     ):
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
+        self.stages: Seconds = {}
         self._thread = threading.Thread(target=self._work, args=(loader, start, rows, place), daemon=True)
         self._thread.start()
 
     def _work(self, loader: Loader, step: int, rows: Rows, place: Callable[[Batch], Any]) -> None:
+        stages = Stages()
         try:
             while not self._closed.is_set():
-                batch = place(loader.batch(step, rows))
-                self._put((batch, loader.state()))
+                with stages.watching():
+                    with copying(stages):
+                        batch = loader.batch(step, rows)
+                    with stage("place"):
+                        placed = place(batch)
+                self._put((placed, loader.state(), stages.take()))
                 step += 1
         except (
             BaseException
@@ -254,7 +272,7 @@ class Prefetcher:
         if isinstance(item, BaseException):
             self._queue.put(item)  # a second call must not wait for ever either
             raise item
-        batch, state = item
+        batch, state, self.stages = item
         return batch, time.perf_counter() - began, state
 
     def close(self) -> None:

@@ -6,22 +6,15 @@ exactly one piece.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
 
 from data.errors import DataError
+from data.rows import Entries, write_rows
 
 WINDOW = 1 << 16  # pieces that best_fit considers together
 KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
-
-
-class Entries(Protocol):
-    """One value per address of a token file: an array, or what reads several files as one."""
-
-    def __getitem__(self, addresses: np.ndarray, /) -> np.ndarray:
-        """Return the values at these addresses."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,14 @@ def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
     """One long stream, cut every `seq_len`: only the last row is padded."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    rows = np.arange(0, ends[-1], seq_len)
-    cuts = np.union1d(begins, rows)
-    document = np.searchsorted(begins, cuts, side="right") - 1
+    first = begins // seq_len  # the row in which each document begins
+    counts = -(-ends // seq_len) - first
+    row = _ranges(first, counts)
+    cuts = np.maximum(row * seq_len, np.repeat(begins, counts))
     return Plan(
-        starts=starts[document] + cuts - begins[document],
+        starts=np.repeat(starts - begins, counts) + cuts,
         lengths=np.diff(cuts, append=ends[-1]),
-        row_offsets=np.append(np.searchsorted(cuts, rows), len(cuts)),
+        row_offsets=np.searchsorted(row, np.arange(row[-1] + 2)),
     )
 
 
@@ -146,37 +140,21 @@ def fill(
 ) -> None:
     """Copy the plan's `rows` into the batch's rows `where`.
 
-    Segment ids number a row's pieces from 1; positions restart at each piece. `tokens` and `weights` have one
-    entry per address; the loss weight of a target is that of its entry, 1 without `weights`. `max_length`
-    cuts each piece at its multiples into pieces of their own: every (input, target) pair stays.
+    Those rows are written whole, padding included. Segment ids number a row's pieces from 1; positions
+    restart at each piece. `tokens` and `weights` have one entry per address; the loss weight of a target is
+    that of its entry, 1 without `weights`. `max_length` cuts each piece at its multiples into pieces of their
+    own: every (input, target) pair stays.
     """
-    seq_len = batch["tokens"].shape[1]
     first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
-    piece, _ = _ranges(first, last - first)
-    starts, lengths, counts = plan.starts[piece], plan.lengths[piece], last - first
+    piece, counts = _ranges(first, last - first), last - first
+    starts, lengths = plan.starts[piece], plan.lengths[piece]
     if max_length is not None:
-        row = np.repeat(np.arange(len(rows)), counts)
-        counts = np.bincount(row, -(-lengths // max_length), len(rows)).astype(np.int64)
+        counts = np.add.reduceat(-(-lengths // max_length), np.cumsum(counts) - counts)
         starts, lengths = _pieces(starts, lengths, max_length)
-    _, number = _ranges(np.zeros_like(counts), counts)
-    row = np.repeat(np.arange(len(rows)), counts)
-    before = np.cumsum(lengths) - lengths
-    in_row = before - before[np.cumsum(counts) - counts][row]
-    source, position = _ranges(starts, lengths)
-    target = np.repeat(where[row] * seq_len + in_row, lengths) + position
-    values = {
-        "tokens": tokens[source],
-        "targets": tokens[source + 1],
-        "positions": position,
-        "segment_ids": np.repeat(number + 1, lengths),
-        "loss_weights": 1.0 if weights is None else weights[source + 1],
-    }
-    for key, value in values.items():
-        batch[key].reshape(-1)[target] = value
+    write_rows(batch, where, tokens, (starts, lengths, counts), weights)
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenation of range(start, start + count), and each entry's number within its range."""
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the concatenation of range(start, start + count)."""
     before = np.cumsum(counts) - counts
-    within = np.arange(int(counts.sum())) - np.repeat(before, counts)
-    return np.repeat(starts, counts) + within, within
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.bad_records import in_words
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
 from data.chat import FORMAT as CHAT_FORMAT
@@ -22,6 +24,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.encoding import Encoding, TextEncoding
 from data.errors import DataError
 from data.growth import Files, Generation, Ledger, Part
+from data.optimize import OptimizedCorpus, corpus_of
 from data.shards import Engine
 from data.sources import Corpus, Documents
 from data.store import TokenStore, write_store
@@ -189,8 +192,8 @@ class _Preparation:
         self.engine = engine
         self.template = chat_template(data, self.tokenizer_config)
         # `corpus` decides the tokenizer; what was appended to it follows in `parts`.
-        self.corpus = Corpus(data, self.template)
-        self.parts: list[Corpus] = [self.corpus]
+        self.corpus = corpus_of(data, self._say, self.template)
+        self.parts: list[Corpus | OptimizedCorpus] = [self.corpus]
         self.ensured: set[str] = set()
         self.rebuilt: list[str] = []
 
@@ -207,6 +210,11 @@ class _Preparation:
         documents = self._documents("train") if streaming else None
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
+        for part in self.parts:
+            part.hold()
+        self.skipped = dict(sum((Counter(part.skipped()) for part in self.parts), Counter[str]()))
+        if self.skipped:
+            self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")
         if train is not None and train.num_tokens < self.data.seq_len:
             raise DataError(
                 f"data.seq_len={self.data.seq_len} is more than the {train.num_tokens} tokens of the train "
@@ -214,6 +222,8 @@ class _Preparation:
             )
         if ledger is not None:
             ledger.note(Generation(groups, digest))
+        for line in self.corpus.lines() if isinstance(self.corpus, OptimizedCorpus) else ():
+            self._say(line)
         return Prepared(
             tokenizer,
             train,
@@ -225,17 +235,19 @@ class _Preparation:
 
     def _grow(self, append: bool, wanted: str | None) -> tuple[Ledger | None, tuple[Files, ...]]:
         """Find of which generations the corpus consists; only folders read in cached mode have several."""
-        if self.data.source != "folder" or self.data.mode != "cached":
+        data, corpus = self.data, self.corpus
+        if data.source != "folder" or data.mode != "cached" or isinstance(corpus, OptimizedCorpus):
             if append:
+                steps = "with data.steps" if data.steps else "without data.steps"
                 raise DataError(
-                    f"--append needs data.source=folder and data.mode=cached, not {self.data.source} and "
-                    f"{self.data.mode}; put the new documents into a folder"
+                    f"--append needs data.source=folder and data.mode=cached without data.steps, not "
+                    f"{data.source} and {data.mode} {steps}; put the new documents into a folder"
                 )
             return None, ()
-        ledger = Ledger(self.root, self.corpus, self._tokenizer_inputs(corpus=False))
+        ledger = Ledger(self.root, corpus, self._tokenizer_inputs(corpus=False))
         groups = ledger.grown() if append else ledger.current(wanted, self.data.generation)
         if len(groups) > 1 or groups[0] != ledger.files:
-            self.parts = [Part(self.corpus, files) for files in groups]
+            self.parts = [Part(corpus, files) for files in groups]
             self.corpus = self.parts[0]
         elif not append and ledger.news():
             self._say(
@@ -244,7 +256,7 @@ class _Preparation:
             )
         return ledger, groups
 
-    def _digest(self, tokenizer: Tokenizer, part: Corpus | None = None) -> str:
+    def _digest(self, tokenizer: Tokenizer, part: Corpus | OptimizedCorpus | None = None) -> str:
         """Digest of tokens and tokenizer: a part's, or the whole corpus's."""
         if part is not None or len(self.parts) == 1:
             corpus = (part or self.corpus).digest
@@ -257,11 +269,11 @@ class _Preparation:
     def _documents(self, split: str) -> Documents:
         return self._ensured(self.corpus).split(split)
 
-    def _ensured(self, corpus: Corpus) -> Corpus:
+    def _ensured(self, corpus: Corpus | OptimizedCorpus) -> Corpus | OptimizedCorpus:
         """Read the corpus only when something has to be built from it: a warm start never opens TFDS."""
         if corpus.digest not in self.ensured:
-            if self.data.source != "tfds" and not corpus.directory.exists():
-                self._say(f"making the {self.data.source} corpus ({len(corpus.inputs['files'])} files)")
+            if plan := corpus.plan():
+                self._say(plan)
             reason = corpus.ensure()
             if reason:
                 self._rebuilding(reason)
@@ -378,6 +390,8 @@ class _Preparation:
             "rebuilt": self.rebuilt,
             **({"chat_template": template} if template else {}),
             **({"generation": len(self.parts) - 1} if len(self.parts) > 1 else {}),
+            "skipped": self.skipped,
+            **({"steps": self.data.steps} if self.data.steps else {}),
             **{name: _counts(store) for name, store in splits.items() if store},
         }
 

@@ -98,7 +98,7 @@ class _Durable:
     """A file that has its name only once all of it is on the disk. Two makers of one shard do not collide."""
 
     def __init__(self, path: Path):
-        self.path, self.aside = path, path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        self.path, self.aside = path, path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         self.file: BinaryIO = open(self.aside, "wb")
         self.hash, self.size = hashlib.sha256(), 0
 

@@ -1,129 +1,171 @@
-"""Documents by index, whatever they come from. TFDS is the front door of all three sources.
+"""Documents by index, whatever they come from. TFDS is the front door of all sources.
 
-`stdlib` and `folder` are built on the spot by `data.tfds_builders` into the cache; `tfds` is a directory that
-somebody prepared. From there on they are the same thing: ArrayRecord files with random access.
+A source says what decides its documents and either is a directory of ArrayRecord files that somebody prepared
+or builds one, once, into the cache. From there on they are the same thing: files with random access, so that
+`cached` mode is exact whatever lies before it. A new kind of source is a class and a line in SOURCES.
 """
 
-import contextlib
-import io
 import json
 import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.cache import CorruptCache, building, digest_of, verify
 from data.chat import FORMAT as CHAT_FORMAT
 from data.chat import list_chat
 from data.chat_template import ChatTemplate
 from data.config import DataConfig
+from data.documents import Documents, Say, first_line, quiet, silent
 from data.errors import DataError
 from data.files import fingerprint, list_folder, list_stdlib
-from data.shuffle import bounded
+from data.remote import local_path
+from data.source_hf import HfSource
+from data.source_synthetic import SyntheticSource
+from data.source_tfds import TfdsSource
 
 
-class Documents(Sequence):
-    """One split of a prepared TFDS directory: `documents[i]` is a text. Opened when asked; picklable."""
-
-    def __init__(self, directory: Path, split: str, text_key: str):
-        self.directory = Path(directory)
-        self.split = split
-        self.text_key = text_key
-        self._source: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None}  # workers open their own
-
-    def __len__(self) -> int:
-        return len(self._opened())
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.read(range(*index.indices(len(self))))
-        if not 0 <= index < len(self):  # Sequence stops iterating at an IndexError
-            raise IndexError(f"document {index} of {len(self)}")
-        return self.read([index])[0]
-
-    def read(self, indices: Sequence[int]) -> list[str]:
-        """Return the texts at `indices`. Raises DataError where the files are truncated or corrupt."""
-        try:
-            records = self._opened().__getitems__(list(indices))
-        except DataError:
-            raise
-        except Exception as error:
-            raise self._broken(error) from None
-        return [self._text(record[self.text_key]) for record in records]
+class Source(Protocol):
+    """What every kind of source answers. It is made from a DataConfig and a `Say`; it may fetch what lies
+    elsewhere, and says so.
+    """
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the records as TFDS counted them, 0 where it did not: only good for sizing work."""
-        return int(self._builder().info.splits[self.split].num_bytes or 0)
+    def directory(self) -> Path | None:
+        """Where prepared ArrayRecord files lie already; None where `build` makes them."""
 
-    def _text(self, value: Any) -> str:
-        if value is None:  # what tfds gives where a shard was cut at a block's edge
-            raise self._broken(DataError("a record is missing"))
-        if not isinstance(value, bytes):
-            raise DataError(
-                f"data.text_key={self.text_key} holds no text in {self.directory}; choose another key"
-            )
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.directory} holds text that is not UTF-8 at byte {error.start} of a record"
-            ) from None
+    @property
+    def text_key(self) -> str:
+        """The field that holds the text in what was prepared or built."""
 
-    def _builder(self) -> Any:
+    @property
+    def splits(self) -> dict[str, str]:
+        """What "train" and "validation" are called in what was prepared or built."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return everything that decides which documents come out, json-able: its digest names them."""
+
+    def check(self) -> None:
+        """Raise DataError where records that are read only while training are not sound."""
+
+    def hold(self) -> None:
+        """Take note that all is well: a change from now on is a fault."""
+
+    def build(self, aside: Path) -> dict[str, int]:
+        """Make a prepared directory at aside/NAME/VERSION; return the bad records left out, by kind."""
+
+
+class FolderSource:
+    """`data.source=folder`: a user's own files, here or in a bucket."""
+
+    directory = None
+    text_key = "text"
+    splits = {"train": "train", "validation": "validation"}
+    names: frozenset[str] | None = None  # the only files that are meant; None: all (`data.growth`)
+
+    def __init__(self, config: DataConfig, say: Say = silent):
+        self.config = config
+        self.root = local_path(config, say)
+        self.files = list_folder(self.root)
+
+    def inputs(self) -> dict[str, Any]:
+        """Files count by name and content."""
+        inputs = {
+            "source": self.config.source,
+            "text_key": self.config.text_key,
+            "validation_fraction": self.config.validation_fraction,
+            "files": fingerprint(self.root, self.files, self.config.workers),
+        }
+        if self.config.on_bad_record == "skip":  # unsaid otherwise: what was prepared before is found again
+            inputs["on_bad_record"] = "skip"
+        return inputs
+
+    def check(self) -> None:
+        """Nothing: every record is read when it is built."""
+
+    def hold(self) -> None:
+        """Nothing: what was built is held to its manifest."""
+
+    def build(self, aside: Path) -> dict[str, int]:
+        """Run our TFDS builder."""
         with quiet():
-            import tensorflow_datasets as tfds
+            from data.shuffling import bounded_shuffle
 
-            try:
-                return tfds.builder_from_directory(self.directory)
-            except Exception as error:
-                raise self._broken(error) from None
-
-    def _opened(self) -> Any:
-        if self._source is None:
-            info = self._builder().info
-            self._check(info)
-            try:
-                with quiet():
-                    self._source = self._builder().as_data_source(split=self.split)
-                    len(self._source)
-            except Exception as error:
-                self._source = None
-                raise self._broken(error) from None
-        return self._source
-
-    def _check(self, info: Any) -> None:
-        if info.file_format is None or info.file_format.value != "array_record":
-            kind = info.file_format.value if info.file_format else "unknown"
-            raise DataError(
-                f"data.path={self.directory} is stored as {kind}; prepare it with file_format=array_record, "
-                "which is read without TensorFlow"
+            builder = self.builder(
+                data_dir=str(aside),
+                root=str(self.root),
+                validation_fraction=self.config.validation_fraction,
+                text_key=self.config.text_key,
+                on_bad_record=self.config.on_bad_record,
             )
-        if self.text_key not in info.features:
-            keys = ", ".join(sorted(info.features))
-            raise DataError(f"data.text_key={self.text_key} is not in {self.directory}; its keys are {keys}")
-        known = set(info.splits)
-        wanted = {part.split("[")[0].strip() for part in self.split.split("+")}
-        if not wanted <= known:
-            raise DataError(
-                f"split {self.split} is not in {self.directory}, which has {', '.join(sorted(known))}; "
-                "parts of one can serve: data.train_split='train[5%:]' data.validation_split='train[:5%]'"
-            )
+            builder.names = self.names
+            try:
+                with bounded_shuffle():
+                    builder.download_and_prepare()
+            except Exception as error:
+                raise _said_plainly(error, self.config) from None
+        shutil.rmtree(aside / "downloads", ignore_errors=True)
+        return dict(builder.bad.counts)
 
-    def _broken(self, error: Exception) -> DataError:
-        return DataError(
-            f"{self.directory} is no sound TFDS dataset ({_first_line(error)}); prepare it again"
-        )
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder, imported only where there is something to build."""
+        from data.tfds_builders import FolderCorpus
+
+        return FolderCorpus(**options)
+
+
+class StdlibSource(FolderSource):
+    """`data.source=stdlib`: the standard library's own source, as installed here."""
+
+    def __init__(self, config: DataConfig, say: Say = silent):
+        self.config = config
+        self.root = stdlib_root()
+        self.files = list_stdlib(self.root)
+
+    def inputs(self) -> dict[str, Any]:
+        """Files count by name and content."""
+        return super().inputs() | {"text_key": "text"}
+
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder."""
+        from data.tfds_builders import StdlibCorpus
+
+        return StdlibCorpus(**options)
+
+
+class ChatSource(FolderSource):
+    """`data.source=folder` under data.format=chat: conversations in a folder's records, or in one file."""
+
+    def __init__(self, config: DataConfig, say: Say, chat: ChatTemplate):
+        self.config, self.chat = config, chat
+        self.root, self.files = list_chat(local_path(config, say))
+
+    def inputs(self) -> dict[str, Any]:
+        """Files, and the template: what it refuses may be left out."""
+        inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.facts}}
+        return {key: value for key, value in inputs.items() if key != "text_key"}
+
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder."""
+        from data.tfds_builders import ChatCorpus
+
+        return ChatCorpus(files=self.files, chat=self.chat, **options)
+
+
+SOURCES: dict[str, type[Source]] = {
+    "stdlib": StdlibSource,
+    "folder": FolderSource,
+    "tfds": TfdsSource,
+    "hf": HfSource,
+    "synthetic": SyntheticSource,
+}
 
 
 def documents(config: DataConfig, split: str) -> Documents:
     """Return the "train" or "validation" documents of a corpus, built into the cache if need be."""
-    corpus = Corpus(config)
+    from data.optimize import corpus_of  # which reads what is made here
+
+    corpus = corpus_of(config)
     corpus.ensure()
     return corpus.split(split)
 
@@ -131,25 +173,24 @@ def documents(config: DataConfig, split: str) -> Documents:
 class Corpus:
     """A corpus by its inputs: their digest, and the TFDS directory that they become.
 
-    `names`: the only files of the folder that are meant; None: all (`data.growth`). `chat`: what
-    conversations are checked with, so that a bad one is named by its line.
+    `chat`: what conversations are checked with, so that a bad one is named by its line.
     """
 
-    names: frozenset[str] | None = None
-
-    def __init__(self, config: DataConfig, chat: ChatTemplate | None = None):
-        self.config, self.chat = config, chat
-        self.inputs = _inputs(config, chat)
+    def __init__(self, config: DataConfig, say: Say = silent, chat: ChatTemplate | None = None):
+        self.config = config
+        if chat is not None and config.source == "folder":
+            self.source: Source = ChatSource(config, say, chat)
+        else:
+            self.source = SOURCES[config.source](config, say)  # type: ignore[call-arg]  # a Protocol has no __init__
+        self.inputs = self.source.inputs()
         self.digest = digest_of(self.inputs)
         cached = Path(config.cache_dir) / "documents" / self.digest[:16]
-        self.directory = Path(self.inputs["directory"]) if config.source == "tfds" else cached
-        if config.source == "tfds":
-            del self.inputs["directory"]
-            self.digest = digest_of(self.inputs)
+        self.directory = self.source.directory or cached
 
     def ensure(self) -> str | None:
         """Build the TFDS directory unless a sound one is there; return why one was replaced, else None."""
-        if self.config.source == "tfds":
+        self.source.check()
+        if self.source.directory is not None:
             return None
         reason = None
         if self.directory.exists():
@@ -158,26 +199,43 @@ class Corpus:
                 return None
             except CorruptCache as error:
                 reason = str(error)
-        with building(self.directory, {"kind": "documents", "digest": self.digest}) as aside:
-            _build(self.config, aside, self.names, self.chat)
+        about: dict[str, Any] = {"kind": "documents", "digest": self.digest}
+        with building(self.directory, about) as aside:
+            about["skipped"] = self.source.build(aside)
         return reason
 
     def splits(self) -> list[str]:
         """Return those of "train" and "validation" that have documents; the corpus must be there."""
-        if self.names is None:  # it would have been refused
+        if getattr(self.source, "names", None) is None:  # it would have been refused
             return ["train", "validation"]
         info = json.loads((_version_directory(self.directory) / "dataset_info.json").read_text())
         return [split["name"] for split in info["splits"]]
 
     def split(self, split: str) -> Documents:
         """Return one split's documents. Raises DataError when it is empty."""
-        if self.config.source != "tfds":  # the builder has made sure that both splits have documents
-            return Documents(_version_directory(self.directory), split, "text")
-        name = self.config.train_split if split == "train" else self.config.validation_split
-        found = Documents(self.directory, name, self.config.text_key)
+        directory = self.source.directory or _version_directory(self.directory)
+        name = self.source.splits[split]
+        found = Documents(directory, name, self.source.text_key)
         if len(found) == 0:
             raise DataError(f"data.{split}_split={name} is empty; name a split that has documents")
         return found
+
+    def hold(self) -> None:
+        """Take note that what was prepared is whole: from now on, a change in place is a fault."""
+        self.source.hold()
+
+    def plan(self) -> str | None:
+        """Say in a line what `ensure` is going to build; None where it is there already."""
+        if self.source.directory is not None or self.directory.exists():
+            return None
+        files = self.inputs.get("files")
+        return f"making the {self.config.source} corpus" + (f" ({len(files)} files)" if files else "")
+
+    def skipped(self) -> dict[str, int]:
+        """Return how many bad records were left out, by kind, as the corpus was built."""
+        if self.config.on_bad_record != "skip" or not self.directory.exists():
+            return {}
+        return verify(self.directory, contents=False).get("skipped", {})
 
 
 def stdlib_root() -> Path:
@@ -185,97 +243,8 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _inputs(config: DataConfig, chat: ChatTemplate | None) -> dict[str, Any]:
-    """Return everything that decides which documents come out, json-able."""
-    if config.source == "tfds":
-        return _prepared_inputs(config)
-    if chat is not None:
-        root, files = list_chat(Path(str(config.path)))
-        return {
-            "source": config.source,
-            "chat": {"format": CHAT_FORMAT, **chat.facts},
-            "validation_fraction": config.validation_fraction,
-            "files": fingerprint(root, files, config.workers),
-        }
-    root = stdlib_root() if config.source == "stdlib" else Path(str(config.path))
-    files = list_stdlib(root) if config.source == "stdlib" else list_folder(root)
-    return {
-        "source": config.source,
-        "text_key": config.text_key if config.source == "folder" else "text",
-        "validation_fraction": config.validation_fraction,
-        "files": fingerprint(root, files, config.workers),
-    }
-
-
-def _prepared_inputs(config: DataConfig) -> dict[str, Any]:
-    """Names and sizes stand for the shards, which can be terabytes; ArrayRecord has checksums."""
-    directory = _prepared_directory(config)
-    shards = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".json")
-    return {
-        "source": "tfds",
-        "directory": str(directory),
-        "text_key": config.text_key,
-        "splits": [config.train_split, config.validation_split],
-        "info": json.loads((directory / "dataset_info.json").read_text()),
-        "shards": [[path.name, path.stat().st_size] for path in shards],
-    }
-
-
-def _prepared_directory(config: DataConfig) -> Path:
-    root = Path(config.path) if config.path else Path.home() / "tensorflow_datasets"
-    directory = root
-    if config.name:
-        directory = root.joinpath(*config.name.replace(":", "/").split("/"))
-        versions = sorted(directory.glob("*/dataset_info.json"), key=_version) if directory.is_dir() else []
-        if not (directory / "dataset_info.json").exists() and versions:
-            directory = versions[-1].parent
-    if not directory.is_dir():
-        key = f"data.name={config.name}" if config.name else f"data.path={config.path}"
-        raise DataError(f"{key}: {directory} does not exist; give a directory that tfds prepared")
-    try:
-        json.loads((directory / "dataset_info.json").read_text())
-    except (OSError, ValueError):
-        raise DataError(
-            f"data.path: {directory} has no readable dataset_info.json, so it is no prepared TFDS dataset; "
-            "point data.path at the version directory (as in wiki40b/en/1.3.0)"
-        ) from None
-    return directory
-
-
-def _version(info: Path) -> tuple[int, ...]:
-    parts = info.parent.name.split(".")
-    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
-
-
 def _version_directory(cached: Path) -> Path:
     return next(cached.glob("*/*/dataset_info.json")).parent
-
-
-def _build(
-    config: DataConfig,
-    aside: Path,
-    names: frozenset[str] | None = None,
-    chat: ChatTemplate | None = None,
-) -> None:
-    with quiet():
-        from data import tfds_builders
-
-        kind = tfds_builders.StdlibCorpus if config.source == "stdlib" else tfds_builders.FolderCorpus
-        if chat is not None:
-            kind = partial(tfds_builders.ChatCorpus, chat=chat)
-        builder = kind(
-            data_dir=str(aside),
-            root=str(stdlib_root() if config.source == "stdlib" else config.path),
-            validation_fraction=config.validation_fraction,
-            text_key=config.text_key,
-        )
-        builder.names = names
-        try:
-            with bounded():
-                builder.download_and_prepare()
-        except Exception as error:
-            raise _said_plainly(error, config) from None
-    shutil.rmtree(aside / "downloads", ignore_errors=True)
 
 
 def _said_plainly(error: Exception, config: DataConfig) -> DataError:
@@ -287,24 +256,5 @@ def _said_plainly(error: Exception, config: DataConfig) -> DataError:
         inner = inner.__cause__ or inner.__context__
     return DataError(
         f"data.cache_dir={config.cache_dir}: the {config.source} corpus cannot be built there "
-        f"({_first_line(error)}); free space or choose another"
+        f"({first_line(error)}); free space or choose another"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep tfds's prints and bars and absl's log off the terminal: what matters becomes a DataError."""
-    import logging
-
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -14,6 +14,7 @@ import numpy as np
 from data.errors import DataError
 from data.packing import empty_batch, permutation
 from data.sources import Documents
+from data.stages import stage
 from data.tokenizer import Tokenizer
 
 AHEAD = 32  # documents tokenized together
@@ -96,10 +97,14 @@ class Stream:
         if k not in self._ready:
             # Reading ahead starts at the queue's head only: what other lanes hold is not made again.
             wanted = range(k, k + (AHEAD if k + 1 >= self.queue else 1))
-            texts = self.documents.read([self._index(j) for j in wanted])
+            with stage("plan"):
+                entries = [self._index(j) for j in wanted]
+            with stage("read"):
+                texts = self.documents.read(entries)
             bos, eos = [self.tokenizer.bos_id], [self.tokenizer.eos_id]
-            for j, ids in zip(wanted, self.tokenizer.encode_batch(texts), strict=True):
-                self._ready[j] = np.concatenate([bos, ids, eos]).astype(np.int32)
+            with stage("tokenize"):
+                for j, ids in zip(wanted, self.tokenizer.encode_batch(texts), strict=True):
+                    self._ready[j] = np.concatenate([bos, ids, eos]).astype(np.int32)
         return self._ready.pop(k)
 
     def _index(self, k: int) -> int:

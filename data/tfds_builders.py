@@ -10,7 +10,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data.chat import list_chat, read_chat
+from data.bad_records import BadRecords
+from data.chat import read_chat
 from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
@@ -22,7 +23,16 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     VERSION = tfds.core.Version("1.0.0")
     names: frozenset[str] | None = None  # the only files that are meant; a split of them may be empty
 
-    def __init__(self, *, root: str, validation_fraction: float, text_key: str = "text", **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        root: str,
+        validation_fraction: float,
+        text_key: str = "text",
+        on_bad_record: str = "stop",
+        **kwargs: Any,
+    ):
+        self.bad = BadRecords(on_bad_record)
         self._root = Path(root)
         self._fraction = validation_fraction
         self._text_key = text_key
@@ -38,17 +48,21 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             splits = {split: held_out for split, held_out in splits.items() if self._any(held_out)}
             if not splits:
                 raise DataError(f"data.path={self._root}: its new files hold no documents; put some there")
+        self._counts = next(iter(splits.values()))
         return {split: self._generate_examples(held_out) for split, held_out in splits.items()}
 
     def _any(self, held_out: bool) -> bool:
-        texts = (text for path in self._files() for text in self._read(path))
+        unseen = BadRecords(self.bad.policy)
+        texts = (text for path in self._files() for text in self._read(path, unseen))
         return any(in_validation(text, self._fraction) == held_out for text in texts)
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
         empty = True
+        # Both splits read every file; what is left out is counted by one of them.
+        bad = self.bad if held_out == self._counts else BadRecords(self.bad.policy)
         for path in self._files():
             name = relative(self._root, path)
-            for number, text in enumerate(self._read(path)):
+            for number, text in enumerate(self._read(path, bad)):
                 if in_validation(text, self._fraction) == held_out:
                     empty = False
                     yield f"{name}:{number}", {"text": text, "path": name}
@@ -62,8 +76,8 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def _files(self) -> list[Path]:
         raise NotImplementedError
 
-    def _read(self, path: Path) -> Iterator[str]:
-        return read_documents(path, self._text_key)
+    def _read(self, path: Path, bad: BadRecords) -> Iterator[str]:
+        return read_documents(path, self._text_key, bad)
 
 
 class StdlibCorpus(_TextCorpus):
@@ -84,14 +98,13 @@ class FolderCorpus(_TextCorpus):
 class ChatCorpus(_TextCorpus):
     """Conversations of .jsonl (.gz, .zst) and .parquet files, each as canonical JSON."""
 
-    def __init__(self, *, root: str, chat: ChatTemplate, **kwargs: Any):
-        folder, self._chat_files = list_chat(Path(root))
-        self._chat = chat
-        super().__init__(root=str(folder), **kwargs)
+    def __init__(self, *, files: list[Path], chat: ChatTemplate, **kwargs: Any):
+        self._chat_files, self._chat = files, chat
+        super().__init__(**kwargs)
 
     def _files(self) -> list[Path]:
         root, files = self._root, self._chat_files
         return [path for path in files if self.names is None or relative(root, path) in self.names]
 
-    def _read(self, path: Path) -> Iterator[str]:
-        return read_chat(path, self._chat)
+    def _read(self, path: Path, bad: BadRecords) -> Iterator[str]:
+        return read_chat(path, self._chat, bad.found)

@@ -34,6 +34,11 @@ def placing(abstract: Batch, rows: Int[np.ndarray, " R"]) -> Callable[[Batch], d
     return place
 
 
+def arrived(place: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
+    """`place`, and wait until the devices have it: a thread's batches are to be there when asked for."""
+    return lambda batch: jax.block_until_ready(place(batch))
+
+
 def _global(leaf: jax.ShapeDtypeStruct, local: np.ndarray, rows: np.ndarray) -> jax.Array:
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None

@@ -24,6 +24,7 @@ from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch
 from training.errors import RunFault
 from training.flops import Flops, peak_flops, training_flops
+from training.input_watch import InputWatch
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
 from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
@@ -262,6 +263,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
         tokens=tokens,
         every=config.logging.every,
         compiling=lambda: job.watch.seconds,
+        input_watch=InputWatch(config.data),
     )
 
 

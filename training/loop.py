@@ -17,7 +17,7 @@ from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate
-from training.feed import placing, rows_here
+from training.feed import arrived, placing, rows_here
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.one_device import on_one_device
 from training.plots import plot_loss
@@ -67,7 +67,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
         start=first,
         depth=config.data.prefetch,
         rows=rows,
-        place=checked(job, placing(job.program.batch, rows)),
+        place=arrived(checked(job, placing(job.program.batch, rows))),
     )
     stack.callback(feed.close)
     profile = planned_profile(job, first)
@@ -82,7 +82,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
 
         batch, wait, job.position = feed.next()
         leaves, metrics = job.train_step.on_leaves(leaves, batch)
-        recorder.push(step, metrics, wait)
+        recorder.push(step, metrics, wait, feed.stages)
 
         if profile.ends(step):
             with recorder.aside("profile"):

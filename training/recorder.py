@@ -8,8 +8,11 @@ from typing import Any
 
 from training.errors import RunFault
 from training.flops import Flops
+from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
 from training.metrics import MetricsLog
+
+NOT_TIMED: Mapping[str, float] = {}
 
 
 class Recorder:
@@ -29,11 +32,13 @@ class Recorder:
         tokens: int,
         every: int,
         compiling: Callable[[], float] = lambda: 0.0,
+        input_watch: InputWatch | None = None,
     ):
         """`compiling`: seconds of all compilations so far, which are no part of what they are needed for."""
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every, self.compiling = tokens, every, compiling
-        self._pending: tuple[int, Mapping[str, Any], float] | None = None
+        self.input_watch = input_watch
+        self._pending: tuple[int, Mapping[str, Any], float, Mapping[str, float]] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
         self.waited = 0.0  # of these, for data
@@ -41,9 +46,14 @@ class Recorder:
         self.steps = 0
         self.last: dict[str, Any] = {}
 
-    def push(self, step: int, metrics: Mapping[str, Any], wait: float) -> None:
-        """A step has been dispatched; the one before it is finished by now or soon."""
-        pending, self._pending = self._pending, (step, metrics, wait)
+    def push(
+        self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float] = NOT_TIMED
+    ) -> None:
+        """A step has been dispatched; the one before it is finished by now or soon.
+
+        wait, stages: seconds that the step waited for its batch, and that making it took by stage.
+        """
+        pending, self._pending = self._pending, (step, metrics, wait, stages)
         if pending:
             self._write(*pending)
 
@@ -79,6 +89,7 @@ class Recorder:
             "seconds": elapsed,
             "shares": {**shares, "the rest": max(1.0 - sum(shares.values()), 0.0)},
             "input_wait_share": self.waited / self.seconds if self.seconds else 0.0,
+            "input_bottleneck": self.input_watch.bottleneck() if self.input_watch else None,
         }
 
     def now(self) -> float:
@@ -93,7 +104,7 @@ class Recorder:
         if self.board:
             self.board.scalars(step, values)
 
-    def _write(self, step: int, metrics: Mapping[str, Any], wait: float) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float]) -> None:
         values = host_scalars(metrics)
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
@@ -118,6 +129,8 @@ class Recorder:
             self.log.write(row)
         self.last = row
         self.progress.update(row)
+        if self.input_watch and (line := self.input_watch.seen(step, seconds, wait, stages)):
+            self.progress.note(line)
         if self.board and (step % self.every == 0 or step == 1):
             self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
             self.board.flush()  # so that a running TensorBoard follows

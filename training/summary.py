@@ -24,8 +24,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
 
     `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
     compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
-    goodput {seconds, shares, input_wait_share} (`Recorder.goodput`), bigram_bits_per_byte, parse_share,
-    parse_passed, parse_total, sample_text; others are kept as they are.
+    goodput {seconds, shares, input_wait_share, input_bottleneck} (`Recorder.goodput`),
+    bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text; others are kept as they are.
     From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
     tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
     """
@@ -186,6 +186,8 @@ def _time(s: Mapping[str, Any]) -> str:
 def _goodput(goodput: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{what} {100 * share:.1f} %" for what, share in goodput["shares"].items())
     waiting = f"{100 * goodput['input_wait_share']:.2f} % of steps waiting for data"
+    if goodput.get("input_bottleneck"):
+        waiting += f": {goodput['input_bottleneck']}"
     return f"of {duration(goodput['seconds'])} after compiling: {shares}; {waiting}"
 
 

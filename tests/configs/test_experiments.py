@@ -20,6 +20,8 @@ EXPERIMENTS = options("experiment")
 NEEDS = {
     "data=folder": "data.path=texts",
     "data=tfds": "data.name=wiki40b/en:1.3.0",
+    "data=fineweb": "data.path=texts",
+    "data=hf": "data.path=saved",
     "tokenizer=file": "tokenizer.path=tokenizer.json",
     "tokenizer=inherit": "init_from=quickstart",
 }

@@ -1,14 +1,12 @@
 """Corpora that grow: what is there stays as it is, old runs find the old one, new ones the new."""
 
-import json
-import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from configs.cli import main
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import Loader
@@ -16,7 +14,8 @@ from data.pipeline import Prepared, follow, prepare
 from data.store import TokenStore
 from scripts.prepare_data import run
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
-from train import train
+from training.job import prepare_together
+from training.run_directory import RunDirectory
 
 TEXTS = some_texts(40)
 BPE = TokenizerConfig(vocab_size=300)
@@ -181,24 +180,28 @@ def test_a_broken_record_of_generations_is_named(config, tmp_path):
         grow(config)
 
 
-def test_a_run_resumes_on_its_generation_and_a_new_one_takes_the_newest(
-    config, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    words = ["+experiment=debug", "data=folder", "data.path=texts", "data.validation_fraction=0.3"]
-    words += ["data.cache_dir=cache", "data.seq_len=16", "tokenizer=byte", "schedule=constant"]
-    words += ["schedule.warmup_steps=1", "run.compile_cache=null"]
-
-    def steps(name: str, count: int) -> dict[str, Any]:
-        assert main(train, [*words, f"run.name={name}", f"training.num_steps={count}"]) == 0
-        return json.loads(Path("runs", name, "manifest.json").read_text())["data"]
-
-    old = steps("old", 2)
+def test_a_run_that_goes_on_takes_its_generation_and_a_new_one_the_newest(config, tmp_path):
+    """By the digest that the run's manifest holds, as `training.job.compose` hands it on."""
+    old = grow(config)
     add(tmp_path / "texts", TEXTS[20:], 20)
-    assert run([*words, "--append"]) == 0
-    assert "generation" not in old
-    steps("old", 3)
-    rows = [json.loads(line) for line in Path("runs/old/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
-    assert steps("new", 2)["generation"] == 1
-    assert os.listdir("runs") == ["old", "new"] or sorted(os.listdir("runs")) == ["new", "old"]
+    new = grow(config, append=True)
+    run = RunDirectory(tmp_path / "run", {})
+    both = SimpleNamespace(data=config, tokenizer=BPE)
+    assert prepare_together(both, run.data_digest).digest == new.digest
+    run._manifest = {"data": {"digest": old.digest}}
+    again = prepare_together(both, run.data_digest)
+    assert again.digest == old.digest and texts_of(again) == sorted(TEXTS[:20])
+
+
+def test_the_script_appends(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["+experiment=debug", "data=folder", "data.path=texts", "data.cache_dir=cache", "data.seq_len=16"]
+    words += ["data.validation_fraction=0.3"]
+    assert run([*words, "--append"]) == 2
+    assert "run once without --append" in capsys.readouterr().err
+    for more in ([], ["--append"]):
+        assert run([*words, *more]) == 0
+        add(tmp_path / "texts", TEXTS[20:], 20)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counts = [int(row[1]) for row in rows if row[0] in ("train", "validation")]
+    assert sum(counts[:2]) == 20 and sum(counts[2:]) == 40

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.packing import empty_batch, fill, make_plan, permutation
+from data.packing import KEYS, empty_batch, fill, make_plan, permutation
 
 SEQ_LEN = 8
 PACKINGS = ("concat", "best_fit", "none")
@@ -74,6 +74,68 @@ def test_none_has_one_piece_a_row():
     *_, plan, batch = all_rows("none", CASES[-1])
     assert batch["segment_ids"].max() == 1
     assert plan.num_rows == sum(-(-n // SEQ_LEN) for n in CASES[-1])
+
+
+def spelled_out(tokens, plan, row, seq_len, weights, max_length):
+    """One row's arrays, token by token: what `fill` is held to."""
+    values = {key: [0] * seq_len for key in KEYS}
+    at, number = 0, 0
+    for piece in range(plan.row_offsets[row], plan.row_offsets[row + 1]):
+        for offset in range(plan.lengths[piece]):
+            address = plan.starts[piece] + offset
+            position = offset % max_length if max_length else offset
+            number += position == 0
+            values["tokens"][at] = tokens[address]
+            values["targets"][at] = tokens[address + 1]
+            values["positions"][at] = position
+            values["segment_ids"][at] = number
+            values["loss_weights"][at] = 1 if weights is None else weights[address + 1]
+            at += 1
+    return {key: np.array(v, np.float32 if key == "loss_weights" else np.int32) for key, v in values.items()}
+
+
+class Parts:
+    """Tokens that are no array: only addresses can be asked for, and only those that exist."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, addresses):
+        assert addresses.ndim == 1 and addresses.min() >= 0
+        return self.values[addresses]
+
+
+@pytest.mark.parametrize("way", ["slices", "addresses", "parts", "memmap"])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("max_length", [None, 5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_way_to_fill_gives_the_same_bits(packing, way, max_length, weighted, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.rows.LONG", 1 if way in ("slices", "memmap") else 10**6)
+    monkeypatch.setattr("data.rows.TOGETHER", 64)  # several groups of rows
+    seq_len = 16
+    rng = np.random.default_rng(0)
+    tokens, starts, lengths = toy(rng.integers(1, 40, 60))
+    tokens, weights = tokens.astype(np.uint16), (tokens % 2).astype(np.uint8)
+    plan = make_plan(packing, starts, lengths, seq_len)
+    rows = permutation(plan.num_rows, 5)[:30]
+    where = np.sort(permutation(40, 6)[: len(rows)])
+    if way == "memmap":
+        tokens.tofile(tmp_path / "tokens.bin")
+        tokens = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
+    expected = empty_batch(40, seq_len)
+    for at, row in zip(where, rows, strict=True):
+        one = spelled_out(tokens, plan, row, seq_len, weights if weighted else None, max_length)
+        for key in KEYS:
+            expected[key][at] = one[key]
+    batch = empty_batch(40, seq_len)
+    for values in batch.values():
+        values[where] = 99  # rows are written whole, whatever they held
+    as_given = Parts if way == "parts" else np.asanyarray
+    given = {"weights": as_given(weights)} if weighted else {}
+    fill(batch, where, as_given(tokens), plan, rows, max_length=max_length, **given)
+    for key in KEYS:
+        assert batch[key].dtype == expected[key].dtype
+        assert np.array_equal(batch[key], expected[key]), key
 
 
 @pytest.mark.parametrize("lengths", CASES, ids=str)

@@ -255,9 +255,9 @@ def test_a_process_that_follows_refuses_another_tokenizer(prepared, tmp_path):
 def test_a_corpus_shuffled_through_files_is_the_one_shuffled_in_memory(
     corpus, prepared, tmp_path, monkeypatch
 ):
-    import data.shuffle
+    import data.shuffling
 
-    monkeypatch.setattr(data.shuffle, "HELD_BYTES", 1500)
+    monkeypatch.setattr(data.shuffling, "BUFFER", 1500)
     config = replace(folder_config(*corpus), cache_dir=str(tmp_path / "cache"))
     for split in ("train", "validation"):
         assert list(documents(config, split)) == list(documents(folder_config(*corpus), split))

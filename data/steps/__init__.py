@@ -1,0 +1,1 @@
+"""What may be done to a corpus before it is tokenized: one room a step, all named in `data.steps`."""
