@@ -184,6 +184,15 @@ def _check_model(config: Config) -> None:
 
 def _check_vocabulary(config: Config) -> None:
     t, m = config.tokenizer, config.model
+    if t.kind == "inherit" and config.init_from is None:
+        _refuse(
+            "tokenizer.kind=inherit takes the tokenizer of another run; give init_from=RUN, or tokenizer=bpe"
+        )
+    if t.chat_template is not None and config.data.format != "chat":
+        _refuse(
+            f"tokenizer.chat_template={t.chat_template} has no effect on data.format={config.data.format}; "
+            "set data.format=chat, or tokenizer.chat_template=null"
+        )
     least = {"bpe": t.vocab_size, "byte": 257}.get(t.kind, 0)
     if 0 < m.vocab_size < least:
         _refuse(

@@ -5,8 +5,9 @@ from collections import Counter
 from data.errors import DataError
 
 # The kinds that are counted: bytes that are no UTF-8; a line that is no JSON; JSON that is no object; a
-# record without the text key; a value that is no text; half a surrogate pair.
-KINDS = ("utf8", "json", "no_object", "no_key", "no_text", "surrogate")
+# record without the text key; a value that is no text; half a surrogate pair; no conversation to learn from;
+# one that its template refuses.
+KINDS = ("utf8", "json", "no_object", "no_key", "no_text", "surrogate", "conversation", "template")
 
 
 class BadRecords:

@@ -10,6 +10,7 @@ from data.steps.parse import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
 BAD_RECORDS = ("stop", "skip")
+FORMATS = ("text", "chat")
 MODES = ("cached", "streaming")
 PACKINGS = ("concat", "best_fit", "first_fit", "none")
 OWN = ("weight", "epochs")  # what a component of a mixture has beside keys of `data`
@@ -18,7 +19,7 @@ SHARED = (
     *("cache_dir", "mode", "packing", "seq_len", "workers", "prefetch"),
     *("mixture", "curriculum", "virtual_shards"),
 )
-TOKENIZERS = ("bpe", "file", "byte")
+TOKENIZERS = ("bpe", "file", "byte", "inherit")
 
 
 def did_you_mean(word: str, options: Sequence[str]) -> str:
@@ -44,6 +45,7 @@ class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
     source: str = "stdlib"  # stdlib | folder | tfds | hf | synthetic
+    format: str = "text"  # text | chat: conversations, of which only the assistant's turns are learnt
     path: str | None = None  # folder, tfds, hf: where the files are, a directory or an s3:// or gs:// URL
     name: str | None = None  # tfds: `wiki40b/en:1.3.0`; hf: `org/repo:config@revision`; synthetic: a seed
     text_key: str = "text"  # the field that holds the text, in jsonl, parquet, tfds and hf records
@@ -70,6 +72,7 @@ class DataConfig:
         self.path = self.path and os.path.expanduser(self.path)
         self.cache_dir = os.path.expanduser(self.cache_dir)
         _choice("data.source", self.source, SOURCES)
+        _choice("data.format", self.format, FORMATS)
         _choice("data.on_bad_record", self.on_bad_record, BAD_RECORDS)
         _choice("data.mode", self.mode, MODES)
         _choice("data.packing", self.packing, PACKINGS)
@@ -100,6 +103,15 @@ class DataConfig:
             raise ValueError(
                 f"data.virtual_shards={self.virtual_shards} has no effect with data.mode={self.mode}, which "
                 "is exact on any number of hosts; use data.virtual_shards=0, or data.mode=streaming"
+            )
+        if self.format == "chat" and self.mode == "streaming":
+            raise ValueError(
+                "data.format=chat weighs each token, which data.mode=streaming cannot; use data.mode=cached"
+            )
+        if self.format == "chat" and self.source in ("stdlib", "synthetic"):
+            raise ValueError(
+                f"data.source={self.source} holds no conversations for data.format=chat; make some with "
+                "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
         if self.mixture:
             from data.mixture import components  # which needs this module
@@ -166,15 +178,17 @@ class TokenizerConfig:
     """What cuts text into tokens.
 
     `bpe` trains a byte-level BPE on the corpus, `file` reads a `tokenizer.json`,
-    `byte` is the 256 bytes and one separator.
+    `byte` is the 256 bytes and one separator, `inherit` takes that of the run that `init_from` names.
     """
 
-    kind: str = "bpe"  # bpe | file | byte
+    kind: str = "bpe"  # bpe | file | byte | inherit
     vocab_size: int = 4096  # bpe only, the separator included
     path: str | None = None  # file only: a `tokenizer.json`
+    chat_template: str | None = None  # data.format=chat: a Jinja file; null: the tokenizer's own
 
     def __post_init__(self) -> None:
         self.path = self.path and os.path.expanduser(self.path)
+        self.chat_template = self.chat_template and os.path.expanduser(self.chat_template)
         _choice("tokenizer.kind", self.kind, TOKENIZERS)
         _at_least("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
         if self.kind == "file" and not self.path:

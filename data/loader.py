@@ -105,7 +105,8 @@ class Loader:
         while len(wanted):
             plan, order, first, end = epochs.containing(int(wanted[0]))
             here = int(np.searchsorted(wanted, end))
-            fill(batch, where[:here], store.tokens, plan, order[wanted[:here] - first])
+            rows = order[wanted[:here] - first]
+            fill(batch, where[:here], store.tokens, plan, rows, weights=store.weights)
             where, wanted = where[here:], wanted[here:]
 
     def _check_epochs(self, number: int, name: str, limit: float) -> None:
@@ -179,8 +180,13 @@ class Loader:
         store, epochs = self._epochs[number].store, self._epochs[number]
         rows = epochs.rows_of(1)
         full = store.num_tokens / (rows * self.data.seq_len)
+        learnt = ""
+        if store.weights is not None:
+            cut = int((store.lengths > self.data.seq_len).sum())
+            learnt = f" ({np.count_nonzero(store.weights) / store.num_tokens:.1%} learnt)"
+            learnt += f", {cut:,} longer than a row and cut," if cut and self.data.packing != "concat" else ""
         line = (
-            f"{store.num_documents:,} documents, {store.num_tokens:,} tokens in "
+            f"{store.num_documents:,} documents, {store.num_tokens:,} tokens{learnt} in "
             f"{rows:,} rows of {self.data.seq_len} ({full:.1%} full)"
         )
         if not self._parts:
@@ -272,20 +278,27 @@ class _Epochs:
 class EvalBatches:
     """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
 
-    Documents are concatenated whatever the training's packing, so that figures compare. Rows come shuffled by
-    a fixed key: the first few batches are a fair sample, not one long document. `num_tokens` and `num_bytes`
-    are what the batches cover: bits per byte = nll_sum / ln 2 / num_bytes.
+    Documents are concatenated whatever the training's packing, so that figures compare; conversations are
+    packed whole, so that an answer keeps its question. Rows come shuffled by a fixed key: the first few
+    batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
+    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. Raises DataError where there is none.
     """
 
     def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int):
         self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
-        self.plan = make_plan("concat", store.starts, store.lengths, data.seq_len)
+        packing = "concat" if store.weights is None else "best_fit"
+        self.plan = make_plan(packing, store.starts, store.lengths, data.seq_len)
         rows = permutation(self.plan.num_rows, 0)
         self.rows = rows if max_batches < 0 else rows[: max_batches * batch_size]
-        if len(self.rows) == self.plan.num_rows:
+        if len(self.rows) == self.plan.num_rows and store.weights is None:
             self.num_tokens, self.num_bytes = store.num_tokens, store.num_bytes
         else:
             self.num_tokens, self.num_bytes = self._covered()
+        if not self.num_bytes:
+            raise DataError(
+                f"eval.batches={max_batches} batches of {batch_size} rows hold nothing of an assistant; "
+                "use more, or -1 for the whole split"
+            )
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -304,7 +317,8 @@ class EvalBatches:
         batch = empty_batch(len(wanted), self.seq_len)
         real = np.flatnonzero(wanted < len(self.rows))
         if len(real):  # a process may hold nothing but the last batch's padding
-            fill(batch, real, self.store.tokens, self.plan, self.rows[wanted[real]])
+            here = self.rows[wanted[real]]
+            fill(batch, real, self.store.tokens, self.plan, here, weights=self.store.weights)
         return batch
 
     def _covered(self) -> tuple[int, int]:

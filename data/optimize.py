@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import CorruptCache, building, digest_of, file_digest, verify
+from data.chat_template import ChatTemplate
 from data.config import DataConfig
 from data.errors import DataError
 from data.sources import Corpus, Documents
@@ -44,17 +45,19 @@ REPORT, PAGE = "report.json", "report.html"
 Say = Callable[[str], None]
 
 
-def corpus_of(config: DataConfig, say: Say = lambda line: None) -> "Corpus | OptimizedCorpus":
+def corpus_of(
+    config: DataConfig, say: Say = lambda line: None, chat: ChatTemplate | None = None
+) -> "Corpus | OptimizedCorpus":
     """Return the corpus of a config: the source's own, or what `data.steps` makes of it."""
-    return OptimizedCorpus(config, say) if config.steps else Corpus(config)
+    return OptimizedCorpus(config, say, chat) if config.steps else Corpus(config, chat=chat)
 
 
 class OptimizedCorpus:
     """What `Corpus` is, of documents that went through `data.steps`; the digest covers source and steps."""
 
-    def __init__(self, config: DataConfig, say: Say = lambda line: None):
+    def __init__(self, config: DataConfig, say: Say = lambda line: None, chat: ChatTemplate | None = None):
         self.config, self.say = config, say
-        self.source = Corpus(dataclasses.replace(config, steps=[]), say)
+        self.source = Corpus(dataclasses.replace(config, steps=[]), say, chat)
         self.steps = parse_steps(config.steps)
         self.inputs: dict[str, Any] = {
             "corpus": self.source.digest,

@@ -18,8 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.bad_records import in_words
 from data.bigram import bigram_bits_per_byte
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
+from data.chat import FORMAT as CHAT_FORMAT
+from data.chat import ChatEncoder, ChatEncoding, plain_text
+from data.chat_template import ChatTemplate, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
-from data.encoding import TextEncoding
+from data.encoding import Encoding, TextEncoding
 from data.errors import DataError
 from data.growth import Files, Generation, Ledger, Part
 from data.mixture import components, final_shares
@@ -82,7 +85,8 @@ class Prepared:
             _some(self.train.framed() if self.train else self._streamed()),
             self.validation.framed(),
             vocab_size=self.tokenizer.vocab_size,
-            validation_bytes=self.validation.num_bytes,
+            validation_bytes=self.validation.learnt_bytes,
+            counted=self.validation.framed_weights(),
         )
         aside = cached.with_name(f".bigram-{os.getpid()}")
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
@@ -167,7 +171,7 @@ def prepare(
     with locked(root):
         if data.mixture and append:
             raise DataError(
-                "--append grows one corpus, and data.mixture has several; append to each with its own data.* keys"
+                "--append grows one corpus, and data.mixture has several; append to each by itself"
             )
         if data.mixture:
             return _prepare_mixture(data, tokenizer, root, console, engine)
@@ -244,6 +248,10 @@ def follow(facts: dict[str, Any]) -> Prepared:
         tokenizer = load_tokenizer(description["tokenizer_path"])
         if tokenizer.digest != description["tokenizer_digest"]:
             raise DataError(f"{description['tokenizer_path']} is another tokenizer")
+        if "chat_template" in description:
+            tokenizer.chat = ChatEncoder(
+                tokenizer, ChatTemplate(**description["chat_template"], specials=specials_of(tokenizer))
+            )
         documents = (
             Documents(Path(facts["documents"][0]), *facts["documents"][1:]) if facts["documents"] else None
         )
@@ -265,6 +273,15 @@ def follow(facts: dict[str, Any]) -> Prepared:
     )
 
 
+def chat_template(data: DataConfig, config: TokenizerConfig) -> ChatTemplate | None:
+    """The template of data.format=chat, known before the tokenizer is: ours have the separator alone."""
+    if data.format != "chat":
+        return None
+    path = config.path if config.kind == "file" else None
+    known = load_tokenizer(path) if path else train_tokenizer((), TokenizerConfig(kind="byte"))
+    return find_template(config.chat_template, path, known)
+
+
 class _Preparation:
     """The steps of one `prepare`, sharing the corpus, the console, and the reasons for building again."""
 
@@ -278,8 +295,9 @@ class _Preparation:
     ):
         self.data, self.tokenizer_config, self.root, self.console = data, tokenizer, root, console
         self.engine = engine
+        self.template = chat_template(data, self.tokenizer_config)
         # `corpus` decides the tokenizer; what was appended to it follows in `parts`.
-        self.corpus = corpus_of(data, self._say)
+        self.corpus = corpus_of(data, self._say, self.template)
         self.parts: list[Corpus | OptimizedCorpus] = [self.corpus]
         self.ensured: set[str] = set()
         self.rebuilt: list[str] = []
@@ -288,6 +306,8 @@ class _Preparation:
         ledger, groups = self._grow(append, wanted)
         directory = self._tokenizer_directory()
         tokenizer = load_tokenizer(directory / "tokenizer.json")
+        if self.template is not None:
+            tokenizer.chat = ChatEncoder(tokenizer, self.template)
         digest = self._digest(tokenizer)
         streaming = self.data.mode == "streaming"
         train = None if streaming else self._store("train", directory, tokenizer)
@@ -345,7 +365,10 @@ class _Preparation:
         """Digest of tokens and tokenizer: a part's, or the whole corpus's."""
         if part is not None or len(self.parts) == 1:
             corpus = (part or self.corpus).digest
-            return digest_of({"format": FORMAT, "corpus": corpus, "tokenizer": tokenizer.digest})
+            inputs = {"format": FORMAT, "corpus": corpus, "tokenizer": tokenizer.digest}
+            if self.template is not None:
+                inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.facts})
+            return digest_of(inputs)
         return digest_of({"format": FORMAT, "parts": [self._digest(tokenizer, part) for part in self.parts]})
 
     def _documents(self, split: str) -> Documents:
@@ -375,6 +398,8 @@ class _Preparation:
 
     def _tokenizer_directory(self) -> Path:
         config = self.tokenizer_config
+        if config.kind == "inherit":
+            raise DataError("tokenizer.kind=inherit takes that of init_from's run; give init_from=RUN")
         given = load_tokenizer(str(config.path)) if config.kind == "file" else None
         inputs = self._tokenizer_inputs()
 
@@ -390,7 +415,8 @@ class _Preparation:
         self._say(f"training a tokenizer of {self.tokenizer_config.vocab_size} tokens")
         stride = max(1, -(-documents.num_bytes // limit))
         for first in range(0, len(documents), stride * BLOCK):
-            yield from documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
+            texts = documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
+            yield from texts if self.template is None else map(plain_text, texts)
 
     def _store(self, split: str, tokenizer_directory: Path, tokenizer: Tokenizer) -> TokenStore:
         stores = [self._tokens(split, tokenizer_directory, tokenizer, part) for part in self.parts]
@@ -419,7 +445,7 @@ class _Preparation:
                 write_store(
                     directory,
                     documents,
-                    TextEncoding(tokenizer_directory / "tokenizer.json"),
+                    self._encoding(tokenizer_directory / "tokenizer.json"),
                     workers=self.data.workers,
                     about=about,
                     advance=advance,
@@ -427,6 +453,9 @@ class _Preparation:
                 )
 
         return self._once("tokens", key, make, about)
+
+    def _encoding(self, tokenizer: Path) -> Encoding:
+        return TextEncoding(tokenizer) if self.template is None else ChatEncoding(tokenizer, self.template)
 
     def _once(self, kind: str, key: str, make: Callable[[Path], None], about: dict[str, Any]) -> Path:
         """Return the cached directory of that key, made when it is missing or fails its checksums."""
@@ -453,6 +482,7 @@ class _Preparation:
         self, train: TokenStore | None, validation: TokenStore, path: Path, tokenizer: Tokenizer, digest: str
     ) -> dict[str, Any]:
         splits = {"train": train, "validation": validation}
+        template = self.template and {"name": self.template.name, **self.template.facts}
         return {
             "source": self.data.source,
             "mode": self.data.mode,
@@ -463,6 +493,7 @@ class _Preparation:
             "vocab_size": tokenizer.vocab_size,
             "documents_path": str(self.corpus.directory),
             "rebuilt": self.rebuilt,
+            **({"chat_template": template} if template else {}),
             **({"generation": len(self.parts) - 1} if len(self.parts) > 1 else {}),
             "skipped": self.skipped,
             **({"steps": self.data.steps} if self.data.steps else {}),

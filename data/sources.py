@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.cache import CorruptCache, building, digest_of, verify
+from data.chat import FORMAT as CHAT_FORMAT
+from data.chat import list_chat
+from data.chat_template import ChatTemplate
 from data.config import DataConfig
 from data.documents import Documents, Say, first_line, quiet, silent
 from data.errors import DataError
@@ -130,6 +133,25 @@ class StdlibSource(FolderSource):
         return StdlibCorpus(**options)
 
 
+class ChatSource(FolderSource):
+    """`data.source=folder` under data.format=chat: conversations in a folder's records, or in one file."""
+
+    def __init__(self, config: DataConfig, say: Say, chat: ChatTemplate):
+        self.config, self.chat = config, chat
+        self.root, self.files = list_chat(local_path(config, say))
+
+    def inputs(self) -> dict[str, Any]:
+        """Files, and the template: what it refuses may be left out."""
+        inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.facts}}
+        return {key: value for key, value in inputs.items() if key != "text_key"}
+
+    def builder(self, **options: Any) -> Any:
+        """Return our TFDS builder."""
+        from data.tfds_builders import ChatCorpus
+
+        return ChatCorpus(files=self.files, chat=self.chat, **options)
+
+
 SOURCES: dict[str, type[Source]] = {
     "stdlib": StdlibSource,
     "folder": FolderSource,
@@ -149,11 +171,17 @@ def documents(config: DataConfig, split: str) -> Documents:
 
 
 class Corpus:
-    """A corpus by its inputs: their digest, and the TFDS directory that they become."""
+    """A corpus by its inputs: their digest, and the TFDS directory that they become.
 
-    def __init__(self, config: DataConfig, say: Say = silent):
+    `chat`: what conversations are checked with, so that a bad one is named by its line.
+    """
+
+    def __init__(self, config: DataConfig, say: Say = silent, chat: ChatTemplate | None = None):
         self.config = config
-        self.source = SOURCES[config.source](config, say)  # type: ignore[call-arg]  # a Protocol has no __init__
+        if chat is not None and config.source == "folder":
+            self.source: Source = ChatSource(config, say, chat)
+        else:
+            self.source = SOURCES[config.source](config, say)  # type: ignore[call-arg]  # a Protocol has no __init__
         self.inputs = self.source.inputs()
         self.digest = digest_of(self.inputs)
         cached = Path(config.cache_dir) / "documents" / self.digest[:16]

@@ -106,6 +106,20 @@ class TokenStore:
         """How many targets an epoch has: tokens, and one separator a document."""
         return int(self.offsets[-1]) - self.num_documents
 
+    def framed_weights(self) -> Iterator[UInt8[np.ndarray, " T"]] | None:
+        """Yield the weights of each document's entries, as `framed` its entries; None where all count."""
+        if self.weights is None:
+            return None
+        weights, ends = self.weights, self.starts + self.lengths + 1
+        return (weights[start:end] for start, end in zip(self.starts, ends, strict=True))
+
+    @property
+    def learnt_bytes(self) -> int:
+        """UTF-8 bytes of the targets that count."""
+        if self.weights is None:
+            return self.num_bytes
+        return int(self.token_bytes[self.tokens[np.flatnonzero(self.weights)]].sum())
+
     @property
     def starts(self) -> Int[np.ndarray, " D"]:
         """Address of each document's bos in `tokens` and `weights`."""

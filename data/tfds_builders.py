@@ -11,6 +11,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from data.bad_records import BadRecords
+from data.chat import read_chat
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
@@ -91,3 +93,18 @@ class FolderCorpus(_TextCorpus):
     def _files(self) -> list[Path]:
         files = list_folder(self._root)
         return [path for path in files if self.names is None or relative(self._root, path) in self.names]
+
+
+class ChatCorpus(_TextCorpus):
+    """Conversations of .jsonl (.gz, .zst) and .parquet files, each as canonical JSON."""
+
+    def __init__(self, *, files: list[Path], chat: ChatTemplate, **kwargs: Any):
+        self._chat_files, self._chat = files, chat
+        super().__init__(**kwargs)
+
+    def _files(self) -> list[Path]:
+        root, files = self._root, self._chat_files
+        return [path for path in files if self.names is None or relative(root, path) in self.names]
+
+    def _read(self, path: Path, bad: BadRecords) -> Iterator[str]:
+        return read_chat(path, self._chat, bad.found)

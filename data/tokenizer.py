@@ -7,9 +7,10 @@ tokens, even where they spell one: only the store writes the separator.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -23,6 +24,20 @@ BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", SEPARATOR, "<|end_of_text|>
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", SEPARATOR, "<|begin_of_text|>", "<s>")
 # Said outright, because otherwise the library prints a warning into the terminal whenever the process forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class ChatPrompts(Protocol):
+    """How a conversation is put to a model (`data.chat.ChatEncoder`)."""
+
+    stop_id: int
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of the turns and of the next one's head."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the template into a directory, beside the tokenizer.json."""
+        ...
 
 
 class Tokenizer:
@@ -49,6 +64,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.bos_id: int = self._special(vocabulary, BOS, where)
         self.eos_id: int = self._special(vocabulary, EOS, where)
+        self.chat: ChatPrompts | None = None  # how turns are written for a model that was taught them
 
     @staticmethod
     def _special(vocabulary: dict[str, int], names: Sequence[str], where: str) -> int:
@@ -69,6 +85,47 @@ class Tokenizer:
         """
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+
+    def encode_with_specials(
+        self, texts: Sequence[str]
+    ) -> list[tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]]:
+        """Return (ids, character where each begins) of texts whose special tokens are meant as such.
+
+        Raises DataError where normalizing makes a special token of characters that do not spell it.
+        """
+        encoded = self._with_specials.encode_batch(list(texts), add_special_tokens=False)
+        specials = self.specials_by_id
+        for text, one in zip(texts, encoded, strict=True):
+            for index, (start, end) in zip(one.ids, one.offsets, strict=True):
+                if index in specials and text[start:end].strip() != specials[index].strip():
+                    raise DataError(
+                        f"data: {text[start:end]!r} becomes the special token {specials[index]} when it is "
+                        "normalized; remove it from the text"
+                    )
+        return [
+            (np.asarray(one.ids, np.int32), np.array([start for start, _ in one.offsets], np.int32))
+            for one in encoded
+        ]
+
+    @cached_property
+    def _with_specials(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self._text)  # another one: the flag below belongs to the whole backend
+        backend.encode_special_tokens = False
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def specials_by_id(self) -> dict[int, str]:
+        """The vocabulary's special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        return {index: token.content for index, token in added.items() if token.special}
+
+    def token(self, index: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        return self._backend.id_to_token(index)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, specials left out; bytes that are not UTF-8 become U+FFFD."""

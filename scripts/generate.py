@@ -10,6 +10,7 @@
     seed=0                the same seed writes the same texts
     weights=raw           raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest           or a step that has a checkpoint
+    chat=auto             true: the prompt is a user's turn; auto: where the run learnt conversations
     tensor=1              devices to split the model over
 
 The text goes to stdout, what was loaded to stderr. Exit status: 0 done, 1 a checkpoint that cannot be
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoints
 
 WEIGHTS = ("raw", "ema", "mean")
+CHAT = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Options:
     seed: int = 0
     weights: str = "raw"
     step: str = "latest"
+    chat: str = "auto"
     tensor: int = 1
 
 
@@ -72,6 +75,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
             raise ValueError(f"{key}={getattr(options, key)} is out of range; it must be at least 1")
     if options.weights not in WEIGHTS:
         raise ValueError(f"weights={options.weights} is unknown; use one of {', '.join(WEIGHTS)}")
+    if options.chat not in CHAT:
+        raise ValueError(f"chat={options.chat} is unknown; use one of {', '.join(CHAT)}")
     if not 0 <= options.seed < 2**31:
         raise ValueError(f"seed={options.seed} is out of range; it must be from 0 to {2**31 - 1}")
     return options
@@ -95,10 +100,11 @@ def generate_text(options: Options) -> list[str]:
     from parallel.config import MeshConfig
     from parallel.mesh import build_layout
     from serving.generate import generate
-    from serving.samples import encode_prompt
+    from serving.samples import encode_prompt, shown, stop_id
     from training.program import build_ops, padded_vocab
 
     tokenizer = load_run_tokenizer(directory, config)
+    with_chat(tokenizer, directory, config, options.chat)
     if config.model.vocab_size == -1:
         config.model.vocab_size = padded_vocab(tokenizer.vocab_size)
     mesh = MeshConfig(data=1, tensor=options.tensor, rules=config.mesh.rules)
@@ -115,11 +121,11 @@ def generate_text(options: Options) -> list[str]:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        eos_id=tokenizer.eos_id,
+        eos_id=stop_id(tokenizer),
         seed=options.seed,
         vocab_size=tokenizer.vocab_size,
     )
-    return [tokenizer.decode([*prompt[1:], *tail]) for tail in tails]
+    return [shown(tokenizer, options.prompt, prompt, tail) for tail in tails]
 
 
 def find_run(name: str) -> Path:
@@ -170,6 +176,17 @@ def load_run_tokenizer(directory: Path, config: "Config") -> Any:
             f"{tokenizer.digest[:9]}; put the right tokenizer.json into {directory}"
         )
     return tokenizer
+
+
+def with_chat(tokenizer: Any, directory: Path, config: "Config", chat: str) -> None:
+    """Give the tokenizer the run's chat template, or take it away, as `chat` says."""
+    from data.chat import ChatEncoder
+    from data.chat_template import find_template
+
+    tokenizer.chat = None
+    if chat == "true" or (chat == "auto" and config.data.format == "chat"):
+        template = find_template(None, directory / "tokenizer.json", tokenizer)
+        tokenizer.chat = ChatEncoder(tokenizer, template)
 
 
 def _devices(count: int) -> list[Any]:

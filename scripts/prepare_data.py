@@ -40,7 +40,12 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
         from data.beam import beam_engine
 
         engine = beam_engine(beam_options(options.runner, options.runner_option))
-    prepared = prepare(config.data, config.tokenizer, append=options.append, engine=engine)
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "inherit":  # only then: it imports JAX
+        from training.parent import tokenizer_config
+
+        tokenizer = tokenizer_config(config, None, None)
+    prepared = prepare(config.data, tokenizer, append=options.append, engine=engine)
     for name, part in (prepared.components or {"": prepared}).items():
         if name:
             print(f"{name}:")

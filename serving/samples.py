@@ -49,22 +49,36 @@ def complete(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
-        eos_id=tokenizer.eos_id,
+        eos_id=stop_id(tokenizer),
         seed=seed,
         vocab_size=tokenizer.vocab_size,
     )
-    texts = [tokenizer.decode([*head[1:], *tail]) for head, tail in zip(heads, tails, strict=True)]
+    texts = [shown(tokenizer, *parts) for parts in zip(prompts, heads, tails, strict=True)]
     return texts, [len(tail) < settings.max_new_tokens for tail in tails]
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Start-of-document and the prompt's tokens.
+    """Start-of-document and the prompt's tokens; for a model that was taught turns, a user's turn.
 
     A space at the end is left for the model to write: in a byte-level BPE it belongs to the next word, and a
     lone space token is something the model has hardly ever seen there.
     """
+    if tokenizer.chat is not None:
+        return tokenizer.chat.prompt([{"role": "user", "content": prompt}])
     text = prompt[:-1] if prompt.endswith(" ") and len(prompt) > 1 else prompt
     return [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(text))]
+
+
+def stop_id(tokenizer: Any) -> int:
+    """The token that ends a text, or an assistant's turn."""
+    return tokenizer.eos_id if tokenizer.chat is None else tokenizer.chat.stop_id
+
+
+def shown(tokenizer: Any, prompt: str, head: Sequence[int], tail: Sequence[int]) -> str:
+    """A prompt and what the model wrote: as one text, or an answer below its question."""
+    if tokenizer.chat is not None:
+        return f"{prompt}\n{tokenizer.decode(tail)}"
+    return tokenizer.decode([*head[1:], *tail])
 
 
 def _write(path: Path, texts: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 
 def evaluate(
@@ -39,3 +41,20 @@ def weighed(
         for key, value in values.items()
     }
     return {"eval/loss": loss, "eval/bits_per_byte": loss / math.log(2) / size, **own}
+
+
+def row_losses(
+    evaluate_batch: Callable[..., Any], params: Any, batches: Iterable[Any]
+) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+    """(nll in nats, weight) of each row of the batches: what a difference of means is bootstrapped from.
+
+    evaluate_batch: `(params, batch of any number of rows) -> {"nll", "weight"}`, such as a strategy's.
+    """
+
+    def one(row: Any) -> tuple[Any, Any]:
+        sums = evaluate_batch(params, {key: value[None] for key, value in row.items()})
+        return sums["nll"], sums["weight"]
+
+    rows = jax.jit(lambda batch: jax.lax.map(one, batch))
+    nll, weight = zip(*(jax.device_get(rows(batch)) for batch in batches), strict=True)
+    return np.concatenate(nll).astype(float), np.concatenate(weight).astype(float)

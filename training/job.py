@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from data.config import TokenizerConfig
 from data.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import Prepared, follow, prepare
 from parallel import cluster
@@ -27,7 +28,7 @@ from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
-from training.parent import Parent, check_tokenizer, find_parent, same_parent
+from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
 from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
@@ -106,12 +107,13 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh)
         parent = None if run.resuming else find_parent(config)
-    prepared = prepare_together(config, run.data_digest)
+        tokenizer = tokenizer_config(config, run, parent)
+    prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
         return build_job(config, run, watch, layout, parent, prepared)
 
 
-def prepare_together(config: Any, wanted: str | None = None) -> Prepared:
+def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
     """The primary makes or checks the data, and the others open what it has found.
 
     `wanted`: the digest of what a run began with; of a corpus that has grown since, that generation is taken.
@@ -119,7 +121,7 @@ def prepare_together(config: Any, wanted: str | None = None) -> Prepared:
     mine: list[Prepared] = []
 
     def make() -> dict[str, Any]:
-        mine.append(prepare(config.data, config.tokenizer, wanted=wanted))
+        mine.append(prepare(config.data, tokenizer, wanted=wanted))
         return mine[0].facts()
 
     facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
@@ -239,6 +241,8 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
     log, board = None, None
     if primary:
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
+        if job.prepared.tokenizer.chat is not None:
+            job.prepared.tokenizer.chat.save(run.path)
         log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
         stack.callback(log.close)
         if log.missing:

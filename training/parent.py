@@ -1,9 +1,10 @@
 """Where `init_from` points: another run's weights, with which a new run begins."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.config import TokenizerConfig
 from data.tokenizer import load_tokenizer
 from training.checkpoint import Checkpoints, state_digest
 from training.run_directory import RunDirectory
@@ -68,5 +69,23 @@ def check_tokenizer(parent: Parent, digest: str) -> None:
     if path.exists() and load_tokenizer(path).digest != digest:
         raise ValueError(
             f"init_from: {path.parent} was trained with another tokenizer; "
-            f"use tokenizer=file tokenizer.path={path}"
+            f"use tokenizer=inherit, or tokenizer=file tokenizer.path={path}"
         )
+
+
+def tokenizer_config(config: Any, run: RunDirectory | None, parent: Parent | None) -> TokenizerConfig:
+    """`config.tokenizer`, where tokenizer.kind=inherit has become the file of the run or of its parent.
+
+    The chat template beside that file is inherited with it.
+    """
+    if config.tokenizer.kind != "inherit":
+        return config.tokenizer
+    if run is not None and run.resuming and (run.path / "tokenizer.json").exists():
+        return replace(config.tokenizer, kind="file", path=str(run.path / "tokenizer.json"))
+    parent = parent or find_parent(config)
+    if parent is None or not parent.tokenizer.exists():
+        raise ValueError(
+            f"tokenizer.kind=inherit: init_from={config.init_from} has no tokenizer.json; "
+            "use tokenizer=file tokenizer.path=FILE"
+        )
+    return replace(config.tokenizer, kind="file", path=str(parent.tokenizer))

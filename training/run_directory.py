@@ -33,7 +33,10 @@ _FROZEN_KEYS = (
     "training.full_precision",
     *("training.z_loss", "training.ema_decay", "training.num_steps"),
 )
-_FREE_KEYS = ("data.cache_dir", "data.workers", "data.prefetch", "data.path", "tokenizer.path")
+_FREE_KEYS = (
+    *("data.cache_dir", "data.workers", "data.prefetch", "data.path"),
+    *("tokenizer.path", "tokenizer.chat_template"),
+)
 _OPEN_ENDED_SCHEDULES = ("constant", "wsd")
 _SHOWN = 6
 

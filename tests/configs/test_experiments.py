@@ -24,6 +24,7 @@ NEEDS = {
     "data=hf": "data.path=saved",
     "data=filtered": "data.path=texts",
     "tokenizer=file": "tokenizer.path=tokenizer.json",
+    "tokenizer=inherit": "init_from=quickstart",
 }
 
 

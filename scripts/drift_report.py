@@ -1,0 +1,224 @@
+"""Has the data moved? `python scripts/drift_report.py --old STORE --new STORE --run NAME`.
+
+Compares two prepared corpora of one tokenizer: the distribution of tokens, features of documents, how well
+the tokenizer still fits, and the loss of a trained model on both. Each figure stands beside its floor, what
+two samples of the old corpus differ by. Writes PREFIX.json and PREFIX.html, a page with plots in one file.
+
+--old and --new are token stores (the directories that scripts/prepare_data.py prints), runs (their training
+data), or folders of documents, which are tokenized with the run's tokenizer or --tokenizer first.
+
+Exit status: 0 no drift, 3 drift (the verdict, one line, says of what), 1 a damaged checkpoint, 2 bad input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if __name__ == "__main__":
+    # Found from a clone that was never installed, too.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from data.drift import Sample
+    from data.store import TokenStore
+    from data.tokenizer import Tokenizer
+
+DRIFTED = 3
+LOSS_LIMIT = 0.05  # nats a token by which a mean loss may differ
+RESAMPLES = 1000
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="drift_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--old", required=True, help="a token store, a run, or a folder of documents")
+    parser.add_argument("--new", required=True, help="the same")
+    parser.add_argument("--run", help="a run whose newest checkpoint's loss is compared on both")
+    parser.add_argument("--tokenizer", help="a tokenizer.json, where no run has it")
+    parser.add_argument("--documents", type=int, default=2000, help="documents sampled of each (2000)")
+    parser.add_argument("--rows", type=int, default=128, help="documents of each whose loss is taken (128)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and resamples (0)")
+    parser.add_argument("--cache-dir", default=".cache/data", help="where folders are tokenized to")
+    parser.add_argument("--out", default="drift", help="PREFIX of the two files (drift)")
+    return parser.parse_args(arguments)
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole report; features keep their arrays under "old" and "new" for the plots."""
+    from data.drift import compare, findings, sample
+    from data.errors import DataError
+
+    for key in ("documents", "rows"):
+        if getattr(options, key) < 20:
+            raise DataError(f"--{key}={getattr(options, key)} says nothing about a corpus; use 20 or more")
+    tokenizer, path = known_tokenizer(options)
+    stores = [open_store(key, getattr(options, key), path, options.cache_dir) for key in ("old", "new")]
+    # Other documents of the two where they are the same store: the same corpus is no drift, and no identity.
+    old, new = (sample(store, options.documents, options.seed + i) for i, store in enumerate(stores))
+    made = compare(old, new, seed=options.seed)
+    for mover in (*made["tokens"]["risen"], *made["tokens"]["fallen"]):
+        mover["text"] = tokenizer.decode([mover["id"]]) if tokenizer else f"#{mover['id']}"
+    drifted = findings(made)
+    if options.run:
+        made["loss"] = losses(options, old, new)
+        low, high = made["loss"]["interval"]
+        if (low > 0 or high < 0) and abs(made["loss"]["difference"]) > LOSS_LIMIT:
+            drifted.append(
+                f"loss: {made['loss']['difference']:+.3f} nats a token ({low:+.3f} to {high:+.3f})"
+            )
+    verdict = "drift in " + "; ".join(drifted) if drifted else "no drift beyond chance"
+    return {
+        "verdict": verdict,
+        "drifted": drifted,
+        "corpora": {
+            key: {"path": str(store.path), "documents": store.num_documents, "tokens": store.num_tokens}
+            for key, store in zip(("old", "new"), stores, strict=True)
+        },
+        "seed": options.seed,
+        **made,
+    }
+
+
+def known_tokenizer(options: argparse.Namespace) -> tuple["Tokenizer | None", Path | None]:
+    """The tokenizer that movers are spelled with, and its file: given, or one of the runs'."""
+    from data.tokenizer import load_tokenizer
+    from scripts.generate import find_run
+
+    runs = [find_run(options.run)] if options.run else []
+    runs += [Path(p) for p in (options.old, options.new) if (Path(p) / "config.yaml").is_file()]
+    files = [Path(options.tokenizer)] if options.tokenizer else [run / "tokenizer.json" for run in runs]
+    return (load_tokenizer(files[0]), files[0]) if files else (None, None)
+
+
+def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> "TokenStore":
+    """The token store that `--old` or `--new` means. Raises DataError."""
+    from data.config import DataConfig, TokenizerConfig
+    from data.errors import DataError
+    from data.pipeline import prepare
+    from data.store import TokenStore
+
+    path = Path(where)
+    if (path / "manifest.json").is_file() and not (path / "config.yaml").is_file():
+        return TokenStore.open(path)
+    if (path / "manifest.json").is_file():
+        data = json.loads((path / "manifest.json").read_text())["data"]["description"]
+        if "train" not in data:
+            raise DataError(f"--{key}={where} is a run that streamed; give a token store or its documents")
+        return TokenStore.open(data["train"]["path"])
+    if not path.exists():
+        raise DataError(f"--{key}={where} does not exist; give a token store, a run or a folder of documents")
+    if tokenizer is None:
+        raise DataError(f"--{key}={where} has to be tokenized first; give --run=NAME or --tokenizer=FILE")
+    # Documents are held out too, of which there must be some; the comparison is of the others.
+    data = DataConfig(source="folder", path=where, cache_dir=cache_dir, seq_len=2, validation_fraction=0.1)
+    store = prepare(data, TokenizerConfig(kind="file", path=str(tokenizer))).train
+    assert store is not None
+    return store
+
+
+def losses(options: argparse.Namespace, old: "Sample", new: "Sample") -> dict[str, Any]:
+    """Mean loss of the run's newest checkpoint on the beginnings of some documents of each, and its spread.
+
+    The interval holds 95 % of the differences of resampled documents (Efron's percentile bootstrap).
+    """
+    import jax
+
+    from models.transformer import build_model
+    from parallel.config import MeshConfig
+    from parallel.mesh import build_layout
+    from parallel.plain import Plain
+    from scripts.generate import Options, find_run, load_config, load_run_tokenizer, load_weights
+    from training.evaluate import row_losses
+    from training.program import build_ops, padded_vocab
+
+    directory = find_run(options.run)
+    config = load_config(directory / "config.yaml")
+    tokenizer = load_run_tokenizer(directory, config)
+    if not np.array_equal(tokenizer.token_bytes(), old.store.token_bytes):
+        raise ValueError(
+            f"--run={options.run} has another tokenizer than {old.store.path}; prepare both with it"
+        )
+    if config.model.vocab_size == -1:
+        config.model.vocab_size = padded_vocab(tokenizer.vocab_size)
+    layout = build_layout(MeshConfig(data=1, rules=config.mesh.rules), jax.devices()[:1])
+    model, ops = build_model(config.model), build_ops(config, layout)
+    params = load_weights(directory, config, model, layout, Options(run=options.run))
+
+    def of(one: "Sample") -> tuple[np.ndarray, np.ndarray]:
+        rows = beginnings(one, options.rows, config.data.seq_len)
+        nll, weight = row_losses(lambda p, b: Plain().evaluate(model, p, b, ops), params, [rows])
+        return nll[weight > 0], weight[weight > 0]
+
+    a, b = of(old), of(new)
+    rng = np.random.default_rng(options.seed)
+    spread = [_resampled(b, rng) - _resampled(a, rng) for _ in range(RESAMPLES)]
+    means = [float(nll.sum() / weight.sum()) for nll, weight in (a, b)]
+    return {
+        "old": means[0],
+        "new": means[1],
+        "difference": means[1] - means[0],
+        "interval": [float(x) for x in np.quantile(spread, (0.025, 0.975))],
+        "documents": [len(a[0]), len(b[0])],
+        "old_rows": (a[0] / a[1]).tolist(),
+        "new_rows": (b[0] / b[1]).tolist(),
+    }
+
+
+def _resampled(rows: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> float:
+    chosen = rng.integers(len(rows[0]), size=len(rows[0]))
+    return float(rows[0][chosen].sum() / rows[1][chosen].sum())
+
+
+def beginnings(one: "Sample", rows: int, seq_len: int) -> dict[str, np.ndarray]:
+    """A batch of the first `seq_len` tokens of some documents, one a row."""
+    from data.packing import Plan, empty_batch, fill
+
+    store, index = (
+        one.store,
+        one.index[np.linspace(0, len(one.index) - 1, min(rows, len(one.index))).astype(int)],
+    )
+    lengths = np.minimum(store.lengths[index], seq_len)
+    plan = Plan(store.starts[index], lengths, np.arange(len(index) + 1))
+    batch = empty_batch(len(index), seq_len)
+    everything = np.arange(len(index))
+    fill(batch, everything, store.tokens, plan, everything, weights=store.weights)
+    return batch
+
+
+def plain(value: Any) -> Any:
+    """Without the documents' arrays, which only the plots need."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if not isinstance(v, np.ndarray)}
+    return value
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report and print the verdict; the exit status."""
+    from scripts.drift_page import page
+    from training.errors import RunFault
+
+    options = parse(arguments)
+    try:
+        made = report(options)
+        Path(f"{options.out}.json").write_text(json.dumps(plain(made), indent=1) + "\n", encoding="utf-8")
+        Path(f"{options.out}.html").write_text(page(made), encoding="utf-8")
+    except (ValueError, OSError, RunFault) as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            raise
+        print("error: " + "; ".join(str(error).split("\n")), file=sys.stderr)
+        return 1 if isinstance(error, RunFault) else 2
+    print(made["verdict"])
+    print(f"{options.out}.json, {options.out}.html")
+    return DRIFTED if made["drifted"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
