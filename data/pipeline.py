@@ -324,7 +324,7 @@ class _Preparation:
         return TokenStore.open(grown, contents=False)
 
     def _tokens(
-        self, split: str, tokenizer_directory: Path, tokenizer: Tokenizer, part: Corpus
+        self, split: str, tokenizer_directory: Path, tokenizer: Tokenizer, part: Corpus | OptimizedCorpus
     ) -> Path | None:
         """Return the store of one part's split; None where the part has no such documents."""
         digest = self._digest(tokenizer, part)
