@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 from benchmarks.measure import RESULTS, alternate, ratio, summary, timed, use_cores, write_result
 from data.config import DataConfig, TokenizerConfig
 from data.loader import Loader, Prefetcher
-from data.pipeline import Prepared, prepare
+from data.pipeline import follow, prepare
 from data.store import TokenStore, write_store
 
 SEQ_LEN, ROWS = 2048, 32
@@ -31,7 +32,7 @@ MEAN, SPREAD = 600, 1.0  # tokens of a document, lognormal
 TOKENS = 24_000_000  # of the token file; 48 MB, all of it in the page cache
 BATCHES = 60  # a round and case: about 4 million tokens
 STREAMED = 24  # the same where text is tokenized
-TEXT_BYTES = 12 << 20
+TEXT_BYTES = 8 << 20
 VOCABULARY = 8192
 
 
@@ -66,7 +67,7 @@ def main() -> int:
         "cores": asked.cores,
         "grain": asked.without != "grain",
     }
-    title = f"Input, one process on {asked.cores} cores: batches of {ROWS} x {SEQ_LEN}, documents of {MEAN} tokens"
+    title = f"Input on {asked.cores} cores: batches of {ROWS} x {SEQ_LEN}, documents of {MEAN} tokens"
     write_result("input", {"title": title, "workload": workload, "table": rows, "ratios": ratios}, asked.out)
     for row in rows:
         print(f"{row['case']:60} {row['million tokens/s']:10.3f}  {row['beside it'] or ''}")
@@ -89,8 +90,8 @@ def cached(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
             lambda: [loader.batch(next(steps)) for _ in range(BATCHES)]
         )
         if packing == "concat":
-            cases["cached, concat, in the prefetching thread"] = lambda loader=loader: in_thread(
-                loader, BATCHES
+            cases["cached, concat, in the prefetching thread"] = in_thread(
+                Loader(store, config, global_batch_size=ROWS, seed=0), BATCHES
             )
             cases["cached, concat, in a process of its own"] = in_process(
                 (cached_loader, (store.path,)), BATCHES
@@ -159,35 +160,41 @@ def grain_reader(path: Path) -> Callable[[], float]:
         return {"tokens": row[:-1], "targets": row[1:]}
 
     source = grain.sources.ArrayRecordDataSource([str(path)])
-    dataset = grain.MapDataset.source(source).shuffle(seed=0).map(arrays).repeat().batch(ROWS)
-    batches: Iterator[Any] = iter(dataset.to_iter_dataset())
-    next(batches)
-    return lambda: timed(lambda: [next(batches) for _ in range(BATCHES)])
+    dataset = grain.MapDataset.source(source).shuffle(seed=0).map(arrays).repeat()
+    batches: Iterator[Any] = iter(dataset.to_iter_dataset().batch(ROWS))
+    # Its 16 threads have 500 rows ready.
+    return steady(lambda: next(batches), BATCHES, ready=500 // ROWS + 1)
 
 
 # Thread or process
 
 
-def in_thread(loader: Loader, count: int) -> float:
-    """Seconds of batches through the prefetching thread, from its start."""
+def steady(take: Callable[[], Any], count: int, ready: int = 3) -> Callable[[], float]:
+    """Seconds of so many batches from what makes them ahead, when those that lay ready are gone."""
 
-    def take() -> None:
-        feed = Prefetcher(loader, start=loader._step, depth=2)
-        for _ in range(count):
-            feed.next()
-        feed.close()
+    def measured() -> float:
+        for _ in range(ready):
+            take()
+        seconds = timed(lambda: [take() for _ in range(count)])
+        time.sleep(0.5)  # those that lie ready for the next round are made in nobody's time
+        return seconds
 
-    return timed(take)
+    return measured
+
+
+def in_thread(loader: Loader, count: int) -> Callable[[], float]:
+    """Batches of the prefetching thread, as training has them."""
+    return steady(Prefetcher(loader, start=loader.state()["step"], depth=2).next, count)
 
 
 def in_process(make: tuple[Callable[..., Loader], tuple], count: int) -> Callable[[], float]:
-    """Seconds of batches made by a spawned process and pickled through a pipe, at most two ahead."""
+    """Batches of a spawned process, pickled through a pipe, at most two of them waiting."""
     context = multiprocessing.get_context("spawn")
     batches: Any = context.Queue(maxsize=2)
     process = context.Process(target=_produce, args=(make, batches), daemon=True)
     process.start()
     batches.get()
-    return lambda: timed(lambda: [batches.get() for _ in range(count)])
+    return steady(batches.get, count)
 
 
 def _produce(make: tuple[Callable[..., Loader], tuple], batches: Any) -> None:
@@ -225,8 +232,10 @@ def text(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
             lambda: backend.encode_batch_fast(texts, add_special_tokens=False)
         ),
         f"preparing, {asked.cores} processes": store,
-        "streaming, in the prefetching thread": lambda: in_thread(loader, STREAMED),
-        "streaming, in a process of its own": in_process((streamed_loader, (prepared, data)), STREAMED),
+        "streaming, in the prefetching thread": in_thread(loader, STREAMED),
+        "streaming, in a process of its own": in_process(
+            (streamed_loader, (prepared.facts(), data)), STREAMED
+        ),
     }
     samples = {name: seconds[1:] for name, seconds in alternate(cases, asked.rounds + 1).items()}
     streamed = STREAMED * ROWS * SEQ_LEN
@@ -247,11 +256,9 @@ def text(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
     ], ratios
 
 
-def streamed_loader(prepared: Prepared, data: DataConfig) -> Loader:
+def streamed_loader(facts: dict[str, Any], data: DataConfig) -> Loader:
     """A loader of a process of its own."""
-    from data.pipeline import follow
-
-    return Loader(follow(prepared.facts()), data, global_batch_size=ROWS, seed=0)
+    return Loader(follow(facts), data, global_batch_size=ROWS, seed=0)
 
 
 def write_texts(folder: Path) -> None:

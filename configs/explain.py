@@ -18,6 +18,7 @@ from omegaconf.errors import (
 
 from configs.cli import groups, options
 from configs.schema import LOGICAL_AXES, OPTIMIZERS, SCHEDULES, Config, ConfigError, did_you_mean, nearest
+from data.config import component_keys
 from parallel.config import MESH_AXES
 
 NAME_IT = "add +experiment=NAME (--help lists them) or run.name=NAME"
@@ -129,6 +130,12 @@ def _known(key: str, keys: Iterable[str]) -> bool:
         if axis not in MESH_AXES:
             raise ConfigError(f"{key} names no mesh axis; {did_you_mean(axis, MESH_AXES)}")
         return True
+    if key.startswith("data.mixture."):
+        name, _, rest = key.removeprefix("data.mixture.").partition(".")
+        inner = component_keys()
+        if rest and rest not in inner and rest.split(".")[0] not in inner:
+            raise ConfigError(f"{key} is not a key of a component; {did_you_mean(rest, inner)}")
+        return bool(name)
     inside = [known for known in keys if known.startswith(f"{key}.")]
     if inside and key not in keys:
         raise ConfigError(f"{key} holds several keys; set one of them, such as {inside[0]}")
@@ -205,6 +212,8 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         return f"{key} belongs to {group}={' or '.join(keys[key].owners)} only; choose that, or drop the key"
     if key.startswith("mesh.rules."):
         return f"{key} has no rule yet; add one with +{key}=[AXIS]"
+    if key.startswith("data.mixture."):
+        return f"{key} is not there yet; begin its keys with +, as in +{key}.weight=1.0"
     if key.startswith("mesh.dcn."):
         return f"{key} has no factor yet; add one with +{key}=SLICES"
     if key not in keys:

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from configs.legal import known_sizes, refusal
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig, shards_problem
 from models.config import ModelConfig
 from optim.config import (
     AdamWConfig,
@@ -156,6 +156,8 @@ def check(config: Config, device_count: int | None) -> None:
     _check_vocabulary(config)
     _check_steps(config)
     _check_rules(config.mesh)
+    if reason := shards_problem(config.data.virtual_shards, config.training.global_batch_size):
+        _refuse(reason)
     if reason := refusal(config, device_count):
         _refuse(reason)
 

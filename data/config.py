@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from data.steps.parse import parse_steps
@@ -11,8 +12,20 @@ SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
 BAD_RECORDS = ("stop", "skip")
 FORMATS = ("text", "chat")
 MODES = ("cached", "streaming")
-PACKINGS = ("concat", "best_fit", "none")
+PACKINGS = ("concat", "best_fit", "first_fit", "none")
+OWN = ("weight", "epochs")  # what a component of a mixture has beside keys of `data`
+# What all components of a mixture have in common.
+SHARED = (
+    *("cache_dir", "mode", "packing", "seq_len", "workers", "prefetch"),
+    *("mixture", "curriculum", "virtual_shards"),
+)
 TOKENIZERS = ("bpe", "file", "byte", "inherit")
+
+
+def did_you_mean(word: str, options: Sequence[str]) -> str:
+    """The remedy for a word that is not among the options: the nearest, or all of them."""
+    near = difflib.get_close_matches(str(word), options, n=1)
+    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(options)}"
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -45,13 +58,14 @@ class DataConfig:
     validation_fraction: float = 0.05  # stdlib and folder: share of documents held out, by content hash
     cache_dir: str = ".cache/data"  # corpora, tokenizers and token stores, found again by hash
     mode: str = "cached"  # cached: tokenize once | streaming: tokenize while training
-    packing: str = "concat"  # concat | best_fit | none: how documents fill rows
+    packing: str = "concat"  # concat | best_fit | first_fit | none: how documents fill rows
     seq_len: int = 256  # tokens in a row
     workers: int = 2  # processes that tokenize
     prefetch: int = 2  # batches made ahead of the step
-    steps: list[Any] = field(
-        default_factory=list
-    )  # sampling, dedup, filters: [{step: NAME, …}], in this order
+    steps: list[dict] = field(default_factory=list)  # sampling, filters: [{step: NAME, …}], in order
+    mixture: dict[str, dict] = field(default_factory=dict)  # NAME: weight, epochs, and what of data differs
+    curriculum: list[list[int]] = field(default_factory=list)  # [step, longest piece] pairs, growing
+    virtual_shards: int = 0  # streaming: parts, each tokenized where its rows are; 0: all of it on each host
 
     def __post_init__(self) -> None:
         # A shell leaves the tilde of `data.path=~/texts` as it is.
@@ -74,6 +88,8 @@ class DataConfig:
                     "such corpora grow by prepare_data.py --append"
                 )
         parse_steps(self.steps)
+        _at_least("data.virtual_shards", self.virtual_shards, 0)
+        check_curriculum(self.curriculum, self.seq_len)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"
@@ -82,6 +98,11 @@ class DataConfig:
             raise ValueError(
                 f"data.packing={self.packing} needs every document's length beforehand; "
                 "use data.packing=concat with data.mode=streaming, or data.mode=cached"
+            )
+        if self.virtual_shards and self.mode != "streaming":
+            raise ValueError(
+                f"data.virtual_shards={self.virtual_shards} has no effect with data.mode={self.mode}, which "
+                "is exact on any number of hosts; use data.virtual_shards=0, or data.mode=streaming"
             )
         if self.format == "chat" and self.mode == "streaming":
             raise ValueError(
@@ -92,6 +113,11 @@ class DataConfig:
                 f"data.source={self.source} holds no conversations for data.format=chat; make some with "
                 "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
+        if self.mixture:
+            from data.mixture import components  # which needs this module
+
+            components(self)  # each of them is checked; of this one only what they share counts
+            return
         if self.source == "folder" and not self.path:
             raise ValueError("data.source=folder needs data.path, the folder with your files")
         if self.source == "tfds" and not (self.path or self.name):
@@ -106,6 +132,45 @@ class DataConfig:
             )
         if self.source == "synthetic" and not (self.name or "0").isdecimal():
             raise ValueError(f"data.name={self.name} is no seed of data.source=synthetic; use a number, as 7")
+
+
+def component_keys() -> list[str]:
+    """Return the keys that `data.mixture.NAME` may have."""
+    return [*OWN, *(f.name for f in fields(DataConfig) if f.name not in SHARED)]
+
+
+def check_curriculum(points: list[Any], seq_len: int) -> None:
+    """Raise ValueError unless steps grow from 0 and lengths from 2 or more to `seq_len` at most."""
+    try:
+        steps, lengths = [p for p, _ in points], [n for _, n in points]
+    except (TypeError, ValueError):
+        steps, lengths = [None], [None]
+    if not all(type(value) is int for value in steps + lengths):
+        raise ValueError(
+            f"data.curriculum={points} is no list of [step, length] pairs; "
+            f"give whole numbers, as in [[0,{max(2, seq_len // 4)}],[1000,{seq_len}]]"
+        )
+    if points and (steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False))):
+        raise ValueError(f"data.curriculum={points}: steps must grow from 0; the first pair begins at step 0")
+    if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
+        raise ValueError(f"data.curriculum={points}: lengths must grow from pair to pair")
+    if points and not 2 <= min(lengths) <= max(lengths) <= seq_len:
+        raise ValueError(
+            f"data.curriculum={points}: lengths must lie between 2 and data.seq_len={seq_len}; "
+            "raise data.seq_len, or drop the pairs past it"
+        )
+
+
+def shards_problem(shards: int, batch_size: int) -> str | None:
+    """Say why so many virtual shards cannot share a batch, or None."""
+    if not shards or batch_size % shards == 0:
+        return None
+    legal = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    near = sorted(sorted(legal, key=lambda n: abs(n - shards))[:4])
+    return (
+        f"data.virtual_shards={shards} does not divide training.global_batch_size={batch_size}; "
+        f"use {', '.join(map(str, near))}, or a multiple of {shards} rows"
+    )
 
 
 @dataclass

@@ -5,15 +5,19 @@ address in the token file and a length. Whatever the packing, each (input, targe
 exactly one piece.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from data.errors import DataError
+from data.fits import best_fit, first_fit
 from data.rows import Entries, write_rows
 
-WINDOW = 1 << 16  # pieces that best_fit considers together
+WINDOW = 1 << 16  # pieces that best_fit and first_fit consider together
+Fit = Callable[[np.ndarray, int], np.ndarray]
+FITS: dict[str, Fit] = {"best_fit": best_fit, "first_fit": first_fit}
 KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
 
 
@@ -51,15 +55,18 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
-    """Pack documents, given in visiting order, into rows of `seq_len` by `concat`, `best_fit` or `none`."""
+    """Pack documents, given in visiting order, into rows of `seq_len`.
+
+    `concat`, `best_fit`, `first_fit`, or `none`: every piece in a row of its own.
+    """
     if packing == "concat":
         return _concat(starts, lengths, seq_len)
-    if packing == "best_fit":
-        return _best_fit(starts, lengths, seq_len)
+    if packing in FITS:
+        return _fitted(starts, lengths, seq_len, FITS[packing])
     if packing == "none":
         starts, lengths = _pieces(starts, lengths, seq_len)
         return Plan(starts, lengths, np.arange(len(starts) + 1))
-    raise DataError(f"data.packing={packing} is not known; use concat, best_fit or none")
+    raise DataError(f"data.packing={packing} is not known; use concat, best_fit, first_fit or none")
 
 
 def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
@@ -85,40 +92,17 @@ def _pieces(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.n
     return np.repeat(starts, counts) + skipped, np.minimum(np.repeat(lengths, counts) - skipped, seq_len)
 
 
-def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
-    """Best-fit decreasing within windows of the visiting order: only what exceeds a row is cut."""
+def _fitted(starts: np.ndarray, lengths: np.ndarray, seq_len: int, fit: Fit) -> Plan:
+    """Fit pieces within windows of the visiting order: only what exceeds a row is cut."""
     starts, lengths = _pieces(starts, lengths, seq_len)
     row_of = np.empty(len(starts), dtype=np.int64)
     num_rows = 0
     for first in range(0, len(starts), WINDOW):
         window = slice(first, first + WINDOW)
-        row_of[window] = _fit(lengths[window], seq_len) + num_rows
+        row_of[window] = fit(lengths[window], seq_len) + num_rows
         num_rows = int(row_of[window].max()) + 1
     order = np.argsort(row_of, kind="stable")
     return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(num_rows + 1)))
-
-
-def _fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Put each piece, longest first, into the fullest row that still takes it; return each piece's row."""
-    rows_with: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by room left
-    rooms = 0  # bit r is set where rows_with[r] is not empty: the best fit is a lowest set bit
-    result = np.empty(len(lengths), dtype=np.int64)
-    num_rows = 0
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        fitting = rooms >> length
-        if fitting:
-            room = (fitting & -fitting).bit_length() - 1 + length
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                rooms ^= 1 << room
-        else:
-            room, row, num_rows = seq_len, num_rows, num_rows + 1
-        result[piece] = row
-        if room > length:
-            rows_with[room - length].append(row)
-            rooms |= 1 << (room - length)
-    return result
 
 
 def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:

@@ -1,12 +1,13 @@
 """`prepare`: from a config to tokenizer and token stores, each reused while its inputs are the same."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.encoding import Encoding, TextEncoding
 from data.errors import DataError
 from data.growth import Files, Generation, Ledger, Part
+from data.mixture import components, final_shares
 from data.optimize import OptimizedCorpus, corpus_of
 from data.shards import Engine
 from data.sources import Corpus, Documents
@@ -39,6 +41,7 @@ BLOCK = 64  # documents read at a time
 class Prepared:
     """What training reads. `train` is None in streaming mode, where `documents` is read instead.
 
+    Of a mixture `components` has what each is by name, and `train` and `validation` are None.
     `digest` covers the corpus and the tokenizer, not how they are packed. `description` is json-able: source,
     digests and paths, documents, tokens and bytes of each split, and under "rebuilt" why anything was built
     again.
@@ -46,10 +49,11 @@ class Prepared:
 
     tokenizer: Tokenizer
     train: TokenStore | None
-    validation: TokenStore
+    validation: TokenStore | None
     documents: Documents | None
     digest: str
     description: dict[str, Any]
+    components: dict[str, "Prepared"] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Where everything lies, json-able: what `follow` makes the same of in another process."""
@@ -61,10 +65,19 @@ class Prepared:
             and [str(documents.directory.absolute()), documents.split, documents.text_key],
             "digest": self.digest,
             "description": self.description,
+            "components": {name: part.facts() for name, part in self.components.items()},
         }
 
     def bigram_bits_per_byte(self) -> float:
-        """Return a bigram model's held-out bits per byte: what a run has to beat."""
+        """Return a bigram model's held-out bits per byte: what a run has to beat.
+
+        Of a mixture: one model of all components' tokens, and held-out text weighed by the final shares, as
+        the run's own figure is.
+        """
+        shares = self.description.get("final_shares")
+        if shares is not None:
+            return self._mixed_bigram(shares)
+        assert self.validation is not None
         cached = self.validation.path.with_name(f"bigram-{self.digest[:16]}.json")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return float(json.loads(cached.read_text())["bits_per_byte"])
@@ -81,6 +94,28 @@ class Prepared:
             os.replace(aside, cached)
         return value
 
+    def _mixed_bigram(self, shares: dict[str, float]) -> float:
+        train = [
+            list(_some(part.train.framed(), int(BIGRAM_TOKENS * shares[name])))
+            for name, part in self.components.items()
+            if part.train is not None and shares[name]
+        ]
+        bits = num_bytes = 0.0  # a token of the mixture
+        for name, part in self.components.items():
+            held_out = part.validation
+            if held_out is None or not shares[name]:
+                continue
+            per_byte = bigram_bits_per_byte(
+                itertools.chain(*train),
+                held_out.framed(),
+                vocab_size=self.tokenizer.vocab_size,
+                validation_bytes=held_out.num_bytes,
+            )
+            bytes_per_token = held_out.num_bytes / held_out.num_tokens
+            bits += shares[name] * per_byte * bytes_per_token
+            num_bytes += shares[name] * bytes_per_token
+        return bits / num_bytes
+
     def _streamed(self) -> Iterator[np.ndarray]:
         assert self.documents is not None
         for texts in _blocks(self.documents):
@@ -88,13 +123,13 @@ class Prepared:
                 yield np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]])
 
 
-def _some(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield documents up to BIGRAM_TOKENS; TFDS has shuffled them, so the first are a fair sample."""
+def _some(documents: Iterator[np.ndarray], limit: int = BIGRAM_TOKENS) -> Iterator[np.ndarray]:
+    """Yield documents up to `limit` tokens; TFDS has shuffled them, so the first are a fair sample."""
     tokens = 0
     for ids in documents:
         yield ids
         tokens += len(ids)
-        if tokens >= BIGRAM_TOKENS:
+        if tokens >= limit:
             return
 
 
@@ -132,9 +167,72 @@ def prepare(
             'prepare ran as a worker imported the main script; put it under if __name__ == "__main__":'
         )
     root = Path(data.cache_dir)
+    console = Console(quiet=not progress)
     with locked(root):
-        work = _Preparation(data, tokenizer, root, Console(quiet=not progress), engine)
+        if data.mixture and append:
+            raise DataError(
+                "--append grows one corpus, and data.mixture has several; append to each by itself"
+            )
+        if data.mixture:
+            return _prepare_mixture(data, tokenizer, root, console, engine)
+        work = _Preparation(data, tokenizer, root, console, engine)
         return work.run(append=append, wanted=wanted)
+
+
+def _prepare_mixture(
+    data: DataConfig, tokenizer: TokenizerConfig, root: Path, console: Console, engine: Engine | None
+) -> Prepared:
+    """Prepare each component as if it were alone, with one tokenizer.
+
+    A BPE is trained on as much text of each, whatever their weights: so a sweep over weights tokenizes once.
+    """
+    parts = components(data)
+    works = {}
+    for name, part in parts.items():
+        with _of_component(name):
+            works[name] = _Preparation(part.data, tokenizer, root, console, engine)
+    if tokenizer.kind == "bpe":
+        directory = _shared_tokenizer(list(works.values()), tokenizer)
+        tokenizer = replace(tokenizer, kind="file", path=str(directory / "tokenizer.json"))
+    prepared = {}
+    for name, work in works.items():
+        work.tokenizer_config = tokenizer
+        with _of_component(name):
+            prepared[name] = work.run(append=False, wanted=None)
+    first = next(iter(prepared.values()))
+    digest = digest_of({"format": FORMAT, "mixture": {name: part.digest for name, part in prepared.items()}})
+    description = {
+        "source": "mixture",
+        "mode": data.mode,
+        "digest": digest,
+        **{key: first.description[key] for key in ("tokenizer_digest", "tokenizer_path", "vocab_size")},
+        "rebuilt": [reason for part in prepared.values() for reason in part.description["rebuilt"]],
+        "components": {name: part.description for name, part in prepared.items()},
+        "final_shares": final_shares(parts),
+    }
+    return Prepared(first.tokenizer, None, None, None, digest, description, prepared)
+
+
+@contextlib.contextmanager
+def _of_component(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.mixture.{name}: {error}") from None
+
+
+def _shared_tokenizer(works: list["_Preparation"], config: TokenizerConfig) -> Path:
+    inputs = {
+        **{"kind": config.kind, "format": FORMAT, "vocab_size": config.vocab_size},
+        "corpora": [work.corpus.digest for work in works],
+        "sample": BPE_SAMPLE_BYTES,
+    }
+
+    def make(directory: Path) -> None:
+        texts = itertools.chain(*(work._sample(BPE_SAMPLE_BYTES // len(works)) for work in works))
+        train_tokenizer(texts, config).save(directory / "tokenizer.json")
+
+    return works[0]._once("tokenizer", digest_of(inputs)[:16], make, {"kind": "tokenizer", **inputs})
 
 
 def follow(facts: dict[str, Any]) -> Prepared:
@@ -144,6 +242,7 @@ def follow(facts: dict[str, Any]) -> Prepared:
     all processes share.
     """
     description = facts["description"]
+    parts = {name: follow(part) for name, part in facts.get("components", {}).items()}
     try:
         stores = {name: TokenStore.open(path, contents=False) for name, path in facts["stores"].items()}
         tokenizer = load_tokenizer(description["tokenizer_path"])
@@ -164,7 +263,13 @@ def follow(facts: dict[str, Any]) -> Prepared:
             "put data.cache_dir and data.path on a file system that all processes share"
         ) from error
     return Prepared(
-        tokenizer, stores.get("train"), stores["validation"], documents, facts["digest"], description
+        tokenizer,
+        stores.get("train"),
+        stores.get("validation"),
+        documents,
+        facts["digest"],
+        description,
+        parts,
     )
 
 
@@ -304,11 +409,11 @@ class _Preparation:
 
         return self._once("tokenizer", digest_of(inputs)[:16], make, {"kind": "tokenizer", **inputs})
 
-    def _sample(self) -> Iterator[str]:
-        """Yield training documents, evenly spread over the split, up to BPE_SAMPLE_BYTES."""
+    def _sample(self, limit: int = BPE_SAMPLE_BYTES) -> Iterator[str]:
+        """Yield training documents, evenly spread over the split, up to about `limit` bytes."""
         documents = self._documents("train")
         self._say(f"training a tokenizer of {self.tokenizer_config.vocab_size} tokens")
-        stride = max(1, -(-documents.num_bytes // BPE_SAMPLE_BYTES))
+        stride = max(1, -(-documents.num_bytes // limit))
         for first in range(0, len(documents), stride * BLOCK):
             texts = documents.read(range(first, min(first + stride * BLOCK, len(documents)), stride))
             yield from texts if self.template is None else map(plain_text, texts)

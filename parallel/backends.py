@@ -136,7 +136,8 @@ def wanted_of(config: Any, context: int, **known: Any) -> Wanted:
 
 def documents_of(config: Any) -> int:
     """Documents that a row may hold, for kernels that must be told of them."""
-    return 1 if config.data.packing == "none" else config.training.max_documents
+    alone = config.data.packing == "none" and not config.data.curriculum  # which cuts a document into several
+    return 1 if alone else config.training.max_documents
 
 
 def facts_of(device: Any) -> dict[str, Any]:

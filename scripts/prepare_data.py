@@ -46,7 +46,10 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
 
         tokenizer = tokenizer_config(config, None, None)
     prepared = prepare(config.data, tokenizer, append=options.append, engine=engine)
-    print_table(prepared, config.data.seq_len)
+    for name, part in (prepared.components or {"": prepared}).items():
+        if name:
+            print(f"{name}:")
+        print_table(part, config.data.seq_len)
     return 0
 
 

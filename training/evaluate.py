@@ -1,7 +1,7 @@
 """Held-out loss in nats per token and in bits per byte, the figure that tokenizers cannot flatter."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,26 @@ def evaluate(
     nll = math.fsum(float(s["nll"]) for s in sums)
     weight = math.fsum(float(s["weight"]) for s in sums)
     return {"eval/loss": nll / weight, "eval/bits_per_byte": nll / math.log(2) / num_bytes}
+
+
+def weighed(
+    figures: Mapping[str, Mapping[str, float]],
+    shares: Mapping[str, float],
+    bytes_per_token: Mapping[str, float],
+) -> dict[str, float]:
+    """The figures of text that has these shares of its tokens from each component, and each component's own.
+
+    figures: by component, what `evaluate` returns; shares: they sum to 1. Bits per byte are the mixed text's
+    bits over its bytes, not the mean of the components' figures.
+    """
+    loss = math.fsum(share * figures[name]["eval/loss"] for name, share in shares.items())
+    size = math.fsum(share * bytes_per_token[name] for name, share in shares.items())
+    own = {
+        f"eval/{name}/{key.removeprefix('eval/')}": value
+        for name, values in figures.items()
+        for key, value in values.items()
+    }
+    return {"eval/loss": loss, "eval/bits_per_byte": loss / math.log(2) / size, **own}
 
 
 def row_losses(

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from data.streaming import merged
+from parallel import cluster
+
 Batch = Mapping[str, Any]
 
 
@@ -23,6 +26,18 @@ def rows_here(abstract: Batch) -> Int[np.ndarray, " R"]:
     held = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     rows = [np.arange(leaf.shape[0])[index[0]] for index in held]
     return np.unique(np.concatenate(rows))
+
+
+def of_all_hosts(position: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The position in the data that goes into a checkpoint: of a job in which each process knows only a part.
+
+    Virtual shards: a process has read those of its own rows, and any may have to go on with the others. It is
+    gathered before the save, so that it is committed with the arrays or not at all. All processes call this
+    after the same step.
+    """
+    if position is None or "shards" not in position:
+        return position
+    return merged(cluster.exchange("the position in the data", position))
 
 
 def placing(abstract: Batch, rows: Int[np.ndarray, " R"]) -> Callable[[Batch], dict[str, jax.Array]]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from data.config import TokenizerConfig
-from data.loader import EvalBatches, Loader, eval_batches
+from data.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import Prepared, follow, prepare
 from parallel import cluster
 from parallel.axes import Layout
@@ -23,6 +23,7 @@ from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch
 from training.errors import RunFault
+from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
 from training.manifest import build_manifest
@@ -87,7 +88,7 @@ class Job:
     prepared: Prepared
     program: Program
     loader: Loader
-    held_out: EvalBatches
+    held_out: dict[str, EvalBatches]  # by component of a mixture; "" is a corpus alone
     train_step: FlatStep
     eval_step: Any
     flops: Flops
@@ -143,10 +144,15 @@ def build_job(
     program = build_program(config, layout)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = Loader(
-        prepared, config.data, global_batch_size=config.training.global_batch_size, seed=config.seed
+        prepared,
+        config.data,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        num_steps=config.training.num_steps,
     )
-    held_out = eval_batches(
-        prepared.validation,
+    loader.check_rows(rows_here(program.batch))
+    held_out = held_out_batches(
+        prepared,
         config.data,
         batch_size=config.training.global_batch_size,
         max_batches=config.eval.batches,

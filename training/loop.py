@@ -16,8 +16,8 @@ from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
-from training.evaluate import evaluate
-from training.feed import arrived, placing, rows_here
+from training.evaluate import evaluate, weighed
+from training.feed import arrived, of_all_hosts, placing, rows_here
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.one_device import on_one_device
 from training.plots import plot_loss
@@ -90,7 +90,7 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
 
         if every(config.eval.every, step, last):
             with recorder.aside("evaluation"):
-                figures = held_out_figures(job, job.train_step.state_of(leaves))
+                figures = held_out_figures(job, job.train_step.state_of(leaves)) | read_so_far(job, step)
                 recorder.event(step, figures)
                 job.held_out_at = step, figures
 
@@ -116,7 +116,7 @@ def planned_profile(job: Job, first: int) -> Profile:
 
 def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
     """What a checkpoint keeps beside the state."""
-    return {"data": job.position, "tokens": recorder.tokens, "data_digest": job.prepared.digest}
+    return {"data": of_all_hosts(job.position), "tokens": recorder.tokens, "data_digest": job.prepared.digest}
 
 
 def checked(job: Job, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -144,11 +144,24 @@ def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
     return figures
 
 
+def read_so_far(job: Job, step: int) -> dict[str, float]:
+    """Of a mixture, each component's share of the rows so far."""
+    return {f"mixture/{name}": share for name, share in job.loader.shares(step).items()}
+
+
 def held_out_loss(job: Job, params: Any) -> dict[str, float]:
-    """`eval/loss` and `eval/bits_per_byte` of some weights."""
+    """`eval/loss` and `eval/bits_per_byte` of some weights; of a mixture, of each component as well."""
     rows = rows_here(job.program.batch)
-    batches = map(checked(job, placing(job.program.batch, rows)), job.held_out.batches(rows))
-    return evaluate(job.eval_step, params, batches, job.held_out.num_bytes)
+    place = checked(job, placing(job.program.batch, rows))
+    figures = {
+        name: evaluate(job.eval_step, params, map(place, held_out.batches(rows)), held_out.num_bytes)
+        for name, held_out in job.held_out.items()
+    }
+    shares = job.prepared.description.get("final_shares")
+    if shares is None:
+        return figures[""]
+    sizes = {name: held_out.num_bytes / held_out.num_tokens for name, held_out in job.held_out.items()}
+    return weighed(figures, shares, sizes)
 
 
 def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) -> int:
@@ -203,6 +216,7 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "num_steps": config.training.num_steps,
             "tokens": recorder.tokens,
             "bigram_bits_per_byte": bigram,
+            **packing_figures(job),
             "train_seconds": recorder.seconds,
             "goodput": recorder.goodput(job.compiled),
             "wall_seconds": time.perf_counter() - began,
@@ -212,6 +226,15 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "peak_flops": job.flops.peak,
         },
     )
+
+
+def packing_figures(job: Job) -> dict[str, Any]:
+    """How full the rows are, where that is known, and of a mixture what each component's share came to."""
+    full, shares = job.loader.fill_rate(), job.loader.shares(job.config.training.num_steps)
+    figures: dict[str, Any] = {"packing": job.config.data.packing}
+    if full is not None:
+        figures["rows_full"] = full
+    return figures | ({"mixture": shares} if shares else {})
 
 
 def finished(run: RunDirectory, config: Any) -> dict[str, Any] | None:

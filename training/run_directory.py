@@ -51,7 +51,7 @@ def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 
 def is_frozen(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a resume under another value of this key would be another run."""
-    if key in _FREE_KEYS:
+    if key in _FREE_KEYS or (key.startswith("data.mixture.") and key.endswith(".path")):
         return False
     if key == "training.num_steps":
         return (config.get("schedule") or {}).get("name") not in _OPEN_ENDED_SCHEDULES

@@ -25,7 +25,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
     `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
     compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
     goodput {seconds, shares, input_wait_share, input_bottleneck} (`Recorder.goodput`),
-    bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text; others are kept as they are.
+    bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text, packing, rows_full, mixture
+    {name: share of rows}; others are kept as they are.
     From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
     tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
     """
@@ -147,6 +148,8 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", _time(s)
     if "goodput" in s:
         yield "goodput", _goodput(s["goodput"])
+    if "rows_full" in s:
+        yield "rows", _rows(s)
     if "tokens_per_second" in s:
         yield "speed", f"{human(s['tokens_per_second'])} tokens/s{_mfu(s)}"
     if "train_loss" in s:
@@ -168,6 +171,11 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _parameters(s: Mapping[str, Any]) -> str:
     return f", {human(s['parameters']['total'])} parameters" if "parameters" in s else ""
+
+
+def _rows(s: Mapping[str, Any]) -> str:
+    parts = "".join(f", {name} {100 * share:.2f} %" for name, share in (s.get("mixture") or {}).items())
+    return f"{s['packing']}, {100 * s['rows_full']:.1f} % full{parts}"
 
 
 def _time(s: Mapping[str, Any]) -> str:

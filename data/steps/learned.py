@@ -20,7 +20,7 @@ from data.steps.base import Corpus, Decision, Edges, Outcome, hash64
 from data.steps.config import FEATURES, FilterLearned
 from data.steps.quality import features
 
-BUCKETS = 1 << 20  # of the hashed n-grams
+BUCKETS = 1 << 18  # of the hashed n-grams, of words and of characters each
 CHARACTERS = 20_000  # of a document's beginning that are looked at
 LEAST = 20  # examples of each class
 SHOWN = 20  # weights of each sign in the report
@@ -33,6 +33,8 @@ class Classifier:
     def __init__(self, columns: np.ndarray, scales: np.ndarray, weights: np.ndarray, bias: float):
         self.columns, self.scales, self.weights, self.bias = columns, scales, weights, bias
         self._words, self._characters = _vectorizers()
+        self._spread = np.zeros(2 * BUCKETS)  # of every bucket: cheaper than picking columns of each document
+        self._spread[columns] = weights[: len(columns)]
 
     @property
     def digest(self) -> str:
@@ -43,9 +45,8 @@ class Classifier:
 
     def score(self, text: str) -> float:
         """Return the probability, of one document alone: it does not depend on what else is scored."""
-        row = _rows([text], self._words, self._characters)[:, self.columns]
-        weights = self.weights[: len(self.columns)]
-        logit = float(np.sum(row.data * weights[row.indices])) + self.bias
+        row = _rows([text], self._words, self._characters)
+        logit = float(np.sum(row.data * self._spread[row.indices])) + self.bias
         logit += float(np.sum(_dense(text) / self.scales * self.weights[len(self.columns) :]))
         return float(1.0 / (1.0 + np.exp(-np.clip(logit, -500.0, 500.0))))
 

@@ -22,6 +22,7 @@ NEEDS = {
     "data=tfds": "data.name=wiki40b/en:1.3.0",
     "data=fineweb": "data.path=texts",
     "data=hf": "data.path=saved",
+    "data=filtered": "data.path=texts",
     "tokenizer=file": "tokenizer.path=tokenizer.json",
     "tokenizer=inherit": "init_from=quickstart",
 }

@@ -37,7 +37,7 @@ def stamps(root: Path) -> dict[str, tuple[int, int, bytes]]:
 
 def texts_of(prepared: Prepared) -> list[str]:
     stores = train_of(prepared), prepared.validation
-    return sorted(prepared.tokenizer.decode(ids) for store in stores for ids in store.framed())
+    return sorted(prepared.tokenizer.decode(ids) for store in stores if store for ids in store.framed())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Batches ahead of the step: how many, in which thread, where the time goes; plans before they are due."""
 
+import importlib
 import threading
 import time
 
@@ -75,19 +76,17 @@ def test_the_slow_stage_has_the_time(slow, prepared, streamed, corpus, monkeypat
         "read": (type(streamed.documents), "read"),
         "tokenize": (type(streamed.tokenizer), "encode_batch"),
         "fill": ("data.loader", "fill"),
-        "place": (time, "monotonic_ns"),
+        "place": (Prefetcher, ""),
     }[slow]
-    if slow != "place":
-        patch(monkeypatch, owner, name)
+    if name:
+        delay(monkeypatch, owner, name)
     ahead = Prefetcher(loader, start=0, place=lambda batch: time.sleep(SLOW * (slow == "place")) or batch)
     ahead.next()
     ahead.close()
     assert max(ahead.stages, key=ahead.stages.get) == slow, ahead.stages
 
 
-def patch(monkeypatch, owner, name):
-    import importlib
-
+def delay(monkeypatch, owner, name):
     owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     original = getattr(owner, name)
 
@@ -102,15 +101,15 @@ def patch(monkeypatch, owner, name):
 def test_the_next_epochs_plan_is_made_ahead_and_changes_nothing(prepared, corpus, packing, monkeypatch):
     monkeypatch.setattr("data.loader.NEAR", 1)  # as soon as an epoch begins
     ahead, threads = cached(prepared, corpus, packing=packing), []
-    original = ahead._epochs._made
+    original = ahead._epochs[0]._made
 
     def made(epoch):
         threads.append((epoch, threading.current_thread()))
         return original(epoch)
 
-    monkeypatch.setattr(ahead._epochs, "_made", made)
+    monkeypatch.setattr(ahead._epochs[0], "_made", made)
     steps = 0
-    while len(ahead._epochs.kept) < 2 or 2 not in ahead._epochs.kept:
+    while len(ahead._epochs[0].kept) < 2 or 2 not in ahead._epochs[0].kept:
         batch = ahead.batch(steps)
         monkeypatch.setattr("data.loader.NEAR", 10**9)
         assert same(batch, cached(prepared, corpus, packing=packing).batch(steps))

@@ -46,7 +46,7 @@ def test_batches_have_the_agreed_shapes_and_types(prepared, corpus):
     assert {batch[key].dtype for key in KEYS if key != "loss_weights"} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("packing", ("concat", "best_fit", "none"))
+@pytest.mark.parametrize("packing", ("concat", "best_fit", "first_fit", "none"))
 def test_a_batch_is_a_pure_function_of_seed_and_step(prepared, corpus, packing):
     forward = cached(prepared, corpus, packing=packing)
     batches = [forward.batch(step) for step in range(300)]  # several epochs
@@ -57,7 +57,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(prepared, corpus, packing):
     assert not same(other.batch(0), batches[0])
 
 
-@pytest.mark.parametrize("packing", ("concat", "best_fit", "none"))
+@pytest.mark.parametrize("packing", ("concat", "best_fit", "first_fit", "none"))
 def test_each_epoch_has_every_pair_once_in_another_order(prepared, corpus, packing):
     loader = cached(prepared, corpus, batch=1, packing=packing)
     wanted, step = epoch_pairs(train_of(prepared)), 0

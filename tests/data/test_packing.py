@@ -4,7 +4,7 @@ import pytest
 from data.packing import KEYS, empty_batch, fill, make_plan, permutation
 
 SEQ_LEN = 8
-PACKINGS = ("concat", "best_fit", "none")
+PACKINGS = ("concat", "best_fit", "first_fit", "none")
 
 
 def toy(lengths):

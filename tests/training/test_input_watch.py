@@ -1,9 +1,14 @@
 """Steps that wait for data are said once, with the stage that takes the time and a remedy."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from data.config import DataConfig
 from training.input_watch import FIRST, LIMIT, QUIET, WINDOW, InputWatch
+from training.recorder import Recorder
+from training.summary import _goodput
 
 CACHED, STREAMING = DataConfig(), DataConfig(mode="streaming")
 REMEDIES = {
@@ -44,7 +49,7 @@ def test_bursts_want_a_longer_queue():
 
 def test_little_waiting_is_not_worth_a_line():
     watch = InputWatch(CACHED)
-    assert not lines(watch, 4 * WINDOW, LIMIT, {"fill": 1.0})
+    assert not lines(watch, 4 * WINDOW, 0.99 * LIMIT, {"fill": 1.0})
     assert watch.bottleneck() is None
 
 
@@ -58,3 +63,16 @@ def test_the_first_steps_do_not_count():
 def test_it_is_said_again_only_after_a_while():
     said = lines(InputWatch(CACHED), FIRST + WINDOW + QUIET, 0.5, {"fill": 2.0})
     assert list(said) == [FIRST + WINDOW, FIRST + WINDOW + QUIET]
+
+
+def test_the_recorder_says_it_above_the_live_line_and_the_summary_keeps_it():
+    notes = []
+    progress = SimpleNamespace(update=lambda row: None, note=notes.append)
+    flops = SimpleNamespace(mfu=lambda speed: {})
+    recorder = Recorder(None, flops, progress, None, tokens=0, every=1, input_watch=InputWatch(CACHED))
+    metrics = {key: np.float32(1) for key in ("loss", "grad_norm", "learning_rate", "tokens")}
+    for step in range(1, FIRST + WINDOW + 2):
+        recorder.push(step, metrics, 60.0, {"read": 90.0, "fill": 10.0})
+    (line,) = notes
+    assert "read takes 90 % of making a batch" in line
+    assert "read takes 90 % of making a batch" in _goodput(recorder.goodput(0.0))

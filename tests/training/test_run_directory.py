@@ -188,6 +188,8 @@ def test_every_key_is_either_frozen_or_free_here():
         assert is_frozen(key, CONFIG)
     for key in FREE:
         assert not is_frozen(key, CONFIG)
+    assert is_frozen("data.mixture.code.weight", CONFIG)
+    assert not is_frozen("data.mixture.code.path", CONFIG)  # may move, as data.path may
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from data.steps.base import Corpus as Seen
 from data.steps.config import DedupMinhash, FilterLanguage, FilterLearned
 from tests.data.extras import require
 
+pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")  # tfds, of protobuf's newest
 SPLITS = ("train", "validation")
 GERMAN = "Der Zug nach Hamburg fährt heute nicht, weil die Strecke wegen des Sturms gesperrt ist."
 ENGLISH = "The train to Hamburg is not running today because the line is closed after the storm."
@@ -103,7 +104,11 @@ def corpus_of(
     folder = tmp_path / "texts"
     folder.mkdir(exist_ok=True)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    defaults = {"validation_fraction": 0.2, "workers": 1, "cache_dir": str(tmp_path / "cache")}
+    defaults: dict[str, Any] = {
+        "validation_fraction": 0.2,
+        "workers": 1,
+        "cache_dir": str(tmp_path / "cache"),
+    }
     corpus = OptimizedCorpus(
         DataConfig(source="folder", path=str(folder), steps=steps, **(defaults | values))
     )

@@ -16,7 +16,7 @@ from data.sources import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from tests.data.extras import require
 
-# protobuf 7 warns of what tfds's copy of an older json_format does.
+# protobuf 6.33 warns of what tfds's copy of an older json_format does.
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")
 
 

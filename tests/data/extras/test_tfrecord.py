@@ -19,7 +19,7 @@ from data.sources import Corpus, documents
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
 
-# protobuf 7 warns of what tfds's copy of an older json_format does.
+# protobuf 6.33 warns of what tfds's copy of an older json_format does.
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")
 
 
