@@ -70,11 +70,10 @@ def _messages(record: Mapping[str, Any], refuse: Callable[[str], DataError]) -> 
     for number, message in enumerate(found, 1):
         if not isinstance(message, Mapping):
             raise refuse(f"has a message {number} that is a {type(message).__name__}, not an object")
-        role = names.get(message.get(role_key)) if isinstance(message.get(role_key), str) else None
+        said = message.get(role_key)
+        role = names.get(said) if isinstance(said, str) else None
         if role is None:
-            raise refuse(
-                f"has role {message.get(role_key)!r} in message {number}; roles are {', '.join(names)}"
-            )
+            raise refuse(f"has role {said!r} in message {number}; roles are {', '.join(names)}")
         content = message.get(content_key)
         if content is None and message.get("tool_calls"):
             content = ""
@@ -153,6 +152,7 @@ class ChatEncoder:
         """The token that ends an assistant's turn; the tokenizer's eos where the template has none."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids, weights = self.encode_batch([json.dumps({"messages": turns})])[0]
+        assert weights is not None
         last = int(ids[np.flatnonzero(weights)[-1]])
         return last if last in self.tokenizer.specials_by_id else self.eos_id
 

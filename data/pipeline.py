@@ -199,13 +199,16 @@ def _prepare_mixture(
         work.tokenizer_config = tokenizer
         with _of_component(name):
             prepared[name] = work.run(append=False, wanted=None)
-    first = next(iter(prepared.values()))
+    # Where some components are conversations, their template is the mixture's; there is one for all.
+    chats = [part for part in prepared.values() if part.tokenizer.chat is not None]
+    first = next(iter(chats or prepared.values()))
     digest = digest_of({"format": FORMAT, "mixture": {name: part.digest for name, part in prepared.items()}})
     description = {
         "source": "mixture",
         "mode": data.mode,
         "digest": digest,
         **{key: first.description[key] for key in ("tokenizer_digest", "tokenizer_path", "vocab_size")},
+        **({"chat_template": first.description["chat_template"]} if chats else {}),
         "rebuilt": [reason for part in prepared.values() for reason in part.description["rebuilt"]],
         "components": {name: part.description for name, part in prepared.items()},
         "final_shares": final_shares(parts),

@@ -29,7 +29,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 class ChatPrompts(Protocol):
     """How a conversation is put to a model (`data.chat.ChatEncoder`)."""
 
-    stop_id: int
+    @property
+    def stop_id(self) -> int:
+        """The token that ends an answer."""
+        ...
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of the turns and of the next one's head."""
@@ -125,7 +128,9 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """Return a token as the vocabulary spells it."""
-        return self._backend.id_to_token(index)
+        piece = self._backend.id_to_token(index)
+        assert piece is not None, f"{index} is no token"
+        return piece
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, specials left out; bytes that are not UTF-8 become U+FFFD."""
