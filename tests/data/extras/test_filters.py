@@ -104,7 +104,11 @@ def corpus_of(
     folder = tmp_path / "texts"
     folder.mkdir(exist_ok=True)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    defaults = {"validation_fraction": 0.2, "workers": 1, "cache_dir": str(tmp_path / "cache")}
+    defaults: dict[str, Any] = {
+        "validation_fraction": 0.2,
+        "workers": 1,
+        "cache_dir": str(tmp_path / "cache"),
+    }
     corpus = OptimizedCorpus(
         DataConfig(source="folder", path=str(folder), steps=steps, **(defaults | values))
     )
