@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
@@ -24,6 +24,7 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+@runtime_checkable
 class LocalStep(Protocol):
     """Decides on a document by its text alone, in a worker process: picklable, and pure."""
 
@@ -62,6 +63,7 @@ class Decision:
     note: Callable[[int], str] = lambda row: ""
 
 
+@runtime_checkable
 class GlobalStep(Protocol):
     """Decides when it has a signature of every document; the signatures are made in worker processes."""
 
