@@ -186,10 +186,10 @@ def test_a_run_that_goes_on_takes_its_generation_and_a_new_one_the_newest(config
     add(tmp_path / "texts", TEXTS[20:], 20)
     new = grow(config, append=True)
     run = RunDirectory(tmp_path / "run", {})
-    both = SimpleNamespace(data=config, tokenizer=BPE)
-    assert prepare_together(both, run.data_digest).digest == new.digest
+    both = SimpleNamespace(data=config)
+    assert prepare_together(both, BPE, run.data_digest).digest == new.digest
     run._manifest = {"data": {"digest": old.digest}}
-    again = prepare_together(both, run.data_digest)
+    again = prepare_together(both, BPE, run.data_digest)
     assert again.digest == old.digest and texts_of(again) == sorted(TEXTS[:20])
 
 

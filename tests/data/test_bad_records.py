@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data.bad_records import KINDS, BadRecords
+from data.bad_records import BadRecords
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import read_documents
@@ -36,7 +36,7 @@ def folder_with_bad(tmp_path, kinds, **values):
     return folder_config(folder, tmp_path / "cache", **values)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BAD)
 def test_a_bad_record_stops_the_run_and_says_how_to_skip_it(tmp_path, kind):
     with pytest.raises(DataError, match=r"x\.jsonl:1.*, or .*data\.on_bad_record=skip") as caught:
         prepare(folder_with_bad(tmp_path, [kind]), BYTES, progress=False)
@@ -44,9 +44,9 @@ def test_a_bad_record_stops_the_run_and_says_how_to_skip_it(tmp_path, kind):
 
 
 def test_skipped_records_are_counted_and_said_at_every_start(tmp_path, capsys):
-    config = folder_with_bad(tmp_path, [*KINDS, "utf8"], on_bad_record="skip")
+    config = folder_with_bad(tmp_path, [*BAD, "utf8"], on_bad_record="skip")
     (tmp_path / "texts" / "y.txt").write_bytes(b"caf\xe9")
-    counts = {**dict.fromkeys(KINDS, 1), "utf8": 3}
+    counts = {**dict.fromkeys(BAD, 1), "utf8": 3}
     for _ in range(2):
         prepared = prepare(config, BYTES)
         assert prepared.description["skipped"] == counts
