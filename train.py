@@ -1,7 +1,7 @@
 """Train a language model: `python train.py +experiment=NAME`; `--help` lists what there is.
 
 Composes the config, checks it, calls `fit`; nothing else. Several processes of it are one job (see
-`parallel.cluster`). Exit status: 0 done, 1 fault in mid-run, 2 bad input.
+`parallel.cluster`). Exit status: 0 done, 1 fault in mid-run, 2 bad input, 75 saved at a signal: go on.
 """
 
 import sys

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 CONFIG_DIR = Path(__file__).resolve().parent
+REQUEUE = 75  # stopped early and wants to be started again: EX_TEMPFAIL of sysexits.h
 Task = Callable[[Any], int]
 
 PURPOSE = """\
@@ -38,7 +39,8 @@ Experiments (+experiment=NAME):
 Parts (GROUP=NAME):
 {groups}
 
-Exit status: 0 done, 1 fault in mid-run, 2 bad input (HYDRA_FULL_ERROR=1 shows the traceback).
+Exit status: 0 done, 1 fault in mid-run, 2 bad input (HYDRA_FULL_ERROR=1 shows the traceback),
+75 stopped by a signal (SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2) and saved: the same command goes on.
 """
 
 
@@ -55,7 +57,8 @@ def main(
     """Run `task(config)` for what the command line asks and return the exit status.
 
     Bad input (ValueError, OSError, Hydra's and OmegaConf's errors) is one line on stderr and status 2;
-    `faults` are one line and status 1; anything else is a defect of ours and keeps its traceback.
+    `faults` are one line and their own `status`, else 1; anything else is a defect of ours and keeps its
+    traceback.
 
     Where several processes run one command, `join` unites them before anything is read, and `speaks(line)`
     says whether this one prints the line.
@@ -89,9 +92,9 @@ def _guarded(
     try:
         return action()
     except KeyboardInterrupt as error:
-        return report(str(error) or "interrupted", 130)
+        return report(str(error) or "interrupted", getattr(error, "status", 130))
     except faults as error:
-        return report(str(error), 1)
+        return report(str(error), getattr(error, "status", 1))
     except (HydraException, OmegaConfBaseException) as error:
         from configs.explain import explain
 
@@ -105,7 +108,8 @@ def _report(message: str, status: int, trace: bool, speaks: Callable[[str], bool
         traceback.print_exc()
     if speaks(message):
         line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
-        print("error: " + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr, flush=True)
+        word = "stopped: " if status == REQUEUE else "error: "
+        print(word + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr, flush=True)
     return status
 
 

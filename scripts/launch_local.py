@@ -8,8 +8,8 @@ Everything else is train.py's command line: `--processes 4 +experiment=debug mes
 the machine's cores, so this shows that a job is right, not that it is fast.
 
 Rank 0's stdout is this command's stdout; every rank's stderr comes with its number before each line. When one
-process fails the others are ended, and the exit status is that of the first; Ctrl-C and SIGTERM are handed
-on. Nothing is left running.
+process fails the others are ended, and the exit status is that of the first; Ctrl-C, SIGTERM, SIGUSR1 and
+SIGUSR2 are handed on. Nothing is left running.
 """
 
 import os
@@ -32,6 +32,8 @@ if __name__ == "__main__":
 from parallel.cluster import COORDINATOR, PROCESS, PROCESSES
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REQUEUE = 75  # the status of processes that saved at a notice: start the same command again
 DEVICES = 8  # in all, by default: enough for every pair of mesh axes
 FOLLOW_SECONDS = 8.0  # that the others have to come to the same end by themselves
 MAX_PROCESSES = 256
@@ -116,8 +118,8 @@ class Job:
         self._printing = threading.Lock()
 
     def run(self) -> int:
-        """Start all and wait; the exit status: 0, that of the first that failed, or 128 + a signal."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Start all and wait; the exit status: 0, that of the first that failed, 75, or 128 + a signal."""
+        before = {number: signal.signal(number, self._ask) for number in NOTICES}
         try:
             self._start()
             return self._wait()
@@ -185,10 +187,15 @@ class Job:
             time.sleep(0.05)
 
     def _stop(self, number: int) -> int:
-        """Hand the signal on, and wait while the processes end as they see fit."""
-        self._signal(number)
-        self._end_within(self.options.grace)
-        return 128 + number
+        """Hand the signal on, and a second one, and wait while the processes end as they see fit."""
+        end = time.monotonic() + self.options.grace
+        while self._running() and time.monotonic() < end:
+            if self.asked is not None:
+                self._signal(self.asked)
+                self.asked = None
+            time.sleep(0.05)
+        saved = any(process.poll() == REQUEUE for process in self.processes)
+        return REQUEUE if saved else 128 + number
 
     def _follow(self, rank: int, status: int) -> int:
         """One has failed: the others are given a while to say the same, then asked, then killed."""

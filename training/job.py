@@ -65,9 +65,9 @@ def in_mid_run(job: "Job") -> Iterator[None]:
     """From here on nothing is the command line's fault: what the data or the devices raise is a RunFault."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         step = job.checkpoints.newest_committed() if job.checkpoints is not None else 0
-        raise KeyboardInterrupt(f"interrupted; the same command goes on from step {step}") from None
+        raise type(error)(f"interrupted; the same command goes on from step {step}") from None
     except OSError as error:
         where, what = error.filename or job.run.path, error.strerror or error
         raise RunFault(

@@ -19,6 +19,7 @@ from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate, weighed
 from training.feed import arrived, of_all_hosts, placing, rows_here
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
+from training.notice import Notices, Stopping
 from training.one_device import on_one_device
 from training.plots import plot_loss
 from training.profiling import Profile, plan
@@ -42,7 +43,7 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
     """
     began = time.perf_counter()
     watch = start_compile_cache(config.run.compile_cache, names=config.profile)
-    with ExitStack() as stack:
+    with Notices() as notices, ExitStack() as stack:
         run = open_run_together(asdict(config), config.run.dir)
         stack.callback(run.close)
         if (summary := finished(run, config)) is not None:
@@ -52,12 +53,12 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
             job = compose(config, run, watch)
             state, first = start(job, stack)
         with in_mid_run(job):
-            state = train(job, state, first, stack)
+            state = train(job, state, first, notices, stack)
             return finish(job, state, sample, began)
 
 
-def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainState:
-    """From step `first` to the last."""
+def train(job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack) -> TrainState:
+    """From step `first` to the last, or to a notice to leave."""
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     last = config.training.num_steps
@@ -72,6 +73,9 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
     stack.callback(feed.close)
     profile = planned_profile(job, first)
     stack.callback(profile.close)
+    mesh = job.program.layout.mesh if job.program.votes else None
+    stopping = Stopping(notices, mesh, config.local_sgd.inner_steps if job.program.replicas else 1)
+    stack.enter_context(notices.steps())
     leaves = job.train_step.leaves_of(state)
     recorder.asides["starting"] = recorder.now() - job.compiled
     recorder.start_clock()
@@ -81,8 +85,9 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
                 profile.start()
 
         batch, wait, job.position = feed.next()
-        leaves, metrics = job.train_step.on_leaves(leaves, batch)
+        leaves, metrics = job.train_step.on_leaves(leaves, stopping.ballot(batch))
         recorder.push(step, metrics, wait, feed.stages)
+        leaving = stopping.agreed(step, recorder.read)
 
         if profile.ends(step):
             with recorder.aside("profile"):
@@ -94,11 +99,15 @@ def train(job: Job, state: TrainState, first: int, stack: ExitStack) -> TrainSta
                 recorder.event(step, figures)
                 job.held_out_at = step, figures
 
-        if every(config.checkpoint.every, step, last):
+        if leaving or every(config.checkpoint.every, step, last):
             with recorder.aside("checkpoints"):
                 recorder.sync()  # a checkpoint is never ahead of its rows
                 state = job.train_step.state_of(leaves)
                 checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+        if leaving:
+            with recorder.aside("checkpoints"):
+                checkpoints.wait()
+            raise stopping.said(step)
     with recorder.aside("checkpoints"):
         checkpoints.wait()
     return job.train_step.state_of(leaves)

@@ -21,6 +21,7 @@ from models.quantized import QuantizedEinsum
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
+from parallel import cluster
 from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
 from parallel.backends import Choice
@@ -33,6 +34,7 @@ from parallel.whole import Parts
 from training.attention import build_attention, choose_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
+from training.notice import abstract_vote
 from training.precision import build_einsum, compute_dtype
 from training.state import (
     TrainState,
@@ -47,6 +49,7 @@ from training.state import (
     shardings,
 )
 from training.step import (
+    VOTE,
     Batch,
     FlatStep,
     abstract_batch,
@@ -116,7 +119,13 @@ class Program:
     def compile_train(self) -> FlatStep:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
         metrics = self.replicas.metrics if self.replicas is not None else self.layout.replicated()
-        return compile_train_step(self.train_step, self.state, self.batch, metrics, self.compiler_options)
+        batch: Any = self.batch | ({VOTE: abstract_vote(self.layout.mesh)} if self.votes else {})
+        return compile_train_step(self.train_step, self.state, batch, metrics, self.compiler_options)
+
+    @property
+    def votes(self) -> bool:
+        """Whether a step carries the processes' votes to stop."""
+        return cluster.process_count() > 1 and self.replicas is None
 
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""

@@ -45,6 +45,7 @@ class Recorder:
         self.asides: dict[str, float] = {}  # seconds of what is no step
         self.steps = 0
         self.last: dict[str, Any] = {}
+        self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
 
     def push(
         self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float] = NOT_TIMED
@@ -105,7 +106,7 @@ class Recorder:
             self.board.scalars(step, values)
 
     def _write(self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float]) -> None:
-        values = host_scalars(metrics)
+        values = self.read = host_scalars(metrics)
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         tokens = int(values["tokens"])

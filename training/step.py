@@ -21,6 +21,7 @@ BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "loss_weights": jnp.float32,
 }
+VOTE = "stop"  # beside the batch where several processes must stop together: see `training.notice`
 
 
 def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
@@ -162,7 +163,10 @@ def compile_train_step(
     structure: Any = jax.tree.structure(state)
 
     def train_step(leaves: list[Array], batch: Batch) -> tuple[list[Array], dict[str, Array]]:
-        new, measured = step(structure.unflatten(leaves), batch)
+        rows = {name: array for name, array in batch.items() if name != VOTE}
+        new, measured = step(structure.unflatten(leaves), rows)
+        if VOTE in batch:  # one says stop, and all read it at this step
+            measured = measured | {VOTE: jnp.max(batch[VOTE])}
         return structure.flatten_up_to(new), measured
 
     placed = shardings(leaves)

@@ -125,28 +125,48 @@ def steps_done(ground, name):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_it_goes_on_and_checkpoints_cross_process_counts(ground):
-    """Three steps by one process, two killed at about step 8, two again to step 12, and one to step 14."""
-    fit(ground.config("whole14", *SMALL, "training.num_steps=14"))
+def test_a_killed_rank_ends_the_job_a_notice_to_one_stops_all_and_checkpoints_cross_process_counts(ground):
+    """Three steps by one process, two of which one is killed, two of which one has a notice, one to the end.
+
+    Of the notice nothing is lost: every step that has a row is in the checkpoint, though rank 1 alone had it.
+    """
     fit(ground.config("crossing", *SMALL, "training.num_steps=3"))
-    killed = job(ground, 2, "crossing", "training.num_steps=2000", "eval.every=1000")
-    end = time.monotonic() + DEADLINE
-    while steps_done(ground, "crossing") < 8:
-        assert killed.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    killed = job(ground, 2, "crossing", *LONG)
+    at_step(killed, ground, "crossing", 8)
     os.kill(rank(killed, 1), signal.SIGKILL)
     _, err = finish(killed, 128 + signal.SIGKILL)
     assert "rank 1 was ended by SIGKILL" in err
-    reached = max(
-        int(p.name) for p in (ground.run("crossing") / "checkpoints").iterdir() if p.name.isdecimal()
-    )
-    assert reached < 12, "the machine is too quick for this test"
-    finish(job(ground, 2, "crossing", "training.num_steps=12"))
-    fit(ground.config("crossing", *SMALL, "training.num_steps=14"))
-    rows, wanted = ([row for row in ground.rows(name) if "loss" in row] for name in ("crossing", "whole14"))
+    reached = newest(ground, "crossing")
+    written = steps_done(ground, "crossing")  # rows behind the checkpoint are written once more
+    noticed = job(ground, 2, "crossing", *LONG)
+    at_step(noticed, ground, "crossing", written + 1)
+    os.kill(rank(noticed, 1), signal.SIGUSR1)
+    _, err = finish(noticed, 75)
+    saved = newest(ground, "crossing")
+    said = f"stopped: SIGUSR1; saved at step {saved}, from where the same command goes on"
+    assert [line.partition("] ")[2] for line in err.splitlines()] == [said]
+    assert steps_done(ground, "crossing") == saved > reached
+    last = f"training.num_steps={saved + 2}"
+    fit(ground.config("crossing", *SMALL, last))
+    fit(ground.config("whole", *SMALL, last))
+    rows, wanted = ([row for row in ground.rows(name) if "loss" in row] for name in ("crossing", "whole"))
     assert_same_losses(rows, wanted)
     manifest = json.loads((ground.run("crossing") / "manifest.json").read_text())
-    assert [start["step"] for start in manifest["restarts"]] == [3, reached, 12]
+    assert [start["step"] for start in manifest["restarts"]] == [3, reached, saved]
+
+
+LONG = ("training.num_steps=2000", "eval.every=2000")  # stopped long before
+
+
+def at_step(process, ground, name, step):
+    end = time.monotonic() + DEADLINE
+    while steps_done(ground, name) < step:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def newest(ground, name):
+    return max(int(p.name) for p in (ground.run(name) / "checkpoints").iterdir() if p.name.isdecimal())
 
 
 @pytest.mark.slow

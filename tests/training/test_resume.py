@@ -101,15 +101,19 @@ def test_a_full_disk_is_one_line_and_status_1_and_the_command_goes_on_when_there
     assert_same_run(ground, "full", undisturbed)
 
 
-def test_ctrl_c_says_from_where_the_same_command_goes_on(ground, undisturbed):
-    process = ground.start("interrupted", *LENGTH)
-    wait_until(process, lambda: training_rows(ground, "interrupted") >= 9)
-    with pytest.raises(ValueError, match="in use by another process"):
-        open_run({}, ground.run("interrupted"))
-    process.send_signal(signal.SIGINT)
-    out, err = finish(process, status=130)
-    step = max(int(p.name) for p in (ground.run("interrupted") / "checkpoints").iterdir())
-    assert err == f"error: interrupted; the same command goes on from step {step}\n"
-    assert step >= 8 and f"step 5/{STEPS}  loss " in out
-    finish(ground.start("interrupted", *LENGTH))
-    assert_same_run(ground, "interrupted", undisturbed)
+def test_a_notice_loses_no_step_and_the_same_command_goes_on(ground, undisturbed):
+    """Ctrl-C, then what a scheduler sends: status 75, and every step that has a row is in the checkpoint."""
+    for number, row in ((signal.SIGINT, 5), (signal.SIGTERM, 14)):
+        process = ground.start("noticed", *LENGTH)
+        wait_until(process, lambda row=row: training_rows(ground, "noticed") >= row)
+        with pytest.raises(ValueError, match="in use by another process"):
+            open_run({}, ground.run("noticed"))
+        process.send_signal(number)
+        out, err = finish(process, status=75)
+        step = max(int(p.name) for p in (ground.run("noticed") / "checkpoints").iterdir())
+        name = signal.Signals(number).name
+        assert err == f"stopped: {name}; saved at step {step}, from where the same command goes on\n"
+        assert f"{name}: saving after this step" in out
+        assert training_rows(ground, "noticed") == step < STEPS
+    finish(ground.start("noticed", *LENGTH))
+    assert_same_run(ground, "noticed", undisturbed)
