@@ -1,7 +1,8 @@
 """Eight devices on a CPU for every test, set before JAX is imported.
 
 The tests compile hundreds of small programs and run each a few times, so LLVM's optimizations are left out,
-and fusions go to LLVM at once and not through MLIR: compiling takes half the time without the one, and half of that without the other. Bitwise equality is tested in runs of `train.py` itself, which are compiled as anybody's.
+and fusions go to LLVM at once and not through MLIR: each of the two halves the time that compiling takes.
+Bitwise equality is tested in runs of `train.py` itself, which are compiled as anybody's.
 """
 
 import os
