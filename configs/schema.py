@@ -13,7 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from configs.legal import known_sizes, refusal
+from configs.case import known_sizes
+from configs.legal import refusal
 from data.config import DataConfig, TokenizerConfig, shards_problem
 from models.config import ModelConfig
 from optim.config import (

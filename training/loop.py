@@ -53,7 +53,8 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
             job = compose(config, run, watch)
             state, first = start(job, stack)
         with in_mid_run(job):
-            state = train(job, state, first, notices, stack)
+            with notices.steps():
+                state = train(job, state, first, notices, stack)
             return finish(job, state, sample, began)
 
 
@@ -75,7 +76,6 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
     stack.callback(profile.close)
     mesh = job.program.layout.mesh if job.program.votes else None
     stopping = Stopping(notices, mesh, config.local_sgd.inner_steps if job.program.replicas else 1)
-    stack.enter_context(notices.steps())
     leaves = job.train_step.leaves_of(state)
     recorder.asides["starting"] = recorder.now() - job.compiled
     recorder.start_clock()

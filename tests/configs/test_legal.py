@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh
 
 from configs import schema
 from configs.cli import options
-from configs.legal import legal, main_segment, nearest_meshes, overrides, refusal
+from configs.legal import legal, nearest_meshes, overrides, refusal
+from configs.rules import main_segment
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model
