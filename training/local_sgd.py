@@ -313,7 +313,7 @@ def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
 
     Means are weighted by tokens; `tokens` is scaled to all replicas, exact where one process holds them all.
     """
-    if metrics["tokens"].ndim == 0:  # of every step: `device_get` takes six times as long for a few scalars
+    if np.ndim(metrics["tokens"]) == 0:  # every step: `device_get` takes six times as long
         return {name: np.asarray(x) for name, x in metrics.items()}
     read: Any = jax.device_get({name: _here(x) for name, x in metrics.items()})
     seen = {name: np.concatenate(parts).astype(np.float64) for name, parts in read.items()}
