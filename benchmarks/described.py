@@ -49,6 +49,7 @@ class Row:
     cublaslt_f8: int
     product_flops: int  # of all matrix products; attention's are not in it
     model_flops: int  # what the model needs of these: three times the forward, nothing made again
+    again_flops: int  # of the products that the policy of rematerialization makes a second time
     other_products: int  # neither of both, such as cuBLAS or a product in a fusion
     kernels: int  # instructions that launch, each once however often its loop runs
     logits_bytes: int  # largest buffer with V in it that holds tokens
@@ -105,6 +106,7 @@ def describe(config: schema.Config, experiment: str) -> tuple[Row, Reading]:
         cublaslt_f8=calls["__cublas$lt$matmul$f8"],
         product_flops=reading.flops,
         model_flops=round(3 * program.model.flops_per_token(seq_len)["matmul"] * rows * seq_len),
+        again_flops=again_flops(config),
         other_products=calls["__cublas$gemm"] + len(re.findall(r"= \S+ dot\(", text)),
         kernels=len(re.findall(r" (?:fusion|custom-call)\(", entry_and_loops(text))),
         logits_bytes=largest(reading.buffers, lambda dims: is_logits(dims, config)),
@@ -113,6 +115,12 @@ def describe(config: schema.Config, experiment: str) -> tuple[Row, Reading]:
         argument_bytes=memory.argument_size_in_bytes,
         compile_seconds=round(seconds, 1),
     ), reading
+
+
+def again_flops(config: schema.Config) -> int:
+    """Under `training.remat=dots`: the projection behind attention, forward, in every layer."""
+    model, tokens = config.model, config.training.global_batch_size * config.data.seq_len
+    return 2 * tokens * model.num_layers * model.num_heads * model.head_dim * model.d_model
 
 
 def is_logits(dims: tuple[int, ...], config: schema.Config) -> bool:

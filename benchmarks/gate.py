@@ -40,18 +40,20 @@ def uncertainty(ratio: Mapping[str, float]) -> float:
 def judge(fresh: Mapping[str, float], committed: Mapping[str, float], tolerance: float) -> tuple[bool, str]:
     """Whether a ratio fell by more than `tolerance` and twice the uncertainty of both, and the figures.
 
-    Raises Incomparable where the uncertainty is above NOISIEST: such a measurement would pass anything.
+    Raises Incomparable where the uncertainty is above NOISIEST and hides the answer: such a measurement would
+    pass almost anything. A fall beyond even that is one.
     """
     noise = 2 * math.hypot(uncertainty(fresh), uncertainty(committed))
-    if not noise <= NOISIEST:
+    change = fresh["median"] / committed["median"] - 1
+    fell = change < -(tolerance + noise)
+    if not (fell or noise <= NOISIEST):
         raise Incomparable(
             f"its spread of {noise:.0%} is above {NOISIEST:.0%}; measure again with more rounds"
         )
-    change = fresh["median"] / committed["median"] - 1
     figures = (
         f"{committed['median']:.3f} -> {fresh['median']:.3f} ({change:+.1%}; {tolerance + noise:.1%} allowed)"
     )
-    return change < -(tolerance + noise), figures
+    return fell, figures
 
 
 def compare(

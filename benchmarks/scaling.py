@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --axes data,tensor --sizes 2,4 model.num_layers=4
+    python benchmarks/scaling.py --axes expert --add         # beside what was measured of the others
 
 Devices are forced onto this machine's cores: more of them are never faster here, and wall time says little.
 What is compared is processor time: of all threads, in one step, over that of one device doing the same work.
@@ -98,7 +99,7 @@ def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 def measure_scaling(asked: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
     """Run every case; the result."""
-    found: list[dict[str, Any]] = []
+    found = kept_cases(asked, further) if asked.add else []
     one: dict[str, float] = {}
     for axis, size, mode in cases(asked):
         figures = measure_case(overrides(axis, size, mode, further), size, asked.steps)
@@ -111,11 +112,24 @@ def measure_scaling(asked: argparse.Namespace, further: Sequence[str]) -> dict[s
     return {
         "title": "The cost of splitting a step, on devices forced onto one machine's cores",
         "benchmark": "scaling",
-        "workload": {"overrides": list(further), "rows": ROWS},
+        "workload": workload(further),
         "measurement": {"steps": asked.steps},
         "cases": found,
         "table": [row(case) for case in found],
     }
+
+
+def kept_cases(asked: argparse.Namespace, further: Sequence[str]) -> list[dict[str, Any]]:
+    """What a run before found of other axes; ValueError where it measured something else."""
+    before = measure.read_result(asked.output / f"{asked.name}.json")
+    if (before["workload"], before["measurement"]) != (workload(further), {"steps": asked.steps}):
+        raise ValueError(f"--add: {asked.name}.json has other overrides or --steps; measure all axes again")
+    return [case for case in before["cases"] if case["axis"] not in asked.axes.split(",")]
+
+
+def workload(further: Sequence[str]) -> dict[str, Any]:
+    """What was measured."""
+    return {"overrides": list(further), "rows": ROWS}
 
 
 def row(case: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +154,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
     parser.add_argument("--name", default="scaling", help="of the file in it")
+    parser.add_argument("--add", action="store_true", help="keep what the file says of other axes")
     asked, further = parser.parse_known_args(argv)
     most = max(map(int, asked.sizes.split(",")))
     flags = os.environ.get("XLA_FLAGS", "")
@@ -147,7 +162,7 @@ def run(argv: list[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         result = measure_scaling(asked, further)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(measure.as_table(result["table"]))

@@ -142,8 +142,9 @@ def _int8(spec: str, x: Array, w: Array) -> Array:
     assert [*free[0], *free[1]] == list(out), spec
     rows = rows.reshape(*rows.shape, *[1] * columns.ndim)
     y = dot(spec, x8, w8, jnp.int32).astype(jnp.float32) * rows * columns
-    # Named: kept as the int32 of the product it would be twice as large.
-    return checkpoint_name(y.astype(x.dtype), KEPT)
+    # Named: kept as the int32 of the product it would be twice as large. The one behind attention, which
+    # contracts heads and their size, is not kept at all.
+    return y.astype(x.dtype) if len(shared) > 1 else checkpoint_name(y.astype(x.dtype), KEPT)
 
 
 def _int8_forward(spec: str, x: Array, w: Array) -> Any:

@@ -58,7 +58,18 @@ def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
     # By primitive, because naming attention's output does not stop its forward from being recomputed.
     if "dot_product_attention_fwd" in prim.name or (prim.name == "name" and kwargs["name"] in KEPT):
         return True
+    if _is_output_projection(prim, kwargs):
+        return False
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
+
+
+def _is_output_projection(prim: Any, kwargs: Any) -> bool:
+    """Whether a product contracts heads and head size, as only the one behind attention does.
+
+    Its factors are kept in any case, and it is as cheap as its result is wide: of a layer's products the one
+    with the least to make again for the memory that it takes.
+    """
+    return prim.name == "dot_general" and len(kwargs["dimension_numbers"][0][0]) == 2
 
 
 def _attention_only(prim: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +94,7 @@ def _dots_on_host(prim: Any, *args: Any, **kwargs: Any) -> Any:
 
 # What a layer keeps for its backward; everything else is computed again.
 POLICIES = {
-    "dots": _attention_or_dots,  # matrix products, and what attention's kernel needs
+    "dots": _attention_or_dots,  # what attention's kernel needs, and all products but the one behind it
     "attention": _attention_only,  # queries, keys, values, and what attention's kernel needs
     "offload": _dots_on_host,  # as dots, the widest of them in the host's memory
     "full": jax.checkpoint_policies.nothing_saveable,  # its input alone

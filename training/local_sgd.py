@@ -313,9 +313,9 @@ def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
 
     Means are weighted by tokens; `tokens` is scaled to all replicas, exact where one process holds them all.
     """
-    read: Any = jax.device_get({name: _here(x) if jnp.ndim(x) else x for name, x in metrics.items()})
-    if jnp.ndim(metrics["tokens"]) == 0:
-        return read
+    if np.ndim(metrics["tokens"]) == 0:  # every step: `device_get` takes six times as long
+        return {name: np.asarray(x) for name, x in metrics.items()}
+    read: Any = jax.device_get({name: _here(x) for name, x in metrics.items()})
     seen = {name: np.concatenate(parts).astype(np.float64) for name, parts in read.items()}
     tokens, replicas = seen.pop("tokens"), metrics["tokens"].shape[0]
     weights = np.maximum(tokens, 1e-9)

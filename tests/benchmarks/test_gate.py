@@ -28,6 +28,12 @@ def test_a_ratio_may_fall_by_the_tolerance_and_what_the_spread_allows():
     assert judge(ratio(1.48, spread=0.05, n=400), ratio(1.6, spread=0.05, n=400), 0.05)[0]
 
 
+def test_a_fall_beyond_the_noise_is_one_however_noisy():
+    with pytest.raises(Incomparable, match="more rounds"):
+        judge(ratio(1.4, spread=0.3, n=9), ratio(1.6), 0.05)
+    assert judge(ratio(0.55, spread=0.3, n=9), ratio(1.6), 0.05)[0]
+
+
 def test_becoming_faster_is_no_fault():
     assert not judge(ratio(3.0), ratio(1.6), 0.0)[0]
 

@@ -31,9 +31,9 @@ def test_each_policy_computes_again_what_it_says():
     # Of a layer's six products (q, kv, scores, values, o, up) all but `down`, whose result nobody asks for.
     assert again == {
         "none": 0,
-        "dots": 2,  # scores and values: without a kernel they are attention's own business
-        "offload": 2,
-        "attention": 4,  # and the projections after attention
+        "dots": 3,  # o; scores and values too: without a kernel they are attention's own business
+        "offload": 3,
+        "attention": 4,  # and the feed-forward's
         "full": 6,  # and those before it
     }
 
