@@ -172,7 +172,7 @@ def state_at_start(config):
     """What the loop would begin with; the run is left as a SIGKILL before its first checkpoint leaves it."""
     found = []
 
-    def stop(job, state, first, stack):
+    def stop(job, state, first, notices, stack):
         found.append((jax.device_get(state), first))
         raise Begun
 
