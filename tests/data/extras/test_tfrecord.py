@@ -115,8 +115,8 @@ def test_the_reader_finds_every_kind_of_damage_and_goes_on(written, tmp_path):
                 found = list(reader.read(tmp_path / "x"))
             except ValueError as error:
                 assert str(error).startswith("x: ") and "\n" not in str(error), name
-            else:  # TensorFlow takes a piece of a length for the end; then dataset_info.json's count tells
-                assert (name, len(found)) == ("cut in a length", 1)
+            else:  # an end too early, without a word: then dataset_info.json's count tells (`copy_prepared`)
+                assert len(found) < len(whole) and found == whole[: len(found)], name
         with pytest.raises(ValueError, match="^none: "):
             list(reader.read(tmp_path / "none"))
         assert list(reader.read(shard)) == whole
