@@ -34,11 +34,12 @@ FEATURES = (
     "braces",
 )
 PII_KINDS = ("email", "phone", "ip", "card", "iban", "credentials", "secret")
+Number = int | float  # a checker at run time takes no int for a float
 CODECS = ("zstd", "brotli", "snappy", "none")
 UNITS = ("word", "character")
 
 # Feature → (least, most). What the papers filter by document; thresholds on shares are of 1.
-PRESETS: dict[str, dict[str, tuple[float | None, float | None]]] = {
+PRESETS: dict[str, dict[str, tuple[Number | None, Number | None]]] = {
     "none": {},
     "gopher": {  # Rae et al. 2021, table A1 and appendix A.1.1
         "words": (50, 100_000),
@@ -79,18 +80,18 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{near(str(value), allowed)}")
 
 
-def _within(key: str, value: float | None, low: float, high: float = math.inf) -> None:
+def _within(key: str, value: Number | None, low: Number, high: Number = math.inf) -> None:
     if value is not None and not (low <= value <= high):
         limit = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
         raise ValueError(f"{key}={value} is out of range; use {limit}")
 
 
-def _share(key: str, value: float) -> None:
+def _share(key: str, value: Number) -> None:
     if not 0.0 < value <= 1.0:
         raise ValueError(f"{key}={value} must lie above 0 and be at most 1, as 0.5 is")
 
 
-def _ordered(low: str, least: float | None, high: str, most: float | None) -> None:
+def _ordered(low: str, least: Number | None, high: str, most: Number | None) -> None:
     if least is not None and most is not None and least > most:
         raise ValueError(f"{low}={least} is more than {high}={most}; no document could pass")
 
@@ -186,7 +187,7 @@ class FilterQuality:
         for name, (least, most) in limits.items():
             _ordered(f"min.{name}", least, f"max.{name}", most)
 
-    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+    def limits(self) -> dict[str, tuple[Number | None, Number | None]]:
         """Return feature → (least, most), the preset's where no own one is given."""
         least, most = dict(self.min), dict(self.max)
         preset = PRESETS[self.preset]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.steps.base import Edges, Outcome
-from data.steps.config import FilterLength
+from data.steps.config import FilterLength, Number
 
 BYTES_PER_TOKEN = 4  # an estimate: no tokenizer has been trained yet
 EDGES = np.concatenate([[0], np.logspace(0, 7, 57)])  # eight bins a decade
@@ -30,7 +30,7 @@ class FilterLengthStep:
 
 
 def first_broken(
-    values: dict[str, float], bounds: dict[str, tuple[float | None, float | None]]
+    values: dict[str, float], bounds: dict[str, tuple[Number | None, Number | None]]
 ) -> str | None:
     """Return `min_NAME` or `max_NAME` of the first bound that a value breaks, or None."""
     for name, (least, most) in bounds.items():

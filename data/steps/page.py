@@ -133,7 +133,7 @@ def overview(report: dict[str, Any]) -> bytes:
             _plain(axes)
         figure.axes[0].invert_yaxis()
 
-    return _drawn(9, 1.0 + 0.34 * len(names), draw)
+    return _drawn(9.0, 1.0 + 0.34 * len(names), draw)
 
 
 def bars(step: dict[str, Any]) -> bytes:
@@ -155,7 +155,7 @@ def bars(step: dict[str, Any]) -> bytes:
         axes.invert_yaxis()
         _plain(axes)
 
-    return _drawn(9, 0.9 + 0.3 * len(counted), draw)
+    return _drawn(9.0, 0.9 + 0.3 * len(counted), draw)
 
 
 def histograms(entry: dict[str, Any]) -> bytes:

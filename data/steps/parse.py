@@ -3,7 +3,7 @@
 import math
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from data.steps.config import STEPS, Compress, FilterQuality, Shard, Step, near, one_of
@@ -48,11 +48,11 @@ def _parse(where: str, entry: Any) -> Step:
         if key not in hints:
             hint = near(key, hints) or f"; it has {', '.join(hints)}"
             raise ValueError(f"{where}.{key} is no parameter of {name}{hint}")
+    missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING]
+    if missing:
+        raise ValueError(f"{where} ({name}) needs {' and '.join(missing)}; add it")
     try:
         made = kind(**{key: _typed(key, value, hints[key]) for key, value in given.items()})
-    except TypeError:
-        missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory]
-        raise ValueError(f"{where} ({name}) needs {' and '.join(missing)}; add it") from None
     except ValueError as error:
         raise ValueError(f"{where} ({name}): {error}") from None
     return made
