@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-    rows, ratios = [], {}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in (cached(Path(folder), asked), text(Path(folder), asked)):
             rows += part[0]
@@ -84,11 +86,7 @@ def cached(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
     for packing in ("concat", "best_fit"):
         config = DataConfig(seq_len=SEQ_LEN, packing=packing)
         loader = Loader(store, config, global_batch_size=ROWS, seed=0)
-        loader.batch(0)  # the plan is made once an epoch
-        steps = itertools.count(1)
-        cases[f"cached, {packing}"] = lambda loader=loader, steps=steps: timed(
-            lambda: [loader.batch(next(steps)) for _ in range(BATCHES)]
-        )
+        cases[f"cached, {packing}"] = steady(partial(in_turn, loader, itertools.count()), BATCHES, ready=1)
         if packing == "concat":
             cases["cached, concat, in the prefetching thread"] = in_thread(
                 Loader(store, config, global_batch_size=ROWS, seed=0), BATCHES
@@ -167,6 +165,11 @@ def grain_reader(path: Path) -> Callable[[], float]:
 
 
 # Thread or process
+
+
+def in_turn(loader: Loader, steps: Iterator[int]) -> Any:
+    """The next batch, made when it is asked for."""
+    return loader.batch(next(steps))
 
 
 def steady(take: Callable[[], Any], count: int, ready: int = 3) -> Callable[[], float]:
