@@ -156,7 +156,7 @@ class Loader:
         if self._stream is not None:
             return None
         tokens = sum(store.num_tokens for store in self._stores.values())
-        return tokens / (sum(epochs.rows_of(1) for epochs in self._epochs) * self.data.seq_len)
+        return tokens / (sum(epochs.rows_of(1.0) for epochs in self._epochs) * self.data.seq_len)
 
     def describe(self) -> str:
         """Say in one line what is read and how."""
@@ -174,7 +174,7 @@ class Loader:
 
     def _said(self, number: int, name: str) -> str:
         store, epochs = self._epochs[number].store, self._epochs[number]
-        rows = epochs.rows_of(1)
+        rows = epochs.rows_of(1.0)
         full = store.num_tokens / (rows * self.data.seq_len)
         line = (
             f"{store.num_documents:,} documents, {store.num_tokens:,} tokens in "

@@ -70,7 +70,9 @@ def _component(data: DataConfig, name: str, values: Any) -> Component:
         config = replace(data, mixture={}, curriculum=[], **own)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}: {error}") from None
-    return Component(config, _points(f"{key}.weight", values["weight"]), epochs)
+    return Component(
+        config, _points(f"{key}.weight", values["weight"]), None if epochs is None else float(epochs)
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -146,7 +148,7 @@ class Interleaving:
     def rows(self, first: int, count: int) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
         """Return (component, its row) of the global rows [first, first + count)."""
         slack = len(self.shares) + 1  # more than the rows by which all counts together can be off
-        begin, end = self._until(first - slack), self._until(first + count + slack)
+        begin, end = self._until(float(first - slack)), self._until(float(first + count + slack))
         component = np.repeat(np.arange(len(begin)), end - begin)
         row = np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)])
         times = np.concatenate(
@@ -159,7 +161,7 @@ class Interleaving:
 
     def taken(self, count: int) -> Int[np.ndarray, " C"]:
         """Return how many of the first `count` global rows are each component's."""
-        sure = self._until(count - len(self.shares) - 1)
+        sure = self._until(float(count - len(self.shares) - 1))
         rest, _ = self.rows(int(sure.sum()), count - int(sure.sum()))
         return sure + np.bincount(rest, minlength=len(sure))
 
