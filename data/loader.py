@@ -221,7 +221,7 @@ class _Epochs:
         plan, order = self._plan(epoch)
         return plan, order, self.ends[epoch] - plan.num_rows, self.ends[epoch]
 
-    def rows_of(self, epochs: float) -> int:
+    def rows_of(self, epochs: float | int) -> int:
         """Return how many rows so many epochs have, the first ones, rounded down."""
         whole = int(epochs)
         while len(self.ends) < epochs:

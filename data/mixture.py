@@ -11,6 +11,7 @@ component never differs from what is due to it by more than about a row, and whi
 global row n is follows from n and the weights alone: nothing has to be counted, stored or restored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -76,7 +77,7 @@ def _component(data: DataConfig, name: str, values: Any) -> Component:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _points(key: str, value: Any) -> Points:
@@ -128,7 +129,7 @@ class Interleaving:
         self.starts = np.array([step * batch_size for step in steps], np.float64)
         self.shares, self.due_at, self.slopes = (np.array(t, np.float64) for t in (shares, due, slopes))
 
-    def due(self, time: float) -> Float[np.ndarray, " C"]:
+    def due(self, time: float | int) -> Float[np.ndarray, " C"]:
         """Return T(time), the integral of each component's share over the first `time` global rows."""
         part = max(0, int(np.searchsorted(self.starts, time, side="right")) - 1)
         x = max(0.0, time - self.starts[part])
