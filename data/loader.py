@@ -160,7 +160,7 @@ class Loader:
         if self._stream is not None:
             return None
         tokens = sum(store.num_tokens for store in self._stores.values())
-        return tokens / (sum(epochs.rows_of(1) for epochs in self._epochs) * self.data.seq_len)
+        return tokens / (sum(epochs.rows_of(1.0) for epochs in self._epochs) * self.data.seq_len)
 
     def describe(self) -> str:
         """Say in one line what is read and how."""
@@ -178,7 +178,7 @@ class Loader:
 
     def _said(self, number: int, name: str) -> str:
         store, epochs = self._epochs[number].store, self._epochs[number]
-        rows = epochs.rows_of(1)
+        rows = epochs.rows_of(1.0)
         full = store.num_tokens / (rows * self.data.seq_len)
         learnt = ""
         if store.weights is not None:
@@ -233,7 +233,7 @@ class _Epochs:
             self.ahead.start(epoch + 1, lambda: self._made(epoch + 1))  # no step waits at the epoch's edge
         return plan, order, self.ends[epoch] - plan.num_rows, self.ends[epoch]
 
-    def rows_of(self, epochs: float) -> int:
+    def rows_of(self, epochs: float | int) -> int:
         """Return how many rows so many epochs have, the first ones, rounded down."""
         whole = int(epochs)
         while len(self.ends) < epochs:

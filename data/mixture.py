@@ -11,6 +11,7 @@ component never differs from what is due to it by more than about a row, and whi
 global row n is follows from n and the weights alone: nothing has to be counted, stored or restored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -70,11 +71,13 @@ def _component(data: DataConfig, name: str, values: Any) -> Component:
         config = replace(data, mixture={}, curriculum=[], **own)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}: {error}") from None
-    return Component(config, _points(f"{key}.weight", values["weight"]), epochs)
+    return Component(
+        config, _points(f"{key}.weight", values["weight"]), None if epochs is None else float(epochs)
+    )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _points(key: str, value: Any) -> Points:
@@ -126,7 +129,7 @@ class Interleaving:
         self.starts = np.array([step * batch_size for step in steps], np.float64)
         self.shares, self.due_at, self.slopes = (np.array(t, np.float64) for t in (shares, due, slopes))
 
-    def due(self, time: float) -> Float[np.ndarray, " C"]:
+    def due(self, time: float | int) -> Float[np.ndarray, " C"]:
         """Return T(time), the integral of each component's share over the first `time` global rows."""
         part = max(0, int(np.searchsorted(self.starts, time, side="right")) - 1)
         x = max(0.0, time - self.starts[part])
@@ -146,7 +149,7 @@ class Interleaving:
     def rows(self, first: int, count: int) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
         """Return (component, its row) of the global rows [first, first + count)."""
         slack = len(self.shares) + 1  # more than the rows by which all counts together can be off
-        begin, end = self._until(first - slack), self._until(first + count + slack)
+        begin, end = self._until(float(first - slack)), self._until(float(first + count + slack))
         component = np.repeat(np.arange(len(begin)), end - begin)
         row = np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)])
         times = np.concatenate(
@@ -159,7 +162,7 @@ class Interleaving:
 
     def taken(self, count: int) -> Int[np.ndarray, " C"]:
         """Return how many of the first `count` global rows are each component's."""
-        sure = self._until(count - len(self.shares) - 1)
+        sure = self._until(float(count - len(self.shares) - 1))
         rest, _ = self.rows(int(sure.sum()), count - int(sure.sum()))
         return sure + np.bincount(rest, minlength=len(sure))
 

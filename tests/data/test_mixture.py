@@ -50,7 +50,7 @@ def test_shares_are_the_weights_to_about_a_row_at_every_moment(name):
         assert np.abs(off).max() < 1.5
         assert np.abs(off).max() / (24 * step) < 0.001 or step < 100
     far = 10**12  # rows, past all points
-    assert np.abs(order.taken(far) - order.due(far)).max() < 1.5
+    assert np.abs(order.taken(far) - order.due(float(far))).max() < 1.5
 
 
 @pytest.fixture(scope="module")
