@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
@@ -21,6 +21,7 @@ class Encoded(NamedTuple):
     weights: UInt8[np.ndarray, " T"] | None = None
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """An encoding in use. `weighted` says whether its documents carry weights: all do, or none does."""
 
@@ -38,6 +39,7 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Encoding(Protocol):
     """What an encoder is made of: small, picklable, and sent to the workers, which open their own."""
 
