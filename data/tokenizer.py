@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -26,6 +26,7 @@ EOS = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", SEPARATOR, "<|begin_of_text|
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+@runtime_checkable
 class ChatPrompts(Protocol):
     """How a conversation is put to a model (`data.chat.ChatEncoder`)."""
 
