@@ -148,8 +148,8 @@ def test_a_killed_rank_ends_the_job_a_notice_to_one_stops_all_and_checkpoints_cr
     assert steps_done(ground, "crossing") == saved > reached
     last = f"training.num_steps={saved + 2}"
     fit(ground.config("crossing", *SMALL, last))
-    fit(ground.config("whole", *SMALL, last))
-    rows, wanted = ([row for row in ground.rows(name) if "loss" in row] for name in ("crossing", "whole"))
+    fit(ground.config("uncrossed", *SMALL, last))
+    rows, wanted = ([row for row in ground.rows(name) if "loss" in row] for name in ("crossing", "uncrossed"))
     assert_same_losses(rows, wanted)
     manifest = json.loads((ground.run("crossing") / "manifest.json").read_text())
     assert [start["step"] for start in manifest["restarts"]] == [3, reached, saved]
