@@ -24,6 +24,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks.measure import RESULTS, alternate, ratio, summary, timed, use_cores, write_result
 from data.config import DataConfig, TokenizerConfig
+from data.encoding import TextEncoding
 from data.loader import Loader, Prefetcher
 from data.pipeline import follow, prepare
 from data.store import TokenStore, write_store
@@ -33,7 +34,7 @@ MEAN, SPREAD = 600, 1.0  # tokens of a document, lognormal
 TOKENS = 24_000_000  # of the token file; 48 MB, all of it in the page cache
 BATCHES = 60  # a round and case: about 4 million tokens
 STREAMED = 24  # the same where text is tokenized
-TEXT_BYTES = 8 << 20
+TEXT_BYTES = 48 << 20  # starting two processes takes a second, of which a real corpus notices nothing
 VOCABULARY = 8192
 
 
@@ -222,11 +223,11 @@ def text(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
     texts = documents.read(range(len(documents)))
     backend = prepared.tokenizer._backend
     tokens = sum(map(len, prepared.tokenizer.encode_batch(texts))) + len(texts)
-    path = prepared.description["tokenizer_path"]
+    encoding = TextEncoding(Path(prepared.description["tokenizer_path"]))
 
     def store() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            return timed(lambda: write_store(Path(aside), documents, path, workers=asked.cores, about={}))
+            return timed(lambda: write_store(Path(aside), documents, encoding, workers=asked.cores, about={}))
 
     loader = Loader(prepared, data, global_batch_size=ROWS, seed=0)
     loader.batch(0)

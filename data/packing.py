@@ -120,21 +120,16 @@ def fill(
     rows: np.ndarray,
     *,
     weights: Entries | None = None,
-    max_length: int | None = None,
 ) -> None:
     """Copy the plan's `rows` into the batch's rows `where`.
 
     Those rows are written whole, padding included. Segment ids number a row's pieces from 1; positions
     restart at each piece. `tokens` and `weights` have one entry per address; the loss weight of a target is
-    that of its entry, 1 without `weights`. `max_length` cuts each piece at its multiples into pieces of their
-    own: every (input, target) pair stays.
+    that of its entry, 1 without `weights`.
     """
     first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
     piece, counts = _ranges(first, last - first), last - first
     starts, lengths = plan.starts[piece], plan.lengths[piece]
-    if max_length is not None:
-        counts = np.add.reduceat(-(-lengths // max_length), np.cumsum(counts) - counts)
-        starts, lengths = _pieces(starts, lengths, max_length)
     write_rows(batch, where, tokens, (starts, lengths, counts), weights)
 
 

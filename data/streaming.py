@@ -23,7 +23,7 @@ from data.sources import Documents
 from data.stages import stage
 from data.tokenizer import Tokenizer
 
-AHEAD = 32  # documents tokenized together
+AHEAD = 128  # documents tokenized together: enough for the library's threads
 
 
 class Stream:

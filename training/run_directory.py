@@ -18,12 +18,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.config import DataConfig, TokenizerConfig
+from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import cluster
+from training.config import TrainingConfig
 from training.manifest import now
 from training.metrics import sync_directory
 
@@ -34,7 +38,7 @@ _FROZEN_KEYS = (
     *("training.z_loss", "training.ema_decay", "training.num_steps"),
 )
 _FREE_KEYS = (
-    *("data.cache_dir", "data.workers", "data.prefetch", "data.path"),
+    *("data.cache_dir", "data.workers", "data.prefetch", "data.path", "data.download"),
     *("tokenizer.path", "tokenizer.chat_template"),
 )
 _OPEN_ENDED_SCHEDULES = ("constant", "wsd")
@@ -42,11 +46,30 @@ _SHOWN = 6
 
 
 def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there."""
+    """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there.
+
+    A key that has come into being since the run began counts as its default, which is what the run had.
+    """
     a, b = dict(_leaves(stored)), dict(_leaves(config))
+    a |= {key: value for key, value in _defaults(config).items() if key in b and key not in a}
     keys = [*a, *(key for key in b if key not in a)]
     pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of what has them as the schemas declare them, by key."""
+    named = {kind.name: kind for kind in (AdamWConfig, MuonConfig, LionConfig, SGDConfig)}
+    optim = named.get((config.get("optim") or {}).get("name"))
+    rooms = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
+    values = {}
+    for room, kind in (rooms | ({"optim": optim} if optim else {})).items():
+        for field in fields(kind):
+            if field.default is not MISSING:
+                values[f"{room}.{field.name}"] = field.default
+            elif field.default_factory is not MISSING:
+                values[f"{room}.{field.name}"] = field.default_factory()
+    return values
 
 
 def is_frozen(key: str, config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from data.curriculum import cut_pieces
 from data.packing import KEYS, empty_batch, fill, make_plan, permutation
 
 SEQ_LEN = 8
@@ -76,18 +77,17 @@ def test_none_has_one_piece_a_row():
     assert plan.num_rows == sum(-(-n // SEQ_LEN) for n in CASES[-1])
 
 
-def spelled_out(tokens, plan, row, seq_len, weights, max_length):
+def spelled_out(tokens, plan, row, seq_len, weights):
     """One row's arrays, token by token: what `fill` is held to."""
     values = {key: [0] * seq_len for key in KEYS}
     at, number = 0, 0
     for piece in range(plan.row_offsets[row], plan.row_offsets[row + 1]):
         for offset in range(plan.lengths[piece]):
             address = plan.starts[piece] + offset
-            position = offset % max_length if max_length else offset
-            number += position == 0
+            number += offset == 0
             values["tokens"][at] = tokens[address]
             values["targets"][at] = tokens[address + 1]
-            values["positions"][at] = position
+            values["positions"][at] = offset
             values["segment_ids"][at] = number
             values["loss_weights"][at] = 1 if weights is None else weights[address + 1]
             at += 1
@@ -107,9 +107,8 @@ class Parts:
 
 @pytest.mark.parametrize("way", ["slices", "addresses", "parts", "memmap"])
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("max_length", [None, 5])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_way_to_fill_gives_the_same_bits(packing, way, max_length, weighted, monkeypatch, tmp_path):
+def test_every_way_to_fill_gives_the_same_bits(packing, way, weighted, monkeypatch, tmp_path):
     monkeypatch.setattr("data.rows.LONG", 1 if way in ("slices", "memmap") else 10**6)
     monkeypatch.setattr("data.rows.TOGETHER", 64)  # several groups of rows
     seq_len = 16
@@ -124,7 +123,7 @@ def test_every_way_to_fill_gives_the_same_bits(packing, way, max_length, weighte
         tokens = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
     expected = empty_batch(40, seq_len)
     for at, row in zip(where, rows, strict=True):
-        one = spelled_out(tokens, plan, row, seq_len, weights if weighted else None, max_length)
+        one = spelled_out(tokens, plan, row, seq_len, weights if weighted else None)
         for key in KEYS:
             expected[key][at] = one[key]
     batch = empty_batch(40, seq_len)
@@ -132,23 +131,25 @@ def test_every_way_to_fill_gives_the_same_bits(packing, way, max_length, weighte
         values[where] = 99  # rows are written whole, whatever they held
     as_given = Parts if way == "parts" else np.asanyarray
     given = {"weights": as_given(weights)} if weighted else {}
-    fill(batch, where, as_given(tokens), plan, rows, max_length=max_length, **given)
+    fill(batch, where, as_given(tokens), plan, rows, **given)
     for key in KEYS:
         assert batch[key].dtype == expected[key].dtype
         assert np.array_equal(batch[key], expected[key]), key
 
 
-@pytest.mark.parametrize("lengths", CASES, ids=str)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_a_maximal_length_cuts_pieces_and_keeps_every_pair(packing, lengths):
-    *_, whole = all_rows(packing, lengths)
-    *_, cut = all_rows(packing, lengths, max_length=3)
+def test_a_curriculum_cuts_pieces_and_keeps_every_pair(packing):
+    *_, whole = all_rows(packing, CASES[-1])
+    cut = {key: values.copy() for key, values in whole.items()}
+    cut_pieces(cut, 3)
     for key in ("tokens", "targets", "loss_weights"):
         assert np.array_equal(cut[key], whole[key])
-    real = whole["segment_ids"] > 0
-    assert np.array_equal(cut["positions"], whole["positions"] % 3)
-    begins = (cut["positions"] == 0) & real  # a segment begins wherever positions restart, counted from 1
-    assert np.array_equal(cut["segment_ids"], np.cumsum(begins, axis=1) * real)
+    for row in range(len(whole["tokens"])):
+        number = 0
+        for at, position in enumerate(whole["positions"][row]):
+            real = whole["segment_ids"][row, at] > 0
+            number += real and position % 3 == 0
+            assert (cut["positions"][row, at], cut["segment_ids"][row, at]) == (position % 3, number * real)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

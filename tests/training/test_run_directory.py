@@ -219,6 +219,21 @@ def test_differences_are_symmetric_and_absent_keys_count():
     assert differing_keys(CONFIG, copy.deepcopy(CONFIG)) == {}
 
 
+def test_a_key_that_came_later_had_its_default(tmp_path):
+    """Runs outlive the version that began them: what did not exist then had its default."""
+    path, old = tmp_path / "a", copy.deepcopy(CONFIG)
+    for key in ("mixture", "steps", "on_bad_record"):
+        old["data"].pop(key, None)
+    old["optim"] = {"name": "adamw", "learning_rate": 3e-4}
+    _make(path, old)
+    new = copy.deepcopy(old)
+    new["data"] |= {"mixture": {}, "steps": [], "on_bad_record": "stop"}
+    new["optim"] |= {"moment_dtype": "float32"}
+    open_run(new, path).close()
+    new["data"]["on_bad_record"] = "skip"
+    _refused(new, path, r"data\.on_bad_record is stop there and skip now")
+
+
 def test_many_differences_stay_one_line(tmp_path):
     path = tmp_path / "a"
     _make(path)
