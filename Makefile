@@ -14,7 +14,7 @@ TESTS ?= tests
 # Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
 JOBS ?= 2
 MATRIX := tests/parallel/test_matrix.py tests/parallel/test_pipeline.py tests/parallel/test_collectives.py \
-	tests/training/test_checkpoint_crosses_meshes.py tests/training/test_processes.py
+	tests/training/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py
 ARGS ?=
 
 BIN := $(VENV)/bin
