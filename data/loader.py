@@ -18,8 +18,8 @@ from data.curriculum import cut_pieces, longest_piece
 from data.errors import DataError
 from data.mixture import Interleaving, components
 from data.packing import FITS, Plan, empty_batch, fill, make_plan, permutation
-from data.pipeline import Prepared
 from data.plans import kept_plan
+from data.prepared import Prepared
 from data.stages import Seconds, Stages, copying, stage
 from data.store import TokenStore
 from data.streaming import Shards, Stream, open_stream

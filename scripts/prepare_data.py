@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from data.pipeline import Prepared
+    from data.prepared import Prepared
 
 PURPOSE = """\
 Make an experiment's token stores (data.cache_dir) before training it, for instance on another machine.

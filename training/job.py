@@ -16,7 +16,8 @@ import jax
 
 from data.config import TokenizerConfig
 from data.loader import EvalBatches, Loader, held_out_batches
-from data.pipeline import Prepared, follow, prepare
+from data.pipeline import follow, prepare
+from data.prepared import Prepared
 from parallel import cluster
 from parallel.axes import Layout
 from parallel.mesh import build_layout

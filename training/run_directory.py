@@ -60,7 +60,7 @@ def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of what has them as the schemas declare them, by key."""
     named = {kind.name: kind for kind in (AdamWConfig, MuonConfig, LionConfig, SGDConfig)}
-    optim = named.get((config.get("optim") or {}).get("name"))
+    optim = named.get(str((config.get("optim") or {}).get("name")))
     rooms = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
     values = {}
     for room, kind in (rooms | ({"optim": optim} if optim else {})).items():

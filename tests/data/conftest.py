@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.pipeline import Prepared, prepare
+from data.pipeline import prepare
+from data.prepared import Prepared
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, TokenizerConfig
-from data.pipeline import Prepared
+from data.prepared import Prepared
 from data.sources import Documents
 from data.store import TokenStore
 

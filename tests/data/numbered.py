@@ -19,7 +19,7 @@ import numpy as np
 from data.cache import building
 from data.config import DataConfig
 from data.loader import Loader
-from data.pipeline import Prepared
+from data.prepared import Prepared
 from data.sources import Documents
 from data.store import TokenStore
 from data.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ import pytest
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import Loader
-from data.pipeline import Prepared, follow, prepare
+from data.pipeline import follow, prepare
+from data.prepared import Prepared
 from data.store import TokenStore
 from scripts.prepare_data import run
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
