@@ -48,10 +48,11 @@ _SHOWN = 6
 def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there.
 
-    A key that has come into being since the run began counts as its default, which is what the run had.
+    A key that has come into being since counts as its default, which is what the run had.
     """
     a, b = dict(_leaves(stored)), dict(_leaves(config))
-    a |= {key: value for key, value in _defaults(config).items() if key in b and key not in a}
+    later = {key: value for key, value in _defaults(config).items() if key not in a}
+    b = {key: value for key, value in b.items() if key not in later or value != later[key]}
     keys = [*a, *(key for key in b if key not in a)]
     pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

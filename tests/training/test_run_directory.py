@@ -208,10 +208,17 @@ def test_the_number_of_steps_may_change_only_where_the_past_does_not_know_it(tmp
 
 def test_differences_are_symmetric_and_absent_keys_count():
     other = _with("model.d_model", 512)
-    del other["optim"]["learning_rate"]
+    other["optim"]["learning_rate"] = 1e-3
+    shorter = copy.deepcopy(CONFIG)
+    del shorter["optim"]["learning_rate"]
+    assert differing_keys(other, shorter) == {
+        "model.d_model": (512, 256),
+        "optim.learning_rate": (1e-3, "(absent)"),
+    }
+    assert differing_keys(shorter, other)["optim.learning_rate"] == ("(absent)", 1e-3)
     assert differing_keys(CONFIG, other) == {
         "model.d_model": (256, 512),
-        "optim.learning_rate": (3e-4, "(absent)"),
+        "optim.learning_rate": (3e-4, 1e-3),
     }
     assert differing_keys(other, CONFIG) == {
         key: pair[::-1] for key, pair in differing_keys(CONFIG, other).items()
@@ -231,7 +238,7 @@ def test_a_key_that_came_later_had_its_default(tmp_path):
     new["optim"] |= {"moment_dtype": "float32"}
     open_run(new, path).close()
     new["data"]["on_bad_record"] = "skip"
-    _refused(new, path, r"data\.on_bad_record is stop there and skip now")
+    _refused(new, path, r"data\.on_bad_record is \(absent\) there and skip now")
 
 
 def test_many_differences_stay_one_line(tmp_path):
