@@ -1,7 +1,7 @@
 """Eight devices on a CPU for every test, set before JAX is imported.
 
 The tests compile hundreds of small programs and run each a few times, so LLVM's optimizations are left out,
-and where JAX can still do it fusions go to LLVM at once and not through MLIR: each halves the time to compile.
+and where JAX still can, fusions go to LLVM at once and not through MLIR: each halves the time to compile.
 Bitwise equality is tested in runs of `train.py` itself, which are compiled as anybody's.
 """
 
