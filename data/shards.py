@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +24,7 @@ from jaxtyping import Int
 from data.cache import Stopped, digest_of, file_digest
 from data.encoding import Encoded, Encoder, Encoding
 from data.sources import Documents
+from data.workers import as_worker
 
 BLOCK_BYTES = 2 << 20  # text that a worker holds at a time
 BLOCK_DOCUMENTS = 4096
@@ -225,18 +224,10 @@ _worker: tuple[Work, Encoder]
 
 def _start_worker(work: Work) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    as_worker()
     # As many processes as there are to be used, so none needs the library's threads as well.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = (work, work.encoding.open())
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when it is gone, killed too
-        os._exit(1)
 
 
 def _run_job(number: int, documents: range) -> Record:

@@ -7,8 +7,6 @@ the workers send signatures, the parent decides, and the next pass reads what wa
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +22,7 @@ from data.sources import Documents
 from data.steps.base import SPLITS, Corpus, Decision, GlobalStep, LocalStep
 from data.steps.length import EDGES as LENGTHS
 from data.steps.tally import EXAMPLES, Tally, rank_of, shortened
+from data.workers import as_worker
 
 JOB_BYTES = 1 << 20  # text that a worker takes at a time
 PARALLEL_BYTES = 16 << 20  # a smaller corpus is done before a worker has started
@@ -277,16 +276,8 @@ _worker: tuple[Source, Pass]
 
 def _start_worker(source: Source, what: Pass) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    as_worker()
     _worker = (source, what)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when it is gone, killed too
-        os._exit(1)
 
 
 def _work(split: str, numbers: np.ndarray) -> Done:

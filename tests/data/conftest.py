@@ -1,11 +1,13 @@
 """A corpus prepared once for all tests of this room, in both modes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data.pipeline import prepare
 from data.prepared import Prepared
+from data.sources import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 
 
@@ -24,3 +26,10 @@ def prepared(corpus: tuple[Path, Path]) -> Prepared:
 @pytest.fixture(scope="session")
 def streamed(corpus: tuple[Path, Path]) -> Prepared:
     return prepare(folder_config(*corpus, mode="streaming"), BYTES, progress=False)
+
+
+@pytest.fixture
+def dataset(corpus: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A private copy of a prepared TFDS directory."""
+    directory = documents(folder_config(*corpus), "train").directory
+    return shutil.copytree(directory, tmp_path / "folder_corpus" / "1.0.0")

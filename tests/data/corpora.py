@@ -42,3 +42,8 @@ def train_of(prepared: Prepared) -> TokenStore:
 def documents_of(prepared: Prepared) -> Documents:
     assert prepared.documents is not None
     return prepared.documents
+
+
+def tfds_config(tmp_path: Path, path: Path, **values: Any) -> DataConfig:
+    defaults: dict[str, Any] = {"seq_len": 16, "workers": 1, "cache_dir": str(tmp_path / "cache")}
+    return DataConfig(source="tfds", path=str(path), **(defaults | values))

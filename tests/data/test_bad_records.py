@@ -2,20 +2,18 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.bad_records import BadRecords
-from data.config import DataConfig
 from data.errors import DataError
 from data.files import read_documents
 from data.pipeline import prepare
 from data.records import text_record, write_prepared
 from data.sources import Corpus, documents
-from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
+from tests.data.corpora import BYTES, folder_config, some_texts, tfds_config, write_texts
 
 # Bad records --------------------
 
@@ -98,17 +96,6 @@ def test_a_record_of_fifty_megabytes_comes_back_whole(tmp_path):
 
 
 # Somebody else's shards --------------------
-
-
-@pytest.fixture
-def dataset(corpus, tmp_path):
-    directory = documents(folder_config(*corpus), "train").directory
-    return shutil.copytree(directory, tmp_path / "folder_corpus" / "1.0.0")
-
-
-def tfds_config(tmp_path, path, **values):
-    defaults: dict[str, Any] = {"seq_len": 16, "workers": 1, "cache_dir": str(tmp_path / "cache")}
-    return DataConfig(source="tfds", path=str(path), **(defaults | values))
 
 
 def flip(path: Path, position: int) -> None:

@@ -4,19 +4,16 @@ import gzip
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.sources import documents
-from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
+from tests.data.corpora import BYTES, folder_config, some_texts, tfds_config, train_of, write_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -210,18 +207,6 @@ data.store.JOB_BYTES = 2000
 config = DataConfig(source="folder", path={folder!r}, cache_dir={cache!r}, validation_fraction=0.3)
 prepare(config, TokenizerConfig(kind="byte"))
 """
-
-
-@pytest.fixture
-def dataset(corpus, tmp_path):
-    """A private copy of a prepared TFDS directory."""
-    directory = documents(folder_config(*corpus), "train").directory
-    return shutil.copytree(directory, tmp_path / "folder_corpus" / "1.0.0")
-
-
-def tfds_config(tmp_path, path, **values):
-    defaults: dict[str, Any] = {"seq_len": 16, "workers": 1, "cache_dir": str(tmp_path / "cache")}
-    return DataConfig(source="tfds", path=str(path), **(defaults | values))
 
 
 def test_missing_tfds_dataset(tmp_path, dataset):
