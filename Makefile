@@ -6,6 +6,7 @@
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
 # `make test-data` tests the sources and steps of data that need extras (Beam, TensorFlow, HF datasets, S3) in .venv-data.
+# `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -28,7 +29,7 @@ DATA := .venv-data/.installed
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test test-matrix test-data torch-env bench lint lock clean
+.PHONY: quickstart test test-matrix test-faults test-data torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -39,6 +40,9 @@ test: $(TEST)
 
 test-matrix: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" $(MATRIX) $(ARGS)
+
+test-faults: $(TEST)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults tests $(ARGS)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
