@@ -21,6 +21,7 @@ from configs.schema import LOGICAL_AXES, OPTIMIZERS, SCHEDULES, Config, ConfigEr
 from data.config import component_keys
 from parallel.config import MESH_AXES
 
+OPTIONAL = ("autoscale",)  # groups that a run need not have: ~NAME leaves them out
 NAME_IT = "add +experiment=NAME (--help lists them) or run.name=NAME"
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -78,7 +79,7 @@ def check_overrides(words: Sequence[str], root: Path, *, strict: bool) -> None:
             continue
         if key in groups(root):
             _check_sign(override, word)
-            if strict:
+            if strict and not override.is_delete():
                 _check_options(override, root)
         elif strict and not _known(key, keys):
             raise ConfigError(f"{key} is not a key; {_suggest(key, [*keys, *groups(root)])}")
@@ -97,6 +98,8 @@ def null_room(words: Sequence[str], defect: Exception) -> Exception:
             inside = any(known.startswith(f"{room}.") for known in keys)
             if inside and (key == room or key.startswith(f"{room}.")):
                 group = room.split(".")[0]
+                if group in OPTIONAL:
+                    return ConfigError(f"{word}: {group} is off; choose one first with {group}=NAME")
                 return ConfigError(
                     f"{word}: {room} is null in this {group}; choose one that has it with {group}=NAME"
                 )
@@ -149,7 +152,7 @@ def _suggest(key: str, candidates: list[str]) -> str:
 
 def _check_sign(override: Override, word: str) -> None:
     group, bare = override.key_or_group, word.lstrip("+~")
-    if override.is_delete():
+    if override.is_delete() and group not in OPTIONAL:
         raise ConfigError(f"{word}: a run needs its {group}; choose one with {group}=NAME")
     if group == "experiment" and not (override.is_add() or override.is_force_add()):
         raise ConfigError(f"{word}: an experiment comes on top; did you mean +{bare}?")
@@ -161,6 +164,8 @@ def _check_options(override: Override, root: Path) -> None:
     group = override.key_or_group
     legal = options(group, root)
     for name in _values(override):
+        if name is None and group in OPTIONAL:
+            raise ConfigError(f"{group}=null: leave a part out with ~{group}")
         if name not in legal:
             near = nearest(str(name), legal)
             sign = "+" if group == "experiment" else ""

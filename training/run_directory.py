@@ -147,6 +147,12 @@ class RunDirectory:
         return self._manifest.get("parent")
 
     @property
+    def last_mesh(self) -> dict[str, int] | None:
+        """Sizes by axis of the last start's mesh; None for a new run, and away from the primary."""
+        starts = [self._manifest, *self._manifest.get("restarts", [])]
+        return next((start["mesh"] for start in reversed(starts) if "mesh" in start), None)
+
+    @property
     def data_digest(self) -> str | None:
         """What the first start read, as its manifest names it; None for a new run."""
         return self._manifest.get("data", {}).get("digest")
@@ -171,7 +177,8 @@ class RunDirectory:
     def _restart(self, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What of the manifest is not as it was at the first start."""
         skipped = ("created", "restarts", "data", "tokenizer", "parent")
-        facts = {k: v for k, v in manifest.items() if k not in skipped and v != self._manifest.get(k)}
+        changed = {k: v for k, v in manifest.items() if v != self._manifest.get(k) or k == "autoscale"}
+        facts = {k: v for k, v in changed.items() if k not in skipped}
         return {
             "created": now(),
             "step": step,

@@ -1,0 +1,209 @@
+"""A start on other devices than the last: how many there are, how long the queue is, what `decide` says.
+
+The primary asks and decides, the others take its word. Devices that stay idle are simply not in the mesh;
+processes that would have none of it end with status 0, and the others start anew as a smaller job.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from parallel import cluster
+from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
+from parallel.config import MESH_AXES
+from training.errors import Requeue
+from training.run_directory import RunDirectory
+
+DEPTH = "CAMBRIAN_QUEUE_DEPTH"
+IDLE = "CAMBRIAN_IDLE_DEVICES"  # of processes that have left: so the others still say what there was
+SQUEUE_SECONDS = 30
+
+Rules = Callable[[Any, int | None], str | None]  # (config, devices) -> why it cannot run on them
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A config with the mesh and accumulation of this start; `decision` is None where nobody asked for one."""
+
+    config: Any
+    decision: Decision | None = None
+
+    def devices(self) -> list[Any] | None:
+        """Those in the mesh; None for all."""
+        if self.decision is None:
+            return None
+        here = jax.devices()
+        if self.decision.used == len(here):
+            return here
+        held = by_process([device.process_index for device in here], self.decision.used)
+        taken: list[Any] = []
+        for process in range(len(held)):
+            taken += [d for d in here if d.process_index == process][: held[process]]
+        return taken
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What the start-up table says of it."""
+        if self.decision is None:
+            return []
+        policy = self.config.autoscale.policy
+        return [("autoscale", "; ".join(self.decision.lines), f"autoscale.policy={policy}")]
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps of it, at every start."""
+        return {} if self.decision is None else {"autoscale": asdict(self.decision)}
+
+
+def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
+    """The config for the devices at hand; without `autoscale` it is the one that was asked for.
+
+    Raises ValueError where no mesh is legal, Requeue where there are too few devices: a scheduler may find more.
+    Where whole processes stay idle this does not return: see `cluster.go_on_as`.
+    """
+    if config.autoscale is None:
+        return Scaled(config)
+    assert legal is not None, "autoscale needs the rules that say which mesh is legal"
+    gone = int(os.environ.get(IDLE, "0"))
+    here = [device.process_index for device in jax.devices()]
+
+    def settle() -> dict[str, Any]:
+        pending = queue_depth(config.autoscale.queue) if config.autoscale.policy == "queue" else None
+        last = run.last_mesh
+        used = None if last is None else _product(last)
+        try:
+            decision = decide(
+                asked_by(config), len(here) + gone, rules_of(config, legal), pending=pending, last=used
+            )
+        except TooFew as error:
+            return {"too_few": str(error)}
+        return asdict(decision)
+
+    found = cluster.from_primary("the mesh for these devices", settle)
+    if "too_few" in found:
+        raise Requeue(found["too_few"])
+    decision = Decision(**{**found, "lines": tuple(found["lines"])})
+    needed = len(by_process(here, decision.used))
+    if needed < cluster.process_count():
+        idle = gone + sum(process >= needed for process in here)
+        cluster.go_on_as(needed, {IDLE: str(idle)})
+    return Scaled(applied(config, decision), decision)
+
+
+def _product(sizes: dict[str, int]) -> int:
+    product = 1
+    for size in sizes.values():
+        product *= size
+    return product
+
+
+def asked_by(config: Any) -> Asked:
+    """What `decide` needs of a config."""
+    fixed = {}
+    if config.local_sgd.inner_steps > 1:
+        fixed["replica"] = f"local_sgd.inner_steps={config.local_sgd.inner_steps} steps them alone"
+    if config.mesh.dcn:
+        axes = ", ".join(config.mesh.dcn)
+        raise ValueError(
+            f"autoscale does not know how many slices a start finds, and mesh.dcn names them for {axes}; "
+            "use mesh.dcn={}, or autoscale=null"
+        )
+    key = "pipeline.microbatches" if config.mesh.pipeline > 1 else "training.accumulation_steps"
+    turns = config.pipeline.microbatches if config.mesh.pipeline > 1 else config.training.accumulation_steps
+    return Asked(
+        sizes={axis: getattr(config.mesh, axis) for axis in MESH_AXES},
+        batch_axes=tuple(config.mesh.rules.get("batch", ())),
+        rows=config.training.global_batch_size,
+        turns=turns,
+        turns_key=key,
+        policy=config.autoscale,
+        fixed={axis: fixed[axis] for axis in ELASTIC if axis in fixed},
+    )
+
+
+def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
+    """`legal` of this config with another mesh and other turns."""
+
+    def ask(sizes: Any, turns: int) -> str | None:
+        key = "pipeline.microbatches" if sizes["pipeline"] > 1 else "training.accumulation_steps"
+        return legal(with_mesh(config, sizes, turns, key), _product(sizes))
+
+    return ask
+
+
+def applied(config: Any, decision: Decision) -> Any:
+    """The config with what was decided."""
+    return with_mesh(config, decision.sizes, decision.turns, decision.turns_key)
+
+
+def with_mesh(config: Any, sizes: dict[str, int], turns: int, turns_key: str) -> Any:
+    """The config with these sizes, and so many turns under their key."""
+    room, _, key = turns_key.partition(".")
+    changed = replace(getattr(config, room), **{key: turns})
+    return replace(config, mesh=replace(config.mesh, **sizes), **{room: changed})
+
+
+def by_process(here: list[int], used: int) -> list[int]:
+    """Devices that each of the first processes puts into a mesh of `used`: as few processes as hold them.
+
+    here: each device's process. Equal numbers where the devices divide, else the last has what is left.
+    """
+    counts = [here.count(process) for process in range(max(here) + 1)]
+    needed = next(n for n in range(1, len(counts) + 1) if sum(counts[:n]) >= used)
+    each, left = divmod(used, needed)
+    if not left and min(counts[:needed]) >= each:
+        return [each] * needed
+    held = []
+    for count in counts[:needed]:
+        held.append(min(count, used - sum(held)))
+    return held
+
+
+def queue_depth(source: str) -> int:
+    """Jobs that wait. ValueError where the source does not say a whole number of 0 or more."""
+    if source == "env":
+        return _count(os.environ.get(DEPTH), f"{DEPTH} (autoscale.queue=env)")
+    if source == "squeue":
+        return _squeue()
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(
+            f"autoscale.queue={source} cannot be read ({reason}); use env, squeue or the path of a file "
+            "that holds the number of waiting jobs"
+        ) from error
+    return _count(text, f"the file autoscale.queue={source}")
+
+
+def _count(text: str | None, where: str) -> int:
+    if text is None:
+        raise ValueError(f"{where} is not set; set it to the number of waiting jobs, or use autoscale=nodes")
+    if not text.strip().isdecimal():
+        raise ValueError(
+            f"{where} holds {text.strip()[:40]!r}, which is no number of waiting jobs; write 0 or more"
+        )
+    return int(text)
+
+
+def _squeue() -> int:
+    """Pending jobs of this job's partition, or of all; an array counts each of its tasks, this job itself not."""
+    program = shutil.which("squeue")
+    if program is None:
+        raise ValueError("autoscale.queue=squeue, but there is no squeue here; use env or the path of a file")
+    command = [program, "--noheader", "--array", "--states=PENDING", "--format=%A"]
+    if partition := os.environ.get("SLURM_JOB_PARTITION"):
+        command.append(f"--partition={partition}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"squeue did not answer within {SQUEUE_SECONDS} s; try again") from error
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[:200]
+        raise ValueError(f"squeue failed ({reason}); mend it, or use another autoscale.queue")
+    own = os.environ.get("SLURM_JOB_ID")
+    return sum(line.strip() != own for line in done.stdout.splitlines() if line.strip())
