@@ -1,7 +1,7 @@
 """Devices in, mesh and accumulation out: how a run goes on with fewer or more devices at the same batch.
 
-One pure function, `decide`: no device, file or clock is looked at, so all processes that ask it agree, and a
-person may ask it beforehand (`scripts/autoscale.py`). It is asked at a start only; between starts nothing moves.
+One pure function, `decide`: no device, file or clock is looked at, so a person may ask it beforehand
+(`scripts/autoscale.py`). It is asked at a start only; between starts nothing moves.
 
 What it keeps, in this order:
 
@@ -110,9 +110,9 @@ def decide(
 ) -> Decision:
     """The mesh for `available` devices.
 
-    legal: the rules that every config goes through; pending: jobs that wait (policy queue); last: devices that
-    the run's last start used, None for a new run. Raises ValueError where no mesh is legal, with the numbers
-    of devices that are, and TooFew where only fewer than `min_devices` can be used.
+    legal: the rules that every config goes through; pending: jobs that wait (policy queue); last: devices
+    that the run's last start used, None for a new run. Raises ValueError where no mesh is legal, with the
+    numbers of devices that are, and TooFew where only fewer than `min_devices` can be used.
     """
     _check(asked)
     wanted, why = target(asked.policy, asked.most or available, pending=pending, last=last)
@@ -128,8 +128,8 @@ def decide(
     used, sizes, turns = found
     if used < asked.policy.min_devices:
         raise TooFew(
-            f"autoscale.min_devices={asked.policy.min_devices}, but of {available} devices {used} can be used; "
-            "start it when there are more, or lower autoscale.min_devices"
+            f"autoscale.min_devices={asked.policy.min_devices}, but of {available} devices {used} can be "
+            "used; start it when there are more, or lower autoscale.min_devices"
         )
     rows = asked.rows // (asked.ways(sizes) * turns)
     lines = _explain(asked, search, available, limit, used, sizes, turns, why)
@@ -160,8 +160,8 @@ def target(
 
 
 def numbers(asked: Asked, most: int, legal: Legal) -> list[int]:
-    """Every number of devices, up to `most`, of which none would stay idle."""
-    search = _Search(asked, legal)
+    """Every number of devices, up to `most` and the full size, of which none would stay idle."""
+    search, most = _Search(asked, legal), min(most, asked.most or most)
     counts = sorted({used for _, used, _ in search.ordered(most)})
     return [count for count in counts if (found := search.best(count)) and found[0] == count]
 
@@ -247,8 +247,8 @@ def _check(asked: Asked) -> None:
     most = asked.most
     if most is not None and most < asked.policy.min_devices:
         raise ValueError(
-            f"autoscale.min_devices={asked.policy.min_devices} is more than the {most} devices of the full size; "
-            f"use {most} or fewer, or raise autoscale.max_devices"
+            f"autoscale.min_devices={asked.policy.min_devices} is more than the {most} devices of the full "
+            f"size; use {most} or fewer, or raise autoscale.max_devices"
         )
 
 
@@ -297,8 +297,8 @@ def _explain(
     if sizes["fsdp"] < full.get("fsdp", 0):
         more = full["fsdp"] / sizes["fsdp"]
         lines.append(
-            f"mesh.fsdp {full['fsdp']} to {sizes['fsdp']}: a device holds {more:.3g} times as much of parameters, "
-            "gradients and moments"
+            f"mesh.fsdp {full['fsdp']} to {sizes['fsdp']}: a device holds {more:.3g} times as much of "
+            "parameters, gradients and moments"
         )
     return tuple(lines)
 

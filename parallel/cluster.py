@@ -362,11 +362,11 @@ def leave(status: int) -> NoReturn:
 
 
 def go_on_as(count: int, variables: Mapping[str, str]) -> NoReturn:
-    """The first `count` processes start their command again as a job of their own, the others end with status 0.
+    """The first `count` processes start their command again as a job of their own; the others end, status 0.
 
     All call it together, before the first step. A process that has no device in a mesh cannot follow the
-    others' programs, and JAX does not let one leave a job that is under way, so the job is made anew; what was
-    done until here is done again. `variables` are added to the environment of those who go on.
+    others' programs, and JAX does not let one leave a job that is under way, so the job is made anew; what
+    was done until here is done again. `variables` are added to the environment of those who go on.
     """
     import jax
     from jax._src import distributed  # the address has no public name

@@ -145,9 +145,7 @@ class AutoscaleConfig:
     """How a run finds its mesh again when it starts on other devices, the global batch staying as it is."""
 
     policy: str = "nodes"  # nodes: all devices that there are | queue: few of them while other jobs wait
-    rows_per_device: int | None = (
-        None  # of a microbatch, at most; null: what the full mesh makes of the batch
-    )
+    rows_per_device: int | None = None  # of a microbatch, at most; null: as on the full mesh
     min_devices: int = 1  # with fewer the run does not start, and under queue it shrinks to these
     max_devices: int | None = None  # of the full mesh; null: the product of mesh.*, all where one is -1
     queue: str = "env"  # where the depth is read: env (CAMBRIAN_QUEUE_DEPTH) | squeue | the path of a file
@@ -164,8 +162,8 @@ class AutoscaleConfig:
                 raise ValueError(f"autoscale.{key}={value} must be 1 or more")
         if self.max_devices is not None and self.max_devices < self.min_devices:
             raise ValueError(
-                f"autoscale.max_devices={self.max_devices} is below autoscale.min_devices={self.min_devices}; "
-                "raise the one or lower the other"
+                f"autoscale.max_devices={self.max_devices} is below autoscale.min_devices="
+                f"{self.min_devices}; raise the one or lower the other"
             )
         if not 0 <= self.grow_at < self.shrink_at:
             raise ValueError(

@@ -4,6 +4,7 @@ The primary asks and decides, the others take its word. Devices that stay idle a
 processes that would have none of it end with status 0, and the others start anew as a smaller job.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ Rules = Callable[[Any, int | None], str | None]  # (config, devices) -> why it c
 
 @dataclass(frozen=True)
 class Scaled:
-    """A config with the mesh and accumulation of this start; `decision` is None where nobody asked for one."""
+    """A config with the mesh and accumulation of this start; without autoscale there is no `decision`."""
 
     config: Any
     decision: Decision | None = None
@@ -62,8 +63,8 @@ class Scaled:
 def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     """The config for the devices at hand; without `autoscale` it is the one that was asked for.
 
-    Raises ValueError where no mesh is legal, Requeue where there are too few devices: a scheduler may find more.
-    Where whole processes stay idle this does not return: see `cluster.go_on_as`.
+    Raises ValueError where no mesh is legal, Requeue where there are too few devices: there may be more
+    later. Where whole processes stay idle this does not return: see `cluster.go_on_as`.
     """
     if config.autoscale is None:
         return Scaled(config)
@@ -72,16 +73,10 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     here = [device.process_index for device in jax.devices()]
 
     def settle() -> dict[str, Any]:
-        pending = queue_depth(config.autoscale.queue) if config.autoscale.policy == "queue" else None
-        last = run.last_mesh
-        used = None if last is None else _product(last)
         try:
-            decision = decide(
-                asked_by(config), len(here) + gone, rules_of(config, legal), pending=pending, last=used
-            )
+            return asdict(settled(config, len(here) + gone, legal, run.last_mesh))
         except TooFew as error:
             return {"too_few": str(error)}
-        return asdict(decision)
 
     found = cluster.from_primary("the mesh for these devices", settle)
     if "too_few" in found:
@@ -94,11 +89,36 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     return Scaled(applied(config, decision), decision)
 
 
-def _product(sizes: dict[str, int]) -> int:
-    product = 1
-    for size in sizes.values():
-        product *= size
-    return product
+def settled(
+    config: Any, available: int, legal: Rules, last: dict[str, int] | None, pending: int | None = None
+) -> Decision:
+    """What a start of `config` that finds `available` devices does.
+
+    last: the mesh of the run's last start; pending: instead of what `autoscale.queue` says. Raises what
+    `decide` raises, and ValueError where the queue's depth cannot be read.
+    """
+    policy = config.autoscale
+    if policy.policy == "queue" and pending is None:
+        pending = queue_depth(policy.queue)
+    used = None if last is None else math.prod(last.values())
+    return decide(asked_by(config), available, rules_of(config, legal), pending=pending, last=used)
+
+
+def nodes_wanted(
+    config: Any, per_node: int, legal: Rules, last: dict[str, int] | None = None, pending: int | None = None
+) -> tuple[int, Decision]:
+    """Nodes of `per_node` devices to ask a scheduler for, and the mesh that the policy would make of them.
+
+    Raises what `settled` raises, and ValueError where nothing says how many devices the full size has.
+    """
+    most = asked_by(config).most
+    if most is None:
+        raise ValueError(
+            "autoscale.max_devices=null, and a mesh that takes what is left does not say how many devices "
+            "the run wants; give autoscale.max_devices, or a size to every mesh axis"
+        )
+    decision = settled(config, most, legal, last, pending)
+    return -(-decision.used // per_node), decision
 
 
 def asked_by(config: Any) -> Asked:
@@ -130,7 +150,7 @@ def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
 
     def ask(sizes: Any, turns: int) -> str | None:
         key = "pipeline.microbatches" if sizes["pipeline"] > 1 else "training.accumulation_steps"
-        return legal(with_mesh(config, sizes, turns, key), _product(sizes))
+        return legal(with_mesh(config, sizes, turns, key), math.prod(sizes.values()))
 
     return ask
 
@@ -157,7 +177,7 @@ def by_process(here: list[int], used: int) -> list[int]:
     each, left = divmod(used, needed)
     if not left and min(counts[:needed]) >= each:
         return [each] * needed
-    held = []
+    held: list[int] = []
     for count in counts[:needed]:
         held.append(min(count, used - sum(held)))
     return held
@@ -191,7 +211,7 @@ def _count(text: str | None, where: str) -> int:
 
 
 def _squeue() -> int:
-    """Pending jobs of this job's partition, or of all; an array counts each of its tasks, this job itself not."""
+    """Pending jobs of this job's partition, or of all: each task of an array, but not this job itself."""
     program = shutil.which("squeue")
     if program is None:
         raise ValueError("autoscale.queue=squeue, but there is no squeue here; use env or the path of a file")

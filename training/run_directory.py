@@ -90,6 +90,11 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
+def last_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the last start: its restarts keep only what was not as at the first."""
+    return {**manifest, **(manifest.get("restarts") or [{}])[-1]}
+
+
 class RunDirectory:
     """A run's directory, locked against a second process until `close` or the end of this one.
 
@@ -149,8 +154,7 @@ class RunDirectory:
     @property
     def last_mesh(self) -> dict[str, int] | None:
         """Sizes by axis of the last start's mesh; None for a new run, and away from the primary."""
-        starts = [self._manifest, *self._manifest.get("restarts", [])]
-        return next((start["mesh"] for start in reversed(starts) if "mesh" in start), None)
+        return last_facts(self._manifest).get("mesh")
 
     @property
     def data_digest(self) -> str | None:
