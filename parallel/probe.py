@@ -315,7 +315,7 @@ def _on_each(mesh: Mesh, function: Callable[[jax.Array], jax.Array]) -> Callable
 def _group(mesh: Mesh, axis: str, number: int) -> list[int]:
     """Numbers of the devices that share all but this axis's place with one, in the axis's order."""
     grid = np.arange(mesh.size).reshape(mesh.devices.shape)
-    place = list(np.unravel_index(number, grid.shape))
+    place: list[Any] = list(np.unravel_index(number, grid.shape))
     place[mesh.axis_names.index(axis)] = slice(None)
     return [int(i) for i in grid[tuple(place)]]
 

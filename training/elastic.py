@@ -130,7 +130,7 @@ def asked_by(config: Any) -> Asked:
         axes = ", ".join(config.mesh.dcn)
         raise ValueError(
             f"autoscale does not know how many slices a start finds, and mesh.dcn names them for {axes}; "
-            "use mesh.dcn={}, or autoscale=null"
+            "use mesh.dcn={}, or leave autoscale out (~autoscale)"
         )
     key = "pipeline.microbatches" if config.mesh.pipeline > 1 else "training.accumulation_steps"
     turns = config.pipeline.microbatches if config.mesh.pipeline > 1 else config.training.accumulation_steps
