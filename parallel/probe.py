@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallel import cluster
 from parallel.health import MATMUL, Link, Reading
@@ -241,7 +241,7 @@ def measure_collectives(mesh: Mesh, seconds: float, say: Say) -> tuple[Rates, Fa
     rates: Rates = {i: {} for d, i in numbers.items() if d.process_index == jax.process_index()}
     faults: Faults = {i: [] for i in rates}
     axes = [axis for axis, size in mesh.shape.items() if size > 1]
-    ring = Mesh(mesh.devices.reshape(-1), ("ring",))
+    ring = Mesh(mesh.devices.reshape(-1), ("ring",), axis_types=(AxisType.Auto,))
     probes = [p for axis in axes for p in (all_reduce(mesh, axis, words), all_gather(mesh, axis, words))]
     turns = ring_turns(mesh.size)
     each = seconds / max(1, len(probes) + len(turns))

@@ -97,6 +97,18 @@ def test_bad_input_is_one_line_and_status_2(capsys, words, said):
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+def test_a_check_that_hangs_says_in_what_and_ends():
+    lines = (
+        "import time; from scripts.check_cluster import Watch; watch = Watch(0.01); watch.say('a link'); "
+        "time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: process 0 on ") and "hangs in: " in done.stderr
+
+
 PLANTED = """
 import sys
 sys.path.insert(0, {root!r})
