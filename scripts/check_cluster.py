@@ -106,14 +106,17 @@ def compose(words: list[str]) -> "Config":
 
     from configs.cli import CONFIG_DIR
     from configs.explain import check_overrides, explain
-    from configs.schema import from_hydra, register
+    from configs.rooms import opened
+    from configs.schema import Config, from_hydra, register
 
     register()
     check_overrides(words, CONFIG_DIR, strict=True)
     named = any(word.partition("=")[0].lstrip("+") in ("run.name", "experiment") for word in words)
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return from_hydra(hydra.compose("config", [*words, *([] if named else ["run.name=check"])]))
+            return from_hydra(
+                hydra.compose("config", opened([*words, *([] if named else ["run.name=check"])], Config))
+            )
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
 
