@@ -127,7 +127,8 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
 
     from parallel.health import Link, Reading, Report, judge, medians
     from parallel.mesh import build_layout
-    from parallel.probe import measure_collectives, measure_devices
+    from parallel.probe import measure_devices
+    from parallel.probe_links import measure_collectives
     from training.flops import datasheet
 
     watch = Watch(2 * options.seconds + HANGS)
