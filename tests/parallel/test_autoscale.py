@@ -137,6 +137,12 @@ def test_data_shrinks_before_fsdp_and_what_fsdp_costs_is_said():
     assert "a device holds 2 times as much of parameters" in said
 
 
+def test_more_devices_come_before_the_axes_that_were_asked_for():
+    case = asked(data=2, fsdp=-1, rows=24, policy=AutoscaleConfig(rows_per_device=4))
+    assert {axis: n for axis, n in decide(case, 3, anything).sizes.items() if n > 1} == {"fsdp": 3}
+    assert {axis: n for axis, n in decide(case, 4, anything).sizes.items() if n > 1} == {"data": 2, "fsdp": 2}
+
+
 def test_refusals_name_the_legal_numbers():
     with pytest.raises(
         ValueError, match="mesh.tensor=4 stays as it is, .* fits 3 devices; start on 4, 8, 16 "
