@@ -12,10 +12,12 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import asdict
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from configs.legal import legal
 from data.loader import Loader
@@ -145,6 +147,28 @@ def test_nodes_to_ask_for_are_the_full_size_or_what_the_queue_leaves(ground):
         nodes_wanted(free, 2, legal)
     with pytest.raises(TooFew, match="min_devices=5"):
         settled(composed(ground, "mesh.data=8", "autoscale.min_devices=5"), 7, legal, None)
+
+
+def test_the_script_prints_a_number_of_nodes_and_says_why_beside_it(ground, tmp_path, capsys):
+    config = ground.config("elastic", *SMALL, "autoscale=queue", "mesh.data=8", "autoscale.min_devices=2")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    whole = {"mesh": {"data": 8}, "devices": {"count": 8}, "hosts": ["a", "b"]}
+    half = {"mesh": {"data": 4}, "devices": {"count": 4}, "hosts": ["a"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {"restarts": [half]}))
+    for words, out, why in (
+        (("--queue", "0"), "2\n", "0 waiting, 0 or fewer: up to 8 devices\n"),
+        (("--queue", "2"), "1\n", "as at the last start, 4 devices\n"),
+        (("--queue", "9", "--devices-per-node", "1"), "2\n", "down to autoscale.min_devices\n"),
+    ):
+        assert script.main([str(tmp_path), *words]) == 0
+        said = capsys.readouterr()
+        assert said.out == out and why in said.err
+    assert script.main([str(tmp_path), "--queue", "0", "--devices", "5"]) == 0
+    assert capsys.readouterr().out.startswith("4 of 5 devices: mesh.data 8 to 4, ")
+    assert script.main([str(tmp_path), "--devices", "0"]) == 2
+    assert capsys.readouterr().err == "error: --devices=0 must be 1 or more\n"
+    assert script.main([str(tmp_path), "--queue", "0", "--devices", "1"]) == 2
+    assert "autoscale.min_devices=2, but of 1 devices 1 can be used" in capsys.readouterr().err
 
 
 def restarts(ground, name):
