@@ -18,7 +18,7 @@ hence more devices never mean fewer of them used, and idle ones may be taken awa
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from parallel.config import MESH_AXES, AutoscaleConfig, divisors
@@ -40,7 +40,8 @@ class Asked:
 
     sizes: by mesh axis, one of them may be -1; batch_axes: those that split rows; rows: of the global batch;
     turns: parts that follow each other in a step, `turns_key` being what says how many; fixed: axes of
-    ELASTIC that may not move, with the reason.
+    ELASTIC that may not move, with the reason; steps: of an axis that crosses slices, its size in one, of
+    which only multiples can be had.
     """
 
     sizes: Mapping[str, int]
@@ -50,6 +51,7 @@ class Asked:
     turns_key: str
     policy: AutoscaleConfig
     fixed: Mapping[str, str]
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def free(self) -> str | None:
@@ -200,8 +202,8 @@ class _Search:
         # Beyond the size that was asked for only what takes the rest grows; mesh.data, where all have a size.
         grows = axis == asked.free or (axis == "data" and asked.free is None)
         most = limit if grows else min(limit, asked.sizes[axis])
-        split = axis in asked.batch_axes
-        return [size for size in (divisors(asked.rows) if split else range(1, most + 1)) if size <= most]
+        sizes = divisors(asked.rows) if axis in asked.batch_axes else range(1, most + 1)
+        return [size for size in sizes if size <= most and size % asked.steps.get(axis, 1) == 0]
 
     def order(self, sizes: Mapping[str, int]) -> tuple[float, ...]:
         """Small is good: fsdp kept, many devices, near to the full mesh; the rest makes it one order."""

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax
 from parallel import cluster
 from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
 from parallel.config import MESH_AXES
+from parallel.mesh import slice_attribute
 from training.errors import Requeue
 from training.run_directory import RunDirectory
 
@@ -70,11 +72,13 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
         return Scaled(config)
     assert legal is not None, "autoscale needs the rules that say which mesh is legal"
     gone = int(os.environ.get(IDLE, "0"))
-    here = [device.process_index for device in jax.devices()]
+    devices = jax.devices()
+    here = [device.process_index for device in devices]
 
     def settle() -> dict[str, Any]:
         try:
-            return asdict(settled(config, len(here) + gone, legal, run.last_mesh))
+            each = slice_size(devices) if crossed(config.mesh) else None
+            return asdict(settled(config, len(here) + gone, legal, run.last_mesh, each=each))
         except TooFew as error:
             return {"too_few": str(error)}
 
@@ -90,18 +94,25 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
 
 
 def settled(
-    config: Any, available: int, legal: Rules, last: dict[str, int] | None, pending: int | None = None
+    config: Any,
+    available: int,
+    legal: Rules,
+    last: dict[str, int] | None,
+    pending: int | None = None,
+    each: int | None = None,
 ) -> Decision:
     """What a start of `config` that finds `available` devices does.
 
-    last: the mesh of the run's last start; pending: instead of what `autoscale.queue` says. Raises what
-    `decide` raises, and ValueError where the queue's depth cannot be read.
+    last: the mesh of the run's last start; pending: instead of what `autoscale.queue` says; each: devices of
+    a slice, where mesh.dcn counts slices, by default as at the last start. Raises what `decide` raises, and
+    ValueError where the queue's depth cannot be read.
     """
     policy = config.autoscale
     if policy.policy == "queue" and pending is None:
         pending = queue_depth(policy.queue)
     used = None if last is None else math.prod(last.values())
-    return decide(asked_by(config), available, rules_of(config, legal), pending=pending, last=used)
+    asked = asked_by(config, each or last_slice(config.mesh, last))
+    return decide(asked, available, rules_of(config, legal), pending=pending, last=used)
 
 
 def nodes_wanted(
@@ -111,7 +122,7 @@ def nodes_wanted(
 
     Raises what `settled` raises, and ValueError where nothing says how many devices the full size has.
     """
-    most = asked_by(config).most
+    most = asked_by(config, last_slice(config.mesh, last)).most
     if most is None:
         raise ValueError(
             "autoscale.max_devices=null, and a mesh that takes what is left does not say how many devices "
@@ -121,28 +132,72 @@ def nodes_wanted(
     return -(-decision.used // per_node), decision
 
 
-def asked_by(config: Any) -> Asked:
-    """What `decide` needs of a config."""
-    fixed = {}
-    if config.local_sgd.inner_steps > 1:
-        fixed["replica"] = f"local_sgd.inner_steps={config.local_sgd.inner_steps} steps them alone"
-    if config.mesh.dcn:
-        axes = ", ".join(config.mesh.dcn)
-        raise ValueError(
-            f"autoscale does not know how many slices a start finds, and mesh.dcn names them for {axes}; "
-            "use mesh.dcn={}, or leave autoscale out (~autoscale)"
-        )
-    key = "pipeline.microbatches" if config.mesh.pipeline > 1 else "training.accumulation_steps"
-    turns = config.pipeline.microbatches if config.mesh.pipeline > 1 else config.training.accumulation_steps
+def asked_by(config: Any, each: int | None = None) -> Asked:
+    """What `decide` needs of a config; `each`: devices of a slice, where mesh.dcn counts slices."""
+    mesh, inner = config.mesh, config.local_sgd.inner_steps
+    fixed = {"replica": f"local_sgd.inner_steps={inner} steps them alone"} if inner > 1 else {}
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    steps: dict[str, int] = {}
+    if crossed(mesh):
+        sizes, steps = in_slices(mesh, each)
+        fixed |= {axis: "it lies inside a slice" for axis in ELASTIC if axis not in steps}
+    staged = mesh.pipeline > 1
     return Asked(
-        sizes={axis: getattr(config.mesh, axis) for axis in MESH_AXES},
-        batch_axes=tuple(config.mesh.rules.get("batch", ())),
+        sizes=sizes,
+        batch_axes=tuple(mesh.rules.get("batch", ())),
         rows=config.training.global_batch_size,
-        turns=turns,
-        turns_key=key,
+        turns=config.pipeline.microbatches if staged else config.training.accumulation_steps,
+        turns_key="pipeline.microbatches" if staged else "training.accumulation_steps",
         policy=config.autoscale,
-        fixed={axis: fixed[axis] for axis in ELASTIC if axis in fixed},
+        fixed=fixed,
+        steps=steps,
     )
+
+
+def crossed(mesh: Any) -> dict[str, int]:
+    """Slices that axes cross, by axis."""
+    return {axis: factor for axis, factor in mesh.dcn.items() if factor > 1}
+
+
+def in_slices(mesh: Any, each: int | None) -> tuple[dict[str, int], dict[str, int]]:
+    """(sizes with none of them -1, the size in one slice of the axis that crosses them): slices are whole.
+
+    each: devices of a slice. ValueError where the mesh is not one of whole slices along one elastic axis.
+    """
+    sizes, factors = {axis: getattr(mesh, axis) for axis in MESH_AXES}, crossed(mesh)
+    named = ", ".join(f"mesh.dcn.{axis}={factor}" for axis, factor in factors.items())
+    if len(factors) > 1 or not {*factors} <= {"replica", "data"}:
+        raise ValueError(f"{named}: autoscale counts slices along one of mesh.replica and mesh.data")
+    if each is None:
+        raise ValueError(f"{named}: how many devices a slice has shows at a first start; start the run once")
+    ((axis, factor),) = factors.items()
+    step = sizes[axis] // factor
+    rest = math.prod(n for a, n in sizes.items() if a != axis and n != -1)
+    inside = {a: each // (step * rest) if n == -1 else n for a, n in sizes.items() if a != axis}
+    if step < 1 or step * math.prod(inside.values()) != each:
+        raise ValueError(
+            f"{named} with mesh.{axis}={sizes[axis]}: under autoscale a slice is used whole, and {each} "
+            f"devices are not mesh.{axis}={max(step, 1)} times the other axes; give sizes whose product is {each}"
+        )
+    return {a: sizes[axis] if a == axis else inside[a] for a in MESH_AXES}, {axis: step}
+
+
+def last_slice(mesh: Any, last: dict[str, int] | None) -> int | None:
+    """Devices of a slice at the last start, of which `last` was the mesh."""
+    if last is None or not crossed(mesh):
+        return None
+    axis, factor = next(iter(crossed(mesh).items()))
+    return math.prod(last.values()) // last[axis] * max(1, getattr(mesh, axis) // factor)
+
+
+def slice_size(devices: list[Any]) -> int:
+    """Devices of each slice here. ValueError where they have different numbers."""
+    attribute = slice_attribute(devices)
+    counts = sorted({*Counter(getattr(device, attribute) for device in devices).values()})
+    if len(counts) > 1:
+        said = " and ".join(map(str, counts))
+        raise ValueError(f"slices of {said} devices: autoscale needs whole ones; leave the broken one out")
+    return counts[0]
 
 
 def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
@@ -164,7 +219,10 @@ def with_mesh(config: Any, sizes: dict[str, int], turns: int, turns_key: str) ->
     """The config with these sizes, and so many turns under their key."""
     room, _, key = turns_key.partition(".")
     changed = replace(getattr(config, room), **{key: turns})
-    return replace(config, mesh=replace(config.mesh, **sizes), **{room: changed})
+    mesh = config.mesh
+    slices = {axis: sizes[axis] // (getattr(mesh, axis) // n) for axis, n in crossed(mesh).items()}
+    dcn = {axis: n for axis, n in slices.items() if n > 1} if slices else mesh.dcn
+    return replace(config, mesh=replace(mesh, **sizes, dcn=dcn), **{room: changed})
 
 
 def by_process(here: list[int], used: int) -> list[int]:

@@ -72,7 +72,7 @@ def test_meshes_are_legal_by_the_rules_of_every_config(ground, words, devices, m
     assert made.used == math.prod(made.sizes.values())
 
 
-def test_replicas_that_step_alone_and_slices_do_not_move(ground):
+def test_replicas_that_step_alone_do_not_move(ground):
     alone = composed(
         ground,
         "mesh.replica=2",
@@ -84,8 +84,34 @@ def test_replicas_that_step_alone_and_slices_do_not_move(ground):
     assert settled(alone, 5, legal, None).sizes["replica"] == 2
     with pytest.raises(ValueError, match="mesh.replica=2 stays as it is.* start on 2, 4, 8 devices"):
         settled(alone, 1, legal, None)
-    with pytest.raises(ValueError, match="mesh.dcn names them for replica; use mesh.dcn={}, or leave"):
-        settled(composed(ground, "mesh=multi_slice"), 4, legal, None)
+
+
+SLICES = ("mesh=multi_slice", "mesh.replica=4")
+
+
+def test_slices_are_lost_and_found_whole(ground):
+    """Four slices of two devices; `mesh.dcn` follows, and is empty on the last one."""
+    config = composed(ground, *SLICES)
+    for devices, replicas, turns in ((8, 4, 1), (6, 2, 2), (4, 2, 2), (2, 1, 4), (16, 4, 1)):
+        made = settled(config, devices, legal, None, each=2)
+        assert (made.sizes["replica"], made.sizes["fsdp"], made.turns) == (replicas, 2, turns)
+        there = elastic.applied(config, made)
+        assert there.mesh.dcn == ({"replica": replicas} if replicas > 1 else {})
+        assert (
+            settled(config, devices, legal, {**made.sizes}) == made
+        )  # a slice is what it was at the last start
+    with pytest.raises(ValueError, match="fits 1 device; start on 2, 4, 8 devices"):
+        settled(config, 1, legal, None, each=2)
+    with pytest.raises(
+        ValueError, match=r"mesh.dcn.replica=4: how many devices a slice has shows at a first"
+    ):
+        settled(config, 8, legal, None)
+    with pytest.raises(
+        ValueError, match="a slice is used whole, and 3 devices are not .* whose product is 3"
+    ):
+        settled(composed(ground, *SLICES, "mesh.fsdp=2"), 6, legal, None, each=3)
+    with pytest.raises(ValueError, match="mesh.dcn.fsdp=2: autoscale counts slices along one of"):
+        settled(composed(ground, "mesh=fsdp", "mesh.fsdp=8", "+mesh.dcn.fsdp=2"), 8, legal, None, each=4)
 
 
 @pytest.mark.parametrize(
