@@ -177,7 +177,8 @@ def in_slices(mesh: Any, each: int | None) -> tuple[dict[str, int], dict[str, in
     if step < 1 or step * math.prod(inside.values()) != each:
         raise ValueError(
             f"{named} with mesh.{axis}={sizes[axis]}: under autoscale a slice is used whole, and {each} "
-            f"devices are not mesh.{axis}={max(step, 1)} times the other axes; give sizes whose product is {each}"
+            f"devices are not mesh.{axis}={max(step, 1)} times the other axes; give sizes whose product is "
+            f"{each}"
         )
     return {a: sizes[axis] if a == axis else inside[a] for a in MESH_AXES}, {axis: step}
 
