@@ -4,6 +4,7 @@ The primary asks and decides, the others take its word. Devices that stay idle a
 processes that would have none of it end with status 0, and the others start anew as a smaller job.
 """
 
+import json
 import math
 import os
 import shutil
@@ -24,7 +25,8 @@ from training.errors import Requeue
 from training.run_directory import RunDirectory
 
 DEPTH = "CAMBRIAN_QUEUE_DEPTH"
-IDLE = "CAMBRIAN_IDLE_DEVICES"  # of processes that have left: so the others still say what there was
+# What was decided before idle processes left, with the run that it is for: the queue may be another by now.
+DECIDED = "CAMBRIAN_DECIDED"
 SQUEUE_SECONDS = 30
 
 Rules = Callable[[Any, int | None], str | None]  # (config, devices) -> why it cannot run on them
@@ -71,14 +73,15 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     if config.autoscale is None:
         return Scaled(config)
     assert legal is not None, "autoscale needs the rules that say which mesh is legal"
-    gone = int(os.environ.get(IDLE, "0"))
     devices = jax.devices()
-    here = [device.process_index for device in devices]
 
     def settle() -> dict[str, Any]:
+        before = json.loads(os.environ.get(DECIDED, "{}"))
+        if before.get("run") == str(run.path):
+            return before["decision"]
         try:
             each = slice_size(devices) if crossed(config.mesh) else None
-            return asdict(settled(config, len(here) + gone, legal, run.last_mesh, each=each))
+            return asdict(settled(config, len(devices), legal, run.last_mesh, each=each))
         except TooFew as error:
             return {"too_few": str(error)}
 
@@ -86,10 +89,9 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     if "too_few" in found:
         raise Requeue(found["too_few"])
     decision = Decision(**{**found, "lines": tuple(found["lines"])})
-    needed = len(by_process(here, decision.used))
+    needed = len(by_process([device.process_index for device in devices], decision.used))
     if needed < cluster.process_count():
-        idle = gone + sum(process >= needed for process in here)
-        cluster.go_on_as(needed, {IDLE: str(idle)})
+        cluster.go_on_as(needed, {DECIDED: json.dumps({"run": str(run.path), "decision": found})})
     return Scaled(applied(config, decision), decision)
 
 

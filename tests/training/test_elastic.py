@@ -12,7 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -27,9 +27,10 @@ from scripts import autoscale as script
 from tests.training.ground import ROOT
 from tests.training.test_processes import SMALL, at_step, finish, newest, rank, steps_done
 from training import elastic
-from training.elastic import DEPTH, by_process, nodes_wanted, queue_depth, settled
+from training.elastic import DECIDED, DEPTH, Scaled, by_process, nodes_wanted, queue_depth, scale, settled
 from training.errors import Requeue
 from training.loop import fit
+from training.run_directory import RunDirectory
 
 # Eight rows, on eight devices one each; the full mesh is asked for at every start.
 ELASTIC = ("autoscale=nodes", "mesh.data=8", "eval.every=2000")
@@ -173,6 +174,21 @@ def test_nodes_to_ask_for_are_the_full_size_or_what_the_queue_leaves(ground):
         nodes_wanted(free, 2, legal)
     with pytest.raises(TooFew, match="min_devices=5"):
         settled(composed(ground, "mesh.data=8", "autoscale.min_devices=5"), 7, legal, None)
+
+
+def test_what_was_decided_before_processes_left_holds_for_this_run_alone(ground, tmp_path, monkeypatch):
+    config = ground.config("elastic", *SMALL, "autoscale=queue", "mesh.data=8", "autoscale.min_devices=2")
+    run = RunDirectory(tmp_path, {})
+    monkeypatch.setenv(DEPTH, "9")
+    small = scale(config, run, legal)
+    assert small.config.mesh.data == small.decision.used == len(small.devices()) == 2
+    assert small.config.training.accumulation_steps == 4 and config.training.accumulation_steps == 1
+    decided = {"run": str(tmp_path), "decision": asdict(small.decision)}
+    monkeypatch.setenv(DECIDED, json.dumps(decided))
+    monkeypatch.setenv(DEPTH, "0")
+    assert scale(config, run, legal) == small
+    assert scale(config, RunDirectory(tmp_path / "other", {}), legal).decision.used == 8
+    assert scale(replace(config, autoscale=None), run, None) == Scaled(replace(config, autoscale=None))
 
 
 def test_the_script_prints_a_number_of_nodes_and_says_why_beside_it(ground, tmp_path, capsys):
