@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.cli import main
+from configs.legal import legal
 from configs.schema import Config, check
 from parallel import cluster
 from training.errors import RunFault
@@ -33,8 +34,9 @@ def train(config: Config) -> int:
     from training.loop import fit
 
     with cluster.together("the configuration"):
-        check(config, jax.device_count())  # once more, now that the machine is known
-    return fit(config, write_samples)
+        # Once more, now that the machine is known; under autoscale the run decides what of it is used.
+        check(config, jax.device_count() if config.autoscale is None else None)
+    return fit(config, write_samples, legal)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from configs.schema import LOGICAL_AXES, OPTIMIZERS, SCHEDULES, Config, ConfigEr
 from data.config import component_keys
 from parallel.config import MESH_AXES
 
+OPTIONAL = ("autoscale",)  # groups that a run need not have: ~NAME leaves them out
 NAME_IT = "add +experiment=NAME (--help lists them) or run.name=NAME"
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -82,7 +83,7 @@ def check_overrides(words: Sequence[str], root: Path, *, strict: bool) -> None:
             continue
         if key in groups(root):
             _check_sign(override, word)
-            if strict:
+            if strict and not override.is_delete():
                 _check_options(override, root)
         elif strict and not _known(key, keys):
             raise ConfigError(f"{key} is not a key; {_suggest(key, [*keys, *groups(root)])}")
@@ -136,7 +137,7 @@ def _suggest(key: str, candidates: list[str]) -> str:
 
 def _check_sign(override: Override, word: str) -> None:
     group, bare = override.key_or_group, word.lstrip("+~")
-    if override.is_delete():
+    if override.is_delete() and group not in OPTIONAL:
         raise ConfigError(f"{word}: a run needs its {group}; choose one with {group}=NAME")
     if group == "experiment" and not (override.is_add() or override.is_force_add()):
         raise ConfigError(f"{word}: an experiment comes on top; did you mean +{bare}?")
@@ -148,6 +149,8 @@ def _check_options(override: Override, root: Path) -> None:
     group = override.key_or_group
     legal = options(group, root)
     for name in _values(override):
+        if name is None and group in OPTIONAL:
+            raise ConfigError(f"{group}=null: leave a part out with ~{group}")
         if name not in legal:
             near = nearest(str(name), legal)
             sign = "+" if group == "experiment" else ""

@@ -30,7 +30,14 @@ from optim.config import (
     SGDConfig,
     WSDConfig,
 )
-from parallel.config import MESH_AXES, ContextConfig, HardwareConfig, MeshConfig, PipelineConfig
+from parallel.config import (
+    MESH_AXES,
+    AutoscaleConfig,
+    ContextConfig,
+    HardwareConfig,
+    MeshConfig,
+    PipelineConfig,
+)
 from training.config import (
     CheckpointConfig,
     EvalConfig,
@@ -89,6 +96,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)  # from what text
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces
     mesh: MeshConfig = field(default_factory=MeshConfig)  # on which devices
+    autoscale: AutoscaleConfig | None = None  # which of them when some are missing; null: the mesh as it is
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # in what order stages work
     context: ContextConfig = field(default_factory=ContextConfig)  # how attention crosses devices
     local_sgd: LocalSGDConfig = field(default_factory=LocalSGDConfig)  # how often replicas meet

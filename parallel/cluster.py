@@ -359,3 +359,30 @@ def leave(status: int) -> NoReturn:
                 break
             time.sleep(0.05)
     os._exit(status)
+
+
+def go_on_as(count: int, variables: Mapping[str, str]) -> NoReturn:
+    """The first `count` processes start their command again as a job of their own; the others end, status 0.
+
+    All call it together, before the first step. A process that has no device in a mesh cannot follow the
+    others' programs, and JAX does not let one leave a job that is under way, so the job is made anew; what
+    was done until here is done again. `variables` are added to the environment of those who go on.
+    """
+    import jax
+    from jax._src import distributed  # the address has no public name
+
+    host = str(distributed.global_state.coordinator_address).rpartition(":")[0]
+    port = from_primary("a port for the smaller job", _free_port)
+    index = process_index()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    jax.distributed.shutdown()  # waits for all
+    if index >= count:
+        os._exit(0)
+    own = {COORDINATOR: f"{host}:{port}", PROCESSES: str(count), PROCESS: str(index)}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **own, **variables})
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])

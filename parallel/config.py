@@ -10,6 +10,7 @@ MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
 XLA_PROFILES = ("default", "none", "cpu", "gpu", "gpu_cluster", "gpu_tensor", "tpu")
 CONTEXT_ATTENTION = ("ulysses", "allgather", "ring")
+AUTOSCALE_POLICIES = ("nodes", "queue")
 
 
 @dataclass
@@ -137,6 +138,40 @@ class ContextConfig:
     def zigzags(self) -> bool:
         """Whether rows are in zigzag order: ulysses splits heads, so its work is even in any order."""
         return self.zigzag and self.attention != "ulysses"
+
+
+@dataclass
+class AutoscaleConfig:
+    """How a run finds its mesh again when it starts on other devices, the global batch staying as it is."""
+
+    policy: str = "nodes"  # nodes: all devices that there are | queue: few of them while other jobs wait
+    rows_per_device: int | None = None  # of a microbatch, at most; null: as on the full mesh
+    min_devices: int = 1  # with fewer the run does not start, and under queue it shrinks to these
+    max_devices: int | None = None  # of the full mesh; null: the product of mesh.*, all where one is -1
+    queue: str = "env"  # where the depth is read: env (CAMBRIAN_QUEUE_DEPTH) | squeue | the path of a file
+    shrink_at: int = 4  # jobs waiting, or more: down to min_devices
+    grow_at: int = 0  # jobs waiting, or fewer: up to max_devices; in between as at the last start
+
+    def __post_init__(self) -> None:
+        """Each value by itself, and thresholds that leave room between them."""
+        if self.policy not in AUTOSCALE_POLICIES:
+            raise ValueError(_no_choice("autoscale.policy", self.policy, AUTOSCALE_POLICIES))
+        for key in ("rows_per_device", "min_devices", "max_devices"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"autoscale.{key}={value} must be 1 or more")
+        if self.max_devices is not None and self.max_devices < self.min_devices:
+            raise ValueError(
+                f"autoscale.max_devices={self.max_devices} is below autoscale.min_devices="
+                f"{self.min_devices}; raise the one or lower the other"
+            )
+        if not 0 <= self.grow_at < self.shrink_at:
+            raise ValueError(
+                f"autoscale.grow_at={self.grow_at} must be 0 or more and below autoscale.shrink_at="
+                f"{self.shrink_at}: at one depth a run cannot both grow and shrink"
+            )
+        if not self.queue:
+            raise ValueError("autoscale.queue is empty; use env, squeue or the path of a file")
 
 
 @dataclass

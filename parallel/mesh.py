@@ -42,9 +42,8 @@ def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Seque
     factors = {axis: dcn.get(axis, 1) for axis in sizes}
     if math.prod(factors.values()) == 1:
         return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    # CPU devices of one machine say that they are one slice, however many processes they are.
-    by_process = any(d.platform == "cpu" or not hasattr(d, "slice_index") for d in devices)
-    _check_slices(factors, devices, "process_index" if by_process else "slice_index")
+    by_process = slice_attribute(devices) == "process_index"
+    _check_slices(factors, devices, slice_attribute(devices))
     return mesh_utils.create_hybrid_device_mesh(
         tuple(size // factors[axis] for axis, size in sizes.items()),
         tuple(factors.values()),
@@ -52,6 +51,12 @@ def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Seque
         process_is_granule=by_process,
         allow_split_physical_axes=True,
     )
+
+
+def slice_attribute(devices: Sequence[Any]) -> str:
+    """What tells slices apart: CPU devices of one machine say that they are one, however many processes."""
+    by_process = any(d.platform == "cpu" or not hasattr(d, "slice_index") for d in devices)
+    return "process_index" if by_process else "slice_index"
 
 
 def _check_slices(factors: Mapping[str, int], devices: Sequence[Any], attribute: str) -> None:

@@ -3,6 +3,7 @@
     --processes N              processes to start
     --devices-per-process D    CPU devices of each; by default eight in all, at least one each
     --grace SECONDS            between asking the processes to stop and killing them, 30 by default
+    --script FILE              start this in place of train.py, such as scripts/check_cluster.py
 
 Everything else is train.py's command line: `--processes 4 +experiment=debug mesh.data=8`. The processes share
 the machine's cores, so this shows that a job is right, not that it is fast.
@@ -48,13 +49,14 @@ class Options:
     devices: int
     grace: float
     words: list[str]
+    script: Path = TRAIN
 
 
 def parse(arguments: Sequence[str]) -> Options:
     """ValueError, in one line, for what is out of range or missing."""
     values: dict[str, str] = {}
     words: list[str] = []
-    known = ("--processes", "--devices-per-process", "--grace")
+    known = ("--processes", "--devices-per-process", "--grace", "--script")
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -67,7 +69,10 @@ def parse(arguments: Sequence[str]) -> Options:
     processes = _whole("--processes", values["--processes"], MAX_PROCESSES)
     each = values.get("--devices-per-process", str(max(1, DEVICES // processes)))
     grace = _whole("--grace", values.get("--grace", "30"), 3600)
-    return Options(processes, _whole("--devices-per-process", each, 1024), grace, words)
+    script = Path(values.get("--script", TRAIN))
+    if not script.is_file():
+        raise ValueError(f"--script={script} is no file; give one, such as scripts/check_cluster.py")
+    return Options(processes, _whole("--devices-per-process", each, 1024), grace, words, script)
 
 
 def _whole(name: str, text: str, most: int) -> int:
@@ -245,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return Job(options, [sys.executable, str(TRAIN), *options.words]).run()
+    return Job(options, [sys.executable, str(options.script), *options.words]).run()
 
 
 if __name__ == "__main__":

@@ -79,10 +79,16 @@ def peak_flops(hardware: HardwareConfig, platform: str, device_kind: str) -> tup
                 f"hardware.peak_tflops={hardware.peak_tflops} must be above 0; null finds it out"
             )
         return hardware.peak_tflops * 1e12, f"hardware.peak_tflops={hardware.peak_tflops:g}"
-    known = [kind for kind in _PEAK_TFLOPS if _is_kind(device_kind, kind)]
-    if known:
-        return _PEAK_TFLOPS[max(known, key=len)] * 1e12, f"datasheet of {device_kind}, dense bf16"
+    known = datasheet(device_kind)
+    if known is not None:
+        return known * 1e12, f"datasheet of {device_kind}, dense bf16"
     return _measured_peak(platform)
+
+
+def datasheet(device_kind: str) -> float | None:
+    """Dense bf16 TFLOP/s of a JAX device; None where none is known."""
+    known = [kind for kind in _PEAK_TFLOPS if _is_kind(device_kind, kind)]
+    return _PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 def _is_kind(device_kind: str, name: str) -> bool:

@@ -23,6 +23,7 @@ from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch
+from training.elastic import Scaled
 from training.errors import RunFault
 from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
@@ -97,21 +98,22 @@ class Job:
     compile_seconds: float
     compiled: float  # the moment when the steps were, of `Recorder.now`
     watch: CacheWatch
+    scaled: Scaled
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
     held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
 
-def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
+def compose(config: Any, run: RunDirectory, watch: CacheWatch, scaled: Scaled) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     with cluster.together("the devices"), before_the_first_step():
-        layout = build_layout(config.mesh)
+        layout = build_layout(config.mesh, scaled.devices())
         parent = None if run.resuming else find_parent(config)
         tokenizer = tokenizer_config(config, run, parent)
     prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
-        return build_job(config, run, watch, layout, parent, prepared)
+        return build_job(config, run, watch, layout, parent, prepared, scaled)
 
 
 def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
@@ -137,6 +139,7 @@ def build_job(
     layout: Layout,
     parent: Parent | None,
     prepared: Prepared,
+    scaled: Scaled,
 ) -> Job:
     """What every process compiles for itself, once it has data and devices."""
     if parent is not None:
@@ -164,7 +167,8 @@ def build_job(
         program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
     )
     if cluster.is_primary():
-        startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
+        rows = describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
+        startup_table(rows[:3] + scaled.rows() + rows[3:])
     began = time.perf_counter()
     train_step, eval_step = program.compile_train(), program.compile_eval()
     seconds = time.perf_counter() - began
@@ -182,6 +186,7 @@ def build_job(
         seconds,
         time.perf_counter() - watch.seconds,
         watch,
+        scaled,
     )
 
 
@@ -229,6 +234,7 @@ def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
             "hosts": hosts,
             "compute_dtype": str(program.ops.compute_dtype),
             "compiler_options": dict(program.compiler_options),
+            **job.scaled.facts(),
         },
     )
 

@@ -16,6 +16,7 @@ from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
+from training.elastic import Rules, scale
 from training.evaluate import evaluate, weighed
 from training.feed import arrived, of_all_hosts, placing, rows_here
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
@@ -33,11 +34,12 @@ Sampler = Callable[..., dict[str, Any]]
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
 
 
-def fit(config: Any, sample: Sampler | None = None) -> int:
+def fit(config: Any, sample: Sampler | None = None, legal: Rules | None = None) -> int:
     """Train as `config` (the root Config) says, or go on where an earlier start of the same run stopped.
 
     `sample(program, params, tokenizer, config, run_dir)` writes generated text at the end and returns figures
-    for the summary; it is handed in because serving stands above training. Returns the exit status.
+    for the summary, and `legal(config, devices)` says why a config cannot run on so many, which autoscale
+    asks; both are handed in because they stand above training. Returns the exit status.
 
     Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
     """
@@ -50,7 +52,8 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
             show(summary)
             return 0
         with before_the_first_step():
-            job = compose(config, run, watch)
+            scaled = scale(config, run, legal)
+            job = compose(scaled.config, run, watch, scaled)
             state, first = start(job, stack)
         with in_mid_run(job):
             with notices.steps():

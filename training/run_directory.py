@@ -91,6 +91,11 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
+def last_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the last start: its restarts keep only what was not as at the first."""
+    return {**manifest, **(manifest.get("restarts") or [{}])[-1]}
+
+
 class RunDirectory:
     """A run's directory, locked against a second process until `close` or the end of this one.
 
@@ -148,6 +153,11 @@ class RunDirectory:
         return self._manifest.get("parent")
 
     @property
+    def last_mesh(self) -> dict[str, int] | None:
+        """Sizes by axis of the last start's mesh; None for a new run, and away from the primary."""
+        return last_facts(self._manifest).get("mesh")
+
+    @property
     def data_digest(self) -> str | None:
         """What the first start read, as its manifest names it; None for a new run."""
         return self._manifest.get("data", {}).get("digest")
@@ -172,7 +182,8 @@ class RunDirectory:
     def _restart(self, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What of the manifest is not as it was at the first start."""
         skipped = ("created", "restarts", "data", "tokenizer", "parent")
-        facts = {k: v for k, v in manifest.items() if k not in skipped and v != self._manifest.get(k)}
+        changed = {k: v for k, v in manifest.items() if v != self._manifest.get(k) or k == "autoscale"}
+        facts = {k: v for k, v in changed.items() if k not in skipped}
         return {
             "created": now(),
             "step": step,

@@ -30,6 +30,11 @@ BAD = {
         [DEBUG, "optim=adamw", "optim.momentum=0.9"],
         ["optim.momentum", "optim=muon"],
     ),
+    "autoscale turned off": ([DEBUG, "autoscale=null"], ["leave a part out with ~autoscale"]),
+    "autoscale thresholds": (
+        [DEBUG, "autoscale=queue", "autoscale.grow_at=9"],
+        ["autoscale.grow_at=9", "autoscale.shrink_at=4"],
+    ),
     "deleted key": ([DEBUG, "~model.num_layers"], ["model.num_layers"]),
     "unknown flag": ([DEBUG, "--bogus"], ["--bogus", "--help"]),
     "unreadable override": ([DEBUG, "a=b=["], ["a=b=[", "quote"]),

@@ -33,6 +33,7 @@ def test_words_are_the_launchers_or_train_s():
         (["+experiment=debug"], "--processes is missing"),
         (["--processes"], "--processes=(nothing) must be a whole number"),
         (["--processes=0"], "--processes=0 must be a whole number from 1 to 256"),
+        (["--processes=2", "--script=nothing.py"], "--script=nothing.py is no file"),
         (["--processes=2", "--devices-per-process=x"], "--devices-per-process=x must be"),
     ],
 )
