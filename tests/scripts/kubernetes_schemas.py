@@ -37,8 +37,8 @@ def validator(version: str, kind: str) -> jsonschema.Draft7Validator | None:
         schema = definitions[CORE[version, kind]]
     else:
         published = SCHEMAS / f"{kind}.json"
-        stored = json.loads(published.read_text("utf-8")) if published.exists() else {"apiVersion": None}
-        if stored["apiVersion"] != version:
+        stored = json.loads(published.read_text("utf-8")) if published.exists() else None
+        if stored is None or stored["apiVersion"] != version:
             return None
         schema = strict(stored["openAPIV3Schema"])
         schema["properties"]["metadata"] = {"$ref": f"#/$defs/{META}"}

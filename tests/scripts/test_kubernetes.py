@@ -11,7 +11,7 @@ from parallel.cluster import place_in
 from scripts.kube_config import KubeConfig, parse_kube
 from scripts.kube_objects import Request, times
 from scripts.kubernetes import PARTS, documents, run
-from tests.configs.composing import compose
+from tests.configs.composing import config as composed
 from tests.scripts.kubernetes_schemas import problems
 
 GPU = ["kube.image=reg/cambrian:cuda", "kube.nodes=4", "kube.devices_per_node=2", "kube.claim=runs"]
@@ -167,7 +167,7 @@ def test_a_list_that_is_a_map_has_each_key_once():
 
 
 def outcome(asked, status=None, condition=None):
-    """What the Job controller and then JobSet's make of a pod that ended so: their documented rules, in order.
+    """What the Job controller and then JobSet's make of a pod that ended so: their rules, in order.
 
     Of the JobSet: the first rule whose reasons and message patterns fit (all of them, where none are given).
     """
@@ -322,13 +322,11 @@ def test_the_same_words_train_and_render(capsys):
     text = rendered([words[0], *GPU, *words[1:]], capsys)
     found = {item["kind"]: item for item in yaml.safe_load_all(text)}
     assert found["JobSet"]["metadata"]["name"] == "my-run-2"
-    args = found["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][
-        0
-    ]
-    assert args["args"] == words
+    template = found["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["spec"]["containers"][0]["args"] == words
     record = found["ConfigMap"]["data"]
     assert record["overrides"].splitlines() == words
-    assert yaml.safe_load(record["config.yaml"]) == asdict(compose(*words))
+    assert yaml.safe_load(record["config.yaml"]) == asdict(composed(*words))
     assert all(not problems(item) for item in found.values())
 
 
