@@ -47,7 +47,7 @@ class KubeConfig:
         None  # nodes that the rendered queue may hand out; null: as many as this job has
     )
     priority_class: str | None = None  # an existing PriorityClass
-    claim: str | None = None  # PersistentVolumeClaim for runs/ and the caches; all nodes see the same
+    claim: str | None = None  # PersistentVolumeClaim for runs/ and the caches, the same for all nodes
     claim_size: str | None = None  # such as 500Gi: render the claim; null: it exists
     storage_class: str | None = None  # of a rendered claim; null: the cluster's default
     cpu: str = "8"  # cores that a pod asks for
@@ -258,17 +258,27 @@ def _check_tpu(config: "Config", kube: KubeConfig) -> None:
 
 
 def _check_kept(config: "Config", kube: KubeConfig) -> None:
-    """Pods come and go with all that they hold: what a run goes on from must be elsewhere."""
-    elsewhere = "://" in str(getattr(config.checkpoint, "directory", None))
-    if kube.claim is None and not elsewhere:
+    """Pods come and go with all that they hold: what a run goes on from lies on a volume that all nodes see.
+
+    A URL as checkpoint.directory gets copies of the checkpoints; they are written in the run's directory.
+    """
+    if kube.claim is None:
         raise ValueError(
-            "kube.claim is missing, and checkpoint.directory is no URL: a restart would begin at step 0; "
-            "give kube.claim=NAME (and kube.claim_size=500Gi to make it)"
+            "kube.claim is missing: without a volume for runs/ a restart would begin at step 0; give "
+            "kube.claim=NAME (and kube.claim_size=500Gi to make it)"
         )
-    if kube.claim is None and kube.claim_size is not None:
-        raise ValueError(f"kube.claim_size={kube.claim_size} needs a name; give kube.claim=NAME")
-    kept = {"run.dir": config.run.dir, "data.cache_dir": config.data.cache_dir}
-    for key, path in kept.items():
-        room = {"run.dir": "runs", "data.cache_dir": ".cache"}[key]
+    for key, path, room in (
+        ("run.dir", config.run.dir, "runs"),
+        ("data.cache_dir", config.data.cache_dir, ".cache"),
+    ):
         if path.split("/")[0] != room:
             raise ValueError(f"{key}={path} lies outside of the volume; keep it below {room}/")
+
+
+def metrics_port(config: "Config", kube: KubeConfig) -> int | None:
+    """Where the run answers Prometheus; None where it does not. ValueError where nobody could find it."""
+    port: int | None = getattr(config.logging, "prometheus_port", None)
+    if port in (0, kube.port):
+        taken = "any free port, which no manifest can name" if port == 0 else "kube.port as well"
+        raise ValueError(f"logging.prometheus_port={port} is {taken}; give another, such as 9100")
+    return port

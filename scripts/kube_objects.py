@@ -306,10 +306,12 @@ def environment(request: Request) -> list[Object]:
 
 
 def volumes(kube: KubeConfig) -> list[Object]:
-    """The claim, or for a run whose checkpoints go to a URL a directory that ends with the pod."""
-    kept: Object = {"persistentVolumeClaim": {"claimName": kube.claim}} if kube.claim else {"emptyDir": {}}
-    memory = {"emptyDir": {"medium": "Memory", "sizeLimit": kube.shared_memory}}
-    return [{"name": "kept", **kept}, {"name": "shared-memory", **memory}]
+    """What outlives the pods, and memory that a node's devices share."""
+    memory = {"medium": "Memory", "sizeLimit": kube.shared_memory}
+    return [
+        {"name": "kept", "persistentVolumeClaim": {"claimName": kube.claim}},
+        {"name": "shared-memory", "emptyDir": memory},
+    ]
 
 
 def mounts(kube: KubeConfig) -> list[Object]:

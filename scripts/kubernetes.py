@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import yaml
 
 from scripts import kube_objects
-from scripts.kube_config import KubeConfig, check_job, job_name, parse_kube
+from scripts.kube_config import KubeConfig, check_job, job_name, metrics_port, parse_kube
 from scripts.kube_objects import Object, Request
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def render(config: "Config", *, kube: KubeConfig, words: Sequence[str], command:
         words=tuple(words),
         config=yaml.safe_dump(asdict(config), sort_keys=False),
         commit=commit(),
-        metrics_port=getattr(config.logging, "prometheus_port", None),
+        metrics_port=metrics_port(config, kube),
     )
     files = documents(request, command)
     if kube.output is None:

@@ -23,6 +23,13 @@ _SLURM = (
     *("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_NODELIST", "JOB_NUM_NODES", "NTASKS", "CPUS_PER_TASK"),
     *("ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "CLUSTER_NAME"),
 )
+# scripts/kubernetes.py hands over the last three.
+_SCHEDULER = (
+    *(f"SLURM_{name}" for name in _SLURM),
+    "JOBSET_NAME",
+    "JOBSET_NAMESPACE",
+    "JOBSET_RESTART_ATTEMPT",
+)
 _JAX_CONFIG = (
     *(
         "jax_enable_x64",
@@ -67,7 +74,7 @@ def build_manifest(
         "data": {"digest": prepared_digest, "description": dict(data or {})},
         "tokenizer": {"digest": tokenizer_digest},
         "parent": dict(parent) if parent else None,
-        "scheduler": {f"SLURM_{k}": os.environ[f"SLURM_{k}"] for k in _SLURM if f"SLURM_{k}" in os.environ},
+        "scheduler": {name: os.environ[name] for name in _SCHEDULER if name in os.environ},
         **dict(extra or {}),
         "restarts": [],
     }

@@ -240,6 +240,18 @@ def first_inside(launcher: int) -> int:
     return int(children[0])
 
 
+@contextmanager
+def folder_for(keep: Path | None) -> Iterator[Path]:
+    """The folder named, which must be new, or a temporary one that is gone afterwards."""
+    if keep is not None:
+        keep.mkdir(parents=True)
+        yield keep.resolve()
+        return
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)  # the image's user goes through it
+        yield Path(name)
+
+
 def main() -> int:
     """Exit status: 0 all right, 1 not, 2 where it cannot be tried here."""
     parser = argparse.ArgumentParser(
@@ -255,9 +267,8 @@ def main() -> int:
         )
         return 2
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=options.keep) as folder:
-        os.chmod(folder, 0o755)
-        builder = Builder(Path(folder), {"LOCK": options.lock, "COMMIT": COMMIT})
+    with folder_for(options.keep) as folder:
+        builder = Builder(folder, {"LOCK": options.lock, "COMMIT": COMMIT})
         image = builder.build((ROOT / "Dockerfile").read_text("utf-8"))
         with timed("contents"):
             check_contents(image)

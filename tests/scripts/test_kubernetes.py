@@ -3,12 +3,13 @@
 import copy
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from parallel.cluster import place_in
-from scripts.kube_config import KubeConfig, parse_kube
+from scripts.kube_config import KubeConfig, metrics_port, parse_kube
 from scripts.kube_objects import Request, times
 from scripts.kubernetes import PARTS, documents, run
 from tests.configs.composing import config as composed
@@ -295,6 +296,14 @@ def test_prometheus_is_told_where_a_run_serves_its_numbers():
     template = job(request(GPU, metrics_port=9100))["template"]
     assert template["metadata"]["annotations"]["prometheus.io/port"] == "9100"
     assert "annotations" not in job(request(GPU))["template"]["metadata"]
+    for port, found in ((None, None), (9100, 9100)):
+        assert (
+            metrics_port(SimpleNamespace(logging=SimpleNamespace(prometheus_port=port)), parse_kube(GPU))
+            == found
+        )
+    for port in (0, 55527):
+        with pytest.raises(ValueError, match=f"logging.prometheus_port={port} is .*; give another"):
+            metrics_port(SimpleNamespace(logging=SimpleNamespace(prometheus_port=port)), parse_kube(GPU))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +362,10 @@ def test_what_reads_as_a_number_is_quoted():
     ("words", "said"),
     [
         ([], "kube.image=(nothing) must be the image to run"),
-        (["kube.image=i"], "kube.claim is missing, and checkpoint.directory is no URL"),
+        (
+            ["kube.image=i"],
+            "kube.claim is missing: without a volume for runs/ a restart would begin at step 0",
+        ),
         ([*GPU, "kube.nods=3"], "kube.nods is no key of kubernetes.py; did you mean nodes?"),
         ([*GPU, "kube.nodes=many"], "kube.nodes=many is not of type int"),
         ([*GPU, "kube.nodes=0"], "kube.nodes=0 must be 1 or more"),
