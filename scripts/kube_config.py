@@ -252,8 +252,8 @@ def _check_tpu(config: "Config", kube: KubeConfig) -> None:
     crossed = math.prod(config.mesh.dcn.values())
     if crossed != kube.slices:
         raise ValueError(
-            f"kube.slices={kube.slices}, but mesh.dcn crosses {crossed}; use a mesh.dcn whose product is "
-            f"{kube.slices}, such as '+mesh.dcn.data={kube.slices}'"
+            f"kube.slices={kube.slices}, but mesh.dcn crosses {crossed}; use factors whose product is "
+            f"{kube.slices}, as mesh=multi_slice mesh.replica={kube.slices} has"
         )
 
 

@@ -16,6 +16,7 @@ from scripts.kube_config import TASK, KubeConfig, parse_toleration
 HOME = PurePosixPath("/cambrian")  # the code in the image, and its working directory
 USER = 10001  # whom the image runs as
 BAD_INPUT, AGAIN = 2, 75  # exit statuses of train.py: see the README
+EVICTED = "DisruptionTarget"  # what Kubernetes says of a pod that it takes away
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"  # as JOB_COMPLETION_INDEX
 ATTEMPT = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
 
@@ -144,28 +145,28 @@ def job_objects(request: Request) -> list[Object]:
 def failure_policy(kube: KubeConfig) -> Object:
     """What becomes of the whole when a pod has failed: the first rule that matches.
 
-    The message is Kubernetes' own: "Container train for pod SPACE/NAME failed with exit code 2 matching …".
+    A failed Job carries no status, only Kubernetes' own sentence: "Container train for pod SPACE/NAME failed
+    with exit code 2 matching …" or "Pod SPACE/NAME has condition DisruptionTarget matching …". Were these to
+    change, the last rule would hold for all of them: a counted restart.
     """
-    ours = ["PodFailurePolicy"]
-    refused = [f"exit code {BAD_INPUT} "]
     return {
         "maxRestarts": kube.max_restarts,
         "restartStrategy": "BlockingRecreate",  # two generations of pods would write into one run
         "rules": [
-            {
-                "name": "badInput",
-                "action": "FailJobSet",
-                "onJobFailureReasons": ours,
-                "onJobFailureMessagePatterns": refused,
-            },
-            {
-                "name": "savedOrEvicted",
-                "action": "RestartJobSetAndIgnoreMaxRestarts",
-                "onJobFailureReasons": ours,
-            },
+            _rule("badInput", "FailJobSet", [f"exit code {BAD_INPUT} "]),
+            _rule(
+                "savedOrEvicted",
+                "RestartJobSetAndIgnoreMaxRestarts",
+                [f"exit code {AGAIN} ", f"has condition {EVICTED} "],
+            ),
             {"name": "fault", "action": "RestartJobSet"},
         ],
     }
+
+
+def _rule(name: str, action: str, patterns: list[str]) -> Object:
+    reasons = {"onJobFailureReasons": ["PodFailurePolicy"], "onJobFailureMessagePatterns": patterns}
+    return {"name": name, "action": action, **reasons}
 
 
 def job(request: Request) -> Object:
@@ -181,7 +182,7 @@ def job(request: Request) -> Object:
             "rules": [
                 _on_exit(BAD_INPUT),
                 _on_exit(AGAIN),
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": "FailJob", "onPodConditions": [{"type": EVICTED, "status": "True"}]},
             ]
         },
         "template": {"metadata": pod_metadata(request), "spec": pod(request)},

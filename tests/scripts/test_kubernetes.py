@@ -170,7 +170,7 @@ def test_a_list_that_is_a_map_has_each_key_once():
 def outcome(asked, status=None, condition=None):
     """What the Job controller and then JobSet's make of a pod that ended so: their rules, in order.
 
-    Of the JobSet: the first rule whose reasons and message patterns fit (all of them, where none are given).
+    The sentences are those of Kubernetes' pod_failure_policy.go.
     """
     template = job(asked)
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
@@ -186,6 +186,11 @@ def outcome(asked, status=None, condition=None):
             continue
         reason, message = "PodFailurePolicy", f"{said} matching {rule['action']} rule at index {index}"
         break
+    return jobset_action(asked, reason, message)
+
+
+def jobset_action(asked, reason, message):
+    """JobSet's: the first rule whose reasons and message patterns fit, all of them where none are given."""
     for rule in jobset(asked)["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
         if reason in rule.get("onJobFailureReasons", [reason]) and any(
@@ -207,6 +212,12 @@ def outcome(asked, status=None, condition=None):
 )
 def test_exit_status_decides(how, action):
     assert outcome(request(GPU), **how) == action
+
+
+def test_in_unknown_words_a_failure_is_a_restart_that_counts():
+    assert (
+        jobset_action(request(GPU), "PodFailurePolicy", "quite another sentence, about 75") == "RestartJobSet"
+    )
 
 
 def test_a_pod_is_told_in_time_and_none_is_replaced_alone():
