@@ -10,10 +10,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 KINDS = ("gpu", "tpu", "cpu")
-DEVICES = {
-    "gpu": "nvidia.com/gpu",
-    "tpu": "google.com/tpu",
-}  # the resource that a node's devices are asked by
+DEVICES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}  # as which resource they are asked for
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 TASK = "train"  # the replicated job, and its container
 NAME_LIMIT = 63  # of a DNS label, which every pod's name must be

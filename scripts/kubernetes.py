@@ -177,7 +177,7 @@ def commit() -> str:
 def key_table() -> str:
     """Every key of `kube.*` with its default; its meaning stands on its line in scripts/kube_config.py."""
     shown = {item.name: getattr(KubeConfig(image="?"), item.name) for item in fields(KubeConfig)}
-    shown["image"] = "(to be given)"
+    shown["image"] = "IMAGE"
     words = [
         f"kube.{key}={'null' if value is None else value}".replace(" ", "") for key, value in shown.items()
     ]
