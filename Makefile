@@ -7,6 +7,8 @@
 # was measured before.
 # `make test-data` tests the sources and steps of data that need extras (Beam, TensorFlow, HF datasets, S3) in .venv-data.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
+# `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
+# apt-get install mmdebstrap).
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -29,7 +31,7 @@ DATA := .venv-data/.installed
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test test-matrix test-faults test-data torch-env bench lint lock clean
+.PHONY: image test-docker quickstart test test-matrix test-faults test-data torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -47,6 +49,17 @@ test-faults: $(TEST)
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
 	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras $(ARGS)
+
+# Five minutes on a quiet machine: no image can be pulled everywhere, a minimal Debian can be put up.
+test-docker: $(TEST)
+	@$(BIN)/python tests/docker/clean_root.py $(ARGS)
+
+# LOCK=requirements-cuda.lock for NVIDIA GPUs. The image names the commit that it was built from.
+LOCK ?= requirements.lock
+TAG ?= $(if $(findstring cuda,$(LOCK)),cuda,cpu)
+image:
+	docker build --build-arg LOCK=$(LOCK) --tag cambrian:$(TAG) $(ARGS) \
+		--build-arg COMMIT="$$(git describe --always --dirty --exclude='*' --abbrev=40)" .
 
 torch-env: $(TORCH)
 

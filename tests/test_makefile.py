@@ -103,6 +103,13 @@ def test_pytorch_has_an_environment_of_its_own(checkout):
     assert not (checkout.root / ".venv").exists()
 
 
+@pytest.mark.parametrize(("lock", "tag"), [("requirements.lock", "cpu"), ("requirements-cuda.lock", "cuda")])
+def test_an_image_is_named_for_its_lock_and_told_its_commit(checkout, lock, tag):
+    said = checkout.make("--dry-run", "image", f"LOCK={lock}").stdout
+    assert f"docker build --build-arg LOCK={lock} --tag cambrian:{tag} " in said
+    assert '--build-arg COMMIT="$(git describe --always --dirty' in said
+
+
 def test_changed_lock_is_installed(checkout):
     checkout.make("quickstart", "PY=./python")
     checkout.done()

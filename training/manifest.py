@@ -23,6 +23,13 @@ _SLURM = (
     *("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_NODELIST", "JOB_NUM_NODES", "NTASKS", "CPUS_PER_TASK"),
     *("ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "CLUSTER_NAME"),
 )
+# scripts/kubernetes.py hands over the last three.
+_SCHEDULER = (
+    *(f"SLURM_{name}" for name in _SLURM),
+    "JOBSET_NAME",
+    "JOBSET_NAMESPACE",
+    "JOBSET_RESTART_ATTEMPT",
+)
 _JAX_CONFIG = (
     *(
         "jax_enable_x64",
@@ -67,7 +74,7 @@ def build_manifest(
         "data": {"digest": prepared_digest, "description": dict(data or {})},
         "tokenizer": {"digest": tokenizer_digest},
         "parent": dict(parent) if parent else None,
-        "scheduler": {f"SLURM_{k}": os.environ[f"SLURM_{k}"] for k in _SLURM if f"SLURM_{k}" in os.environ},
+        "scheduler": {name: os.environ[name] for name in _SCHEDULER if name in os.environ},
         **dict(extra or {}),
         "restarts": [],
     }
@@ -79,11 +86,11 @@ def now() -> str:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit, uncommitted changes as a diff, names of untracked files; None where `root` is no checkout."""
+    """Commit, uncommitted changes as a diff, names of untracked files; None where nothing says it."""
     top = _git(root, "rev-parse", "--show-toplevel")
     # Installed inside somebody else's checkout, that repository's commit would say nothing about this code.
     if top is None or Path(top.strip()).resolve() != root.resolve():
-        return None
+        return _image_state(os.environ.get("CAMBRIAN_COMMIT"))
     diff = _git(root, "diff", "--no-ext-diff", "HEAD") or ""
     untracked = _git(root, "ls-files", "--others", "--exclude-standard") or ""
     return {
@@ -92,6 +99,13 @@ def git_state(root: Path) -> dict[str, Any] | None:
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "untracked": untracked.splitlines()[:100],
     }
+
+
+def _image_state(commit: str | None) -> dict[str, Any] | None:
+    """What the Dockerfile was told, in an image without a checkout; `-dirty` stays, its diff is not there."""
+    if commit in (None, "", "unknown"):
+        return None
+    return {"sha": commit, "diff": "", "diff_sha256": None, "untracked": [], "from": "CAMBRIAN_COMMIT"}
 
 
 def _git(root: Path, *arguments: str) -> str | None:

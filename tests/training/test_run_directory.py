@@ -391,7 +391,8 @@ def test_the_manifest_holds_what_reproduces_a_run(monkeypatch, tmp_path):
     assert manifest["threads"]["affinity"] >= 1
 
 
-def test_git_state_has_commit_diff_and_untracked_and_is_none_outside(tmp_path):
+def test_git_state_has_commit_diff_and_untracked_and_is_none_outside(tmp_path, monkeypatch):
+    monkeypatch.delenv("CAMBRIAN_COMMIT", raising=False)
     assert git_state(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     (tmp_path / "code.py").write_text("x = 1\n")
@@ -410,3 +411,11 @@ def test_git_state_has_commit_diff_and_untracked_and_is_none_outside(tmp_path):
     )
     (tmp_path / "inside").mkdir()
     assert git_state(tmp_path / "inside") is None
+
+
+def test_an_image_says_what_commit_it_was_built_from(tmp_path, monkeypatch):
+    for told, known in (("", False), ("unknown", False), ("c0ffee-dirty", True)):
+        monkeypatch.setenv("CAMBRIAN_COMMIT", told)
+        state = git_state(tmp_path)
+        assert (state is not None) is known
+    assert state["sha"] == "c0ffee-dirty" and state["from"] == "CAMBRIAN_COMMIT"

@@ -1,0 +1,281 @@
+"""What `kube.*` tells `scripts/kubernetes.py`: a job's shape in a cluster, and whether a run fits into it."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+KINDS = ("gpu", "tpu", "cpu")
+DEVICES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}  # as which resource they are asked for
+EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+TASK = "train"  # the replicated job, and its container
+NAME_LIMIT = 63  # of a DNS label, which every pod's name must be
+_LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+_QUANTITY = r"[1-9][0-9]*(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
+
+
+@dataclass
+class KubeConfig:
+    """Nodes, devices, image, queue and volume of a run; a pod is one process and has a node's devices."""
+
+    nodes: int = 1  # pods, each on a node of its own; of TPUs, in a slice
+    devices_per_node: int = 8  # GPUs or TPU chips of a node; of kind=cpu, simulated devices
+    slices: int = 1  # TPU slices
+    kind: str = "gpu"  # gpu | tpu | cpu
+    accelerator: str | None = (
+        None  # GKE's name for it: nvidia-h100-80gb, tpu-v5p-slice; null: any node will do
+    )
+    topology: str | None = None  # chips of a TPU slice, such as 4x4 or 2x2x4
+    node_selector: dict[str, str] = field(default_factory=dict)  # further labels that nodes must have
+    tolerations: list[str] = field(
+        default_factory=list
+    )  # taints to accept, as kubectl writes: KEY=VALUE:EFFECT
+    image: str = ""  # what Dockerfile makes, by name and tag
+    pull_secrets: list[str] = field(default_factory=list)  # names of secrets that the registry asks for
+    name: str | None = None  # of the JobSet; null: run.name in letters that Kubernetes takes
+    namespace: str = "default"  # where everything but the queue's parts lives
+    service_account: str | None = None  # an existing one, bound to a cloud identity; null renders one
+    queue: str | None = None  # Kueue's LocalQueue; null: started at once, without a queue
+    queue_nodes: int | None = (
+        None  # nodes that the rendered queue may hand out; null: as many as this job has
+    )
+    priority_class: str | None = None  # an existing PriorityClass
+    claim: str | None = None  # PersistentVolumeClaim for runs/ and the caches, the same for all nodes
+    claim_size: str | None = None  # such as 500Gi: render the claim; null: it exists
+    storage_class: str | None = None  # of a rendered claim; null: the cluster's default
+    cpu: str = "8"  # cores that a pod asks for
+    memory: str = "64Gi"  # that a pod may use, shared memory included
+    shared_memory: str = "16Gi"  # /dev/shm, which NCCL needs between a node's devices
+    resources: dict[str, str] = field(
+        default_factory=dict
+    )  # further ones, such as {vpc.amazonaws.com/efa: 32}
+    env: dict[str, str] = field(default_factory=dict)  # in plain sight: no secrets
+    secrets: list[str] = field(default_factory=list)  # names of secrets whose keys become variables
+    port: int = 55527  # where process 0 meets the others
+    join_seconds: int = 1800  # that it waits for them: images take a while to arrive
+    max_restarts: int = 10  # after faults; restarts after a notice to leave are not counted
+    grace_seconds: int = 600  # from SIGTERM to SIGKILL: a step, a save, and the upload of it
+    output: str | None = None  # directory for the manifests; null: stdout
+
+    def __post_init__(self) -> None:
+        """Each value by itself. ValueError in one line."""
+        _choice("kind", self.kind, KINDS)
+        for key in ("nodes", "devices_per_node", "slices", "join_seconds", "grace_seconds"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
+        _require(1024 <= self.port <= 65535, "port", self.port, "from 1024 to 65535")
+        ok = self.queue_nodes is None or self.queue_nodes >= self.nodes * self.slices
+        _require(ok, "queue_nodes", self.queue_nodes, f"{self.nodes * self.slices} or more: this job's nodes")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        _require(
+            bool(self.image),
+            "image",
+            "(nothing)",
+            "the image to run, as in kube.image=REGISTRY/cambrian:cuda",
+        )
+        for key in ("name", "namespace", "service_account", "queue", "claim"):
+            value = getattr(self, key)
+            ok = value is None or (re.fullmatch(_LABEL, value) is not None and len(value) <= NAME_LIMIT)
+            _require(ok, key, value, "a DNS label: lower-case letters, digits and -, at most 63")
+        quantities = {key: getattr(self, key) for key in ("cpu", "memory", "shared_memory", "claim_size")}
+        quantities |= {f"resources.{key}": value for key, value in self.resources.items()}
+        for key, value in quantities.items():
+            ok = value is None or re.fullmatch(_QUANTITY, value) is not None
+            _require(ok, key, value, "a quantity such as 8, 500m or 64Gi")
+        ok = self.topology is None or re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", self.topology) is not None
+        _require(ok, "topology", self.topology, "chips along each side, such as 4x4 or 2x2x4")
+        for word in self.tolerations:
+            parse_toleration(word)
+
+    @property
+    def pods(self) -> int:
+        """Processes of the job."""
+        return self.nodes * self.slices
+
+    @property
+    def devices(self) -> int:
+        """Devices of the job."""
+        return self.pods * self.devices_per_node
+
+    @property
+    def device_resource(self) -> str | None:
+        """What a node's devices are called; None for a CPU."""
+        return DEVICES.get(self.kind)
+
+    def asked(self) -> dict[str, str]:
+        """Every resource that a pod asks for, which is also what a queue has to count."""
+        asked = {"cpu": self.cpu, "memory": self.memory, **self.resources}
+        return asked | ({self.device_resource: str(self.devices_per_node)} if self.device_resource else {})
+
+
+def _require(ok: bool, key: str, value: object, limit: str) -> None:
+    if not ok:
+        raise ValueError(f"kube.{key}={value} must be {limit}")
+
+
+def _choice(key: str, value: str, options: Sequence[str]) -> None:
+    from configs.schema import did_you_mean
+
+    if value not in options:
+        raise ValueError(
+            f"kube.{key}={value} is not one of {', '.join(options)}; {did_you_mean(value, options)}"
+        )
+
+
+def parse_toleration(word: str) -> dict[str, str]:
+    """`KEY=VALUE:EFFECT`, `KEY:EFFECT` or `KEY` as a pod's toleration. ValueError for anything else."""
+    match = re.fullmatch(r"(?P<key>[\w./-]+)(=(?P<value>[\w.-]*))?(:(?P<effect>\w+))?", word)
+    if match is None or (match["effect"] or EFFECTS[0]) not in EFFECTS:
+        raise ValueError(
+            f"kube.tolerations={word} must be KEY=VALUE:EFFECT, KEY:EFFECT or KEY, with an EFFECT of "
+            f"{', '.join(EFFECTS)}"
+        )
+    found = {"key": match["key"], "operator": "Exists" if match["value"] is None else "Equal"}
+    found |= {key: match[key] for key in ("value", "effect") if match[key]}
+    return found
+
+
+def parse_kube(words: Sequence[str]) -> KubeConfig:
+    """`kube.KEY=VALUE` words, values in YAML, as a checked KubeConfig. ValueError in one line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from configs.schema import did_you_mean
+
+    types = {item.name: item.type for item in fields(KubeConfig)}
+    config = OmegaConf.structured(KubeConfig(image="?"))
+    config.image = ""
+    for word in words:
+        name, equals, text = word.partition("=")
+        key, _, below = name.removeprefix("kube.").partition(".")
+        if not equals:
+            raise ValueError(f"{word} is no KEY=VALUE; give one, as in kube.nodes=4")
+        if key not in types:
+            raise ValueError(f"{name} is no key of kubernetes.py; {did_you_mean(key, types)}")
+        try:
+            # Labels have dots of their own, so all that is below a key is one key.
+            config[key] = {**config[key], below: text} if below else _value(text)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            kind = getattr(types[key], "__name__", "") if types[key] in (int, str) else types[key]
+            raise ValueError(
+                f"{word} is not of type {kind}; --help says where each key is explained"
+            ) from error
+    kube = OmegaConf.to_object(config)
+    assert isinstance(kube, KubeConfig)
+    return kube
+
+
+def _value(text: str) -> Any:
+    """Text, or a list or mapping of texts: YAML's own guesses would make `true` of an `on`."""
+    import yaml
+
+    try:
+        value = yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(text)
+    return None if value in ("null", "~") else value or ""
+
+
+def job_name(config: "Config", kube: KubeConfig) -> str:
+    """The JobSet's name: kube.name, or run.name in small letters with - for what DNS has not.
+
+    Raises ValueError where the longest name that is made of it, a pod's, would not fit.
+    """
+    made = re.sub(r"[^a-z0-9]+", "-", config.run.name.lower()).strip("-")
+    name = kube.name or made
+    if not re.fullmatch(_LABEL, name):
+        raise ValueError(f"run.name={config.run.name} makes no DNS label ({name}); give kube.name=")
+    room = NAME_LIMIT - len(f"-{TASK}-{kube.slices - 1}-{kube.nodes - 1}-abcde")  # 5 letters from Kubernetes
+    if len(name) > room:
+        key = "kube.name" if kube.name else "run.name"
+        raise ValueError(
+            f"{key}={name} has {len(name)} letters; pods' names leave {room}: give a shorter kube.name="
+        )
+    return name
+
+
+def check_job(config: "Config", kube: KubeConfig) -> None:
+    """Raise ValueError where the run and the cluster do not fit each other: devices, slices, what is kept."""
+    from configs.schema import ConfigError, check
+
+    _check_tpu(config, kube)
+    factors = {
+        "kube.slices": kube.slices,
+        "kube.nodes": kube.nodes,
+        "kube.devices_per_node": kube.devices_per_node,
+    }
+    try:
+        check(config, kube.devices)
+    except ConfigError as error:
+        product = " * ".join(f"{key}={n}" for key, n in factors.items() if n > 1 or key != "kube.slices")
+        raise ConfigError(f"{product} is {kube.devices} devices: {error}") from error
+    _check_kept(config, kube)
+
+
+def _check_tpu(config: "Config", kube: KubeConfig) -> None:
+    if kube.kind == "cpu" and kube.accelerator is not None:
+        raise ValueError(f"kube.accelerator={kube.accelerator}, but kube.kind=cpu has none; leave it out")
+    if kube.kind != "tpu":
+        if kube.slices > 1:
+            raise ValueError(
+                f"kube.slices={kube.slices} is of TPUs, and kube.kind={kube.kind}; use kube.nodes"
+            )
+        if kube.topology is not None:
+            raise ValueError(
+                f"kube.topology={kube.topology} is of TPUs, and kube.kind={kube.kind}; leave it out"
+            )
+        return
+    if kube.accelerator is None or kube.topology is None:
+        missing = "accelerator" if kube.accelerator is None else "topology"
+        example = {"accelerator": "tpu-v5p-slice", "topology": "2x2x4"}[missing]
+        raise ValueError(f"kube.{missing} is missing: kube.kind=tpu needs it, as in kube.{missing}={example}")
+    chips, here = math.prod(map(int, kube.topology.split("x"))), kube.nodes * kube.devices_per_node
+    if chips != here:
+        fitting = chips // kube.devices_per_node
+        remedy = f"; use kube.nodes={fitting}" if fitting * kube.devices_per_node == chips else ""
+        raise ValueError(
+            f"kube.topology={kube.topology} is {chips} chips, but kube.nodes={kube.nodes} * "
+            f"kube.devices_per_node={kube.devices_per_node} is {here}{remedy}"
+        )
+    crossed = math.prod(config.mesh.dcn.values())
+    if crossed != kube.slices:
+        raise ValueError(
+            f"kube.slices={kube.slices}, but mesh.dcn crosses {crossed}; use factors whose product is "
+            f"{kube.slices}, as mesh=multi_slice mesh.replica={kube.slices} has"
+        )
+
+
+def _check_kept(config: "Config", kube: KubeConfig) -> None:
+    """Pods come and go with all that they hold: what a run goes on from lies on a volume that all nodes see.
+
+    A URL as checkpoint.directory gets copies of the checkpoints; they are written in the run's directory.
+    """
+    if kube.claim is None:
+        raise ValueError(
+            "kube.claim is missing: without a volume for runs/ a restart would begin at step 0; give "
+            "kube.claim=NAME (and kube.claim_size=500Gi to make it)"
+        )
+    for key, path, room in (
+        ("run.dir", config.run.dir, "runs"),
+        ("data.cache_dir", config.data.cache_dir, ".cache"),
+    ):
+        if path.split("/")[0] != room:
+            raise ValueError(f"{key}={path} lies outside of the volume; keep it below {room}/")
+
+
+def metrics_port(config: "Config", kube: KubeConfig) -> int | None:
+    """Where the run answers Prometheus; None where it does not. ValueError where nobody could find it."""
+    port: int | None = getattr(config.logging, "prometheus_port", None)
+    if port in (0, kube.port):
+        taken = "any free port, which no manifest can name" if port == 0 else "kube.port as well"
+        raise ValueError(f"logging.prometheus_port={port} is {taken}; give another, such as 9100")
+    return port
