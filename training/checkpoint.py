@@ -3,7 +3,7 @@
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
     checkpoints/STEP/{momentum,replicas}        where replicas step alone (`training.local_sgd`)
     checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
-    checkpoints/STEP/FILES.sha256               of every file, made after the commit (`training.checkpoint_files`)
+    checkpoints/STEP/FILES.sha256               of every file, made after the commit (`checkpoint_files`)
 
 A restore recomputes every array's digest and compares the small files with their sha256. A checkpoint that
 fails is moved to `quarantine/STEP` with its reason, and the newest one that passes is used: never a silent
@@ -14,13 +14,11 @@ hold, and what one finds damaged, all do; the primary alone moves directories.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +26,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from parallel import cluster
 from training.checkpoint_care import Care
 from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, one_verdict
 from training.checkpoint_files import check_small_files
+from training.checkpoint_record import (
+    OPTIONAL,
+    Leaves,
+    flat,
+    items_of,
+    leaf_of,
+    like,
+    named_leaves,
+    seal,
+    trees_of,
+    types_of,
+    unseal,
+)
 from training.checkpoint_remote import Remote
 from training.config import CheckpointConfig
-from training.digest import combined, differing, digests
+from training.digest import differing, digests
 from training.errors import RunFault
 from training.state import TrainState
 
@@ -45,39 +55,6 @@ FORMAT = 1
 SEND_SECONDS = 3600  # that the others wait for the primary to hash and send a checkpoint
 SAVE_SECONDS = 600  # for a save, waiting for other processes included: what one of them cannot write ends all
 ABANDON_SECONDS = 30  # that a save under way gets when the job ends in a fault, and hashes at a notice
-Leaves = dict[str, Array]
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path: the canonical names of a checkpoint."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-OPTIONAL = ("momentum", "replicas")  # what a run goes on without, or with another number of replicas
-
-
-def _trees(state: TrainState) -> dict[str, Any]:
-    trees = {"params": state.params, "opt_state": state.opt_state}
-    if state.ema is not None:
-        trees["ema"] = state.ema
-    local = state.local or {}
-    assert set(local) <= set(OPTIONAL), "a state is saved in canonical form"
-    return trees | local
-
-
-def _items(state: TrainState) -> dict[str, Leaves]:
-    return {item: named_leaves(tree) for item, tree in _trees(state).items()}
-
-
-def _flat(items: Mapping[str, Leaves]) -> Leaves:
-    return {f"{item}.{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()}
-
-
-def _types(items: Mapping[str, Leaves]) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _flat(items).items()}
 
 
 class Checkpoints:
@@ -97,7 +74,7 @@ class Checkpoints:
         """
         # What goes wrong in Orbax's threads it logs in pages, and raises; we say it once, in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.directory, self._remote = Path(directory).absolute(), remote
+        self.directory, self.remote = Path(directory).absolute(), remote
         self._keep = max(config.keep, config.average_last)
         self._care: Care | None = None  # the primary's
         # Orbax reads every step's record when it opens the directory, and one that it cannot parse stops it.
@@ -117,21 +94,21 @@ class Checkpoints:
             )
 
     def _tidy(self) -> list[str]:
-        if self._remote is not None:
-            self._remote.tidy()
+        if self.remote is not None:
+            self.remote.tidy()
         return self._set_unreadable_apart()
 
     def _send(self, step: int) -> None:
-        assert self._remote is not None
-        self._remote.send(step, self.directory / str(step), self.directory.parent)
-        self._remote.tidy(self._keep)
+        assert self.remote is not None
+        self.remote.send(step, self.directory / str(step), self.directory.parent)
+        self.remote.tidy(self._keep)
 
     def _set_unreadable_apart(self) -> list[str]:
         reasons = []
         for step in self._directories():
             try:
                 with corruption(step):
-                    _unseal(ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata)
+                    unseal(ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata)
             except CorruptCheckpoint as error:
                 reasons.append(self._set_apart(step, str(error)))
         return reasons
@@ -143,8 +120,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint, here or in the bucket, oldest first."""
-        there = self._remote.steps() if self._remote is not None else []
-        return sorted({*there, *(c.step for c in self._checkpointer.checkpoints)})
+        there = self.remote.steps() if self.remote is not None else []
+        return sorted({*there, *self.local_steps()})
+
+    def local_steps(self) -> list[int]:
+        """Those that are on this machine."""
+        return sorted(c.step for c in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Begin to write the state after `step` steps; `record` is JSON (data position, manifest).
@@ -154,14 +135,14 @@ class Checkpoints:
         for with all that follows it, since the oldest is removed meanwhile.
         """
         self.wait(sent=True)
-        items = _items(state)
+        items = items_of(state)
         # jax reuses donated buffers, and on CPU the writer would read the very same memory.
         if jax.default_backend() == "cpu":
             items = jax.tree.map(jnp.copy, items)
-        facts = {"types": _types(items), "digests": digests(_flat(items))}
+        facts = {"types": types_of(items), "digests": digests(flat(items))}
         body = {"format": FORMAT, "step": step, **facts, **record}
         with self._writing():
-            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=_seal(body))
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=seal(body))
         assert saving is not None
         if self._care is not None:
             self._care.expect(step)
@@ -173,7 +154,8 @@ class Checkpoints:
         """
         with self._writing():
             self._checkpointer.wait()
-            if sent or self._remote is not None:
+            self._decided()
+            if sent or self.remote is not None:
                 finish = self._care.finish if self._care is not None else bool
                 cluster.from_primary("the last checkpoint's files", finish, SEND_SECONDS)
 
@@ -183,9 +165,12 @@ class Checkpoints:
             try:
                 yield
             except Exception:
-                if self._care is not None:
-                    self._care.give_up()
+                self._decided()
                 raise
+
+    def _decided(self) -> None:
+        if self._care is not None:
+            self._care.decided()
 
     def newest_committed(self) -> int:
         """The newest step on the disk once the save under way is there, 0 for none; also after an interrupt.
@@ -200,8 +185,8 @@ class Checkpoints:
         """Commit what is under way and stop the writer; its files get `seconds` to be hashed and sent."""
         with self._writing():
             self._checkpointer.close()
+            self._decided()
             if self._care is not None:
-                self._care.give_up()
                 self._care.finish(seconds)
 
     def leave(self, kind: Any, error: Any, trace: Any) -> None:
@@ -225,7 +210,7 @@ class Checkpoints:
                 "do; put run.dir on a file system that all processes share"
             )
         with corruption(step):
-            record = _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+            record = unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
         if record["step"] != step:
             raise CorruptCheckpoint(f"{self.directory}/{step} is the checkpoint of step {record['step']}")
         return record
@@ -236,9 +221,9 @@ class Checkpoints:
         `local` has what of it is there in the same shape. Raises ValueError where anything else is of another
         shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
-        wanted = _trees(abstract)
-        record, restored = self._load(step, _items(abstract))
-        trees = {item: _like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
+        wanted = trees_of(abstract)
+        record, restored = self._load(step, items_of(abstract))
+        trees = {item: like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
         local = {item: trees[item] for item in OPTIONAL if item in trees}
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
@@ -248,11 +233,28 @@ class Checkpoints:
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
         _, restored = self._load(step, {item: named_leaves(abstract_params)})
-        return _like(abstract_params, restored[item])
+        return like(abstract_params, restored[item])
+
+    def read(self, step: int, names: Collection[str]) -> Leaves:
+        """Some arrays by their full names, on one device, as they are: nothing is verified.
+
+        For tools that look into a checkpoint without the model that it is of. Raises CorruptCheckpoint where
+        they cannot be read.
+        """
+        types = self.record(step)["types"]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted: dict[str, dict[str, Any]] = {}
+        for full, kind in types.items():
+            item, _, name = full.partition(".")
+            wanted.setdefault(item, {})[name] = leaf_of(kind, here) if full in names else ocp.PLACEHOLDER
+        wanted = {i: w for i, w in wanted.items() if any(leaf is not ocp.PLACEHOLDER for leaf in w.values())}
+        with corruption(step):
+            read = self._checkpointer.load_checkpointables(step, wanted)
+        return {name: leaf for name, leaf in flat(read).items() if name in names}
 
     def _load(self, step: int, wanted: dict[str, Leaves]) -> tuple[dict[str, Any], dict[str, Leaves]]:
         """The record and the verified arrays."""
-        self._bring(step)
+        self.bring(step)
         with one_verdict(f"the record of checkpoint {step}"):
             record = self.record(step)
             if cluster.is_primary():
@@ -263,13 +265,15 @@ class Checkpoints:
                     f"{self.directory} has no ema at step {step}; set training.ema_decay to keep one"
                 )
             kinds = record["types"].items()
-            wanted = {i: w for i, w in wanted.items() if i not in OPTIONAL or _types({i: w}).items() <= kinds}
+            wanted = {
+                i: w for i, w in wanted.items() if i not in OPTIONAL or types_of({i: w}).items() <= kinds
+            }
             self._check_types(step, wanted, record["types"])
         with one_verdict(f"the arrays of checkpoint {step}"), corruption(step):
             restored = self._checkpointer.load_checkpointables(step, wanted)
         # The same on every process, since every device takes part in each sum.
         saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
-        bad = differing(saved, digests(_flat(restored)))
+        bad = differing(saved, digests(flat(restored)))
         if bad:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
         return record, restored
@@ -279,7 +283,7 @@ class Checkpoints:
 
         What the sealed record says is the config's business, what the files say beside it is damage.
         """
-        mine = _types(wanted)
+        mine = types_of(wanted)
         saved = {name: kind for name, kind in kinds.items() if name.split(".")[0] in wanted}
         for name in differing(saved, mine):
             raise ValueError(
@@ -292,13 +296,13 @@ class Checkpoints:
         unread = [item for item in wanted if read.get(item) is None]
         if unread:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {', '.join(unread)} cannot be read")
-        files = _types({item: read[item] for item in wanted})
+        files = types_of({item: read[item] for item in wanted})
         for name in differing(saved, files):
             raise CorruptCheckpoint(f"{self.directory}/{step}: its files say another shape of {name}")
 
-    def _bring(self, step: int) -> None:
+    def bring(self, step: int) -> None:
         """Fetch a checkpoint that only the bucket has. Raises CorruptCheckpoint where it is damaged there."""
-        if self._remote is None:
+        if self.remote is None:
             return
         fetched, reason = cluster.from_primary(
             "a checkpoint from the bucket", functools.partial(self._fetch, step), SEND_SECONDS
@@ -312,10 +316,10 @@ class Checkpoints:
         directory = self.directory / str(step)
         if directory.is_dir():
             return False, None
-        assert self._remote is not None
+        assert self.remote is not None
         try:
             with faults(f"a checkpoint could not be fetched to {self.directory}"):
-                self._remote.fetch(step, directory)
+                self.remote.fetch(step, directory)
         except CorruptCheckpoint as error:
             return False, str(error)
         return True, None
@@ -340,8 +344,8 @@ class Checkpoints:
 
     def _sources(self) -> list[tuple[int, bool]]:
         """What to try in turn, newest first: a step's copy here, then the bucket's."""
-        there = self._remote.steps() if self._remote is not None else []
-        pairs = [(c.step, False) for c in self._checkpointer.checkpoints] + [(step, True) for step in there]
+        there = self.remote.steps() if self.remote is not None else []
+        pairs = [(step, False) for step in self.local_steps()] + [(step, True) for step in there]
         return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
 
     def _set_apart(self, step: int, reason: str, remote: bool = False) -> str:
@@ -354,8 +358,8 @@ class Checkpoints:
                 shutil.rmtree(target)
             os.replace(here, target)
             (target / "REASON").write_text(reason + "\n")
-        if remote and self._remote is not None:
-            self._remote.set_apart(step, reason)
+        if remote and self.remote is not None:
+            self.remote.set_apart(step, reason)
         return reason
 
     @property
@@ -372,24 +376,3 @@ class Checkpoints:
             params = self.restore_weights(step, abstract_params)
             total = params if total is None else jax.tree.map(jnp.add, total, params)
         return jax.tree.map(lambda x: x / len(steps), total)
-
-
-def _like(tree: Any, leaves: Leaves) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
-
-
-def _seal(body: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps(body, sort_keys=True)
-    return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _unseal(sealed: Mapping[str, str]) -> dict[str, Any]:
-    text = sealed["record"]
-    if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
-        raise CorruptCheckpoint("the record of digests was altered")
-    return json.loads(text)
-
-
-def state_digest(record: Mapping[str, Any]) -> str:
-    """The digest by which one run names another's checkpoint."""
-    return combined(record["digests"])

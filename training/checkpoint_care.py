@@ -27,7 +27,7 @@ class Care:
         self._thread: threading.Thread | None = None
         self._done = threading.Condition()
         self._open = 0  # steps that are not done with
-        self._given_up = threading.Event()
+        self._over = threading.Event()
         self._error: Exception | None = None
 
     def expect(self, step: int) -> None:
@@ -35,6 +35,7 @@ class Care:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoint care", daemon=True)
             self._thread.start()
+        self._over.clear()
         with self._done:
             self._open += 1
         self._steps.put(step)
@@ -51,9 +52,9 @@ class Care:
             raise error
         return whole
 
-    def give_up(self) -> None:
-        """Expect nothing more: what is not committed by now will not be."""
-        self._given_up.set()
+    def decided(self) -> None:
+        """The writer is done: what of the expected is not committed by now will not be."""
+        self._over.set()
 
     def _work(self) -> None:
         while True:
@@ -70,7 +71,7 @@ class Care:
     def _committed(self, step: int) -> bool:
         """Wait for the directory to have its name, which it gets whole."""
         while True:
-            over = self._given_up.is_set()  # asked first, or what is committed just now would be passed over
+            over = self._over.is_set()  # asked first, or what is committed just now would be passed over
             if (self.directory / str(step)).is_dir():
                 return True
             if over:

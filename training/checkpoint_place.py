@@ -44,8 +44,8 @@ def refuse_occupied(run: Path, config: CheckpointConfig) -> None:
         if is_remote(config.directory):
             remedy += f", or get that run back: python scripts/checkpoint.py fetch {config.directory} {run}"
         raise ValueError(
-            f"checkpoint.directory={config.directory} has a checkpoint of step {steps[-1]}, but {run} is new; "
-            f"{remedy}"
+            f"checkpoint.directory={config.directory} has a checkpoint of step {steps[-1]}, but {run} is "
+            f"new; {remedy}"
         )
 
 

@@ -29,7 +29,7 @@ SCHEMES = {
     "file": ("fsspec", "s3", "the permissions of the folder"),
 }
 TRANSFERS = 8  # files under way at once
-RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "tokenizer.json", "chat_template.jinja")
+RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json")
 
 
 def is_remote(directory: str | None) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 
 from data.config import TokenizerConfig
 from data.tokenizer import load_tokenizer
-from training.checkpoint import Checkpoints, state_digest
+from training.checkpoint import Checkpoints
 from training.checkpoint_place import as_stored, open_checkpoints_of, place
+from training.checkpoint_record import state_digest
 from training.run_directory import RunDirectory
 
 

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optim.config import AdamWConfig
 from optim.optimizers import make_optimizer
 from tests.training.ground import DROPPED
-from training.checkpoint import Checkpoints, CorruptCheckpoint, named_leaves, state_digest
+from training.checkpoint import Checkpoints, CorruptCheckpoint
+from training.checkpoint_record import named_leaves, state_digest
 from training.config import CheckpointConfig
 from training.digest import digests
 from training.errors import RunFault
