@@ -33,9 +33,11 @@ from training.checkpoint_care import Care
 from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, one_verdict
 from training.checkpoint_files import check_small_files
 from training.checkpoint_record import (
+    HOLE,
     OPTIONAL,
     Leaves,
     flat,
+    in_parts,
     items_of,
     leaf_of,
     like,
@@ -44,10 +46,11 @@ from training.checkpoint_record import (
     trees_of,
     types_of,
     unseal,
+    without_holes,
 )
 from training.checkpoint_remote import Remote
 from training.config import CheckpointConfig
-from training.digest import differing, digests
+from training.digest import begun, differing, digests, numbers
 from training.errors import RunFault
 from training.state import TrainState
 
@@ -254,11 +257,10 @@ class Checkpoints:
         wanted: dict[str, dict[str, Any]] = {}
         for full, kind in types.items():
             item, _, name = full.partition(".")
-            wanted.setdefault(item, {})[name] = leaf_of(kind, here) if full in names else ocp.PLACEHOLDER
-        wanted = {i: w for i, w in wanted.items() if any(leaf is not ocp.PLACEHOLDER for leaf in w.values())}
+            wanted.setdefault(item, {})[name] = leaf_of(kind, here) if full in names else HOLE
+        wanted = {i: w for i, w in wanted.items() if any(leaf is not HOLE for leaf in w.values())}
         with corruption(step):
-            read = self._checkpointer.load_checkpointables(step, wanted)
-        return {name: leaf for name, leaf in flat(read).items() if name in names}
+            return flat(without_holes(wanted, self._checkpointer.load_checkpointables(step, wanted)))
 
     def _load(self, step: int, wanted: dict[str, Leaves]) -> tuple[dict[str, Any], dict[str, Leaves]]:
         """The record and the verified arrays."""
@@ -277,11 +279,18 @@ class Checkpoints:
                 i: w for i, w in wanted.items() if i not in OPTIONAL or types_of({i: w}).items() <= kinds
             }
             self._check_types(step, wanted, record["types"])
-        with one_verdict(f"the arrays of checkpoint {step}"), corruption(step):
-            restored = self._checkpointer.load_checkpointables(step, wanted)
+        restored: dict[str, Leaves] = {item: {} for item in wanted}
+        found: dict[str, jax.Array] = {}
+        for part in in_parts(wanted):
+            with one_verdict(f"the arrays of checkpoint {step}"), corruption(step):
+                read = self._checkpointer.load_checkpointables(step, part)
+            read = without_holes(part, read)
+            found |= begun(flat(read))  # while the next part is read
+            for item, leaves in read.items():
+                restored[item] |= leaves
         # The same on every process, since every device takes part in each sum.
         saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
-        bad = differing(saved, digests(flat(restored)))
+        bad = differing(saved, numbers(found))
         if bad:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
         return record, restored

@@ -37,6 +37,8 @@ def refuse_occupied(run: Path, config: CheckpointConfig) -> None:
         return
     try:
         steps = _steps(config.directory)
+        if is_remote(config.directory) and not steps:
+            Remote(config.directory).probe()
     except RunFault as error:
         raise ValueError(str(error)) from error
     if steps:

@@ -2,18 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
 
 from training.checkpoint_errors import CorruptCheckpoint
 from training.digest import combined
 from training.state import TrainState
 
 Leaves = dict[str, Array]
+HOLE = ocp.PLACEHOLDER  # stands for an array that is not read
+PART = 256 << 20  # bytes for each process that are read at a time, at least
+PARTS = 16  # at most
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -50,6 +55,31 @@ def flat(items: Mapping[str, Leaves]) -> Leaves:
 def types_of(items: Mapping[str, Leaves]) -> dict[str, str]:
     """Dtype and shape by full name, as in `float32[8, 16]`."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat(items).items()}
+
+
+def in_parts(wanted: Mapping[str, Leaves]) -> Iterator[dict[str, Leaves]]:
+    """The same arrays in several portions, with holes for the others; a small state in one."""
+    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in flat(wanted).items()}
+    limit = max(PART * jax.process_count(), sum(sizes.values()) // PARTS)
+    portions: list[set[str]] = [set()]
+    held = 0
+    for name, size in sizes.items():
+        if held >= limit:
+            portions.append(set())
+            held = 0
+        portions[-1].add(name)
+        held += size
+    for portion in portions:
+        trees = {
+            item: {name: x if f"{item}.{name}" in portion else HOLE for name, x in leaves.items()}
+            for item, leaves in wanted.items()
+        }
+        yield {i: tree for i, tree in trees.items() if any(x is not HOLE for x in tree.values())}
+
+
+def without_holes(asked: Mapping[str, Leaves], read: Mapping[str, Leaves]) -> dict[str, Leaves]:
+    """What was read of what was asked for."""
+    return {i: {n: x for n, x in leaves.items() if asked[i][n] is not HOLE} for i, leaves in read.items()}
 
 
 def leaf_of(kind: str, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,13 @@ class Remote:
                 infos = self._fs.find(top, detail=True)
                 return {path[len(top) + 1 :]: int(info["size"]) for path, info in infos.items()}
         return {}
+
+    def probe(self) -> None:
+        """Write a file and remove it, so that a mistyped bucket is not found out at the first checkpoint."""
+        with tempfile.NamedTemporaryFile() as empty:
+            self._put(Path(empty.name), ".probe")
+        with self._plainly("written"):
+            self._fs.rm_file(f"{self._root}/.probe")
 
     def send(self, step: int, directory: Path, run: Path | None = None) -> None:
         """Send a committed checkpoint whose files are listed; `run`: and what its directory needs."""
@@ -171,8 +179,11 @@ class Remote:
         return path
 
     def _put(self, path: Path, name: str) -> None:
-        with self._plainly("written"):
-            self._fs.put_file(str(path), self._made(name))
+        try:
+            with self._plainly("written"):
+                self._fs.put_file(str(path), self._made(name))
+        except FileNotFoundError as error:  # as s3fs says of a bucket
+            raise self._refused("written", error) from error
 
     def _get(self, name: str, path: Path, digest: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,10 +212,13 @@ class Remote:
         except (RunFault, FileNotFoundError, UnicodeDecodeError):
             raise
         except Exception as error:  # botocore's, aiohttp's and gcsfs's own, and OSError
-            raise RunFault(
-                f"checkpoint.directory={self.url} cannot be {what} ({first_line(error)}); check the bucket "
-                f"and the credentials ({self._credentials}), then the same command goes on"
-            ) from error
+            raise self._refused(what, error) from error
+
+    def _refused(self, what: str, error: Exception) -> RunFault:
+        return RunFault(
+            f"checkpoint.directory={self.url} cannot be {what} ({first_line(error)}); check the bucket "
+            f"and the credentials ({self._credentials}), then the same command goes on"
+        )
 
 
 def _choices() -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import training.checkpoint_record as record_module
 from optim.config import AdamWConfig
 from optim.optimizers import make_optimizer
 from tests.training.ground import DROPPED
@@ -337,3 +338,17 @@ def test_a_record_survives_json_and_names_the_state(saved):
     assert json.loads(json.dumps(record)) == record
     other = dict(record, digests={**record["digests"], "params.rest.scale": 1})
     assert state_digest(record) != state_digest(other)
+
+
+@DROPPED
+def test_a_large_state_is_read_in_parts_and_each_is_verified(tmp_path, monkeypatch, dropped_reads):
+    monkeypatch.setattr(record_module, "PART", 1)
+    path = tmp_path / "checkpoints"
+    written(path, make_state(3)).close()
+    parts = list(record_module.in_parts(record_module.items_of(make_state(3))))
+    assert 5 < len(parts) <= record_module.PARTS + 1
+    like = abstract(make_state())
+    assert_equal(outcome(path, like), make_state(3))
+    damage(path / "3")
+    (path / "3" / LIST).unlink()
+    assert outcome(path, like) is None
