@@ -119,6 +119,8 @@ def plant(monkeypatch, kind, last):
 
 
 @DROPPED
+@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("writer", "hashes"))
 def test_what_fails_behind_the_loop_after_the_last_step_ends_the_run_as_a_fault(
     ground, monkeypatch, dropped_reads, kind
