@@ -5,7 +5,7 @@
 #   TESTS=tests/models  a part of the suite
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
-# `make test-data` tests the sources and steps of data that need extras (Beam, TensorFlow, HF datasets, S3) in .venv-data.
+# `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
 # apt-get install mmdebstrap).
@@ -48,7 +48,7 @@ test-faults: $(TEST)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
-	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras $(ARGS)
+	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/training/extras $(ARGS)
 
 # Five minutes on a quiet machine: no image can be pulled everywhere, a minimal Debian can be put up.
 test-docker: $(TEST)

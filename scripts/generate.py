@@ -203,12 +203,14 @@ def load_weights(directory: Path, config: "Config", model: Any, layout: Any, opt
     """The verified parameters that `weights` and `step` ask for, placed by the layout."""
     import jax
 
-    from training.checkpoint import Checkpoints
+    from training.checkpoint_place import open_checkpoints_of, place
+    from training.checkpoint_remote import is_remote
     from training.state import is_info
 
-    if not (directory / "checkpoints").is_dir():
+    where = config.checkpoint.directory
+    if not (is_remote(where) or place(directory, where).is_dir()):
         raise ValueError(f"{directory} has no checkpoint yet; the first comes at checkpoint.every")
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint, read_only=True)
+    checkpoints = open_checkpoints_of(directory, config.checkpoint, read_only=True)
     steps = wanted_steps(checkpoints, options.step)
     abstract = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),

@@ -3,25 +3,22 @@
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
     checkpoints/STEP/{momentum,replicas}        where replicas step alone (`training.local_sgd`)
     checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
+    checkpoints/STEP/FILES.sha256               of every file, made after the commit (`checkpoint_files`)
 
-A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and
-the newest one that passes is used: never a silent wrong number.
+A restore recomputes every array's digest and compares the small files with their sha256. A checkpoint that
+fails is moved to `quarantine/STEP` with its reason, and the newest one that passes is used: never a silent
+wrong number. With a URL as `checkpoint.directory` each is also sent there, and fetched where it is not here.
 
 All processes of a job make the same calls in the same order, each reads and writes the parts that its devices
 hold, and what one finds damaged, all do; the primary alone moves directories.
 """
 
-import errno
 import functools
-import hashlib
-import json
 import logging
 import os
 import shutil
-import sys
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,89 +26,100 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from parallel import cluster
+from training.checkpoint_care import Care
+from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, one_verdict
+from training.checkpoint_files import check_small_files
+from training.checkpoint_record import (
+    HOLE,
+    OPTIONAL,
+    Leaves,
+    flat,
+    in_parts,
+    items_of,
+    leaf_of,
+    like,
+    named_leaves,
+    seal,
+    trees_of,
+    types_of,
+    unseal,
+    without_holes,
+)
+from training.checkpoint_remote import Remote
 from training.config import CheckpointConfig
-from training.digest import combined, differing, digests
+from training.digest import begun, differing, digests, numbers
 from training.errors import RunFault
 from training.state import TrainState
 
 FORMAT = 1
+SEND_SECONDS = 3600  # that the others wait for the primary to hash and send a checkpoint
 SAVE_SECONDS = 600  # for a save, waiting for other processes included: what one of them cannot write ends all
-ABANDON_SECONDS = 30  # that a save under way gets when the job ends in a fault
-Leaves = dict[str, Array]
+ABANDON_SECONDS = 30  # that a save under way gets when the job ends in a fault, and hashes at a notice
 
 
-class CorruptCheckpoint(RunFault):
-    """What was read is not what was saved."""
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path: the canonical names of a checkpoint."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-OPTIONAL = ("momentum", "replicas")  # what a run goes on without, or with another number of replicas
-
-
-def _trees(state: TrainState) -> dict[str, Any]:
-    trees = {"params": state.params, "opt_state": state.opt_state}
-    if state.ema is not None:
-        trees["ema"] = state.ema
-    local = state.local or {}
-    assert set(local) <= set(OPTIONAL), "a state is saved in canonical form"
-    return trees | local
-
-
-def _items(state: TrainState) -> dict[str, Leaves]:
-    return {item: named_leaves(tree) for item, tree in _trees(state).items()}
-
-
-def _flat(items: Mapping[str, Leaves]) -> Leaves:
-    return {f"{item}.{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()}
-
-
-def _types(items: Mapping[str, Leaves]) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _flat(items).items()}
+def _context() -> ocp.Context:
+    """Orbax's options. Weights shrink by 8 % compressed, and unpacking takes as long as four reads."""
+    return ocp.Context(
+        async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
+        array_options=ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False)),
+    )
 
 
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous; `wait` raises what went wrong behind its back."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], config: CheckpointConfig, *, read_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        remote: Remote | None = None,
     ):
-        """`read_only`: for a run that may be alive; what its writer has under way is left alone."""
+        """`read_only`: for a run that may be alive; what its writer has under way is left alone.
+
+        remote: where else they are, `directory` being the staging of that.
+        """
         # What goes wrong in Orbax's threads it logs in pages, and raises; we say it once, in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.directory = Path(directory).absolute()
+        self.directory, self.remote = Path(directory).absolute(), remote
+        self._keep = max(config.keep, config.average_last)
+        self._care: Care | None = None  # the primary's
         # Orbax reads every step's record when it opens the directory, and one that it cannot parse stops it.
         self._quarantined: list[str] = []
         if not read_only:
-            self._quarantined = cluster.from_primary("unreadable checkpoints", self._set_unreadable_apart)
+            self._quarantined = cluster.from_primary("unreadable checkpoints", self._tidy)
+            if cluster.is_primary():
+                self._care = Care(self.directory, self._send if remote is not None else None)
         policies = ocp.training
-        with _corruption(f"of {self.directory}"):
+        with corruption(f"of {self.directory}"):
             self._checkpointer = policies.Checkpointer(
                 str(self.directory),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.preservation_policies.LatestN(
-                    max(config.keep, config.average_last)
-                ),
+                preservation_policy=policies.preservation_policies.LatestN(self._keep),
                 cleanup_tmp_directories=not read_only,
-                context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS)),
+                context=_context(),
             )
+
+    def _tidy(self) -> list[str]:
+        if self.remote is not None:
+            self.remote.tidy()
+        return self._set_unreadable_apart()
+
+    def _send(self, step: int) -> None:
+        assert self.remote is not None
+        self.remote.send(step, self.directory / str(step), self.directory.parent)
+        self.remote.tidy(self._keep)
 
     def _set_unreadable_apart(self) -> list[str]:
         reasons = []
         for step in self._directories():
             try:
-                with _corruption(step):
-                    _unseal(ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata)
+                with corruption(step):
+                    unseal(ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata)
             except CorruptCheckpoint as error:
                 reasons.append(self._set_apart(step, str(error)))
         return reasons
@@ -122,42 +130,75 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def steps(self) -> list[int]:
-        """Steps that have a committed checkpoint, oldest first."""
+        """Steps that have a committed checkpoint, here or in the bucket, oldest first."""
+        there = self.remote.steps() if self.remote is not None else []
+        return sorted({*there, *self.local_steps()})
+
+    def local_steps(self) -> list[int]:
+        """Those that are on this machine."""
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Begin to write the state after `step` steps; `record` is JSON (data position, manifest).
 
         The call returns when the arrays are safe from donation. Raises RunFault where this or the previous
-        save failed: a checkpoint that was not written must never pass for one.
+        save failed: a checkpoint that was not written must never pass for one. The one before is waited
+        for with all that follows it, since the oldest is removed meanwhile.
         """
-        items = _items(state)
+        self.wait(sent=True)
+        items = items_of(state)
         # jax reuses donated buffers, and on CPU the writer would read the very same memory.
         if jax.default_backend() == "cpu":
             items = jax.tree.map(jnp.copy, items)
-        facts = {"types": _types(items), "digests": digests(_flat(items))}
+        facts = {"types": types_of(items), "digests": digests(flat(items))}
         body = {"format": FORMAT, "step": step, **facts, **record}
-        with _faults(f"a checkpoint could not be written to {self.directory}"):
-            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=_seal(body))
+        with self._writing():
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=seal(body))
         assert saving is not None
+        if self._care is not None:
+            self._care.expect(step)
 
-    def wait(self) -> None:
-        """Block until the save under way has been committed."""
-        with _faults(f"a checkpoint could not be written to {self.directory}"):
+    def wait(self, *, sent: bool | None = None) -> None:
+        """Block until the save under way has been committed, and sent where there is a bucket.
+
+        sent: also until its files are hashed, bucket or not. All processes call it.
+        """
+        with self._writing():
             self._checkpointer.wait()
+            self._decided()
+            if sent or self.remote is not None:
+                finish = self._care.finish if self._care is not None else bool
+                cluster.from_primary("the last checkpoint's files", finish, SEND_SECONDS)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with faults(f"a checkpoint could not be written to {self.directory}"):
+            try:
+                yield
+            except Exception:
+                self._decided()
+                raise
+
+    def _decided(self) -> None:
+        if self._care is not None:
+            self._care.decided()
 
     def newest_committed(self) -> int:
         """The newest step on the disk once the save under way is there, 0 for none; also after an interrupt.
 
         Orbax strikes a step off its list where the wait for it was interrupted, and commits it all the same.
         """
-        self.wait()
+        with self._writing():
+            self._checkpointer.wait()
         return max(self._directories(), default=0)
 
-    def close(self) -> None:
-        """Commit what is under way and stop the writer."""
-        with _faults(f"a checkpoint could not be written to {self.directory}"):
+    def close(self, seconds: float | None = None) -> None:
+        """Commit what is under way and stop the writer; its files get `seconds` to be hashed and sent."""
+        with self._writing():
             self._checkpointer.close()
+            self._decided()
+            if self._care is not None:
+                self._care.finish(seconds)
 
     def leave(self, kind: Any, error: Any, trace: Any) -> None:
         """`close`, as the exit of a context.
@@ -166,7 +207,7 @@ class Checkpoints:
         while, and what is not committed by then is what a kill would leave.
         """
         if kind is None or cluster.process_count() == 1:
-            self.close()
+            self.close(None if kind is None else ABANDON_SECONDS)
         elif self._checkpointer.is_saving_in_progress():
             waiting = threading.Thread(target=self._checkpointer.wait, daemon=True)
             waiting.start()
@@ -179,8 +220,8 @@ class Checkpoints:
                 f"process {cluster.process_index()} does not see {self.directory / str(step)}, which others "
                 "do; put run.dir on a file system that all processes share"
             )
-        with _corruption(step):
-            record = _unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+        with corruption(step):
+            record = unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
         if record["step"] != step:
             raise CorruptCheckpoint(f"{self.directory}/{step} is the checkpoint of step {record['step']}")
         return record
@@ -191,9 +232,9 @@ class Checkpoints:
         `local` has what of it is there in the same shape. Raises ValueError where anything else is of another
         shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
-        wanted = _trees(abstract)
-        record, restored = self._load(step, _items(abstract))
-        trees = {item: _like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
+        wanted = trees_of(abstract)
+        record, restored = self._load(step, items_of(abstract))
+        trees = {item: like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
         local = {item: trees[item] for item in OPTIONAL if item in trees}
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
@@ -203,24 +244,53 @@ class Checkpoints:
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
         _, restored = self._load(step, {item: named_leaves(abstract_params)})
-        return _like(abstract_params, restored[item])
+        return like(abstract_params, restored[item])
+
+    def read(self, step: int, names: Collection[str]) -> Leaves:
+        """Some arrays by their full names, on one device, as they are: nothing is verified.
+
+        For tools that look into a checkpoint without the model that it is of. Raises CorruptCheckpoint where
+        they cannot be read.
+        """
+        types = self.record(step)["types"]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted: dict[str, dict[str, Any]] = {}
+        for full, kind in types.items():
+            item, _, name = full.partition(".")
+            wanted.setdefault(item, {})[name] = leaf_of(kind, here) if full in names else HOLE
+        wanted = {i: w for i, w in wanted.items() if any(leaf is not HOLE for leaf in w.values())}
+        with corruption(step):
+            return flat(without_holes(wanted, self._checkpointer.load_checkpointables(step, wanted)))
 
     def _load(self, step: int, wanted: dict[str, Leaves]) -> tuple[dict[str, Any], dict[str, Leaves]]:
         """The record and the verified arrays."""
-        with _one_verdict(f"the record of checkpoint {step}"):
+        self.bring(step)
+        with one_verdict(f"the record of checkpoint {step}"):
             record = self.record(step)
+            if cluster.is_primary():
+                with corruption(step):
+                    check_small_files(self.directory / str(step))
             if "params" not in wanted and not any(n.startswith("ema.") for n in record["digests"]):
                 raise ValueError(
                     f"{self.directory} has no ema at step {step}; set training.ema_decay to keep one"
                 )
             kinds = record["types"].items()
-            wanted = {i: w for i, w in wanted.items() if i not in OPTIONAL or _types({i: w}).items() <= kinds}
+            wanted = {
+                i: w for i, w in wanted.items() if i not in OPTIONAL or types_of({i: w}).items() <= kinds
+            }
             self._check_types(step, wanted, record["types"])
-        with _one_verdict(f"the arrays of checkpoint {step}"), _corruption(step):
-            restored = self._checkpointer.load_checkpointables(step, wanted)
+        restored: dict[str, Leaves] = {item: {} for item in wanted}
+        found: dict[str, jax.Array] = {}
+        for part in in_parts(wanted):
+            with one_verdict(f"the arrays of checkpoint {step}"), corruption(step):
+                read = self._checkpointer.load_checkpointables(step, part)
+            read = without_holes(part, read)
+            found |= begun(flat(read))  # while the next part is read
+            for item, leaves in read.items():
+                restored[item] |= leaves
         # The same on every process, since every device takes part in each sum.
         saved = {n: d for n, d in record["digests"].items() if n.split(".")[0] in wanted}
-        bad = differing(saved, digests(_flat(restored)))
+        bad = differing(saved, numbers(found))
         if bad:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {len(bad)} arrays are altered, first {bad[0]}")
         return record, restored
@@ -230,7 +300,7 @@ class Checkpoints:
 
         What the sealed record says is the config's business, what the files say beside it is damage.
         """
-        mine = _types(wanted)
+        mine = types_of(wanted)
         saved = {name: kind for name, kind in kinds.items() if name.split(".")[0] in wanted}
         for name in differing(saved, mine):
             raise ValueError(
@@ -238,38 +308,82 @@ class Checkpoints:
                 f"{mine.get(name, 'nothing')} in this config; use the config that wrote it "
                 f"(config.yaml beside checkpoints/)"
             )
-        with _corruption(step):
+        with corruption(step):
             read = self._checkpointer.checkpointables_metadata(step).metadata
         unread = [item for item in wanted if read.get(item) is None]
         if unread:
             raise CorruptCheckpoint(f"{self.directory}/{step}: {', '.join(unread)} cannot be read")
-        files = _types({item: read[item] for item in wanted})
+        files = types_of({item: read[item] for item in wanted})
         for name in differing(saved, files):
             raise CorruptCheckpoint(f"{self.directory}/{step}: its files say another shape of {name}")
+
+    def bring(self, step: int) -> None:
+        """Fetch a checkpoint that only the bucket has. Raises CorruptCheckpoint where it is damaged there."""
+        if self.remote is None:
+            return
+        fetched, reason = cluster.from_primary(
+            "a checkpoint from the bucket", functools.partial(self._fetch, step), SEND_SECONDS
+        )
+        if reason is not None:
+            raise CorruptCheckpoint(reason)
+        if fetched:
+            self._checkpointer.reload()
+
+    def _fetch(self, step: int) -> tuple[bool, str | None]:
+        directory = self.directory / str(step)
+        if directory.is_dir():
+            return False, None
+        assert self.remote is not None
+        try:
+            with faults(f"a checkpoint could not be fetched to {self.directory}"):
+                self.remote.fetch(step, directory)
+        except CorruptCheckpoint as error:
+            return False, str(error)
+        return True, None
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
         """The newest checkpoint that passes, and what was quarantined on the way; None where none is."""
         quarantined = self._quarantined
-        for step in reversed(cluster.from_primary("the checkpoints there are", self.steps)):
+        for step, remote in cluster.from_primary("the checkpoints there are", self._sources):
             try:
                 state, record = self.restore(step, abstract)
-                return state, record, quarantined
             except CorruptCheckpoint as error:
-                move = functools.partial(self._set_apart, step, str(error))
-                quarantined.append(cluster.from_primary("quarantine", move))
+                move = functools.partial(self._set_apart, step, str(error), remote)
+                quarantined.append(cluster.from_primary("quarantine", move, SEND_SECONDS))
                 self._checkpointer.reload()
+                continue
+            if self._care is not None:  # an earlier start may have ended before its files were hashed or sent
+                self._care.expect(step)
+            return state, record, quarantined
         if quarantined:
             raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
         return None
 
-    def _set_apart(self, step: int, reason: str) -> str:
-        target = self.directory.parent / "quarantine" / str(step)
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(self.directory / str(step), target)
-        (target / "REASON").write_text(reason + "\n")
+    def _sources(self) -> list[tuple[int, bool]]:
+        """What to try in turn, newest first: a step's copy here, then the bucket's."""
+        there = self.remote.steps() if self.remote is not None else []
+        pairs = [(step, False) for step in self.local_steps()] + [(step, True) for step in there]
+        return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+
+    def _set_apart(self, step: int, reason: str, remote: bool = False) -> str:
+        """Move a damaged checkpoint out of the way; `remote`: the bucket's too, from where it came."""
+        here = self.directory / str(step)
+        if here.is_dir():
+            target = self.quarantine / str(step)
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(here, target)
+            (target / "REASON").write_text(reason + "\n")
+        if remote and self.remote is not None:
+            self.remote.set_apart(step, reason)
         return reason
+
+    @property
+    def quarantine(self) -> Path:
+        """Where damaged ones go: beside a run's checkpoints/, inside a directory of the user's."""
+        own = self.directory.name == "checkpoints"
+        return (self.directory.parent if own else self.directory) / "quarantine"
 
     def mean_weights(self, steps: Sequence[int], abstract_params: Any) -> Any:
         """Arithmetic mean of the parameters at several steps, accumulated in float32."""
@@ -279,85 +393,3 @@ class Checkpoints:
             params = self.restore_weights(step, abstract_params)
             total = params if total is None else jax.tree.map(jnp.add, total, params)
         return jax.tree.map(lambda x: x / len(steps), total)
-
-
-@contextmanager
-def _one_verdict(name: str) -> Iterator[None]:
-    """Where one process finds a checkpoint damaged, all do, and none is left waiting in a collective."""
-    try:
-        with cluster.together(name):
-            yield
-    except cluster.Elsewhere as error:
-        raise CorruptCheckpoint(str(error)) from error
-
-
-def _like(tree: Any, leaves: Leaves) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
-
-
-def _seal(body: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps(body, sort_keys=True)
-    return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _unseal(sealed: Mapping[str, str]) -> dict[str, Any]:
-    text = sealed["record"]
-    if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
-        raise CorruptCheckpoint("the record of digests was altered")
-    return json.loads(text)
-
-
-def state_digest(record: Mapping[str, Any]) -> str:
-    """The digest by which one run names another's checkpoint."""
-    return combined(record["digests"])
-
-
-@contextmanager
-def _faults(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Orbax, tensorstore and the file system each raise their own
-        remedy = "free space or mend the disk, then the same command goes on from the last good one"
-        raise RunFault(f"{what}: {_disk_says(error) or _first_line(error)}; {remedy}") from error
-
-
-@functools.cache
-def _hush() -> None:
-    """Drop what is said of the reads that Orbax gives up beside a failing one: pages, and no word of use.
-
-    The failure itself is raised. Each of them ends in a coroutine that nobody awaits, a task whose error
-    nobody asks for, and a callback into an event loop that is closed, at any time afterwards.
-    """
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
-
-    def unless_closed(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = unless_closed
-
-
-@contextmanager
-def _corruption(step: int | str) -> Iterator[None]:
-    _hush()
-    try:
-        yield
-    except CorruptCheckpoint:
-        raise
-    except Exception as error:  # a truncated file surfaces as any of a dozen types
-        raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
-
-
-def _disk_says(error: Exception) -> str | None:
-    """The operating system's words, which tensorstore hides behind a long path."""
-    reasons = (
-        os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-    )
-    return next((reason for reason in reasons if reason in str(error)), None)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -10,6 +10,7 @@ from parallel.backends import BACKENDS
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
+SCHEMES = ("s3", "gs", "file")  # where checkpoints can be sent to
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -104,12 +105,17 @@ class CheckpointConfig:
     every: int = 200  # steps
     keep: int = 3  # newest checkpoints on disk
     average_last: int = 0  # 0: off
+    directory: str | None = None  # null: checkpoints/ of the run; else a path, or s3://, gs:// to send to
 
     def __post_init__(self) -> None:
         """Each value by itself."""
         _require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
         _require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
+        scheme, url, below = (self.directory or "").partition("://")
+        ok = self.directory is None or (bool(scheme) and (not url or (scheme in SCHEMES and bool(below))))
+        limit = f"null, a path, or a URL of {', '.join(SCHEMES)} such as s3://bucket/run"
+        _require(ok, "checkpoint.directory", self.directory, limit)
 
 
 @dataclass

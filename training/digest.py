@@ -45,11 +45,20 @@ def _jitted(platform: str, devices: int) -> Any:
 
 def digests(leaves: Mapping[str, Array]) -> dict[str, int]:
     """Digest of every named array; blocks until they are computed. All processes get the same."""
+    return numbers(begun(leaves))
+
+
+def begun(leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """The same, under way on the devices."""
     if not leaves:
         return {}
     devices: set[Any] = next(iter(leaves.values())).sharding.device_set
-    jitted = _jitted(next(iter(devices)).platform, len(devices))
-    return {name: int(value) for name, value in jax.device_get(jitted(dict(leaves))).items()}
+    return _jitted(next(iter(devices)).platform, len(devices))(dict(leaves))
+
+
+def numbers(values: Mapping[str, Array]) -> dict[str, int]:
+    """What was begun, once it is there."""
+    return {name: int(value) for name, value in jax.device_get(dict(values)).items()}
 
 
 def combined(values: Mapping[str, int]) -> str:

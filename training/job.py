@@ -22,6 +22,7 @@ from parallel import cluster
 from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
+from training.checkpoint_place import open_checkpoints_of, refuse_occupied
 from training.compile_cache import CacheWatch
 from training.elastic import Scaled
 from training.errors import RunFault
@@ -110,6 +111,8 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch, scaled: Scaled) -
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
         parent = None if run.resuming else find_parent(config)
+        if cluster.is_primary() and not run.resuming:
+            refuse_occupied(run.path, config.checkpoint)
         tokenizer = tokenizer_config(config, run, parent)
     prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
@@ -282,7 +285,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
 
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
     """The run's checkpoints, closed with it."""
-    job.checkpoints = Checkpoints(job.run.path / "checkpoints", job.config.checkpoint)
+    job.checkpoints = open_checkpoints_of(job.run.path, job.config.checkpoint)
     stack.push(job.checkpoints.leave)
     return job.checkpoints
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from data.config import TokenizerConfig
 from data.tokenizer import load_tokenizer
-from training.checkpoint import Checkpoints, state_digest
+from training.checkpoint import Checkpoints
+from training.checkpoint_place import as_stored, open_checkpoints_of, place
+from training.checkpoint_record import state_digest
 from training.run_directory import RunDirectory
 
 
@@ -14,13 +16,14 @@ from training.run_directory import RunDirectory
 class Parent:
     """The checkpoints of another run and the step to take."""
 
+    run: Path
     checkpoints: Checkpoints
     step: int
 
     @property
     def tokenizer(self) -> Path:
         """The other run's own copy."""
-        return self.checkpoints.directory.parent / "tokenizer.json"
+        return self.run / "tokenizer.json"
 
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps: path and digest."""
@@ -35,15 +38,16 @@ def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
     asked = Path(config.init_from)
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
-        if (candidate / "checkpoints").is_dir():
-            checkpoints = Checkpoints(candidate / "checkpoints", config.checkpoint, read_only=True)
+        where = as_stored(candidate, config.checkpoint)
+        if place(candidate, where.directory).is_dir():
+            checkpoints = open_checkpoints_of(candidate, where, read_only=True, bucket=False)
             steps = checkpoints.steps()
             if candidate == asked.parent.parent:
                 steps = [s for s in steps if str(s) == asked.name]
             if only_step is not None:
                 steps = [s for s in steps if s == only_step]
             if steps:
-                return Parent(checkpoints, steps[-1])
+                return Parent(candidate, checkpoints, steps[-1])
     raise ValueError(
         f"init_from={config.init_from} is no run and no checkpoint; give a run's name "
         f"(beside {config.run.dir}), its directory, or its checkpoints/STEP"

@@ -28,7 +28,7 @@ from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import cluster
-from training.config import TrainingConfig
+from training.config import CheckpointConfig, TrainingConfig
 from training.manifest import now
 from training.metrics import sync_directory
 
@@ -37,6 +37,7 @@ _FROZEN_KEYS = (
     *("seed", "init_from", "training.global_batch_size", "training.precision"),
     "training.full_precision",
     *("training.z_loss", "training.ema_decay", "training.num_steps"),
+    "checkpoint.directory",  # where the run looks for what it goes on from
 )
 _FREE_KEYS = (
     *("data.cache_dir", "data.workers", "data.prefetch", "data.path", "data.download"),
@@ -64,6 +65,7 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     named = {kind.name: kind for kind in (AdamWConfig, MuonConfig, LionConfig, SGDConfig)}
     optim = named.get(str((config.get("optim") or {}).get("name")))
     rooms = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
+    rooms["checkpoint"] = CheckpointConfig
     values = {}
     for room, kind in (rooms | ({"optim": optim} if optim else {})).items():
         for field in fields(kind):

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from training.checkpoint_place import as_stored, place
+from training.config import CheckpointConfig
 from training.metrics import MetricsLog, json_value
 from training.progress import duration, human
 
@@ -106,7 +108,7 @@ def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _outputs(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = place(run_dir, as_stored(run_dir, CheckpointConfig()).directory)
     steps = [p for p in checkpoints.glob("*") if p.is_dir() and p.name.isdecimal()]
     if steps:
         newest = max(steps, key=lambda p: int(p.name))

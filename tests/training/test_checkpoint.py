@@ -13,56 +13,33 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import training.checkpoint_record as record_module
 from optim.config import AdamWConfig
 from optim.optimizers import make_optimizer
 from tests.training.ground import DROPPED
-from training.checkpoint import Checkpoints, CorruptCheckpoint, named_leaves, state_digest
+from tests.training.states import (
+    RECORD,
+    abstract,
+    assert_equal,
+    few_leaves,
+    flip,
+    make_state,
+    written,
+)
+from training.checkpoint import Checkpoints, CorruptCheckpoint
+from training.checkpoint_files import LIST
+from training.checkpoint_record import named_leaves, state_digest
 from training.config import CheckpointConfig
 from training.digest import digests
 from training.errors import RunFault
 from training.state import TrainState
 
-RECORD = {"data": {"mode": "cached", "step": 3}, "tokens": 96}
-FLIPS = 150
-SHAPES = {"table": (16, 8), "layers": (2, 8, 12), "scale": (8,)}
+FLIPS = 200
 
 
 def mesh(**axes):
     types = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
-
-
-def make_state(seed=0, ema=True):
-    rng = np.random.default_rng(seed)
-
-    def tree():
-        leaves = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
-        return {"embed": {"table": leaves["table"]}, "rest": {k: leaves[k] for k in ("layers", "scale")}}
-
-    opt_state = ({"count": jnp.asarray(seed, jnp.int32), "mu": tree(), "nu": tree()}, ())
-    return TrainState(jnp.asarray(seed, jnp.int32), tree(), opt_state, tree() if ema else None)
-
-
-def abstract(state, sharding=None):
-    place = sharding or (lambda leaf: leaf.sharding)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state
-    )
-
-
-def assert_equal(a, b):
-    for (name, x), y in zip(named_leaves(a).items(), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
-
-
-def written(path, *states, **config):
-    """Checkpoints of these states under their own `step`, committed."""
-    checkpoints = Checkpoints(path, CheckpointConfig(**config))
-    for state in states:
-        checkpoints.save(int(state.step), state, RECORD)
-        checkpoints.wait()
-    checkpoints.close()
-    return Checkpoints(path, CheckpointConfig(**config))
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +112,6 @@ def test_saved_numbers_survive_the_donation_of_the_state(tmp_path):
     np.testing.assert_array_equal(restored.params["big"], big)
 
 
-def few_leaves():
-    """A checkpoint of few files, so that each is hit often."""
-    rest = make_state(3).params["rest"]
-    return TrainState(jnp.asarray(3, jnp.int32), rest, {"count": jnp.asarray(3, jnp.int32)}, None)
-
-
 def outcome(path, like):
     """The restored state, or None where the damage was seen; anything else that is raised is a failure."""
     try:
@@ -151,18 +122,19 @@ def outcome(path, like):
 
 
 @DROPPED
-def test_flipped_bits_are_seen_or_harmless(tmp_path, dropped_reads):
+@pytest.mark.parametrize("listed", (True, False), ids=("by the list of files", "by arrays alone"))
+def test_flipped_bits_are_seen_or_harmless(tmp_path, dropped_reads, listed):
     path, right = tmp_path / "checkpoints", few_leaves()
     written(path, right).close()
+    if not listed:
+        (path / "3" / LIST).unlink()
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size)
     rng = np.random.default_rng(0)
     like, seen = abstract(right), 0
-    for trial in range(FLIPS):
+    for trial in range(FLIPS // 2):
         file = files[trial % len(files)]
         whole = file.read_bytes()
-        damaged = bytearray(whole)
-        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
-        file.write_bytes(damaged)
+        file.write_bytes(flip(whole, rng))
         state = outcome(path, like)
         if state is None:
             seen += 1
@@ -170,7 +142,8 @@ def test_flipped_bits_are_seen_or_harmless(tmp_path, dropped_reads):
             assert_equal(state, right)
         file.write_bytes(whole)
     assert_equal(outcome(path, like), right)
-    assert seen > FLIPS / 4  # the flips do reach what matters
+    # Small files are all in the list; without it, the flips do reach what matters.
+    assert seen == FLIPS // 2 if listed else seen > FLIPS / 8
 
 
 @DROPPED
@@ -365,3 +338,17 @@ def test_a_record_survives_json_and_names_the_state(saved):
     assert json.loads(json.dumps(record)) == record
     other = dict(record, digests={**record["digests"], "params.rest.scale": 1})
     assert state_digest(record) != state_digest(other)
+
+
+@DROPPED
+def test_a_large_state_is_read_in_parts_and_each_is_verified(tmp_path, monkeypatch, dropped_reads):
+    monkeypatch.setattr(record_module, "PART", 1)
+    path = tmp_path / "checkpoints"
+    written(path, make_state(3)).close()
+    parts = list(record_module.in_parts(record_module.items_of(make_state(3))))
+    assert 5 < len(parts) <= record_module.PARTS + 1
+    like = abstract(make_state())
+    assert_equal(outcome(path, like), make_state(3))
+    damage(path / "3")
+    (path / "3" / LIST).unlink()
+    assert outcome(path, like) is None

@@ -15,7 +15,8 @@ from data.errors import DataError
 from data.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
-from training.checkpoint import Checkpoints, named_leaves
+from training.checkpoint import Checkpoints
+from training.checkpoint_record import named_leaves
 from training.config import CheckpointConfig
 from training.digest import digests
 from training.errors import RunFault

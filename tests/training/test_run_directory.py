@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
         "z_loss": 0.0,
         "ema_decay": None,
     },
-    "checkpoint": {"every": 20},
+    "checkpoint": {"every": 20, "directory": None},
     "eval": {"every": 20},
     "sample": {"prompts": ["é\u0085 : # '\"\n"]},
     "logging": {"every": 20},
@@ -61,6 +61,7 @@ FROZEN = {
     "training.z_loss": 1e-4,
     "training.ema_decay": 0.999,
     "training.num_steps": 200,
+    "checkpoint.directory": "s3://bucket/run",
 }
 FREE = {
     "run.dir": "elsewhere/a",
