@@ -27,6 +27,7 @@ from training.errors import RunFault
 from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
+from training.ledger import Ledger
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
 from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
@@ -95,23 +96,24 @@ class Job:
     flops: Flops
     parent: Parent | None  # of a new run
     compile_seconds: float
-    compiled: float  # the moment when the steps were, of `Recorder.now`
     watch: CacheWatch
+    ledger: Ledger
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
     held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
 
-def compose(config: Any, run: RunDirectory, watch: CacheWatch) -> Job:
+def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh)
         parent = None if run.resuming else find_parent(config)
         tokenizer = tokenizer_config(config, run, parent)
-    prepared = prepare_together(config, tokenizer, run.data_digest)
+    with ledger.during("data_preparation"):
+        prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
-        return build_job(config, run, watch, layout, parent, prepared)
+        return build_job(config, run, watch, ledger, layout, parent, prepared)
 
 
 def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
@@ -134,6 +136,7 @@ def build_job(
     config: Any,
     run: RunDirectory,
     watch: CacheWatch,
+    ledger: Ledger,
     layout: Layout,
     parent: Parent | None,
     prepared: Prepared,
@@ -166,7 +169,8 @@ def build_job(
     if cluster.is_primary():
         startup_table(describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}"))
     began = time.perf_counter()
-    train_step, eval_step = program.compile_train(), program.compile_eval()
+    with ledger.during("compilation"):
+        train_step, eval_step = program.compile_train(), program.compile_eval()
     seconds = time.perf_counter() - began
     return Job(
         config,
@@ -180,8 +184,8 @@ def build_job(
         flops,
         parent,
         seconds,
-        time.perf_counter() - watch.seconds,
         watch,
+        ledger,
     )
 
 
@@ -192,7 +196,9 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     state: TrainState | None = None
     if run.resuming:
         checkpoints = open_checkpoints(job, stack)
-        if (found := checkpoints.restore_newest(program.canonical)) is not None:
+        with job.ledger.during("restore"):
+            found = checkpoints.restore_newest(program.canonical)
+        if found is not None:
             stored, record, quarantined = found
             state = program.from_canonical(stored)
             first, tokens = record["step"], record["tokens"]
@@ -241,6 +247,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
     primary = cluster.is_primary()
     log, board = None, None
     if primary:
+        job.ledger.open(run.path, first)
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
         if job.prepared.tokenizer.chat is not None:
             job.prepared.tokenizer.chat.save(run.path)
@@ -269,7 +276,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
         board,
         tokens=tokens,
         every=config.logging.every,
-        compiling=lambda: job.watch.seconds,
+        ledger=job.ledger,
         input_watch=InputWatch(config.data),
     )
 
@@ -277,7 +284,9 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
     """The run's checkpoints, closed with it."""
     job.checkpoints = Checkpoints(job.run.path / "checkpoints", job.config.checkpoint)
+    stack.callback(job.ledger.enter, "other")  # these three from the last to the first
     stack.push(job.checkpoints.leave)
+    stack.callback(job.ledger.enter, "checkpoints")
     return job.checkpoints
 
 
