@@ -126,7 +126,7 @@ class Exporter:
         self.recorder: Recorder | None = None
         address = os.environ.get(ADDRESS, "0.0.0.0")
         registry = CollectorRegistry()
-        registry.register(self)  # type: ignore[arg-type]  # a collector is what has `collect`
+        registry.register(self)
         try:
             self._server, self._thread = start_http_server(port, addr=address, registry=registry)
         except (OSError, OverflowError) as error:

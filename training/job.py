@@ -39,7 +39,7 @@ from training.run_directory import RunDirectory
 from training.state import TrainState
 from training.step import FlatStep
 from training.tensorboard import TensorBoard
-from training.xla import check_options, options_line
+from training.xla import check_options, deterministic_row, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
@@ -215,7 +215,13 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
     hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
-    cluster.from_primary("the run's directory", lambda: run.begin(manifest(job, hosts), resume_step=first))
+    facts = manifest(job, hosts)
+    cluster.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
+    if config.deterministic and (changed := run.other_bits(facts)):
+        say(
+            f"deterministic: {', '.join(changed)} are not as at the first start, so bits behind step {first} "
+            f"may not be either; python scripts/reproduce.py {config.run.name} names them"
+        )
     with in_mid_run(job):
         open_outputs(job, first, tokens, stack)
     return state, first
@@ -235,6 +241,7 @@ def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
             "hosts": hosts,
             "compute_dtype": str(program.ops.compute_dtype),
             "compiler_options": dict(program.compiler_options),
+            "deterministic": job.config.deterministic,
         },
     )
 
@@ -332,6 +339,9 @@ def describe(
         replicas = (
             f"step alone, exchange {config.local_sgd.exchange} every {config.local_sgd.inner_steps} steps"
         )
+    again = []
+    if config.deterministic:
+        again = [("deterministic", deterministic_row(devices.flat[0].platform), "deterministic=true")]
     return [
         ("run", config.run.dir, "going on" if run.resuming else "new"),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
@@ -342,6 +352,7 @@ def describe(
         ("attention", program.attention.name, program.attention.why),
         ("layers", remat, "training.remat, training.scan_layers"),
         ("compiler", options_line(program.compiler_options), f"hardware.xla={config.hardware.xla}"),
+        *again,
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
         ("data", loader.describe(), f"data.mode={config.data.mode}"),

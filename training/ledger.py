@@ -255,7 +255,7 @@ def read_starts(path: Path) -> list[Start]:
         return []
     with path.open("rb") as lines:
         for row in filter(None, map(decode_row, lines)):
-            number = row.get("start")
+            number = row.get("start", 0)
             if row.get("event") == "begin":
                 found[number] = Start(row, row)
             elif number in found:

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from training.process import cpu_model
+
 _ROOT = Path(__file__).resolve().parents[1]
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
 _FLAG_PREFIXES = ("JAX_", "XLA_PYTHON_CLIENT_", "NCCL_", "HYDRA_FULL_ERROR")
@@ -55,6 +57,7 @@ def build_manifest(
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "system": platform.platform(),
+        "cpu": cpu_model(),
         "packages": _packages(),
         "locks": {path.name: _sha256(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
         "git": git_state(_ROOT),
