@@ -55,6 +55,21 @@ def build_manifest(
         "created": now(),
         "command": list(sys.argv),
         "host": socket.gethostname(),
+        **surroundings(),
+        "mesh": dict(mesh),
+        "seed": config.get("seed"),
+        "data": {"digest": prepared_digest, "description": dict(data or {})},
+        "tokenizer": {"digest": tokenizer_digest},
+        "parent": dict(parent) if parent else None,
+        "scheduler": {f"SLURM_{k}": os.environ[f"SLURM_{k}"] for k in _SLURM if f"SLURM_{k}" in os.environ},
+        **dict(extra or {}),
+        "restarts": [],
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What this process finds whatever it is asked to do: code, packages, flags, devices, threads."""
+    return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu_model(),
@@ -64,16 +79,13 @@ def build_manifest(
         "environment": _environment(),
         "jax": _jax_config(),
         "devices": _devices(),
-        "mesh": dict(mesh),
         "threads": {"affinity": _affinity(), "cpus": os.cpu_count()},
-        "seed": config.get("seed"),
-        "data": {"digest": prepared_digest, "description": dict(data or {})},
-        "tokenizer": {"digest": tokenizer_digest},
-        "parent": dict(parent) if parent else None,
-        "scheduler": {f"SLURM_{k}": os.environ[f"SLURM_{k}"] for k in _SLURM if f"SLURM_{k}" in os.environ},
-        **dict(extra or {}),
-        "restarts": [],
     }
+
+
+def is_flag(name: str) -> bool:
+    """Whether an environment variable is one of those that a manifest keeps."""
+    return name in _FLAGS or name.startswith(_FLAG_PREFIXES)
 
 
 def now() -> str:
@@ -120,7 +132,7 @@ def _sha256(path: Path) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in sorted(os.environ.items()) if k in _FLAGS or k.startswith(_FLAG_PREFIXES)}
+    return {k: v for k, v in sorted(os.environ.items()) if is_flag(k)}
 
 
 def _jax_config() -> dict[str, Any]:

@@ -33,8 +33,8 @@ COMBINE = (
 # A product and its collective are cut up to overlap; asked for by name, because it compiles 3 times as long.
 WINDOWED = {"xla_gpu_threshold_for_windowed_einsum_mib": 0}
 LEAST_COMBINED = 30 << 20  # bytes: XLA's own threshold
-# XLA describes the first as the guarantee of run-to-run determinism on GPUs; the others stand by name, so that
-# a release in which it comes to mean less still takes them, or refuses them aloud.
+# XLA describes the first as the guarantee of run-to-run determinism on GPUs; the others stand by name, so
+# that a release in which it comes to mean less still takes them, or refuses them aloud.
 DETERMINISTIC_GPU = {
     "xla_gpu_deterministic_ops": True,  # reductions, scatters and cuDNN's backward without atomic adds
     "xla_gpu_exclude_nondeterministic_ops": True,  # what has no such form does not compile
