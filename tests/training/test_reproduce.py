@@ -244,8 +244,6 @@ def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tm
     status, said = run("train.py", *words)
     assert status == 0, said
     command = ("scripts/reproduce.py", "dirty", f"--runs={tmp_path}/runs")
-    status, said = run(*command, "--check")
-    assert status == 0 and "nothing differs" in said, said
     step.write_text(clean)
     (clone / "stray.py").touch()
     status, said = run(*command, "--check")
