@@ -22,7 +22,7 @@ from training.progress import duration
 def lines(run_dir: Path) -> Iterator[str]:
     """The table of categories, then a line for each start."""
     total, starts = account_of_run(run_dir), read_starts(run_dir / NAME)
-    life = f"{duration(total.wall)} of life, {len(starts)} starts"
+    life = f"{duration(total.wall)} of life, {len(starts)} start{'s' * (len(starts) > 1)}"
     yield f"{run_dir.name}: {life}, {total.redone:,} steps redone"
     wide = max(map(len, total.seconds))
     for name, seconds in sorted(total.seconds.items(), key=lambda pair: -pair[1]):

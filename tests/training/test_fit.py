@@ -306,4 +306,4 @@ def test_deterministic_asks_the_gpu_compiler_and_is_recorded(ground):
         patch.setattr(training.program, "needed_options", lambda on, *_: needed_options(on, "gpu"))
         state_at_start(ground.config("deterministic", "deterministic=true"))
     manifest = json.loads((ground.run("deterministic") / "manifest.json").read_text())
-    assert manifest["compiler_options"] == {**ONE_ORDER, **wanted}
+    assert manifest["compiler_options"] == {**ONE_ORDER, **wanted} and manifest["deterministic"] is True
