@@ -4,6 +4,9 @@ Composes the config, checks it, calls `fit`; nothing else. Several processes of 
 `parallel.cluster`). Exit status: 0 done, 1 fault in mid-run, 2 bad input, 75 saved at a signal: go on.
 """
 
+import atexit
+import contextlib
+import os
 import sys
 import traceback
 from importlib.util import find_spec
@@ -15,8 +18,11 @@ from configs.schema import Config, check
 from parallel import cluster
 from training.errors import RunFault
 from training.host_memory import keep_freed_memory
+from training.process import process_began
 
 HERE = Path(__file__).resolve().parent
+STATUS: list[int] = []  # of this process, at its end
+BEGAN = [process_began()]  # the first job of a sweep takes it
 
 
 def foreign_data() -> str | None:
@@ -36,10 +42,20 @@ def train(config: Config) -> int:
     with cluster.together("the configuration"):
         # Once more, now that the machine is known; under autoscale the run decides what of it is used.
         check(config, jax.device_count() if config.autoscale is None else None)
-    return fit(config, write_samples, legal)
+    return fit(config, write_samples, legal, began=BEGAN.pop() if BEGAN else None)
+
+
+def end_at_once() -> None:
+    """The last act of a process: Python would take a second to take itself apart."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if STATUS:
+        os._exit(STATUS[0])
 
 
 if __name__ == "__main__":
+    atexit.register(end_at_once)  # the first to be registered is the last to be called
     keep_freed_memory()  # before jax begins its threads
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
@@ -50,4 +66,5 @@ if __name__ == "__main__":
     except Exception:  # a defect: the traceback, and no waiting for processes that will not come
         traceback.print_exc()
         status = 1
+    STATUS.append(status)
     cluster.leave(status)

@@ -89,7 +89,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)  # its name and directory
     seed: int = 0  # of initial weights, data order and samples
-    deterministic: bool = False  # ask the compiler for bitwise repeatable kernels on accelerators
+    deterministic: bool = False  # equal bits from equal runs, at a cost on GPUs, or the run is refused
     profile: bool = False  # trace the steps of logging.profile_steps
     init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
     model: ModelConfig = field(default_factory=ModelConfig)  # what is computed

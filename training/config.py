@@ -140,6 +140,7 @@ class LoggingConfig:
     live: bool = True  # a live line where stdout is a terminal, else plain lines
     every: int = 20  # steps between plain lines and TensorBoard points
     profile_steps: list[int] = field(default_factory=lambda: [10, 13])  # traced by profile=true: [first, end)
+    prometheus_port: int | None = None  # the first process answers scrapes there; 0: any free port; null: off
 
     def __post_init__(self) -> None:
         """Each value by itself."""
@@ -147,6 +148,9 @@ class LoggingConfig:
         steps = self.profile_steps
         limit = "two steps [first, end), 1 <= first < end, such as [10, 13]"
         _require(len(steps) == 2 and 1 <= steps[0] < steps[1], "logging.profile_steps", steps, limit)
+        port = self.prometheus_port
+        limit = "a port from 1 to 65535, 0 for any that is free, or null"
+        _require(port is None or 0 <= port < 65536, "logging.prometheus_port", port, limit)
 
 
 @dataclass

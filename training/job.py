@@ -29,6 +29,7 @@ from training.errors import RunFault
 from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
+from training.ledger import Ledger
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
 from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
@@ -40,7 +41,7 @@ from training.run_directory import RunDirectory
 from training.state import TrainState
 from training.step import FlatStep
 from training.tensorboard import TensorBoard
-from training.xla import check_options, options_line
+from training.xla import check_options, deterministic_row, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
@@ -97,16 +98,16 @@ class Job:
     flops: Flops
     parent: Parent | None  # of a new run
     compile_seconds: float
-    compiled: float  # the moment when the steps were, of `Recorder.now`
     watch: CacheWatch
     scaled: Scaled
+    ledger: Ledger
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
     held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
 
-def compose(config: Any, run: RunDirectory, watch: CacheWatch, scaled: Scaled) -> Job:
+def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     with cluster.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
@@ -114,9 +115,10 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch, scaled: Scaled) -
         if cluster.is_primary() and not run.resuming:
             refuse_occupied(run.path, config.checkpoint)
         tokenizer = tokenizer_config(config, run, parent)
-    prepared = prepare_together(config, tokenizer, run.data_digest)
+    with ledger.during("data_preparation"):
+        prepared = prepare_together(config, tokenizer, run.data_digest)
     with cluster.together("the program"), before_the_first_step():
-        return build_job(config, run, watch, layout, parent, prepared, scaled)
+        return build_job(config, run, watch, ledger, layout, parent, prepared, scaled)
 
 
 def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
@@ -139,6 +141,7 @@ def build_job(
     config: Any,
     run: RunDirectory,
     watch: CacheWatch,
+    ledger: Ledger,
     layout: Layout,
     parent: Parent | None,
     prepared: Prepared,
@@ -173,7 +176,8 @@ def build_job(
         rows = describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
         startup_table(rows[:3] + scaled.rows() + rows[3:])
     began = time.perf_counter()
-    train_step, eval_step = program.compile_train(), program.compile_eval()
+    with ledger.during("compilation"):
+        train_step, eval_step = program.compile_train(), program.compile_eval()
     seconds = time.perf_counter() - began
     return Job(
         config,
@@ -187,9 +191,9 @@ def build_job(
         flops,
         parent,
         seconds,
-        time.perf_counter() - watch.seconds,
         watch,
         scaled,
+        ledger,
     )
 
 
@@ -200,7 +204,9 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     state: TrainState | None = None
     if run.resuming:
         checkpoints = open_checkpoints(job, stack)
-        if (found := checkpoints.restore_newest(program.canonical)) is not None:
+        with job.ledger.during("restore"):
+            found = checkpoints.restore_newest(program.canonical)
+        if found is not None:
             stored, record, quarantined = found
             state = program.from_canonical(stored)
             first, tokens = record["step"], record["tokens"]
@@ -217,7 +223,13 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
     hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
-    cluster.from_primary("the run's directory", lambda: run.begin(manifest(job, hosts), resume_step=first))
+    facts = manifest(job, hosts)
+    cluster.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
+    if config.deterministic and (changed := run.other_bits(facts)):
+        say(
+            f"deterministic: {', '.join(changed)} are not as at the first start, so bits behind step {first} "
+            f"may not be either; python scripts/reproduce.py {config.run.name} names them"
+        )
     with in_mid_run(job):
         open_outputs(job, first, tokens, stack)
     return state, first
@@ -238,6 +250,7 @@ def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
             "compute_dtype": str(program.ops.compute_dtype),
             "compiler_options": dict(program.compiler_options),
             **job.scaled.facts(),
+            "deterministic": job.config.deterministic,
         },
     )
 
@@ -250,6 +263,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
     primary = cluster.is_primary()
     log, board = None, None
     if primary:
+        job.ledger.open(run.path, first)
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
         if job.prepared.tokenizer.chat is not None:
             job.prepared.tokenizer.chat.save(run.path)
@@ -278,7 +292,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
         board,
         tokens=tokens,
         every=config.logging.every,
-        compiling=lambda: job.watch.seconds,
+        ledger=job.ledger,
         input_watch=InputWatch(config.data),
     )
 
@@ -286,7 +300,9 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
     """The run's checkpoints, closed with it."""
     job.checkpoints = open_checkpoints_of(job.run.path, job.config.checkpoint)
+    stack.callback(job.ledger.enter, "other")  # these three from the last to the first
     stack.push(job.checkpoints.leave)
+    stack.callback(job.ledger.enter, "checkpoints")
     return job.checkpoints
 
 
@@ -332,6 +348,9 @@ def describe(
         replicas = (
             f"step alone, exchange {config.local_sgd.exchange} every {config.local_sgd.inner_steps} steps"
         )
+    again = []
+    if config.deterministic:
+        again = [("deterministic", deterministic_row(devices.flat[0].platform), "deterministic=true")]
     return [
         ("run", config.run.dir, "going on" if run.resuming else "new"),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
@@ -342,6 +361,7 @@ def describe(
         ("attention", program.attention.name, program.attention.why),
         ("layers", remat, "training.remat, training.scan_layers"),
         ("compiler", options_line(program.compiler_options), f"hardware.xla={config.hardware.xla}"),
+        *again,
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
         ("data", loader.describe(), f"data.mode={config.data.mode}"),

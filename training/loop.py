@@ -4,7 +4,6 @@ What happens once in a while stands there in sight. Every process of a job runs 
 writes the run's directory and prints.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,8 +17,10 @@ from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.elastic import Rules, scale
 from training.evaluate import evaluate, weighed
+from training.exporter import Exporter, memory
 from training.feed import arrived, of_all_hosts, placing, rows_here
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
+from training.ledger import STEPPING, Ledger
 from training.notice import Notices, Stopping
 from training.one_device import on_one_device
 from training.plots import plot_loss
@@ -34,31 +35,52 @@ Sampler = Callable[..., dict[str, Any]]
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
 
 
-def fit(config: Any, sample: Sampler | None = None, legal: Rules | None = None) -> int:
+def fit(
+    config: Any, sample: Sampler | None = None, legal: Rules | None = None, *, began: float | None = None
+) -> int:
     """Train as `config` (the root Config) says, or go on where an earlier start of the same run stopped.
 
     `sample(program, params, tokenizer, config, run_dir)` writes generated text at the end and returns figures
     for the summary, and `legal(config, devices)` says why a config cannot run on so many, which autoscale
-    asks; both are handed in because they stand above training. Returns the exit status.
+    asks; both are handed in because they stand above training. `began`: when this start did, in seconds since
+    1970, where that was before this call. Returns the exit status.
 
     Raises ValueError and OSError for what the user can mend, before anything is written; RunFault in mid-run.
     """
-    began = time.perf_counter()
+    ledger = Ledger(began, memory)
     watch = start_compile_cache(config.run.compile_cache, names=config.profile)
+    ledger.compiling = lambda: watch.seconds
     with Notices() as notices, ExitStack() as stack:
         run = open_run_together(asdict(config), config.run.dir)
         stack.callback(run.close)
+        stack.push(ledger.leave)
         if (summary := finished(run, config)) is not None:
             show(summary)
             return 0
+        exporter = open_exporter(config, stack)
         with before_the_first_step():
             scaled = scale(config, run, legal)
-            job = compose(scaled.config, run, watch, scaled)
+            job = compose(scaled.config, run, watch, ledger, scaled)
             state, first = start(job, stack)
+        if exporter is not None:
+            exporter.show(job.recorder, config.training.num_steps)
         with in_mid_run(job):
             with notices.steps():
                 state = train(job, state, first, notices, stack)
-            return finish(job, state, sample, began)
+            return finish(job, state, sample)
+
+
+def open_exporter(config: Any, stack: ExitStack) -> Exporter | None:
+    """The endpoint that logging.prometheus_port asks for, by the primary; nothing has been written yet."""
+    if config.logging.prometheus_port is None:
+        return None
+    with cluster.together("the port for Prometheus"):
+        if not cluster.is_primary():
+            return None
+        exporter = Exporter(config.logging.prometheus_port, config.run.name)
+    stack.callback(exporter.close)
+    say(f"monitoring {exporter.address}")
+    return exporter
 
 
 def train(job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack) -> TrainState:
@@ -80,7 +102,8 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
     mesh = job.program.layout.mesh if job.program.votes else None
     stopping = Stopping(notices, mesh, config.local_sgd.inner_steps if job.program.replicas else 1)
     leaves = job.train_step.leaves_of(state)
-    recorder.asides["starting"] = recorder.now() - job.compiled
+    job.ledger.enter(STEPPING)
+    stack.callback(job.ledger.enter, "other")
     recorder.start_clock()
     for step in range(first + 1, last + 1):
         if profile.begins(step):
@@ -107,6 +130,7 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
                 recorder.sync()  # a checkpoint is never ahead of its rows
                 state = job.train_step.state_of(leaves)
                 checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+                job.ledger.save_began(step)
         if leaving:
             with recorder.aside("checkpoints"):
                 checkpoints.wait()
@@ -176,11 +200,12 @@ def held_out_loss(job: Job, params: Any) -> dict[str, float]:
     return weighed(figures, shares, sizes)
 
 
-def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) -> int:
+def finish(job: Job, state: TrainState, sample: Sampler | None) -> int:
     """Averages, samples, plot and summary; all of it can be made again from what is on disk."""
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     recorder.progress.close()
+    job.ledger.enter("samples")  # the averages, the plot and the summary are with them
     with recorder.aside("evaluation"):
         figures = final_figures(job, state, checkpoints)
     program, params = job.program, state.params
@@ -190,9 +215,8 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
-            with recorder.aside("samples"):
-                written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
-        show(report(job, recorder, figures | written, began))
+            written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+        show(report(job, recorder, figures | written))
 
     cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
     return 0
@@ -214,7 +238,7 @@ def final_figures(job: Job, state: TrainState, checkpoints: Checkpoints) -> dict
     return figures
 
 
-def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) -> dict[str, Any]:
+def report(job: Job, recorder: Recorder, figures: dict[str, Any]) -> dict[str, Any]:
     """The plot, and the summary with these figures in it."""
     config, run = job.config, job.run
     bigram = job.prepared.bigram_bits_per_byte()
@@ -230,8 +254,8 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "bigram_bits_per_byte": bigram,
             **packing_figures(job),
             "train_seconds": recorder.seconds,
-            "goodput": recorder.goodput(job.compiled),
-            "wall_seconds": time.perf_counter() - began,
+            "goodput": recorder.goodput(),
+            "wall_seconds": sum(job.ledger.seconds().values()),
             "compile_seconds": job.compile_seconds,
             "compile_cache": job.watch.outcome(),
             "parameters": job.program.model.num_params(),

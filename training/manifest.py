@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from training.process import cpu_model
+
 _ROOT = Path(__file__).resolve().parents[1]
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
 _FLAG_PREFIXES = ("JAX_", "XLA_PYTHON_CLIENT_", "NCCL_", "HYDRA_FULL_ERROR")
@@ -60,16 +62,8 @@ def build_manifest(
         "created": now(),
         "command": list(sys.argv),
         "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": _packages(),
-        "locks": {path.name: _sha256(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
-        "git": git_state(_ROOT),
-        "environment": _environment(),
-        "jax": _jax_config(),
-        "devices": _devices(),
+        **surroundings(),
         "mesh": dict(mesh),
-        "threads": {"affinity": _affinity(), "cpus": os.cpu_count()},
         "seed": config.get("seed"),
         "data": {"digest": prepared_digest, "description": dict(data or {})},
         "tokenizer": {"digest": tokenizer_digest},
@@ -78,6 +72,27 @@ def build_manifest(
         **dict(extra or {}),
         "restarts": [],
     }
+
+
+def surroundings() -> dict[str, Any]:
+    """What this process finds whatever it is asked to do: code, packages, flags, devices, threads."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_model(),
+        "packages": _packages(),
+        "locks": {path.name: _sha256(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
+        "git": git_state(_ROOT),
+        "environment": _environment(),
+        "jax": _jax_config(),
+        "devices": _devices(),
+        "threads": {"affinity": _affinity(), "cpus": os.cpu_count()},
+    }
+
+
+def is_flag(name: str) -> bool:
+    """Whether an environment variable is one of those that a manifest keeps."""
+    return name in _FLAGS or name.startswith(_FLAG_PREFIXES)
 
 
 def now() -> str:
@@ -131,7 +146,7 @@ def _sha256(path: Path) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in sorted(os.environ.items()) if k in _FLAGS or k.startswith(_FLAG_PREFIXES)}
+    return {k: v for k, v in sorted(os.environ.items()) if is_flag(k)}
 
 
 def _jax_config() -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from training.errors import RunFault
 from training.flops import Flops
 from training.input_watch import InputWatch
+from training.ledger import Ledger
 from training.local_sgd import host_scalars
 from training.metrics import MetricsLog
 
@@ -31,20 +32,21 @@ class Recorder:
         *,
         tokens: int,
         every: int,
-        compiling: Callable[[], float] = lambda: 0.0,
+        ledger: Ledger | None = None,
         input_watch: InputWatch | None = None,
     ):
-        """`compiling`: seconds of all compilations so far, which are no part of what they are needed for."""
+        """`ledger`: of this start, from its beginning; one of its own where none is given."""
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
-        self.tokens, self.every, self.compiling = tokens, every, compiling
+        self.tokens, self.every = tokens, every
+        self.ledger = ledger or Ledger()
         self.input_watch = input_watch
         self._pending: tuple[int, Mapping[str, Any], float, Mapping[str, float]] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
         self.waited = 0.0  # of these, for data
-        self.asides: dict[str, float] = {}  # seconds of what is no step
         self.steps = 0
         self.last: dict[str, Any] = {}
+        self.last_event: dict[str, Any] = {}  # of an evaluation
         self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
 
     def push(
@@ -54,6 +56,7 @@ class Recorder:
 
         wait, stages: seconds that the step waited for its batch, and that making it took by stage.
         """
+        self.ledger.waited(wait)
         pending, self._pending = self._pending, (step, metrics, wait, stages)
         if pending:
             self._write(*pending)
@@ -75,32 +78,33 @@ class Recorder:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Around what is no training step: the steps so far end before it, and its time is kept apart."""
-        self.flush()
-        began = self.now()
-        yield
-        self.start_clock()
-        self.asides[what] = self.asides.get(what, 0.0) + self.now() - began
+        """Around what is no training step: the steps so far end before it, and its time is kept apart.
 
-    def goodput(self, since: float) -> dict[str, Any]:
-        """Where the time since a moment of `now` went, for the summary."""
-        elapsed = self.now() - since
-        shares = {what: seconds / elapsed for what, seconds in {"steps": self.seconds, **self.asides}.items()}
+        what: a category of `training.ledger`.
+        """
+        self.flush()
+        with self.ledger.during(what):
+            yield
+        self.start_clock()
+
+    def goodput(self) -> dict[str, Any]:
+        """Where the time of the run's life went, for the summary."""
+        ledger = self.ledger
+        seconds = ledger.totals()
         return {
-            "seconds": elapsed,
-            "shares": {**shares, "the rest": max(1.0 - sum(shares.values()), 0.0)},
+            "seconds": sum(seconds.values()),
+            "categories": seconds,
+            "starts": ledger.before.starts + 1,
+            "redone_steps": ledger.before.redone + ledger.redone,
             "input_wait_share": self.waited / self.seconds if self.seconds else 0.0,
             "input_bottleneck": self.input_watch.bottleneck() if self.input_watch else None,
         }
-
-    def now(self) -> float:
-        """A clock in seconds that stands still while something is compiled."""
-        return time.perf_counter() - self.compiling()
 
     def event(self, step: int, values: Mapping[str, Any]) -> None:
         """A row that is not a training step, such as an evaluation."""
         if self.log:
             self.log.write({"step": step, **values})
+        self.last_event = {"step": step, **values}
         self.progress.evaluated({"step": step, **values})
         if self.board:
             self.board.scalars(step, values)
@@ -129,6 +133,7 @@ class Recorder:
         if self.log:
             self.log.write(row)
         self.last = row
+        self.ledger.stepped(step, skipped=bool(row.get("skipped")))
         self.progress.update(row)
         if self.input_watch and (line := self.input_watch.seen(step, seconds, wait, stages)):
             self.progress.note(line)

@@ -45,6 +45,10 @@ _FREE_KEYS = (
 )
 _OPEN_ENDED_SCHEDULES = ("constant", "wsd")
 _SHOWN = 6
+# Facts of a manifest by which the same mathematics may come out with other last bits.
+DECIDES_BITS = (
+    *("python", "packages", "devices", "mesh", "threads", "cpu", "jax", "compute_dtype", "compiler_options"),
+)
 
 
 def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -180,6 +184,11 @@ class RunDirectory:
                     f"restore the {kind}, or use another run.name= (with init_from={self.path.name} to go on "
                     "from its weights)"
                 )
+
+    def other_bits(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Which facts that decide the last bits of a step are not those of the first start."""
+        first = self._manifest
+        return [name for name in DECIDES_BITS if name in first and first[name] != manifest.get(name)]
 
     def _restart(self, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What of the manifest is not as it was at the first start."""

@@ -26,7 +26,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
 
     `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
     compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
-    goodput {seconds, shares, input_wait_share, input_bottleneck} (`Recorder.goodput`),
+    goodput {seconds, categories, starts, redone_steps, input_wait_share, input_bottleneck}
+    (`Recorder.goodput`),
     bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text, packing, rows_full, mixture
     {name: share of rows}; others are kept as they are.
     From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
@@ -194,11 +195,21 @@ def _time(s: Mapping[str, Any]) -> str:
 
 
 def _goodput(goodput: Mapping[str, Any]) -> str:
-    shares = ", ".join(f"{what} {100 * share:.1f} %" for what, share in goodput["shares"].items())
+    shares = shares_line(goodput["categories"])
     waiting = f"{100 * goodput['input_wait_share']:.2f} % of steps waiting for data"
     if goodput.get("input_bottleneck"):
         waiting += f": {goodput['input_bottleneck']}"
-    return f"of {duration(goodput['seconds'])} after compiling: {shares}; {waiting}"
+    starts = goodput.get("starts", 1)
+    over = f" over {starts} starts, {goodput['redone_steps']:,} steps redone" if starts > 1 else ""
+    return f"of {duration(goodput['seconds'])}{over}: {shares}; {waiting}"
+
+
+def shares_line(categories: Mapping[str, float]) -> str:
+    """Seconds by category as shares, the largest first; what rounds to nothing is left out."""
+    total = sum(categories.values()) or 1.0
+    shares = {name.replace("_", " "): 100 * value / total for name, value in categories.items()}
+    shown = sorted((share, name) for name, share in shares.items() if share >= 0.05)
+    return ", ".join(f"{name} {share:.1f} %" for share, name in reversed(shown))
 
 
 def _mfu(s: Mapping[str, Any]) -> str:

@@ -33,6 +33,19 @@ COMBINE = (
 # A product and its collective are cut up to overlap; asked for by name, because it compiles 3 times as long.
 WINDOWED = {"xla_gpu_threshold_for_windowed_einsum_mib": 0}
 LEAST_COMBINED = 30 << 20  # bytes: XLA's own threshold
+# XLA describes the first as the guarantee of run-to-run determinism on GPUs; the others stand by name, so
+# that a release in which it comes to mean less still takes them, or refuses them aloud.
+DETERMINISTIC_GPU = {
+    "xla_gpu_deterministic_ops": True,  # reductions, scatters and cuDNN's backward without atomic adds
+    "xla_gpu_exclude_nondeterministic_ops": True,  # what has no such form does not compile
+    "xla_gpu_autotune_level": 0,  # no kernel is chosen by a stopwatch
+}
+# Platforms that can repeat themselves, and what that hangs on beside devices and packages.
+REPEATS = {
+    "cpu": "and an equal number of threads: sums are split by it",
+    "gpu": "in an equal topology: collectives add in the order of their ring or tree",
+    "tpu": "in an equal topology",
+}
 PLATFORMS = {
     "cpu": "cpu",
     "gpu": "gpu",
@@ -86,11 +99,23 @@ def needed_options(deterministic: bool, platform: str, devices: int = 1) -> Opti
     different orders, and they wait for each other for ever; the other scheduler keeps one order.
 
     On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
-    operations cost some speed. CPU and TPU repeat themselves as they are.
+    operations cost some speed. CPU and TPU repeat themselves as they are. Raises ValueError for devices of
+    which nobody has said that they can.
     """
-    if platform == "cpu" and devices > 1:
-        return dict(ONE_ORDER)
-    return {"xla_gpu_deterministic_ops": True} if deterministic and family(platform) == "gpu" else {}
+    needed = dict(ONE_ORDER) if platform == "cpu" and devices > 1 else {}
+    if not deterministic:
+        return needed
+    if family(platform) not in REPEATS:
+        raise ValueError(
+            f"deterministic=true: it is not known how to make {platform} devices repeat themselves; "
+            f"use deterministic=false, or one of {', '.join(REPEATS)}"
+        )
+    return needed | (dict(DETERMINISTIC_GPU) if family(platform) == "gpu" else {})
+
+
+def deterministic_row(platform: str) -> str:
+    """For the start-up table: what equal bits hang on, where they are asked for."""
+    return f"equal bits on equal devices and packages, {REPEATS[family(platform)]}"
 
 
 def largest_layer_bytes(segments: Mapping[str, Any]) -> int:

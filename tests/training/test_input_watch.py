@@ -75,4 +75,4 @@ def test_the_recorder_says_it_above_the_live_line_and_the_summary_keeps_it():
         recorder.push(step, metrics, 60.0, {"read": 90.0, "fill": 10.0})
     (line,) = notes
     assert "read takes 90 % of making a batch" in line
-    assert "read takes 90 % of making a batch" in _goodput(recorder.goodput(0.0))
+    assert "read takes 90 % of making a batch" in _goodput(recorder.goodput())

@@ -99,4 +99,4 @@ def test_a_run_leaves_a_trace_and_a_page_of_the_parts_of_the_model(ground, monke
     assert page.startswith("Steps 2 to 3: ")
     for part in ("embed", "layer_0/attention", "layer_0/mlp", "layer_0/mlp, backward", "head", "optimizer"):
         assert f"  {part}\n" in page, part
-    assert ground.summary("traced")["goodput"]["shares"]["profile"] > 0
+    assert ground.summary("traced")["goodput"]["categories"]["profile"] > 0

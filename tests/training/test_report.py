@@ -179,7 +179,7 @@ FIGURES = {
     "peak_flops": 1.5e11,
     "goodput": {
         "seconds": 250.0,
-        "shares": {"steps": 0.9781, "evaluation": 0.0152, "the rest": 0.0067},
+        "categories": {"steps": 244.525, "evaluation": 3.8, "input_wait": 0.3075, "other": 1.3675},
         "input_wait_share": 0.00123,
     },
     "eval/loss": 2.4123,
@@ -221,7 +221,7 @@ def test_the_summary_has_every_figure_on_one_screen(tmp_path):
         *("quick[start]", "600 of 600", "2.46M tokens", "5.24M parameters", "4:00 of steps", "5:01", "7.2 s"),
         *(
             "3 hits, 17 misses, 5.4 MB",
-            "of 4:10 after compiling: steps 97.8 %, evaluation 1.5 %, the rest 0.7 %; 0.12 % of",
+            "of 4:10: steps 97.8 %, evaluation 1.5 %, other 0.5 %, input wait 0.1 %; 0.12 % of",
             "12.3k tokens/s",
             "31.3 % causal",
             "35.2 % full",

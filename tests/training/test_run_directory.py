@@ -378,6 +378,17 @@ def test_restarts_say_what_was_different(tmp_path):
     assert (path / "git.restart2.diff").read_text() == "changed\n"
 
 
+def test_a_start_knows_which_facts_behind_the_last_bits_are_not_the_first_ones(tmp_path):
+    facts = {**_manifest(), "mesh": {"data": 8}, "packages": {"jax": "1"}}
+    first = open_run(CONFIG, tmp_path / "a")
+    first.begin(facts)
+    first.close()
+    again = open_run(CONFIG, tmp_path / "a")
+    assert again.other_bits({**facts, "host": "another", "scheduler": {}}) == []
+    assert again.other_bits({**facts, "mesh": {"data": 4}, "packages": {"jax": "2"}}) == ["packages", "mesh"]
+    again.close()
+
+
 def test_the_manifest_holds_what_reproduces_a_run(monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JWT", "secret")

@@ -7,10 +7,12 @@ from parallel.config import XLA_PROFILES
 from tests.parallel.small import DENSE, make_config, make_program
 from training.xla import (
     COMBINE,
+    DETERMINISTIC_GPU,
     LEAST_COMBINED,
     ONE_ORDER,
     PLATFORMS,
     check_options,
+    deterministic_row,
     largest_layer_bytes,
     needed_options,
     profile_options,
@@ -19,8 +21,20 @@ from training.xla import (
 
 
 def test_only_a_gpu_is_asked_to_be_deterministic():
-    assert needed_options(True, "gpu") == {"xla_gpu_deterministic_ops": True}
+    assert needed_options(True, "cuda", 8) == needed_options(True, "gpu") == DETERMINISTIC_GPU
     assert needed_options(False, "gpu") == needed_options(True, "cpu") == needed_options(True, "tpu") == {}
+    assert needed_options(True, "cpu", 8) == ONE_ORDER
+    check_options(DETERMINISTIC_GPU, jax.devices()[0], "default")  # names that this compiler knows
+
+
+def test_devices_that_nobody_knows_to_repeat_themselves_are_refused():
+    assert needed_options(False, "toy") == {}
+    with pytest.raises(
+        ValueError, match="deterministic=true: it is not known how to make toy devices"
+    ) as error:
+        needed_options(True, "toy")
+    assert "\n" not in str(error.value)
+    assert all(deterministic_row(platform) for platform in ("cpu", "cuda", "rocm", "tpu"))
 
 
 @pytest.mark.parametrize(
