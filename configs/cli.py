@@ -219,23 +219,37 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
 def _check_sweep(overrides: list[str]) -> None:
     """Refuse a sweep before it starts where a job is malformed or two would share a directory."""
-    from hydra import compose, initialize_config_dir
+    from configs.schema import ConfigError
+
+    words = [word.lstrip("+") for word in overrides]
+    if any(word.startswith(("hydra/sweeper", "hydra.sweeper", "hydra.mode")) for word in words):
+        return  # another sweeper chooses its jobs as it goes
+    own = [word for word in overrides if not word.lstrip("+").startswith(("hydra/", "hydra."))]
+    directories: set[str] = set()
+    for job in sweep_jobs(own):
+        config = job_config(job, job)
+        if config.run.dir in directories:
+            raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
+        directories.add(config.run.dir)
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The words of each job of a sweep, in Hydra's order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from configs.schema import ConfigError
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
-    if any(word.lstrip("+").startswith(("hydra/", "hydra.")) for word in overrides):
-        return  # another sweeper chooses its jobs as it goes
+
+def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
+    """The checked Config of these words, of which those that are swept go into the run's name."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
-        directories: set[str] = set()
-        for words in jobs:
-            config = _finish(compose("config", overrides=list(words)), list(words))
-            if config.run.dir in directories:
-                raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
-            directories.add(config.run.dir)
+        return _finish(compose("config", overrides=list(words)), list(swept))
 
 
 def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
