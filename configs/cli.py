@@ -78,7 +78,7 @@ def main(
     def launch() -> int:
         if join is not None:
             join()
-        return _launch(task, argv, script, guard)
+        return _launch(task, argv, script, guard, join)
 
     return guard(launch)
 
@@ -113,11 +113,18 @@ def _report(message: str, status: int, trace: bool, speaks: Callable[[str], bool
     return status
 
 
-def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[[], int]], int]) -> int:
+def _launch(
+    task: Task,
+    argv: list[str],
+    script: str,
+    guard: Callable[[Callable[[], int]], int],
+    join: Callable[[], None] | None,
+) -> int:
     import hydra
 
     from configs import schema
     from configs.explain import check_overrides, null_room
+    from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
 
     args = _parse(argv)
     schema.register()
@@ -126,6 +133,7 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
     # Hydra's parser takes all overrides in one piece, after the flags.
     argv = [word for word in argv if word not in args.overrides] + args.overrides
+    check_launcher(args.overrides)
     if args.multirun:
         _check_sweep(args.overrides)
     if args.cfg == "job" and not args.resolve:
@@ -133,7 +141,12 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
     statuses: list[int] = []
     defects: list[Exception] = []
 
+    home = (os.uname().nodename, os.getpid())
+
     def job(cfg: Any) -> None:
+        if home != (os.uname().nodename, os.getpid()):  # a launcher's, and these lists are copies
+            end_elsewhere(guard(lambda: _joined(join, task, cfg)))
+            return
         # Hydra adds lines of its own to whatever leaves a job, so nothing does.
         try:
             statuses.append(guard(lambda: task(_configure(cfg))))
@@ -141,16 +154,26 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
             defects.append(error)
 
     with TemporaryDirectory() as scratch:
-        # For Hydra's own record of a sweep, which would lie beside the runs.
-        own = [] if any("hydra.sweep.dir" in word for word in argv) else [f"hydra.sweep.dir={scratch}"]
+        # For Hydra's own record of a sweep, which would lie beside the runs; a launcher needs one that stays.
+        given = any(word.lstrip("+").startswith(("hydra.sweep.dir", "hydra/launcher")) for word in argv)
+        own = [] if given else [f"hydra.sweep.dir={scratch}"]
         with _as_command([script, *argv, *own]):
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
             except (AssertionError, AttributeError) as defect:  # OmegaConf's own, for a key inside of null
                 raise null_room(args.overrides, defect) from defect
+            except EndedElsewhere as ended:
+                statuses.append(ended.status)
     for error in defects:
         raise error
     return max(statuses, default=0)
+
+
+def _joined(join: Callable[[], None] | None, task: Task, cfg: Any) -> int:
+    """A job in a process of its own, which is part of a job of several where its launcher started more."""
+    if join is not None:
+        join()
+    return task(_configure(cfg))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -58,8 +58,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
-# A silent node is down after eight seconds, and up again as soon as it answers.
-SlurmdTimeout=8
+# A silent node is down after five seconds, and up again as soon as it answers.
+SlurmdTimeout=5
 ReturnToService=2
 KillWait=30
 SchedulerParameters=sched_interval=2,bf_interval=2

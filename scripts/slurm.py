@@ -161,7 +161,7 @@ def submit(submission: Submission, configs: Sequence["Config"], slurm: SlurmConf
         shutil.rmtree(submission.here, ignore_errors=True)  # what Slurm refused leaves nothing
         raise
     (submission.here / "job").write_text(job + "\n")
-    print(f"job {job}, printing to {submission.log}", flush=True)
+    print(f"job {job}, printing to {submission.log.replace('%j', job).replace('%A', job)}", flush=True)
     return stay(job, submission) if slurm.follow else 0
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,12 @@ def seconds_of(text: str) -> int:
     return (hours * 60 + minutes) * 60 + seconds
 
 
+KINDS = {
+    field.name: str(field.type).removeprefix("<class '").removesuffix("'>") for field in fields(SlurmConfig)
+}
+BOOLEANS = {"true": True, "false": False}
+
+
 def split_words(words: Sequence[str]) -> tuple[SlurmConfig, list[str]]:
     """Return the job that the `slurm.*` words ask for, and the words that are left for the run.
 
@@ -113,39 +119,31 @@ def split_words(words: Sequence[str]) -> tuple[SlurmConfig, list[str]]:
 
 def slurm_config(words: Sequence[str]) -> SlurmConfig:
     """The defaults, then a file's values, then these words."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    given = dict(word.lstrip("+").removeprefix(PREFIX).partition("=")[::2] for word in words)
+    return SlurmConfig(
+        **{key: _value(key, value) for key, value in (_from_file(given.get("file")) | given).items()}
+    )
 
-    values = dict(map(_parsed, words))
-    tree = OmegaConf.structured(SlurmConfig)
-    for key, value in {**_from_file(values.get("file")), **values}.items():
-        if key not in SlurmConfig.__dataclass_fields__:
-            from configs.schema import did_you_mean
 
-            raise ValueError(
-                f"slurm.{key} is not a key; {did_you_mean(key, SlurmConfig.__dataclass_fields__)}"
-            )
-        try:
-            OmegaConf.update(tree, key, value)
-        except OmegaConfBaseException as error:
-            kind = SlurmConfig.__dataclass_fields__[key].type
-            name = getattr(kind, "__name__", kind)
-            raise ValueError(f"slurm.{key}={value} has the wrong type; it takes {name}") from error
+def _value(key: str, given: Any) -> Any:
+    """Text, or what a YAML file says, as the key's type. ValueError where it is of another."""
+    if key not in KINDS:
+        from configs.schema import did_you_mean
+
+        raise ValueError(f"slurm.{key} is not a key; {did_you_mean(key, KINDS)}")
+    kind, *null = KINDS[key].split(" | ")
+    if isinstance(given, list) and kind == "list[str]":
+        return list(map(str, given))
+    text = "null" if given is None else str(given).lower() if isinstance(given, bool) else str(given)
+    if null and text == "null":
+        return None
+    if kind == "list[str]":
+        return _list(key, text)
     try:
-        made = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    assert isinstance(made, SlurmConfig)
-    return made
-
-
-def _parsed(word: str) -> tuple[str, Any]:
-    """Key and value; only a list is more than its text: `[module load cuda, source env/bin/activate]`."""
-    key, _, text = word.lstrip("+").removeprefix(PREFIX).partition("=")
-    if text == "null":
-        return key, None
-    field = SlurmConfig.__dataclass_fields__.get(key)
-    return key, _list(key, text) if field is not None and "list" in str(field.type) else text
+        return {"int": int, "bool": BOOLEANS.__getitem__, "str": str}[kind](text)
+    except (ValueError, KeyError):
+        words = {"int": "a whole number", "bool": "true or false"}[kind]
+        raise ValueError(f"slurm.{key}={text} must be {words}{' or null' if null else ''}") from None
 
 
 def _list(key: str, text: str) -> list[str]:

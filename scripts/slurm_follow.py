@@ -1,5 +1,6 @@
 """Stay with a submitted job: print what it prints, say what becomes of it, return its exit status."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -50,7 +51,9 @@ def client(*command: str) -> str:
         raise OSError(
             f"{command[0]} is not on PATH: no Slurm here; run this on a login node, or use slurm.submit=false"
         )
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A job inherits what sbatch has; this one is Hydra's, while it calls us.
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
         raise OSError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
