@@ -7,6 +7,7 @@
 # was measured before.
 # `make test-data` tests the sources and steps of data that need extras (Beam, TensorFlow, HF datasets, S3) in .venv-data.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
+# `make test-slurm` starts a Slurm of a few nodes here and disturbs runs on it (as root: apt-get install slurm-wlm munge).
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -29,7 +30,7 @@ DATA := .venv-data/.installed
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: quickstart test test-matrix test-faults test-data torch-env bench lint lock clean
+.PHONY: quickstart test test-matrix test-faults test-slurm test-data torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -43,6 +44,11 @@ test-matrix: $(TEST)
 
 test-faults: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults tests $(ARGS)
+
+# Six nodes: jobs of two each go on side by side, since most of their time is waiting.
+test-slurm: $(TEST)
+	@JAX_PLATFORMS=cpu CAMBRIAN_REQUIRE_SLURM=1 $(BIN)/python scripts/local_slurm.py --nodes 6 -- \
+		$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)

@@ -9,10 +9,9 @@ from scripts.slurm_config import SlurmConfig
 
 # Seconds that tasks have to come to the same end once one has ended: as long as a dead one is waited for.
 ENDING_SECONDS = 60
-# Of the environment on the nodes these names are written down, never all: an environment holds secrets.
 RECORDED = (
-    "CUDA_|JAX_|XLA_|NCCL_|LIBTPU_INIT_ARGS=|LD_LIBRARY_PATH=|LOADEDMODULES=|OMP_NUM_THREADS=|PATH=|VIRTUAL_ENV=|"
-    "SLURM_(ARRAY_|JOB_|NNODES=|NODELIST=|NTASKS|CPUS_|GPUS|RESTART_COUNT=|CLUSTER_NAME=)"
+    "recorded='CUDA_|JAX_|XLA_|NCCL_|LIBTPU_INIT_ARGS=|OMP_NUM_THREADS=|PATH=|LD_LIBRARY_PATH=|LOADEDMODULES='",
+    "recorded+='|VIRTUAL_ENV=|SLURM_(ARRAY_|JOB_|NNODES=|NODELIST=|NTASKS|CPUS_|GPUS|RESTART_COUNT=)'",
 )
 
 HEAD = """\
@@ -42,7 +41,8 @@ RUN = """
 # Process 0 runs where this shell does, on the first node.
 {port}export CAMBRIAN_COORDINATOR=$(hostname):$port
 export CAMBRIAN_PROCESSES=$SLURM_NTASKS
-recorded='{recorded}'
+# What matters of the environment, by name: all of it would hold secrets.
+{recorded}
 env | grep -E "^($recorded)" | sort > "$here/environment-$job.txt"
 
 # A task that ends does not end the others at once: they are saving, too, and come to the same end.
@@ -110,7 +110,7 @@ def render(submission: Submission, slurm: SlurmConfig) -> str:
             _words(submission),
             RUN.format(
                 port=f"port={slurm.port}\n" if slurm.port else FREE_PORT,
-                recorded=RECORDED,
+                recorded="\n".join(RECORDED),
                 ending=ENDING_SECONDS,
                 srun=_srun(submission, slurm),
                 python=quote(submission.python),
