@@ -123,7 +123,8 @@ def _launch(
     import hydra
 
     from configs import schema
-    from configs.explain import check_overrides, null_room
+    from configs.explain import check_overrides
+    from configs.rooms import opened
     from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
 
     args = _parse(argv)
@@ -132,7 +133,7 @@ def _launch(
         # Another config directory may bring groups and options that these files do not list.
         check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
     # Hydra's parser takes all overrides in one piece, after the flags.
-    argv = [word for word in argv if word not in args.overrides] + args.overrides
+    argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, schema.Config)
     check_launcher(args.overrides)
     if args.multirun:
         _check_sweep(args.overrides)
@@ -160,8 +161,6 @@ def _launch(
         with _as_command([script, *argv, *own]):
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
-            except (AssertionError, AttributeError) as defect:  # OmegaConf's own, for a key inside of null
-                raise null_room(args.overrides, defect) from defect
             except EndedElsewhere as ended:
                 statuses.append(ended.status)
     for error in defects:
@@ -229,8 +228,10 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
     run.name is left out, and so is the experiment, whose name run.name already is unless it was given.
     """
+    from configs.rooms import GROUP
+
     given = {word.lstrip("+").split("=", 1)[0] for word in overrides}
-    hidden = {"run.name"} if "run.name" in given else {"experiment"}
+    hidden = {GROUP, "run.name"} if "run.name" in given else {GROUP, "experiment"}
     kept = [word.lstrip("+") for word in overrides if word.lstrip("+").split("=", 1)[0] not in hidden]
     text = ",".join(kept)
     clean = re.sub(r"[^A-Za-z0-9_.,=+@-]+", "_", text)
@@ -270,9 +271,12 @@ def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    from configs.rooms import opened
+    from configs.schema import Config
+
     GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return _finish(compose("config", overrides=list(words)), list(swept))
+        return _finish(compose("config", overrides=opened(list(words), Config)), list(swept))
 
 
 def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
