@@ -1,7 +1,7 @@
 """What is asked of Slurm: the `slurm.*` words of scripts/slurm.py, apart from the run's own configuration."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,11 @@ def seconds_of(text: str) -> int:
 KINDS = {
     field.name: str(field.type).removeprefix("<class '").removesuffix("'>") for field in fields(SlurmConfig)
 }
-BOOLEANS = {"true": True, "false": False}
+READ: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "bool": {"true": True, "false": False}.__getitem__,
+    "str": str,
+}
 
 
 def split_words(words: Sequence[str]) -> tuple[SlurmConfig, list[str]]:
@@ -126,7 +130,7 @@ def slurm_config(words: Sequence[str]) -> SlurmConfig:
 
 
 def _value(key: str, given: Any) -> Any:
-    """Text, or what a YAML file says, as the key's type. ValueError where it is of another."""
+    """Text or, from a file, a list of texts, as the key's type. ValueError where it is of another."""
     if key not in KINDS:
         from configs.schema import did_you_mean
 
@@ -134,13 +138,13 @@ def _value(key: str, given: Any) -> Any:
     kind, *null = KINDS[key].split(" | ")
     if isinstance(given, list) and kind == "list[str]":
         return list(map(str, given))
-    text = "null" if given is None else str(given).lower() if isinstance(given, bool) else str(given)
-    if null and text == "null":
+    text = str(given)
+    if null and text in ("", "null"):
         return None
     if kind == "list[str]":
         return _list(key, text)
     try:
-        return {"int": int, "bool": BOOLEANS.__getitem__, "str": str}[kind](text)
+        return READ[kind](text)
     except (ValueError, KeyError):
         words = {"int": "a whole number", "bool": "true or false"}[kind]
         raise ValueError(f"slurm.{key}={text} must be {words}{' or null' if null else ''}") from None
@@ -165,7 +169,7 @@ def _from_file(name: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        tree = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(name).read_text(encoding="utf-8"), yaml.BaseLoader)  # 1:00:00 is no number
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"slurm.file={name} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):

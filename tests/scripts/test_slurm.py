@@ -43,12 +43,14 @@ def test_what_cannot_be_asked_is_refused_in_a_line(words, said):
 
 
 def test_values_are_taken_as_typed_and_words_win_over_a_file(tmp_path):
-    (tmp_path / "cluster.yaml").write_text("partition: gpu\nnodes: 1\nsetup: [module load cuda, 'x: y']\n")
+    (tmp_path / "cluster.yaml").write_text(
+        "partition: gpu\nnodes: 1\ntime: 2:00:00\nsetup: [module load cuda, 'x: y']\n"
+    )
     slurm, words = split_words(
         [f"slurm.file={tmp_path}/cluster.yaml", "seed=1", "slurm.nodes=3", "slurm.options=[--a=1, '--b=x y']"]
     )
     assert words == ["seed=1"]
-    assert (slurm.nodes, slurm.partition) == (3, "gpu")
+    assert (slurm.nodes, slurm.partition, slurm.time) == (3, "gpu", "2:00:00")
     assert slurm.setup == ["module load cuda", "x: y"] and slurm.options == ["--a=1", "--b=x y"]
     setup = "source ${HOME:-/}/env/bin/activate"
     assert slurm_config([f"slurm.setup={setup}", "slurm.qos=null"]).setup == [setup]

@@ -23,8 +23,8 @@ def slurm() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nobody_follows():
-    """A test that failed leaves a process that follows its job; the job ends with the Slurm."""
+def nobody_stays():
+    """A test that failed leaves a process that follows its job, and one that starts a daemon leaves that."""
     yield
     for process in STARTED:
         process.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 from scripts.slurm_follow import states
 from tests.training.ground import ROOT, Ground
 
-DEADLINE = 240  # seconds; only a hang takes so long
+DEADLINE = 420  # seconds; only a hang takes so long
 STEPS = 600
 SMALL = (
     *("data.seq_len=16", "model.num_layers=1", "model.d_model=32", "model.d_ff=32", "model.num_heads=4"),
@@ -25,7 +25,7 @@ SMALL = (
 )
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[subprocess.Popen] = []  # whoever is to end with the tests
 
 
 def client(*command: str) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.slurm.jobs import STEPS, client, submit
+from tests.slurm.jobs import STARTED, STEPS, client, submit
 from training.checkpoint import state_digest
 
 pytestmark = pytest.mark.slurm
@@ -59,7 +59,8 @@ def failed(ground, paced, slurm):
     os.kill(int((slurm / "n6.pid").read_text()), signal.SIGKILL)
     run.until(lambda: run.state() != "RUNNING")
     with (slurm / "n6.again.out").open("wb") as log:
-        subprocess.Popen(["slurmd", "-D", "-N", "n6"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        daemon = subprocess.Popen(["slurmd", "-D", "-N", "n6"], stdin=log, stdout=log, stderr=log)
+    STARTED.append(daemon)
     return run.again()
 
 
