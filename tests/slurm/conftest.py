@@ -28,7 +28,9 @@ def nobody_stays():
     yield
     for process in STARTED:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @pytest.fixture(scope="session")

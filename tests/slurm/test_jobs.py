@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import pytest
 
-from tests.slurm.jobs import DEADLINE, SMALL, STEPS, client, submit
+from tests.slurm.jobs import DEADLINE, SMALL, STARTED, STEPS, client, submit
 from tests.training.ground import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -45,16 +46,27 @@ def test_what_a_job_refuses_is_its_status_and_nobody_starts_it_again(ground, pac
     assert run.log.count(", start ") == 1
 
 
-def sweep(ground, *words):
+def sweep(ground, name, *words):
     command = [
-        *(sys.executable, "train.py", "-m", *ground.words("swept", *SMALL, *SHORT, "mesh.data=1")),
+        *(sys.executable, "train.py", "-m", *ground.words(name, *SMALL, *SHORT, "mesh.data=1")),
         *(f"run.dir={ground.path}/runs/${{run.name}}", "hydra/launcher=submitit_slurm"),
         *(f"hydra.sweep.dir={ground.path}/sweep", "hydra.launcher.timeout_min=10", *words),
     ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, env=environment
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "XLA_FLAGS": ""},
     )
+    STARTED.append(process)
+    return process
+
+
+def swept(ground, name):
+    """Directories of the runs of a sweep, whose names are long."""
+    return sorted((ground.path / "runs").glob(f"{name}-*"))
 
 
 @pytest.fixture
@@ -65,11 +77,44 @@ def submitit():
 
 
 def test_a_sweep_by_submitit_is_a_job_for_each_run_and_ends_with_its_status(ground, submitit):
-    done = sweep(ground, "seed=0,1")
-    assert done.returncode == 0, done.stderr
-    names = sorted(path.name for path in ground.path.glob("runs/swept-*") if (path / "summary.json").exists())
-    assert len(names) == 2 and "seed=0" in names[0] and "seed=1" in names[1]
-    manifests = [json.loads((ground.run(name) / "manifest.json").read_text()) for name in names]
+    process = sweep(ground, "swept", "seed=0,1")
+    said, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, said
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in swept(ground, "swept")]
+    assert [manifest["seed"] for manifest in manifests] == [0, 1]
     assert len({manifest["scheduler"]["SLURM_JOB_ID"] for manifest in manifests}) == 2
-    refused = sweep(ground, "seed=0,1", "data.path=/nowhere")
-    assert refused.returncode == 2, refused.stderr
+    assert all((run / "summary.json").exists() for run in swept(ground, "swept"))
+    refused = sweep(ground, "refused", "seed=0,1", "data.path=/nowhere")
+    said, _ = refused.communicate(timeout=DEADLINE)
+    assert refused.returncode == 2, said
+
+
+def test_a_swept_run_goes_on_after_the_signal_that_submitit_asks_for(ground, submitit):
+    steps = 3000
+    process = sweep(ground, "signalled", "seed=0", f"training.num_steps={steps}")
+
+    def lines():
+        files = [run / "metrics.jsonl" for run in swept(ground, "signalled")]
+        return [line for path in files if path.exists() for line in path.read_text().splitlines()]
+
+    wait_until(lambda: len(lines()) >= 20, process)
+    [run] = swept(ground, "signalled")
+    scheduler = json.loads((run / "manifest.json").read_text())["scheduler"]
+    job = f"{scheduler['SLURM_ARRAY_JOB_ID']}_{scheduler['SLURM_ARRAY_TASK_ID']}"
+    client("scancel", "--signal=USR2", job)
+    wait_until(lambda: client("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", process)
+    client("scontrol", "update", f"JobId={job}", "StartTime=now+10")
+    said, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, said
+    rows = map(json.loads, lines())
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    [restart] = json.loads((run / "manifest.json").read_text())["restarts"]
+    assert 20 <= restart["step"] < steps
+
+
+def wait_until(there, process):
+    end = time.monotonic() + DEADLINE
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
