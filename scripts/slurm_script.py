@@ -123,54 +123,44 @@ def render(submission: Submission, slurm: SlurmConfig) -> str:
 
 def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[str]]]:
     """The options of sbatch by the reason for them."""
-    count = len(submission.elements)
-    at_once = f"%{slurm.array_limit}" if slurm.array_limit else ""
+    place = [
+        o
+        for key in ("partition", "account", "qos", "constraint", "exclude")
+        for o in _option(key, getattr(slurm, key))
+    ]
+    limit = f"{slurm.signal_seconds} s before the limit the tasks are told to save and leave"
+    again = "Slurm starts it again after preemption or a node's failure, and we after status 75"
+    names = [
+        *(f"--job-name={submission.name}", f"--chdir={submission.directory}"),
+        *(f"--output={submission.log}", "--open-mode=append"),
+    ]
     return [
-        (
-            "size: a task is one process of the run",
-            [
-                f"--nodes={slurm.nodes}",
-                f"--ntasks-per-node={slurm.tasks_per_node}",
-                *_option("gpus-per-node", slurm.gpus_per_node or None),
-                *_option("cpus-per-task", slurm.cpus_per_task),
-                *_option("mem", slurm.memory),
-                *(["--exclusive"] if slurm.exclusive else []),
-            ],
-        ),
-        (
-            "place",
-            [
-                o
-                for key in ("partition", "account", "qos", "constraint", "exclude")
-                for o in _option(key, getattr(slurm, key))
-            ],
-        ),
-        (
-            f"{slurm.signal_seconds} s before the limit the tasks are told to save and leave",
-            [f"--time={slurm.time}", f"--signal=USR1@{slurm.signal_seconds}"],
-        ),
-        (
-            "Slurm starts it again after preemption or a node's failure, and we after status 75"
-            if slurm.requeue
-            else "not started again by itself",
-            ["--requeue" if slurm.requeue else "--no-requeue"],
-        ),
-        ("one run for each element", [f"--array=0-{count - 1}{at_once}"] if count > 1 else []),
-        (
-            "a second submission waits for the first and then goes on",
-            ["--dependency=singleton"] if count == 1 else [],
-        ),
-        (
-            "one log over all starts",
-            [
-                f"--job-name={submission.name}",
-                f"--chdir={submission.directory}",
-                f"--output={submission.log}",
-                "--open-mode=append",
-            ],
-        ),
+        ("size: a task is one process of the run", _sizes(slurm)),
+        ("place", place),
+        (limit, [f"--time={slurm.time}", f"--signal=USR1@{slurm.signal_seconds}"]),
+        (again, ["--requeue"]) if slurm.requeue else ("not started again by itself", ["--no-requeue"]),
+        _one_or_many(len(submission.elements), slurm),
+        ("one log over all starts", names),
         ("slurm.options", list(slurm.options)),
     ]
+
+
+def _sizes(slurm: SlurmConfig) -> list[str]:
+    return [
+        f"--nodes={slurm.nodes}",
+        f"--ntasks-per-node={slurm.tasks_per_node}",
+        *_option("gpus-per-node", slurm.gpus_per_node or None),
+        *_option("cpus-per-task", slurm.cpus_per_task),
+        *_option("mem", slurm.memory),
+        *(["--exclusive"] if slurm.exclusive else []),
+    ]
+
+
+def _one_or_many(count: int, slurm: SlurmConfig) -> tuple[str, list[str]]:
+    if count == 1:
+        return "a second submission waits for the first and then goes on", ["--dependency=singleton"]
+    at_once = f"%{slurm.array_limit}" if slurm.array_limit else ""
+    return "one run for each element", [f"--array=0-{count - 1}{at_once}"]
 
 
 def _lines(why: str, options: Sequence[str]) -> list[str]:

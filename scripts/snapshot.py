@@ -13,7 +13,8 @@ def snapshot(target: Path, root: Path = ROOT) -> str:
     """Copy the code in `root` to the new directory `target`; what was copied, in words.
 
     Of a git checkout: a clone at its commit with the uncommitted and the untracked files laid over it, so
-    that in the copy `git diff` shows what was not committed and a run's manifest finds both.
+    that in the copy `git diff` shows what was not committed and a run's manifest finds both. Untracked files
+    count where code is: in the rooms and at the top, not what runs have left elsewhere.
     """
     if _git(root, "rev-parse", "--show-toplevel", check=False).strip() != str(root.resolve()):
         return _copy_rooms(target, root)
@@ -22,7 +23,8 @@ def snapshot(target: Path, root: Path = ROOT) -> str:
     _run("git", "clone", "--quiet", "--no-checkout", str(root), str(target))
     _git(target, "checkout", "--quiet", "--detach", commit)
     changed = _names(root, "diff", "--name-only", "--no-renames", "-z", "HEAD")
-    untracked = _names(root, "ls-files", "--others", "--exclude-standard", "-z")
+    others = _names(root, "ls-files", "--others", "--exclude-standard", "-z")
+    untracked = [name for name in others if "/" not in name or name.split("/")[0] in ROOMS]
     for name in changed + untracked:
         _lay_over(root / name, target / name)
     extra = f" with {len(changed + untracked)} files that are not committed" if changed + untracked else ""
@@ -62,5 +64,6 @@ def _run(*command: str, check: bool = True) -> str:
     except FileNotFoundError:
         return ""  # without git the rooms are copied
     if check and done.returncode:
-        raise OSError(f"{' '.join(command[:4])} failed: {done.stderr.strip().splitlines()[-1:]}")
+        said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise OSError(f"the code cannot be copied: {' '.join(command[:4])}: {said}")
     return done.stdout

@@ -150,8 +150,9 @@ def test_the_copy_is_the_code_as_it_is_and_later_edits_do_not_reach_it(tmp_path)
     (root / "changed.py").write_text("not committed\n")
     (root / "gone.py").unlink()
     (root / "configs/new.yaml").write_text("untracked\n")
-    (root / "runs").mkdir()
-    (root / "runs/large").write_text("ignored\n")
+    for place in ("runs", "elsewhere"):
+        (root / place).mkdir()
+        (root / place / "large").write_text("no code\n")
     assert (
         snapshot(copy, root)
         == f"commit {git(root, 'rev-parse', 'HEAD')[:9]} with 3 files that are not committed"
