@@ -99,8 +99,7 @@ def test_a_swept_run_goes_on_after_the_signal_that_submitit_asks_for(ground, sub
 
     wait_until(lambda: len(lines()) >= 20, process)
     [run] = swept(ground, "signalled")
-    scheduler = json.loads((run / "manifest.json").read_text())["scheduler"]
-    job = f"{scheduler['SLURM_ARRAY_JOB_ID']}_{scheduler['SLURM_ARRAY_TASK_ID']}"
+    job = json.loads((run / "manifest.json").read_text())["scheduler"]["SLURM_JOB_ID"]
     client("scancel", "--signal=USR2", job)
     wait_until(lambda: client("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", process)
     client("scontrol", "update", f"JobId={job}", "StartTime=now+10")
