@@ -9,6 +9,7 @@
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
 # apt-get install mmdebstrap).
+# `make test-slurm` starts a Slurm of a few nodes here and disturbs runs on it (as root: apt-get install slurm-wlm munge).
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -31,7 +32,7 @@ DATA := .venv-data/.installed
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart test test-matrix test-faults test-data torch-env bench lint lock clean
+.PHONY: image test-docker quickstart test test-matrix test-faults test-slurm test-data torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -45,6 +46,11 @@ test-matrix: $(TEST)
 
 test-faults: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults tests $(ARGS)
+
+# Six nodes: jobs of two each go on side by side, since most of their time is waiting.
+test-slurm: $(TEST)
+	@JAX_PLATFORMS=cpu CAMBRIAN_REQUIRE_SLURM=1 $(BIN)/python scripts/local_slurm.py --nodes 6 -- \
+		$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)

@@ -78,7 +78,7 @@ def main(
     def launch() -> int:
         if join is not None:
             join()
-        return _launch(task, argv, script, guard)
+        return _launch(task, argv, script, guard, join)
 
     return guard(launch)
 
@@ -113,12 +113,19 @@ def _report(message: str, status: int, trace: bool, speaks: Callable[[str], bool
     return status
 
 
-def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[[], int]], int]) -> int:
+def _launch(
+    task: Task,
+    argv: list[str],
+    script: str,
+    guard: Callable[[Callable[[], int]], int],
+    join: Callable[[], None] | None,
+) -> int:
     import hydra
 
     from configs import schema
     from configs.explain import check_overrides
     from configs.rooms import opened
+    from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
 
     args = _parse(argv)
     schema.register()
@@ -127,6 +134,7 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
     # Hydra's parser takes all overrides in one piece, after the flags.
     argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, schema.Config)
+    check_launcher(args.overrides)
     if args.multirun:
         _check_sweep(args.overrides)
     if args.cfg == "job" and not args.resolve:
@@ -134,7 +142,12 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
     statuses: list[int] = []
     defects: list[Exception] = []
 
+    home = (os.uname().nodename, os.getpid())
+
     def job(cfg: Any) -> None:
+        if home != (os.uname().nodename, os.getpid()):  # a launcher's, and these lists are copies
+            end_elsewhere(guard(lambda: _joined(join, task, cfg)))
+            return
         # Hydra adds lines of its own to whatever leaves a job, so nothing does.
         try:
             statuses.append(guard(lambda: task(_configure(cfg))))
@@ -142,13 +155,24 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
             defects.append(error)
 
     with TemporaryDirectory() as scratch:
-        # For Hydra's own record of a sweep, which would lie beside the runs.
-        own = [] if any("hydra.sweep.dir" in word for word in argv) else [f"hydra.sweep.dir={scratch}"]
+        # For Hydra's own record of a sweep, which would lie beside the runs; a launcher needs one that stays.
+        given = any(word.lstrip("+").startswith(("hydra.sweep.dir", "hydra/launcher")) for word in argv)
+        own = [] if given else [f"hydra.sweep.dir={scratch}"]
         with _as_command([script, *argv, *own]):
-            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+            except EndedElsewhere as ended:
+                statuses.append(ended.status)
     for error in defects:
         raise error
     return max(statuses, default=0)
+
+
+def _joined(join: Callable[[], None] | None, task: Task, cfg: Any) -> int:
+    """A job in a process of its own, which is part of a job of several where its launcher started more."""
+    if join is not None:
+        join()
+    return task(_configure(cfg))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -219,24 +243,40 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
 def _check_sweep(overrides: list[str]) -> None:
     """Refuse a sweep before it starts where a job is malformed or two would share a directory."""
-    from hydra import compose, initialize_config_dir
+    from configs.schema import ConfigError
+
+    words = [word.lstrip("+") for word in overrides]
+    if any(word.startswith(("hydra/sweeper", "hydra.sweeper", "hydra.mode")) for word in words):
+        return  # another sweeper chooses its jobs as it goes
+    own = [word for word in overrides if not word.lstrip("+").startswith(("hydra/", "hydra."))]
+    directories: set[str] = set()
+    for job in sweep_jobs(own):
+        config = job_config(job, job)
+        if config.run.dir in directories:
+            raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
+        directories.add(config.run.dir)
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The words of each job of a sweep, in Hydra's order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from configs.rooms import opened
-    from configs.schema import Config, ConfigError
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
-    if any(word.lstrip("+").startswith(("hydra/", "hydra.")) for word in overrides):
-        return  # another sweeper chooses its jobs as it goes
+
+def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
+    """The checked Config of these words, of which those that are swept go into the run's name."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from configs.rooms import opened
+    from configs.schema import Config
+
+    GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
-        directories: set[str] = set()
-        for words in jobs:
-            config = _finish(compose("config", overrides=opened(words, Config)), list(words))
-            if config.run.dir in directories:
-                raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
-            directories.add(config.run.dir)
+        return _finish(compose("config", overrides=opened(list(words), Config)), list(swept))
 
 
 def options(group: str, root: Path = CONFIG_DIR) -> list[str]:

@@ -83,7 +83,7 @@ def surroundings() -> dict[str, Any]:
         "packages": _packages(),
         "locks": {path.name: _sha256(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
         "git": git_state(_ROOT),
-        "environment": _environment(),
+        "environment": recorded_environment(),
         "jax": _jax_config(),
         "devices": _devices(),
         "threads": {"affinity": _affinity(), "cpus": os.cpu_count()},
@@ -145,7 +145,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _environment() -> dict[str, str]:
+def recorded_environment() -> dict[str, str]:
+    """The variables that change what is computed or how, by name: no secret is among them."""
     return {k: v for k, v in sorted(os.environ.items()) if is_flag(k)}
 
 
