@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.slurm.jobs import STARTED, STEPS, client, submit
-from training.checkpoint import state_digest
+from training.checkpoint_record import state_digest
 
 pytestmark = pytest.mark.slurm
 PAUSE = 0.06  # seconds a step, so that half a minute falls into the middle of a run
