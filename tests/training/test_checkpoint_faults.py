@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.training.ground import DROPPED
-from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, written
+from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, pick, written
 from tests.training.test_resume import assert_same_run, finish, kill_in_a_save, training_rows, wait_until
 from training.checkpoint import Checkpoints
 from training.checkpoint_errors import CorruptCheckpoint
@@ -46,11 +46,11 @@ def test_of_many_flipped_bits_none_is_restored(tmp_path, dropped_reads, portion)
     older, right = few_leaves(2), few_leaves(3)
     written(path, older, right).close()
     shutil.copytree(path, tmp_path / "whole")
-    names = sorted(p.relative_to(path) for p in (path / "3").rglob("*") if p.is_file() and p.stat().st_size)
+    files = sorted(p for p in (path / "3").rglob("*") if p.is_file() and p.stat().st_size)
     rng, like = np.random.default_rng(portion), abstract(right)
     counts = Counter()
     for _ in range(FLIPS // PORTIONS):
-        name = names[rng.integers(len(names))]
+        name = pick(files, rng).relative_to(path)
         if rng.random() < 0.5 and name.name != LIST:
             (path / "3" / LIST).unlink()
         (path / name).write_bytes(flip((path / name).read_bytes(), rng))
