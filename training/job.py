@@ -342,6 +342,7 @@ def describe(
     training = config.training
     tokens = training.global_batch_size * config.data.seq_len
     remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
+    elsewhere = config.checkpoint.directory
     free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
     replicas = "step together"
     if program.replicas is not None:
@@ -365,6 +366,7 @@ def describe(
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
         ("data", loader.describe(), f"data.mode={config.data.mode}"),
+        *([("checkpoints", elsewhere, "checkpoint.directory")] if elsewhere else []),
         ("disk", f"{free / 2**30:.0f} GiB free", "for checkpoints"),
     ]
 

@@ -12,7 +12,7 @@ import pytest
 
 from configs.schema import Config
 from tests.configs.composing import config
-from training.checkpoint import Checkpoints
+from training.checkpoint_place import as_stored, open_checkpoints_of
 from training.config import CheckpointConfig
 from training.metrics import MetricsLog
 
@@ -77,8 +77,8 @@ class Ground:
 
     def record(self, name: str, step: int) -> dict:
         """A checkpoint's record: digests of every array, data position, tokens."""
-        directory = self.run(name) / "checkpoints"
-        return Checkpoints(directory, CheckpointConfig(), read_only=True).record(step)
+        where = as_stored(self.run(name), CheckpointConfig())
+        return open_checkpoints_of(self.run(name), where, read_only=True).record(step)
 
     def summary(self, name: str) -> dict:
         return json.loads((self.run(name) / "summary.json").read_text())

@@ -25,8 +25,9 @@ def make_state(seed=0, ema=True):
 
 
 def few_leaves(seed=3):
-    """A checkpoint of few files, so that each is hit often."""
-    rest = make_state(seed).params["rest"]
+    """A checkpoint of few files, of which one is mostly an array that Orbax itself does not check."""
+    layers = np.random.default_rng(seed).normal(size=(2, 64, 128))
+    rest = {"layers": jnp.asarray(layers, jnp.float32), "scale": make_state(seed).params["rest"]["scale"]}
     count = jnp.asarray(seed, jnp.int32)
     return TrainState(count, rest, {"count": count}, None)
 
@@ -51,6 +52,12 @@ def written(path, *states, remote=None, **config):
         checkpoints.wait()
     checkpoints.close()
     return Checkpoints(path, CheckpointConfig(**config), remote=remote)
+
+
+def pick(files, rng):
+    """One of the files: half of the time each as likely, half of the time each byte."""
+    sizes = np.asarray([file.stat().st_size for file in files], np.float64)
+    return files[rng.choice(len(files), p=0.5 / len(files) + 0.5 * sizes / sizes.sum())]
 
 
 def flip(raw, rng):

@@ -24,6 +24,7 @@ from tests.training.states import (
     few_leaves,
     flip,
     make_state,
+    pick,
     written,
 )
 from training.checkpoint import Checkpoints, CorruptCheckpoint
@@ -131,8 +132,8 @@ def test_flipped_bits_are_seen_or_harmless(tmp_path, dropped_reads, listed):
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size)
     rng = np.random.default_rng(0)
     like, seen = abstract(right), 0
-    for trial in range(FLIPS // 2):
-        file = files[trial % len(files)]
+    for _ in range(FLIPS // 2):
+        file = pick(files, rng)
         whole = file.read_bytes()
         file.write_bytes(flip(whole, rng))
         state = outcome(path, like)
