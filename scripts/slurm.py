@@ -116,7 +116,7 @@ def prepare(
         raise ConfigError(f"two elements of this array would share {twice}; name a value once")
     submission = Submission(
         name=config.run.name,
-        here=_next_directory(Path(f"{os.path.abspath(config.run.dir)}.slurm")),
+        here=next_directory(Path(f"{os.path.abspath(config.run.dir)}.slurm")),
         directory=Path.cwd(),
         command=command,
         elements=elements,
@@ -139,7 +139,7 @@ def _mesh(config: "Config", slurm: SlurmConfig) -> str:
     return ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
-def _next_directory(parent: Path) -> Path:
+def next_directory(parent: Path) -> Path:
     """One for each submission, 1 and up: an earlier one's code may still be running."""
     taken = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdecimal()]
     return parent / str(max(taken, default=0) + 1)
