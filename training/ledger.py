@@ -37,6 +37,7 @@ CATEGORIES = {
     "evaluation": "held-out loss",
     "checkpoints": "what the loop waited for a save to begin, and at the end for the last one",
     "profile": "starting and writing a trace",
+    "replica_check": "comparing devices that hold the same parameters",
     "samples": "generated text, averages, the plot and the summary",
     "rollback": "going back to a checkpoint within a start",
     "downtime": "between the last sign of one start and the begin of the next",

@@ -80,10 +80,10 @@ class Recorder:
     def aside(self, what: str) -> Iterator[None]:
         """Around what is no training step: the steps so far end before it, and its time is kept apart.
 
-        what: a category of `training.ledger`.
+        what: a category of `training.ledger`, in words.
         """
         self.flush()
-        with self.ledger.during(what):
+        with self.ledger.during(what.replace(" ", "_")):
             yield
         self.start_clock()
 
