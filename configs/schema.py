@@ -33,6 +33,7 @@ from parallel.config import MESH_AXES, ContextConfig, HardwareConfig, MeshConfig
 from training.config import (
     CheckpointConfig,
     EvalConfig,
+    GuardConfig,
     LocalSGDConfig,
     LoggingConfig,
     RunConfig,
@@ -96,6 +97,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
     training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what it does when something goes wrong
     eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
     sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way

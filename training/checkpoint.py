@@ -1,7 +1,8 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/{momentum,replicas}        where replicas step alone (`training.local_sgd`)
+    checkpoints/STEP/guard                      what new updates are compared with (`training.guard`)
+    checkpoints/STEP/{momentum,replicas,guards} where replicas step alone (`training.local_sgd`)
     checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
 
 A restore recomputes every digest. A checkpoint that fails is moved to `quarantine/STEP` with its reason, and
@@ -56,15 +57,18 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-OPTIONAL = ("momentum", "replicas")  # what a run goes on without, or with another number of replicas
+LOCAL = ("momentum", "replicas", "guards")  # of replicas that step alone
+OPTIONAL = ("guard", *LOCAL)  # what a run goes on without, or with another number of replicas
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
     trees = {"params": state.params, "opt_state": state.opt_state}
     if state.ema is not None:
         trees["ema"] = state.ema
+    if state.guard is not None:
+        trees["guard"] = state.guard
     local = state.local or {}
-    assert set(local) <= set(OPTIONAL), "a state is saved in canonical form"
+    assert set(local) <= set(LOCAL), "a state is saved in canonical form"
     return trees | local
 
 
@@ -188,17 +192,19 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 
-        `local` has what of it is there in the same shape. Raises ValueError where anything else is of another
-        shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
+        `local` and `guard` have what of them is there in the same shape. Raises ValueError where anything
+        else is of another shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
         wanted = _trees(abstract)
         record, restored = self._load(step, _items(abstract))
         trees = {item: _like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
-        local = {item: trees[item] for item in OPTIONAL if item in trees}
+        local = {item: trees[item] for item in LOCAL if item in trees} or None
+        guard = trees.get("guard")
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
         )
-        return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local or None), record
+        state = TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local, guard)
+        return state, record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""

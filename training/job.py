@@ -194,13 +194,15 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
         checkpoints = open_checkpoints(job, stack)
         if (found := checkpoints.restore_newest(program.canonical)) is not None:
             stored, record, quarantined = found
-            state = program.from_canonical(stored)
+            state = program.from_canonical(program.with_guard(stored))
             first, tokens = record["step"], record["tokens"]
             job.loader.restore(record["data"])
             for reason in quarantined:
                 say(f"quarantined: {reason}")
             if program.replicas is not None and "replicas" not in (stored.local or {}):
                 say("the checkpoint is not of so many replicas that step alone: they start at its mean")
+            if stored.guard is None:
+                say("the checkpoint knows no losses to compare new ones with: the guard begins anew")
     if first > config.training.num_steps:
         raise ValueError(
             f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "

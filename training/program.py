@@ -32,6 +32,7 @@ from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from parallel.whole import Parts
 from training.attention import build_attention, choose_attention
+from training.guard import nothing_seen
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.notice import abstract_vote
@@ -109,6 +110,13 @@ class Program:
         if self.replicas is not None:
             return self.replicas.with_params(state, params)
         return state.replace(params=params)
+
+    def with_guard(self, stored: TrainState) -> TrainState:
+        """A canonical state with the guard's figures, begun anew where a checkpoint has none."""
+        if stored.guard is not None:
+            return stored
+        place = shardings(self.canonical.guard)
+        return stored.replace(guard=jax.jit(nothing_seen, out_shardings=place)())
 
     def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
         if self.born.arrangement is None:
@@ -297,6 +305,8 @@ def build_program(config: Any, layout: Layout) -> Program:
         grad_clip=config.optim.grad_clip,
         ema_decay=None if alone else training.ema_decay,
         seed=config.seed,
+        guard=config.guard,
+        alone=alone,
     )
     state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
     canonical, replicas = canonical_state(born, state, seen), None

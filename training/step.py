@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from parallel.axes import Layout
+from training.config import GuardConfig
+from training.guard import judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
@@ -44,12 +46,16 @@ def make_train_step(
     grad_clip: float | None,
     ema_decay: float | None,
     seed: int,
+    guard: GuardConfig | None = None,
+    alone: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch) -> (state, metrics)`.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
-    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics`. Random keys are folded
-    from (seed, step), so that neither mesh nor schedule changes them.
+    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics` and of the guard. Random
+    keys are folded from (seed, step), so that neither mesh nor schedule changes them.
+
+    guard: what updates are skipped; None: none. alone: of several replicas, whose counters are in common.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -67,14 +73,21 @@ def make_train_step(
             ema = state.ema
             if ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            watched, told = state.guard, {}
+            if guard is not None:
+                taken, watched, told = judge(state.guard, means["nll"], norm, guard.skip_sigma)
+                params = unless_skipped(taken, params, state.params)
+                opt_state = unless_skipped(taken, opt_state, state.opt_state, counters=not alone)
+                ema = unless_skipped(taken, ema, state.ema)
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_weights"] > 0).astype(jnp.float32),
             **router_metrics(means),
+            **told,
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, guard=watched), metrics
 
     return train_step
 
