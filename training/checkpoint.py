@@ -23,7 +23,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +253,16 @@ class Checkpoints:
         for name in differing(saved, files):
             raise CorruptCheckpoint(f"{self.directory}/{step}: its files say another shape of {name}")
 
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that passes, and what was quarantined on the way; None where none is."""
+    def restore_newest(
+        self, abstract: TrainState, most: int | None = None
+    ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that passes, and what was quarantined on the way; None where none is.
+
+        most: the last step that is looked at.
+        """
         quarantined = self._quarantined
-        for step in reversed(cluster.from_primary("the checkpoints there are", self.steps)):
+        there = cluster.from_primary("the checkpoints there are", self.steps)
+        for step in reversed([step for step in there if most is None or step <= most]):
             try:
                 state, record = self.restore(step, abstract)
                 return state, record, quarantined
@@ -267,6 +273,24 @@ class Checkpoints:
         if quarantined:
             raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a rollback undid; the primary's to do."""
+        for later in self._directories():
+            if later > step:
+                shutil.rmtree(self.directory / str(later))
+
+    def known_rollbacks(self) -> dict[int, int]:
+        """How many rollbacks the run had when each checkpoint was made; of those that can be read."""
+        known = {}
+        for step in self.steps():
+            with suppress(CorruptCheckpoint):
+                known[step] = len(self.record(step).get("rollbacks", []))
+        return known
+
+    def reload(self) -> None:
+        """See the checkpoints that there are now."""
+        self._checkpointer.reload()
 
     def _set_apart(self, step: int, reason: str) -> str:
         target = self.directory.parent / "quarantine" / str(step)

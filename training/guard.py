@@ -6,7 +6,7 @@ https://github.com/allenai/OLMo-core). A skipped update leaves parameters, momen
 to the last bit. The step's number, the position in the data and the learning rate's schedule go on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,10 +92,14 @@ def unless_skipped(taken: Bool[Array, ""], new: Any, old: Any, *, counters: bool
 class Trouble(RunFault):
     """So many updates in a row were skipped that the run cannot go on from here."""
 
-    def __init__(self, step: int, skips: int, reason: str):
-        """step: of the last skipped update; skips: how many in a row; reason: of the last."""
-        super().__init__(f"{skips} updates in a row were skipped up to step {step}: {reason}")
-        self.step, self.skips, self.reason = step, skips, reason
+    def __init__(self, step: int, skips: int, reason: str, figures: str):
+        """step: of the last skipped update; skips: how many in a row; reason, figures: of the last."""
+        super().__init__(f"{skips} updates in a row were skipped: {reason}, {figures} at step {step}")
+        self.step, self.skips, self.reason, self.figures = step, skips, reason, figures
+
+    def facts(self) -> tuple[int, int, str, str]:
+        """What it was made of."""
+        return self.step, self.skips, self.reason, self.figures
 
     @property
     def began(self) -> int:
@@ -113,4 +117,28 @@ def trouble(config: GuardConfig, step: int, metrics: Mapping[str, Any]) -> Troub
     """The trouble that a step's metrics tell of, None where they do not."""
     in_a_row = int(metrics.get(IN_A_ROW, 0))
     reason = reason_of(metrics)
-    return Trouble(step, in_a_row, reason) if reason and in_a_row >= config.max_skips else None
+    if not reason or in_a_row < config.max_skips:
+        return None
+    name = "grad_norm" if "gradient" in reason else "loss"
+    return Trouble(step, in_a_row, reason, f"{name}={float(metrics[name]):.6g}")
+
+
+# -- after a rollback (`training.rollback`) -----------------------------------------------------------------
+
+
+def undone(checkpoint: int, known: int, rollbacks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a checkpoint, made when the run had so many rollbacks, is of a step that a later one undid."""
+    return any(checkpoint > entry["to_step"] for entry in rollbacks[known:])
+
+
+def none_in_a_row(state: Any) -> Any:
+    """The canonical `TrainState` of a run that was taken back: what was skipped before counts no more."""
+
+    def reset(path: Any, leaf: Array) -> Array:
+        counts = jax.tree_util.keystr(path[-1:], simple=True) == "counts"
+        return leaf * jnp.array([1, 0], leaf.dtype) if counts else leaf
+
+    local = state.local
+    if local is not None and "guards" in local:
+        local = {**local, "guards": jax.tree_util.tree_map_with_path(reset, local["guards"])}
+    return state.replace(guard=jax.tree_util.tree_map_with_path(reset, state.guard), local=local)

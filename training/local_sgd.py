@@ -32,6 +32,7 @@ from jaxtyping import Array
 from parallel.arrangement import without_axis
 from parallel.axes import Layout
 from training.config import LocalSGDConfig
+from training.guard import IN_A_ROW, SKIPPED
 from training.state import TrainState, shardings
 
 AXIS = "replica"
@@ -332,7 +333,8 @@ def _reshaper(
 def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
     """A step's metrics as host scalars; of metrics [R], what the replicas on this process's devices say.
 
-    Means are weighted by tokens; `tokens` is scaled to all replicas, exact where one process holds them all.
+    Means are weighted by tokens, but of skipped updates the worst counts; `tokens` is scaled to all replicas,
+    exact where one process holds them all.
     """
     if np.ndim(metrics["tokens"]) == 0:  # every step: `device_get` takes six times as long
         return {name: np.asarray(x) for name, x in metrics.items()}
@@ -341,7 +343,8 @@ def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
     tokens, replicas = seen.pop("tokens"), metrics["tokens"].shape[0]
     weights = np.maximum(tokens, 1e-9)
     means = {name: float(np.average(values, weights=weights)) for name, values in seen.items()}
-    return {**means, "tokens": float(tokens.sum() * replicas / len(tokens))}
+    worst = {name: float(seen[name].max()) for name in (SKIPPED, IN_A_ROW) if name in seen}
+    return {**means, **worst, "tokens": float(tokens.sum() * replicas / len(tokens))}
 
 
 def _here(x: Array) -> list[Array]:

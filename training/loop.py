@@ -18,15 +18,19 @@ from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.evaluate import evaluate, weighed
 from training.feed import arrived, of_all_hosts, placing, rows_here
+from training.guard import Trouble, reason_of, trouble
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.notice import Notices, Stopping
 from training.one_device import on_one_device
 from training.plots import plot_loss
 from training.profiling import Profile, plan
 from training.recorder import Recorder
+from training.replica_check import ReplicaCheck
+from training.rollback import ended_by, go_back
 from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
 from training.summary import print_summary, summarize
+from training.watchdog import Watchdog
 
 Sampler = Callable[..., dict[str, Any]]
 
@@ -51,15 +55,35 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
             return 0
         with before_the_first_step():
             job = compose(config, run, watch)
-            state, first = start(job, stack)
+            watchdog = Watchdog(config.guard.stall_seconds, run.path, cluster.process_index())
+            stack.enter_context(watchdog)
+            state, first = start(job, stack, watchdog.expect)
         with in_mid_run(job):
             with notices.steps():
-                state = train(job, state, first, notices, stack)
+                state = train_to_the_end(job, state, first, notices)
+            watchdog.expect("the end")
             return finish(job, state, sample, began)
 
 
-def train(job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack) -> TrainState:
-    """From step `first` to the last, or to a notice to leave."""
+def train_to_the_end(job: Job, state: TrainState, first: int, notices: Notices) -> TrainState:
+    """Train, and where too many updates in a row were skipped go back and train again."""
+    assert job.recorder is not None
+    while True:
+        with ExitStack() as stack:
+            ended = train(job, state, first, notices, stack)
+        if not isinstance(ended, Trouble):
+            return ended
+        if not job.config.guard.rollback_batches:
+            raise ended_by(job, ended)
+        del state  # or two of them would lie on the devices
+        with job.recorder.aside("rollback"):
+            state, first = go_back(job, ended)
+
+
+def train(
+    job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack
+) -> TrainState | Trouble:
+    """From step `first` to the last, to a notice to leave, or to the trouble that the guard has met."""
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     last = config.training.num_steps
@@ -77,9 +101,13 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
     mesh = job.program.layout.mesh if job.program.votes else None
     stopping = Stopping(notices, mesh, config.local_sgd.inner_steps if job.program.replicas else 1)
     leaves = job.train_step.leaves_of(state)
-    recorder.asides["starting"] = recorder.now() - job.compiled
+    replicas = replica_check(job)
+    postponed = False
+    recorder.asides.setdefault("starting", recorder.now() - job.compiled)
     recorder.start_clock()
     for step in range(first + 1, last + 1):
+        if step > first + 1:  # the first batch may take an epoch's plan
+            recorder.expect(f"step {step}")
         if profile.begins(step):
             with recorder.aside("profile"):
                 profile.start()
@@ -88,6 +116,10 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
         leaves, metrics = job.train_step.on_leaves(leaves, stopping.ballot(batch))
         recorder.push(step, metrics, wait, feed.stages)
         leaving = stopping.agreed(step, recorder.read)
+        if step == last or leaving:
+            recorder.flush()
+        if (stuck := in_trouble(job, step)) is not None:
+            return stuck
 
         if profile.ends(step):
             with recorder.aside("profile"):
@@ -99,11 +131,19 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
                 recorder.event(step, figures)
                 job.held_out_at = step, figures
 
-        if leaving or every(config.checkpoint.every, step, last):
+        saving = leaving or postponed or every(config.checkpoint.every, step, last)
+        if replicas is not None and (saving or every(config.guard.replica_every, step, last)):
+            with recorder.aside("replica check"):
+                replicas.look(step, leaves)
+
+        if saving:
             with recorder.aside("checkpoints"):
-                recorder.sync()  # a checkpoint is never ahead of its rows
-                state = job.train_step.state_of(leaves)
-                checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+                # Those from before a trouble must not make room for those from within.
+                postponed = not leaving and step < last and may_wait(job)
+                if not postponed:
+                    recorder.sync()  # a checkpoint is never ahead of its rows
+                    state = job.train_step.state_of(leaves)
+                    checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
         if leaving:
             with recorder.aside("checkpoints"):
                 checkpoints.wait()
@@ -125,7 +165,36 @@ def planned_profile(job: Job, first: int) -> Profile:
 
 def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
     """What a checkpoint keeps beside the state."""
-    return {"data": of_all_hosts(job.position), "tokens": recorder.tokens, "data_digest": job.prepared.digest}
+    record = {"data": of_all_hosts(job.position), "tokens": recorder.tokens}
+    rollbacks = {"rollbacks": job.run.rollbacks} if job.run.rollbacks else {}
+    return record | {"data_digest": job.prepared.digest} | rollbacks
+
+
+def replica_check(job: Job) -> ReplicaCheck | None:
+    """What compares devices that hold the same, where the config asks for it."""
+    mesh = job.program.layout.mesh
+    return ReplicaCheck(job.program.state, mesh) if job.config.guard.replica_every and mesh.size > 1 else None
+
+
+def in_trouble(job: Job, step: int) -> Trouble | None:
+    """What ends the steps here, the same on every process; read of the last step that has its row.
+
+    Replicas that step alone read their own figures, so their hosts ask each other at outer steps.
+    """
+    assert job.recorder is not None
+    mine = trouble(job.config.guard, job.recorder.last.get("step", 0), job.recorder.read)
+    if job.program.replicas is None or cluster.process_count() == 1:
+        return mine
+    if step % job.config.local_sgd.inner_steps:
+        return None
+    said = cluster.exchange("skipped updates", mine.facts() if mine else None)
+    return next((Trouble(*facts) for facts in said if facts), None)
+
+
+def may_wait(job: Job) -> bool:
+    """Whether a save waits for an update that is taken: the last ones were not."""
+    assert job.recorder is not None
+    return job.program.replicas is None and reason_of(job.recorder.read) is not None
 
 
 def checked(job: Job, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -226,6 +295,7 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any], began: float) 
             "tokens": recorder.tokens,
             "bigram_bits_per_byte": bigram,
             **packing_figures(job),
+            **({"rollbacks": len(run.rollbacks)} if run.rollbacks else {}),
             "train_seconds": recorder.seconds,
             "goodput": recorder.goodput(job.compiled),
             "wall_seconds": time.perf_counter() - began,

@@ -8,11 +8,16 @@ from typing import Any
 
 from training.errors import RunFault
 from training.flops import Flops
+from training.guard import reason_of
 from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
 from training.metrics import MetricsLog
 
 NOT_TIMED: Mapping[str, float] = {}
+
+
+def ignored(what: str) -> None:
+    """Nobody wants to know what comes next."""
 
 
 class Recorder:
@@ -33,17 +38,22 @@ class Recorder:
         every: int,
         compiling: Callable[[], float] = lambda: 0.0,
         input_watch: InputWatch | None = None,
+        expect: Callable[[str], None] = ignored,
     ):
-        """`compiling`: seconds of all compilations so far, which are no part of what they are needed for."""
+        """`compiling`: seconds of all compilations so far, which are no part of what they are needed for.
+
+        `expect`: told what comes next, of what is no step (`training.watchdog`).
+        """
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every, self.compiling = tokens, every, compiling
-        self.input_watch = input_watch
+        self.input_watch, self.expect = input_watch, expect
         self._pending: tuple[int, Mapping[str, Any], float, Mapping[str, float]] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
         self.waited = 0.0  # of these, for data
         self.asides: dict[str, float] = {}  # seconds of what is no step
         self.steps = 0
+        self.skips = 0  # updates of this start that were not taken
         self.last: dict[str, Any] = {}
         self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
 
@@ -69,6 +79,11 @@ class Recorder:
         if self.log:
             self.log.sync()
 
+    def go_back(self, tokens: int, log: MetricsLog | None, board: Any) -> None:
+        """What was pending is of steps that are undone; the rows go on in a log that was cut."""
+        self._pending, self.read, self.last = None, {}, {}
+        self.tokens, self.log, self.board = tokens, log, board
+
     def start_clock(self) -> None:
         """The next step begins now."""
         self._mark = time.perf_counter()
@@ -78,7 +93,9 @@ class Recorder:
         """Around what is no training step: the steps so far end before it, and its time is kept apart."""
         self.flush()
         began = self.now()
+        self.expect(what)
         yield
+        self.expect("the next step")
         self.start_clock()
         self.asides[what] = self.asides.get(what, 0.0) + self.now() - began
 
@@ -126,18 +143,25 @@ class Recorder:
             **self.flops.mfu(tokens / seconds),
             **{key: float(value) for key, value in values.items() if key.startswith(("moe/", "mtp_"))},
         }
+        reason = reason_of(values)
+        if reason:
+            self.skips += 1
+            row |= {"skipped": 1, "skip_reason": reason}
         if self.log:
             self.log.write(row)
         self.last = row
         self.progress.update(row)
+        if reason:
+            figures = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            self.progress.note(f"step {step}: update skipped, {reason} ({figures})")
         if self.input_watch and (line := self.input_watch.seen(step, seconds, wait, stages)):
             self.progress.note(line)
         if self.board and (step % self.every == 0 or step == 1):
-            self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
+            self.board.scalars(step, {k: v for k, v in row.items() if k not in ("step", "skip_reason")})
             self.board.flush()  # so that a running TensorBoard follows
-        # A gradient that is not finite spoils the weights under a loss that still looks sound.
+        # What was not skipped has spoilt the weights, and under a loss that may still look sound.
         bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(row[key])), None)
-        if bad:
+        if bad and reason is None:
             raise RunFault(
                 f"{bad}={row[bad]} at step {step}; in a new run.name=, lower optim.learning_rate "
                 f"({row['learning_rate']:.3g} at that step) or set optim.grad_clip"
