@@ -6,8 +6,8 @@ https://github.com/allenai/OLMo-core). A skipped update leaves parameters, momen
 to the last bit. The step's number, the position in the data and the learning rate's schedule go on.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ SKIPPED, IN_A_ROW = "skipped", "skips_in_a_row"  # a step's metrics: index into 
 
 # -- in the step -------------------------------------------------------------------------------------------
 
+Kept = tuple[Any, Any, Any]  # parameters, the optimizer's state, the average of the weights (or None)
+Skipping = Literal["branch", "choose", "apart"]
 Watched = dict[str, Array]  # of `TrainState.guard`: last [2, WINDOW] losses and norms, counts [2]
 
 
@@ -69,21 +71,43 @@ def limits(last: Float[Array, "2 W"], count: Int[Array, ""], sigma: float) -> Fl
     return mean + sigma * jnp.maximum(deviation, ROUNDING * jnp.abs(mean))
 
 
-def unless_skipped(taken: Bool[Array, ""], new: Any, old: Any, *, counters: bool = True) -> Any:
-    """`new` where the update is taken, else `old`, leaf by leaf.
+def unless_skipped(
+    taken: Bool[Array, ""], update: Callable[[Kept], Kept], kept: Kept, *, how: Skipping
+) -> Kept:
+    """`update(kept)` where it is taken, else `kept`; but the schedule's counter, which counts steps, goes on.
 
-    A choice between two numbers that the update reads and writes anyway: it costs no memory and no traffic,
-    where a conditional would copy. The schedule's own counter goes on, since it counts steps. counters: False
-    where replicas share those of the moments, so that these go on as well.
+    "branch": the update is not even computed, and one that is compiles to what it was without a guard. GPUs
+    have the host look which branch is taken, and it would wait for every step. "choose" is for them: computed
+    in any case, and old or new chosen where both are read and written anyway, without a copy. "apart": the
+    same for replicas that step alone and have their counters, of the moments too, in common.
     """
+    if how == "branch":
+        params, opt_state, ema = jax.lax.cond(taken, update, skip, kept)
+        return params, opt_state, ema
+    new = update(kept)
 
     def choose(path: Any, after: Array, before: Array) -> Array:
-        shared = not counters and before.ndim == 0
-        if shared or jax.tree_util.keystr(path[:1], simple=True) == "schedule":
-            return after
-        return jnp.where(taken, after, before)
+        counts = before.ndim == 0 and (how == "apart" or is_schedule(path))
+        return after if counts else jnp.where(taken, after, before)
 
-    return jax.tree_util.tree_map_with_path(choose, new, old)
+    opt_state = jax.tree_util.tree_map_with_path(choose, new[1], kept[1])
+    params, ema = (jax.tree.map(lambda a, b: jnp.where(taken, a, b), new[i], kept[i]) for i in (0, 2))
+    return params, opt_state, ema
+
+
+def skip(kept: Kept) -> Kept:
+    """All as it was, one step further in the schedule."""
+    params, opt_state, ema = kept
+
+    def count(path: Any, leaf: Array) -> Array:
+        return leaf + 1 if is_schedule(path) else leaf
+
+    return params, jax.tree_util.tree_map_with_path(count, opt_state), ema
+
+
+def is_schedule(path: Any) -> bool:
+    """Whether a leaf of an optimizer's state counts the steps of the learning rate's schedule."""
+    return jax.tree_util.keystr(path[:1], simple=True) == "schedule"
 
 
 # -- on the host -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
 from training.compile_cache import CacheWatch
-from training.errors import RunFault
+from training.errors import Requeue, RunFault
 from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.guard import none_in_a_row, undone
@@ -43,6 +43,15 @@ from training.xla import check_options, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
+# What gloo, NCCL and the coordination service say when the other end of a connection is gone.
+LOST = (
+    "onnection closed",
+    "onnection reset",
+    "roken pipe",
+    "UNAVAILABLE",
+    "ABORTED",
+    "remote process exited",
+)
 
 
 @contextmanager
@@ -77,7 +86,15 @@ def in_mid_run(job: "Job") -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise RunFault(str(error)) from error
+    except cluster.Elsewhere:
+        raise
+    except cluster.ClusterFault as error:
+        raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
     except jax.errors.JaxRuntimeError as error:
+        if cluster.process_count() > 1 and any(word in str(error) for word in LOST):
+            what = f"process {cluster.process_index()} has lost another one"
+            line = device_fault(error)
+            raise Requeue(f"{what}: {line}; the same command goes on from the last checkpoint") from error
         raise RunFault(device_fault(error)) from error
 
 

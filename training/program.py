@@ -32,7 +32,7 @@ from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from parallel.whole import Parts
 from training.attention import build_attention, choose_attention
-from training.guard import nothing_seen
+from training.guard import Skipping, nothing_seen
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.notice import abstract_vote
@@ -222,6 +222,13 @@ def sharing(layout: Layout, *, alone: bool) -> Parts | None:
     return Parts(layout.mesh, axes) if layout.mesh.size > 1 else None
 
 
+def skipping(platform: str, *, alone: bool) -> Skipping:
+    """How an update that is not taken is left out on these devices."""
+    if alone:
+        return "apart"
+    return "choose" if platform in ("gpu", "cuda", "rocm") else "branch"
+
+
 def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
@@ -306,7 +313,7 @@ def build_program(config: Any, layout: Layout) -> Program:
         ema_decay=None if alone else training.ema_decay,
         seed=config.seed,
         guard=config.guard,
-        alone=alone,
+        skipping=skipping(platform, alone=alone),
     )
     state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
     canonical, replicas = canonical_state(born, state, seen), None

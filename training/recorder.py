@@ -131,7 +131,7 @@ class Recorder:
         self.seconds += seconds
         self.waited += wait
         self.steps += 1
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "loss": float(values["loss"]),
             "grad_norm": float(values["grad_norm"]),

@@ -140,7 +140,7 @@ class RunDirectory:
             idle, before = (0 if reached > before else idle + 1), reached
         if idle > most:
             raise RunFault(
-                f"{self.path} was started {idle} times from step {step} and no start got to a newer "
+                f"{self.path} was restarted {idle} times from step {step} and never got to a newer "
                 f"checkpoint; see why they ended, then go on with run.max_restarts={idle + most}"
             )
 

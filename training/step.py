@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from parallel.axes import Layout
 from training.config import GuardConfig
-from training.guard import judge, unless_skipped
+from training.guard import Kept, Skipping, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
@@ -47,7 +47,7 @@ def make_train_step(
     ema_decay: float | None,
     seed: int,
     guard: GuardConfig | None = None,
-    alone: bool = False,
+    skipping: Skipping = "branch",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch) -> (state, metrics)`.
 
@@ -55,7 +55,7 @@ def make_train_step(
     `learning_rate`, `tokens` (positions with weight), and those of `router_metrics` and of the guard. Random
     keys are folded from (seed, step), so that neither mesh nor schedule changes them.
 
-    guard: what updates are skipped; None: none. alone: of several replicas, whose counters are in common.
+    guard: what updates are skipped; None: none. skipping: how, see `training.guard.unless_skipped`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -63,22 +63,28 @@ def make_train_step(
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(weights_only(model.info, grads))
-            if (
-                grad_clip is not None
-            ):  # balance biases take their sign alone, so that scaling them does nothing
+
+        def update(kept: Kept) -> Kept:
+            params, opt_state, ema = kept
+            scaled = grads
+            # Balance biases take their sign alone, so that scaling them does nothing.
+            if grad_clip is not None:
                 scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
-                grads = jax.tree.map(lambda g: g * scale, grads)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = state.ema
+                scaled = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(scaled, opt_state, params)
+            params = optax.apply_updates(params, updates)
             if ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-            watched, told = state.guard, {}
-            if guard is not None:
+            return params, opt_state, ema
+
+        kept = (state.params, state.opt_state, state.ema)
+        watched, told = state.guard, dict[str, Array]()
+        with jax.named_scope("optimizer"):
+            if guard is None:
+                params, opt_state, ema = update(kept)
+            else:
                 taken, watched, told = judge(state.guard, means["nll"], norm, guard.skip_sigma)
-                params = unless_skipped(taken, params, state.params)
-                opt_state = unless_skipped(taken, opt_state, state.opt_state, counters=not alone)
-                ema = unless_skipped(taken, ema, state.ema)
+                params, opt_state, ema = unless_skipped(taken, update, kept, how=skipping)
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,

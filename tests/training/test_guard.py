@@ -199,7 +199,7 @@ def without_guard(trees):
 
 
 def test_too_many_skips_in_a_row_end_the_run_and_leave_the_checkpoints_from_before(ground, poison):
-    """A save that falls among skipped updates waits for one that is taken: it would crowd out an older one."""
+    """A save that falls among skipped updates waits for one that is taken; else it would crowd out older."""
     poison.update(range(5, 14))
     words = (*RUN, "guard.max_skips=5", "checkpoint.every=2", "checkpoint.keep=1")
     with pytest.raises(
