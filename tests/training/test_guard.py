@@ -15,6 +15,7 @@ from training.guard import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, no
 from training.loop import fit
 
 TINY = {"num_layers": 2, "d_model": 32, "d_ff": 32, "num_heads": 4, "num_kv_heads": 4}
+FAULTS = (pytest.mark.faults, pytest.mark.slow)
 MESHES = {
     "data, fsdp and tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "pipeline": {"pipeline": 2, "fsdp": 2},
@@ -95,7 +96,7 @@ def skip_once(program):
 
 
 @pytest.mark.parametrize(
-    "mesh", [None, *(pytest.param(m, id=name, marks=pytest.mark.slow) for name, m in MESHES.items())]
+    "mesh", [None, *(pytest.param(m, id=name, marks=FAULTS) for name, m in MESHES.items())]
 )
 def test_after_a_skip_every_number_is_the_same_but_the_steps(mesh):
     before, after, told, next_one = skip_once(make_program(make_config(mesh, model=TINY, ema_decay=0.9)))
@@ -110,6 +111,7 @@ def test_after_a_skip_every_number_is_the_same_but_the_steps(mesh):
     assert any(name.startswith("ema.") for name in before)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_replica_that_steps_alone_skips_alone():
     config = make_config({"replica": 2}, model=TINY)
@@ -125,6 +127,7 @@ def test_a_replica_that_steps_alone_skips_alone():
     assert next_one[SKIPPED].tolist() == [0, 0] and np.isfinite(next_one["loss"]).all()
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2}])
 def test_without_a_skip_the_guard_changes_no_bit_and_no_byte(mesh, monkeypatch):
@@ -172,6 +175,8 @@ def losses(ground, name):
     return {row["step"]: row for row in ground.rows(name) if "loss" in row}
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_rows_say_what_was_skipped_and_a_checkpoint_of_before_guards_goes_on(ground, poison, capsys):
     """Batches 5 and 6 are bad; the checkpoint at step 8 has no figures of the guard."""
     poison.update({5, 6})
@@ -198,6 +203,8 @@ def without_guard(trees):
     return older
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_too_many_skips_in_a_row_end_the_run_and_leave_the_checkpoints_from_before(ground, poison):
     """A save that falls among skipped updates waits for one that is taken; else it would crowd out older."""
     poison.update(range(5, 14))

@@ -75,6 +75,8 @@ def assert_as_wanted(ground, name, wanted):
     assert manifest(ground, name)["rollbacks"] == [entry] == ground.record(name, 14)["rollbacks"]
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_run_that_is_taken_back_is_the_run_that_never_saw_those_batches(ground, order, wanted, capsys):
     order["batch"] = poison(6, 7, 8)
     assert fit(ground.config("back", *BACK)) == 0
