@@ -21,6 +21,7 @@ from hydra import compose, initialize_config_dir
 
 from configs import schema
 from configs.cli import CONFIG_DIR
+from configs.rooms import opened
 from parallel.described import compiler_options, described_devices
 from parallel.hlo import Buffer, Reading, read_hlo, shapes
 from parallel.mesh import build_layout
@@ -71,7 +72,7 @@ def compose_config(experiment: str, precision: str, rows: int, seq_len: int, *ch
     )
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return schema.from_hydra(compose("config", overrides=list(words)))
+        return schema.from_hydra(compose("config", overrides=opened(words, schema.Config)))
 
 
 def compile_for(config: schema.Config, device: str = DEVICE) -> tuple[Program, Any]:

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from configs import schema
 from configs.cli import CONFIG_DIR
+from configs.rooms import opened
 from parallel.described import described_devices
 from parallel.hlo import Reading, read_hlo, shapes
 from parallel.mesh import build_layout
@@ -83,7 +84,8 @@ def describe_step(overrides: Sequence[str], hardware: str, topology: str) -> Row
     devices = described_devices(hardware, topology)
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = schema.from_hydra(compose("config", overrides=["run.name=described", *overrides]))
+        words = opened(["run.name=described", *overrides], schema.Config)
+        config = schema.from_hydra(compose("config", overrides=words))
     schema.check(config, len(devices))
     return describe_config(config, devices, hardware, topology, overrides)
 

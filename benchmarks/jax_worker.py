@@ -45,10 +45,6 @@ FREE = (
     "init_std",
     "rope_theta",
     "rope_scaling",
-    "rope_factor",
-    "rope_original_length",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
 )
 BATCHES = 8
 
@@ -62,9 +58,9 @@ def check_comparable(config: Any) -> None:
             raise ValueError(
                 f"model.{field.name}={value} is not in the PyTorch baseline; use model.{field.name}={default}"
             )
-    training = config.training
+    training, scaling = config.training, config.model.rope_scaling
     for key, value, needed in (
-        ("model.rope_scaling", config.model.rope_scaling == "yarn", "none, linear or llama3"),
+        ("model.rope_scaling.kind", scaling is not None and scaling.kind == "yarn", "linear or llama3"),
         ("optim.name", config.optim.name != "adamw", "adamw"),
         ("training.z_loss", training.z_loss != 0, "0"),
         ("training.ema_decay", training.ema_decay is not None, "null"),

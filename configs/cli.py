@@ -117,7 +117,8 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
     import hydra
 
     from configs import schema
-    from configs.explain import check_overrides, null_room
+    from configs.explain import check_overrides
+    from configs.rooms import opened
 
     args = _parse(argv)
     schema.register()
@@ -125,7 +126,7 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         # Another config directory may bring groups and options that these files do not list.
         check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
     # Hydra's parser takes all overrides in one piece, after the flags.
-    argv = [word for word in argv if word not in args.overrides] + args.overrides
+    argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, schema.Config)
     if args.multirun:
         _check_sweep(args.overrides)
     if args.cfg == "job" and not args.resolve:
@@ -144,10 +145,7 @@ def _launch(task: Task, argv: list[str], script: str, guard: Callable[[Callable[
         # For Hydra's own record of a sweep, which would lie beside the runs.
         own = [] if any("hydra.sweep.dir" in word for word in argv) else [f"hydra.sweep.dir={scratch}"]
         with _as_command([script, *argv, *own]):
-            try:
-                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
-            except (AssertionError, AttributeError) as defect:  # OmegaConf's own, for a key inside of null
-                raise null_room(args.overrides, defect) from defect
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
     for error in defects:
         raise error
     return max(statuses, default=0)
@@ -206,8 +204,10 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
     run.name is left out, and so is the experiment, whose name run.name already is unless it was given.
     """
+    from configs.rooms import GROUP
+
     given = {word.lstrip("+").split("=", 1)[0] for word in overrides}
-    hidden = {"run.name"} if "run.name" in given else {"experiment"}
+    hidden = {GROUP, "run.name"} if "run.name" in given else {GROUP, "experiment"}
     kept = [word.lstrip("+") for word in overrides if word.lstrip("+").split("=", 1)[0] not in hidden]
     text = ",".join(kept)
     clean = re.sub(r"[^A-Za-z0-9_.,=+@-]+", "_", text)
@@ -223,7 +223,8 @@ def _check_sweep(overrides: list[str]) -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from configs.schema import ConfigError
+    from configs.rooms import opened
+    from configs.schema import Config, ConfigError
 
     if any(word.lstrip("+").startswith(("hydra/", "hydra.")) for word in overrides):
         return  # another sweeper chooses its jobs as it goes
@@ -232,7 +233,7 @@ def _check_sweep(overrides: list[str]) -> None:
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
         directories: set[str] = set()
         for words in jobs:
-            config = _finish(compose("config", overrides=list(words)), list(words))
+            config = _finish(compose("config", overrides=opened(words, Config)), list(words))
             if config.run.dir in directories:
                 raise ConfigError(f"two jobs of this sweep would share {config.run.dir}; name a value once")
             directories.add(config.run.dir)

@@ -59,6 +59,10 @@ def _keys(room: type, prefix: str) -> dict[str, Key]:
 
 
 def _type(annotation: Any) -> str:
+    for part in get_args(annotation):
+        if is_dataclass(part):
+            first = fields(part)[0]
+            return f"keys in braces, such as {{{first.name}: {first.default}}}, or null"
     name = annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
     base = name.removesuffix(" | None")
     words = TYPES.get(base, f"a {base}")
@@ -84,23 +88,6 @@ def check_overrides(words: Sequence[str], root: Path, *, strict: bool) -> None:
             raise ConfigError(f"{key} is not a key; {_suggest(key, [*keys, *groups(root)])}")
         elif override.is_add() and key in keys:
             raise ConfigError(f"{word}: {key} exists already; drop the +: {word.lstrip('+')}")
-
-
-def null_room(words: Sequence[str], defect: Exception) -> Exception:
-    """What to raise where OmegaConf was given values for a room that is null; any other defect is ours."""
-    if "Unexpected type for root: NoneType" not in str(defect) and "object_type=NoneType" not in str(defect):
-        return defect
-    keys = known_keys()
-    for word in words:
-        key = word.lstrip("+").partition("=")[0]
-        for room in keys:
-            inside = any(known.startswith(f"{room}.") for known in keys)
-            if inside and (key == room or key.startswith(f"{room}.")):
-                group = room.split(".")[0]
-                return ConfigError(
-                    f"{word}: {room} is null in this {group}; choose one that has it with {group}=NAME"
-                )
-    return defect
 
 
 def _parse(word: str, root: Path) -> Override:

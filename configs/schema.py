@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.case import known_sizes
 from configs.legal import refusal
+from configs.rooms import register_rooms
 from data.config import DataConfig, TokenizerConfig, shards_problem
 from models.config import ModelConfig
 from optim.config import (
@@ -111,6 +112,7 @@ def register() -> None:
         store.store(group="schema/optim", name=schema.name, node=schema)
     for schedule in SCHEDULES:
         store.store(group="schema/schedule", name=schedule.name, node=schedule)
+    register_rooms(Config)
 
 
 def from_hydra(cfg: DictConfig) -> Config:
@@ -182,8 +184,8 @@ def _check_model(config: Config) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the learned position table, "
             f"model.max_seq_len={m.max_seq_len}; lower the one or raise the other"
         )
-    if m.rope_scaling != "none" and m.position != "rope":
-        _refuse(f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}")
+    if m.rope_scaling is not None and m.position != "rope":
+        _refuse(f"model.rope_scaling.kind={m.rope_scaling.kind} needs model.position=rope, not {m.position}")
 
 
 def _check_vocabulary(config: Config) -> None:

@@ -1,12 +1,14 @@
 """What a decoder-only transformer is made of: a family (GPT-2, Llama, Gemma, ...) is a set of values."""
 
 import difflib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 NORMS = ("rmsnorm", "layernorm")
 POSITIONS = ("rope", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
-ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 WINDOW_KINDS = ("global", "local")
 SCORES = ("softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
@@ -66,6 +68,43 @@ class MLAConfig:
 
 
 @dataclass
+class RopeScaling:
+    """Rotary positions stretched over texts `factor` times as long as the `original_length` before."""
+
+    kind: str = "linear"  # linear | llama3 | yarn (arXiv:2309.00071)
+    factor: float = 1.0  # how many times longer
+    original_length: int = 8192  # tokens, before scaling
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+    def __post_init__(self) -> None:
+        _check_choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        for key in ("factor", "original_length", "low_freq_factor", "beta_fast", "beta_slow"):
+            _check_positive(f"model.rope_scaling.{key}", getattr(self, key))
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and not low < high:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor={low} must be below "
+                f"model.rope_scaling.high_freq_factor={high}; Llama 3 has 1 and 4"
+            )
+
+
+@dataclass
+class MTPConfig:
+    """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437) by extra layers after the last."""
+
+    depth: int = 1  # further tokens
+    weight: float = 0.1  # of their mean loss, beside that of the next token
+
+    def __post_init__(self) -> None:
+        _check_count("model.mtp.depth", self.depth, "1, or model.mtp=null for none")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"model.mtp.weight={self.weight} must be 0 or more, such as 0.1")
+
+
+@dataclass
 class ModelConfig:
     """Shape and features of the model; sizes in elements, angles in radians, initial spread as a deviation.
 
@@ -93,13 +132,7 @@ class ModelConfig:
     position: str = "rope"  # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotation frequencies
     rope_local_theta: float | None = None  # Gemma 3: of local layers, which are then not scaled either
-    rope_scaling: str = "none"  # none | linear | llama3 | yarn
-    rope_factor: float = 1.0  # how many times longer than rope_original_length
-    rope_original_length: int = 8192  # tokens, before scaling
-    rope_low_freq_factor: float = 1.0  # llama3 scaling
-    rope_high_freq_factor: float = 4.0  # llama3 scaling
-    rope_beta_fast: float = 32.0  # yarn
-    rope_beta_slow: float = 1.0  # yarn
+    rope_scaling: RopeScaling | None = None  # stretched over longer texts; null: as trained
     activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
     window: int | None = None  # positions a local layer sees, itself included
     window_pattern: list[str] = field(default_factory=lambda: ["global"])
@@ -112,8 +145,7 @@ class ModelConfig:
     init_std: float = 0.02  # spread of what no other rule covers
     moe: MoEConfig | None = None  # a mixture of experts instead of one feed-forward; null: dense
     mla: MLAConfig | None = None  # latent attention instead of grouped heads; null: grouped heads
-    mtp_depth: int = 0  # DeepSeek-V3: further tokens that extra layers after the last learn to predict
-    mtp_weight: float = 0.1  # of their mean loss, beside that of the next token
+    mtp: MTPConfig | None = None  # DeepSeek-V3: predict further tokens as well; null: the next one alone
 
     def __post_init__(self) -> None:
         check_model(self)
@@ -122,6 +154,11 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the feed-forward multiplies by a gate."""
         return self.activation in ("swiglu", "geglu")
+
+    @property
+    def mtp_depth(self) -> int:
+        """Further tokens that are predicted; 0 for none."""
+        return self.mtp.depth if self.mtp else 0
 
 
 def check_model(config: ModelConfig) -> None:
@@ -144,13 +181,24 @@ def check_model(config: ModelConfig) -> None:
             f"model.window=null but model.window_pattern={list(config.window_pattern)} has local layers; "
             "set model.window to the positions they see"
         )
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    if config.rope_scaling == "llama3" and low >= high:
-        raise ValueError(
-            f"model.rope_low_freq_factor={low} must be below "
-            f"model.rope_high_freq_factor={high}; Llama 3 has 1 and 4"
-        )
     _check_parts(config)
+
+
+EARLIER = {"rope_scaling": ("rope_", RopeScaling), "mtp": ("mtp_", MTPConfig)}
+
+
+def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model's config as they are named now, of one that was stored before they were grouped."""
+    now = dict(model)
+    for group, (prefix, kind) in EARLIER.items():
+        names = [f.name for f in fields(kind) if f"{prefix}{f.name}" in model]
+        values = {name: now.pop(f"{prefix}{name}") for name in names}
+        if group == "rope_scaling" and values:
+            values["kind"] = now.pop("rope_scaling", "none")
+        if values:
+            off = values.get("kind") == "none" or values.get("depth") == 0
+            now[group] = None if off else values
+    return now
 
 
 def check_moe(moe: MoEConfig) -> None:
@@ -194,10 +242,10 @@ def _check_parts(config: ModelConfig) -> None:
         )
     if moe is not None and config.bias:
         raise ValueError("model.bias=true has no biases for experts; use model.bias=false with model.moe")
-    if not 0 <= config.mtp_depth < config.max_seq_len:
-        raise ValueError(f"model.mtp_depth={config.mtp_depth} must be 0 (off) or more, such as 1")
-    if not 0 <= config.mtp_weight < float("inf"):
-        raise ValueError(f"model.mtp_weight={config.mtp_weight} must be 0 or more, such as 0.1")
+    if config.mtp_depth >= config.max_seq_len:
+        raise ValueError(
+            f"model.mtp.depth={config.mtp_depth} must be below model.max_seq_len={config.max_seq_len}; use 1"
+        )
     if mla is None:
         return
     size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -225,6 +273,11 @@ def _check_count(key: str, value: int, remedy: str = "a positive number") -> Non
         raise ValueError(f"{key}={value} must be above 0; use {remedy}")
 
 
+def _check_positive(key: str, value: float, remedy: str = "a positive number") -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{key}={value} must be above 0; use {remedy}")
+
+
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -236,7 +289,7 @@ MOE_WEIGHTS = ("load_balance_weight", "router_z_weight", "bias_update_rate")
 
 
 def _check_choices(config: ModelConfig) -> None:
-    kinds = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS, "rope_scaling": ROPE_SCALINGS}
+    kinds = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS}
     for key, choices in kinds.items():
         _check_choice(f"model.{key}", getattr(config, key), choices)
     pattern = list(config.window_pattern)
@@ -247,8 +300,7 @@ def _check_choices(config: ModelConfig) -> None:
 
 
 SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
-ROPE_NUMBERS = ("rope_theta", "rope_factor", "rope_original_length", "rope_low_freq_factor")
-POSITIVE = (*ROPE_NUMBERS, "rope_beta_fast", "rope_beta_slow", "norm_eps", "init_std")
+POSITIVE = ("rope_theta", "norm_eps", "init_std")
 POSITIVE_OR_NULL = ("window", "rope_local_theta", "attention_softcap", "logit_softcap", "attention_scale")
 
 
@@ -257,9 +309,11 @@ def _check_numbers(config: ModelConfig) -> None:
         value = getattr(config, key)
         if value is None and key in POSITIVE_OR_NULL:
             continue
-        if not 0 < value < float("inf"):
-            remedy = "; use null to switch it off" if key in POSITIVE_OR_NULL else ""
-            raise ValueError(f"model.{key}={value} must be above 0{remedy or '; use a positive number'}")
+        _check_positive(
+            f"model.{key}",
+            value,
+            "null to switch it off" if key in POSITIVE_OR_NULL else "a positive number",
+        )
     if config.vocab_size != -1 and config.vocab_size < 1:
         raise ValueError(
             f"model.vocab_size={config.vocab_size} must be positive, or -1 for the tokenizer's size"

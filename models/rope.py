@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 from models.spec import LayerSpec
 
 
@@ -21,35 +21,35 @@ def rope_frequencies(
     size = size or config.head_dim
     planes = np.arange(0, size, 2, dtype=np.float64) / size
     frequencies = spec.rope_theta**-planes
-    scaling = config.rope_scaling if spec.rope_scaled else "none"
-    if scaling == "linear":
-        return frequencies / config.rope_factor, 1.0
-    if scaling == "llama3":
-        return _llama3(frequencies, config), 1.0
-    if scaling == "yarn":
-        return _yarn(frequencies, config, spec.rope_theta, size), 0.1 * math.log(config.rope_factor) + 1.0
-    return frequencies, 1.0
+    scaling = config.rope_scaling
+    if scaling is None or not spec.rope_scaled:
+        return frequencies, 1.0
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling), 1.0
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, scaling, spec.rope_theta, size), 0.1 * math.log(scaling.factor) + 1.0
+    return frequencies / scaling.factor, 1.0
 
 
-def _llama3(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Llama 3.1: slow planes are stretched, fast ones kept, others blended by turns in the old context."""
-    turns = config.rope_original_length * frequencies / (2 * math.pi)
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return kept * frequencies + (1.0 - kept) * frequencies / config.rope_factor
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
-def _yarn(frequencies: np.ndarray, config: ModelConfig, theta: float, size: int) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float, size: int) -> np.ndarray:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over planes between beta_fast and beta_slow turns."""
 
     def plane(turns: float) -> float:
-        ratio = config.rope_original_length / (turns * 2 * math.pi)
+        ratio = scaling.original_length / (turns * 2 * math.pi)
         return size * math.log(ratio) / (2 * math.log(theta))
 
-    low = max(math.floor(plane(config.rope_beta_fast)), 0)
-    high = min(math.ceil(plane(config.rope_beta_slow)), size - 1)
+    low = max(math.floor(plane(scaling.beta_fast)), 0)
+    high = min(math.ceil(plane(scaling.beta_slow)), size - 1)
     stretched = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0.0, 1.0)
-    return stretched * frequencies / config.rope_factor + (1.0 - stretched) * frequencies
+    return stretched * frequencies / scaling.factor + (1.0 - stretched) * frequencies
 
 
 def rotate(

@@ -176,7 +176,8 @@ class Model:
         beside that of the last layer, not normed. A depth's loss is the sum over the positions whose document
         goes on that far, over the same total weight as the main loss.
         """
-        spec = self.segments[-1].period[-1]
+        spec, settings = self.segments[-1].period[-1], self.config.mtp
+        assert settings is not None
         totals: Tree = {}
         loss = nll = jnp.zeros((), jnp.float32)
         ahead = dict(batch)
@@ -188,13 +189,13 @@ class Model:
             x, sums = module(x, embedded, batch, spec, ops)
             return x, module.final_norm(x), sums
 
-        for depth in range(self.config.mtp_depth):
+        for depth in range(settings.depth):
             x, normed, sums = deepen(params, ahead["targets"], x, params["mtp"][str(depth)])
             ahead["targets"], ahead["loss_weights"] = next_targets(ahead)
             part, parts = self._loss(params, normed, ahead["targets"], ahead["loss_weights"], ops, 0.0)
             sums = self._mean_over_layers(sums)
-            loss = loss + self.config.mtp_weight / self.config.mtp_depth * part + sums.pop("loss", 0.0)
-            nll = nll + parts["nll"] / self.config.mtp_depth
+            loss = loss + settings.weight / settings.depth * part + sums.pop("loss", 0.0)
+            nll = nll + parts["nll"] / settings.depth
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
         return loss, {"mtp_nll": nll, **totals}
 

@@ -145,9 +145,11 @@ def load_config(path: Path) -> "Config":
     from omegaconf.errors import OmegaConfBaseException
 
     from configs.schema import OPTIMIZERS, SCHEDULES, Config, from_hydra
+    from models.config import regrouped
 
     try:
         stored = OmegaConf.load(path)
+        stored.model = regrouped(dict(stored.model))
         optim = {schema.name: schema for schema in OPTIMIZERS}[stored.optim.name]()
         schedule = {schema.name: schema for schema in SCHEDULES}[stored.schedule.name]()
         typed = OmegaConf.merge(OmegaConf.structured(Config(optim=optim, schedule=schedule)), stored)

@@ -24,7 +24,7 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from data.loader import Loader
     from data.store import TokenStore
     from data.tokenizer import train_tokenizer
-    from models.config import ModelConfig
+    from models.config import ModelConfig, RopeScaling
     from models.loss import chunked_cross_entropy
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
@@ -40,7 +40,7 @@ TEXTS = [f"{number} " + "def f(x): return x\n" * (number % 4) for number in rang
 VARIANTS = (
     {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True, "tie_embeddings": True},
     {"window": 8, "window_pattern": ["local", "global"], "qk_norm": True, "post_norms": True},
-    {"rope_scaling": "yarn", "rope_factor": 4.0, "attention_softcap": 50.0, "logit_softcap": 30.0},
+    {"rope_scaling": RopeScaling("yarn", 4.0), "attention_softcap": 50.0, "logit_softcap": 30.0},
 )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from data.config import DataConfig, TokenizerConfig
+from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import cluster
 from training.config import GuardConfig, RunConfig, TrainingConfig
@@ -268,6 +269,8 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
     run._lock = _lock(path)
     try:
         stored = _load(path / "config.yaml", yaml.safe_load)
+        if isinstance(stored.get("model"), dict):
+            stored["model"] = regrouped(stored["model"])
         run._manifest = _load(path / "manifest.json", json.loads)
         run.rollbacks = list(run._manifest.get("rollbacks", []))
         run.changed = differing_keys(stored, run.config)

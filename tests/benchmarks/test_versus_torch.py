@@ -52,7 +52,7 @@ def torch_losses(directory):
 
 
 @pytest.mark.parametrize(
-    "further", [(), ("model.tie_embeddings=false", "model.rope_scaling=llama3", "model.rope_factor=8")]
+    "further", [(), ("model.tie_embeddings=false", "model.rope_scaling={kind: llama3, factor: 8}")]
 )
 def test_pytorch_has_the_same_losses_from_the_same_weights(tmp_path, further):
     torch_python()

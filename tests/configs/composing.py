@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from configs import schema
 from configs.cli import CONFIG_DIR
+from configs.rooms import opened
 
 
 @contextlib.contextmanager
@@ -19,7 +20,7 @@ def composer() -> Iterator[None]:
 
 def raw(*overrides: str) -> DictConfig:
     with composer():
-        return compose("config", overrides=list(overrides))
+        return compose("config", overrides=opened(overrides, schema.Config))
 
 
 def config(*overrides: str) -> schema.Config:

@@ -66,8 +66,8 @@ BAD = {
     "window missing": ([DEBUG, "model.window_pattern=[local]"], ["model.window"]),
     "window unused": ([DEBUG, "model.window=16"], ["model.window=16", "local"]),
     "scaling without rope": (
-        [DEBUG, "model.position=none", "model.rope_scaling=yarn"],
-        ["model.rope_scaling=yarn", "model.position=rope"],
+        [DEBUG, "model.position=none", "model.rope_scaling.kind=yarn"],
+        ["model.rope_scaling.kind=yarn", "model.position=rope"],
     ),
     "positions": (
         [DEBUG, "model.position=learned", "model.max_seq_len=32"],
@@ -136,8 +136,9 @@ BAD = {
     "slices without plus": ([DEBUG, "mesh.dcn.data=2"], ["+mesh.dcn.data=SLICES"]),
     "slices of no axis": ([DEBUG, "+mesh.dcn.date=2"], ["mesh.dcn.date", "did you mean data?"]),
     "no slice": ([DEBUG, "+mesh.dcn.data=0"], ["mesh.dcn.data=0", "1 or more"]),
-    "key inside of null": ([DEBUG, "model.moe.num_experts=4"], ["model.moe is null", "model=NAME"]),
-    "room for null": ([DEBUG, "model.moe={num_experts: 4}"], ["model.moe is null", "model=NAME"]),
+    "key inside of null": ([DEBUG, "model.moe.num_experts=0"], ["model.moe.num_experts=0", "positive"]),
+    "room for null": ([DEBUG, "model.moe={experts: 4}"], ["model.moe.experts", "is not a key"]),
+    "word for a room": ([DEBUG, "model.rope_scaling=yarn"], ["model.rope_scaling", "{kind: linear}", "null"]),
     "unknown key of experts": ([DEBUG, "model.moe.num_expert=4"], ["did you mean model.moe.num_experts?"]),
     "inner steps alone": (
         [DEBUG, "mesh.data=1", "local_sgd.inner_steps=5"],

@@ -10,6 +10,8 @@ import yaml
 import train
 from configs import schema
 from configs.cli import CONFIG_DIR, groups, main, options, override_suffix
+from configs.rooms import opened, optional_rooms
+from models.config import MoEConfig, RopeScaling
 from tests.configs.composing import config
 
 HEAVY = "jax flax optax orbax numpy tensorflow_datasets tokenizers matplotlib rich".split()
@@ -162,3 +164,29 @@ def test_fewer_kv_heads_than_tensor_devices_are_legal(tensor):
     made = config("+experiment=debug", "mesh.data=1", f"mesh.tensor={tensor}")
     assert made.model.num_kv_heads == 4
     schema.check(made, tensor)
+
+
+def test_a_part_that_is_null_opens_with_its_defaults_where_a_word_sets_something_in_it():
+    rooms = list(optional_rooms(schema.Config))
+    assert {"model.moe", "model.mla", "model.mtp", "model.rope_scaling"} <= set(rooms)
+    for room in rooms:  # every one, whatever comes to be
+        assert opened([f"{room}.x=1"], schema.Config) == [f"+_room=[{room}]", f"{room}.x=1"]
+        assert opened([f"{room}=null"], schema.Config) == [f"{room}=null"]
+    assert config("+experiment=debug").model.moe is None
+    words = ("model.moe.num_experts=4", "model.rope_scaling={kind: yarn}")
+    model = config("+experiment=debug", *words).model
+    assert model.moe == MoEConfig(num_experts=4) and model.rope_scaling == RopeScaling("yarn")
+    kept = config("+experiment=debug_moe", "model.moe.num_experts=16").model.moe
+    assert kept.num_experts == 16 and kept.score == "sigmoid"
+    assert config("+experiment=debug_moe", "model.moe=null", "model.mla=null").model.moe is None
+
+
+def test_a_sweep_opens_parts_too_and_names_its_jobs_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    words = ["+experiment=debug", "-m", "model.rope_scaling.factor=2,4"]
+    assert main(lambda config: seen.update({config.run.name: config.model.rope_scaling}) or 0, words) == 0
+    assert {name: scaling.factor for name, scaling in seen.items()} == {
+        "debug-model.rope_scaling.factor=2": 2.0,
+        "debug-model.rope_scaling.factor=4": 4.0,
+    }

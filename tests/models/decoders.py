@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 from models.transformer import Model
 
 SMALL = dict(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48)
@@ -24,12 +24,10 @@ FAMILIES = {
     "llama3": family(
         tie_embeddings=False,
         rope_theta=500.0,
-        rope_scaling="llama3",
-        rope_factor=8.0,
-        rope_original_length=16,
+        rope_scaling=RopeScaling("llama3", 8.0, 16),
     ),
     "mistral": family(tie_embeddings=False, window=4, window_pattern=["local"]),
-    "qwen2": family(qkv_bias=True, rope_scaling="yarn", rope_factor=4.0, rope_original_length=64),
+    "qwen2": family(qkv_bias=True, rope_scaling=RopeScaling("yarn", 4.0, 64)),
     "qwen3": family(qk_norm=True, rope_theta=1e6),
     "gemma2": family(
         window_pattern=["local", "global"],
@@ -44,8 +42,7 @@ FAMILIES = {
         qk_norm=True,
         rope_theta=1e6,
         rope_local_theta=1e4,
-        rope_scaling="linear",
-        rope_factor=8.0,
+        rope_scaling=RopeScaling("linear", 8.0),
         **GEMMA,
     ),
     "modern": family(
@@ -223,35 +220,37 @@ def loop_frequencies(config: ModelConfig, kind: str) -> tuple[list[float], float
     """Radians per position of each plane, one at a time, and the amplitude, from the papers' formulas."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if kind == "local" and config.rope_local_theta is not None:
-        theta, scaling = config.rope_local_theta, "none"
-    factor, old = config.rope_factor, config.rope_original_length
+        theta, scaling = config.rope_local_theta, None
+    if scaling is None:
+        return [1.0 / theta ** (2 * i / config.head_dim) for i in range(config.head_dim // 2)], 1.0
+    factor, old = scaling.factor, scaling.original_length
     found = []
     for i in range(config.head_dim // 2):
         plain = 1.0 / theta ** (2 * i / config.head_dim)
         wavelength = 2 * math.pi / plain
-        if scaling == "linear":
+        if scaling.kind == "linear":
             plain = plain / factor
-        elif scaling == "llama3":
-            long, short = old / config.rope_low_freq_factor, old / config.rope_high_freq_factor
+        elif scaling.kind == "llama3":
+            long, short = old / scaling.low_freq_factor, old / scaling.high_freq_factor
             if wavelength > long:
                 plain = plain / factor
             elif wavelength >= short:
-                smooth = old / wavelength - config.rope_low_freq_factor
-                smooth /= config.rope_high_freq_factor - config.rope_low_freq_factor
+                smooth = old / wavelength - scaling.low_freq_factor
+                smooth /= scaling.high_freq_factor - scaling.low_freq_factor
                 plain = (1 - smooth) * plain / factor + smooth * plain
-        elif scaling == "yarn":
-            plain = yarn_frequency(config, theta, i, plain)
+        else:
+            plain = yarn_frequency(scaling, config.head_dim, theta, i, plain)
         found.append(plain)
-    return found, 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
+    return found, 0.1 * math.log(factor) + 1 if scaling.kind == "yarn" else 1.0
 
 
-def yarn_frequency(config: ModelConfig, theta: float, i: int, plain: float) -> float:
+def yarn_frequency(scaling: RopeScaling, head_dim: int, theta: float, i: int, plain: float) -> float:
     def plane_with(turns: float) -> float:
         """The (fractional) plane that makes so many turns in the old context."""
-        wanted = 2 * math.pi * turns / config.rope_original_length
-        return -math.log(wanted) / math.log(theta) * config.head_dim / 2
+        wanted = 2 * math.pi * turns / scaling.original_length
+        return -math.log(wanted) / math.log(theta) * head_dim / 2
 
-    first = max(0, math.floor(plane_with(config.rope_beta_fast)))
-    last = min(config.head_dim - 1, math.ceil(plane_with(config.rope_beta_slow)))
+    first = max(0, math.floor(plane_with(scaling.beta_fast)))
+    last = min(head_dim - 1, math.ceil(plane_with(scaling.beta_slow)))
     ramp = 0.0 if i <= first else 1.0 if i >= last else (i - first) / (last - first)
-    return plain * (1 - ramp) + plain / config.rope_factor * ramp
+    return plain * (1 - ramp) + plain / scaling.factor * ramp

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from models.config import MLAConfig, ModelConfig, MoEConfig
+from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig
 from tests.models.decoders import LoopDecoder, family, loop_attention
 
 
@@ -43,9 +43,7 @@ MIXTURES = {
     "mixtral": mixture({"router_z_weight": 0.02}, num_layers=1),
     "qwen3": mixture({"experts_per_token": 3, "load_balance_weight": 0.2}, qk_norm=True, num_layers=1),
     "switch": mixture({"experts_per_token": 1, "normalize_gates": False}, activation="relu2", num_layers=1),
-    "deepseek": latent(
-        moe=MoEConfig(**({"d_expert": 8} | DEEPSEEK)), mtp_depth=2, mtp_weight=0.4, num_layers=2
-    ),
+    "deepseek": latent(moe=MoEConfig(**({"d_expert": 8} | DEEPSEEK)), mtp=MTPConfig(2, 0.4), num_layers=2),
 }
 
 
@@ -92,7 +90,9 @@ class LoopMixture(LoopDecoder):
 
     def further(self, params: dict, x: np.ndarray, batch: dict) -> float:
         """Further tokens: position by position, looking the next ones up in the row."""
-        total, depths = 0.0, self.config.mtp_depth
+        settings = self.config.mtp
+        assert settings is not None
+        total, depths = 0.0, settings.depth
         rows, length = batch["tokens"].shape
         tokens = batch["targets"]
         for depth in range(1, depths + 1):
@@ -116,7 +116,7 @@ class LoopMixture(LoopDecoder):
             log_probs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
             log_probs = log_probs - logits.max(-1, keepdims=True)
             picked = np.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
-            total -= self.config.mtp_weight / depths * (picked * weights).sum()
+            total -= settings.weight / depths * (picked * weights).sum()
         return total
 
     def feed_forward(self, weights: dict, x: np.ndarray) -> np.ndarray:
@@ -167,8 +167,8 @@ class LoopMixture(LoopDecoder):
         q = np.concatenate([q[..., :cut], q_rope], -1)
         k = np.concatenate([k, np.repeat(k_rope, heads, axis=2)], -1)
         scale = (cut + mla.qk_rope_head_dim) ** -0.5
-        if self.config.rope_scaling == "yarn":
-            scale *= (0.1 * math.log(self.config.rope_factor) + 1) ** 2
+        if self.config.rope_scaling is not None:
+            scale *= (0.1 * math.log(self.config.rope_scaling.factor) + 1) ** 2
         # Values padded with zeros to the keys' size, for loops that know one size only.
         padded = np.concatenate([v, np.zeros((*v.shape[:3], max(0, k.shape[-1] - v.shape[-1])))], -1)
         out = loop_attention(q, k, padded, batch, None, None, scale)[..., : v.shape[-1]]
@@ -189,17 +189,18 @@ class LoopMixture(LoopDecoder):
 def loop_yarn(config: ModelConfig, half: int) -> list[float]:
     """Frequencies of the rotated part, stretched where the config says yarn (arXiv:2309.00071, 3.2)."""
     plain = [config.rope_theta ** (-i / half) for i in range(half)]
-    if config.rope_scaling != "yarn":
+    scaling = config.rope_scaling
+    if scaling is None:
         return plain
 
     def plane(turns: float) -> float:
-        ratio = config.rope_original_length / (turns * 2 * math.pi)
+        ratio = scaling.original_length / (turns * 2 * math.pi)
         return 2 * half * math.log(ratio) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(plane(config.rope_beta_fast)), 0)
-    high = min(math.ceil(plane(config.rope_beta_slow)), 2 * half - 1)
+    low = max(math.floor(plane(scaling.beta_fast)), 0)
+    high = min(math.ceil(plane(scaling.beta_slow)), 2 * half - 1)
     found = []
     for i, frequency in enumerate(plain):
         stretched = min(max((i - low) / max(high - low, 0.001), 0.0), 1.0)
-        found.append(stretched * frequency / config.rope_factor + (1 - stretched) * frequency)
+        found.append(stretched * frequency / scaling.factor + (1 - stretched) * frequency)
     return found

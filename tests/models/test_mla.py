@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.attention import chunked_attention, reference_attention
-from models.config import MLAConfig
+from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model
 from parallel.plain import Plain
@@ -18,9 +18,7 @@ from tests.models.mixtures import LoopMixture, latent
 PACKED = [[5, 7], [3, 1, 6]]
 LATENTS = {
     "plain": latent({"q_lora_rank": None}, num_layers=1),
-    "yarn": latent(
-        {"v_head_dim": 6}, num_layers=1, rope_scaling="yarn", rope_factor=4.0, rope_original_length=64
-    ),
+    "yarn": latent({"v_head_dim": 6}, num_layers=1, rope_scaling=RopeScaling("yarn", 4.0, 64)),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from models.config import MLAConfig, ModelConfig, MoEConfig
+from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig
 from models.experts import ExpertSpec, activate, block_size, capacity_of, grouped_feed_forward, run_experts
 from models.moe import route
 from models.ops import Ops
@@ -379,7 +379,7 @@ def test_flops_count_the_experts_that_a_token_meets():
 
 
 def test_further_tokens_cost_a_layer_and_a_head_each():
-    plain, one = (build_model(mixture(num_layers=1, mtp_depth=depth)) for depth in (0, 1))
+    plain, one = (build_model(mixture(num_layers=1, mtp=mtp)) for mtp in (None, MTPConfig()))
     more = one.flops_per_token(8)["matmul"] - plain.flops_per_token(8)["matmul"]
     assert more == plain.flops_per_token(8)["matmul"] + 2 * 2 * 32 * 32
     assert one.num_params()["active"] == plain.num_params()["active"]
@@ -418,7 +418,6 @@ def test_values_that_make_no_mixture_are_one_clear_line(values, parts):
             dict(mla=MLAConfig(), head_dim=192, num_kv_heads=8, qk_norm=True),
             ["model.qk_norm=true", "model.qk_norm=false"],
         ),
-        (dict(mtp_depth=-1), ["model.mtp_depth=-1", "0 (off)"]),
     ],
 )
 def test_parts_that_do_not_fit_are_one_clear_line(values, parts):

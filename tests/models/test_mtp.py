@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.config import MTPConfig
 from models.further import next_targets
 from models.ops import Ops
 from models.transformer import build_model
@@ -34,7 +35,7 @@ def test_the_next_target_is_of_the_same_document():
 
 
 def test_the_order_of_positions_changes_neither_loss_nor_gradients():
-    model = build_model(family(num_layers=1, mtp_depth=2))
+    model = build_model(family(num_layers=1, mtp=MTPConfig(2)))
     params, batch = lively(model), make_batch(PACKED, 12)
     run = jax.jit(lambda p, b: Plain().value_and_grad(model, p, b, jax.random.key(0), Ops()))
     (means, grads), (others, slopes) = run(params, batch), run(params, moved(batch))
@@ -48,7 +49,7 @@ def test_the_order_of_positions_changes_neither_loss_nor_gradients():
 
 
 def test_a_document_sees_no_target_of_the_next():
-    model = build_model(family(num_layers=1, mtp_depth=1))
+    model = build_model(family(num_layers=1, mtp=MTPConfig()))
     params, batch = lively(model), make_batch([[4, 4]], 8)
     batch["loss_weights"] *= batch["segment_ids"] == 1
 
@@ -66,7 +67,7 @@ def test_a_document_sees_no_target_of_the_next():
 
 
 def test_evaluation_reports_the_next_token_alone():
-    plain, model = (build_model(family(num_layers=1, mtp_depth=depth)) for depth in (0, 1))
+    plain, model = (build_model(family(num_layers=1, mtp=mtp)) for mtp in (None, MTPConfig()))
     params, batch = lively(model), make_batch(PACKED, 12)
     own = {name: leaf for name, leaf in params.items() if name != "mtp"}
     evaluate = jax.jit(lambda m, p: Plain().evaluate(m, p, batch, Ops()), static_argnums=0)

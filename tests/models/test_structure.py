@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.config import ModelConfig
+from models.config import ModelConfig, MTPConfig, RopeScaling, regrouped
 from models.rope import rope_frequencies
 from models.spec import layer_spec, make_segments
 from models.transformer import build_model
@@ -34,14 +34,12 @@ def test_a_uniform_pattern_is_one_layer_repeated():
 
 
 @pytest.mark.parametrize("kind", ["local", "global"])
-@pytest.mark.parametrize("scaling", ["none", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize("scaling", [None, "linear", "llama3", "yarn"])
 def test_rope_scalings_equal_their_formulas(scaling, kind):
     config = family(
         head_dim=64,
         rope_theta=5e5,
-        rope_scaling=scaling,
-        rope_factor=8.0,
-        rope_original_length=4096,
+        rope_scaling=scaling and RopeScaling(scaling, 8.0, 4096),
         rope_local_theta=1e4,
         window=8,
         window_pattern=["local", "global"],
@@ -56,7 +54,7 @@ def test_rope_scalings_equal_their_formulas(scaling, kind):
 
 def test_rope_scalings_keep_fast_planes_and_stretch_slow_ones():
     for scaling in ("llama3", "yarn"):
-        config = family(head_dim=64, rope_scaling=scaling, rope_factor=8.0, rope_original_length=4096)
+        config = family(head_dim=64, rope_scaling=RopeScaling(scaling, 8.0, 4096))
         plain = rope_frequencies(family(head_dim=64), layer_spec(config, "global"))[0]
         ratio = plain / rope_frequencies(config, layer_spec(config, "global"))[0]
         assert ratio[0] == pytest.approx(1.0) and ratio[-1] == pytest.approx(8.0)
@@ -76,10 +74,6 @@ def test_rope_scalings_keep_fast_planes_and_stretch_slow_ones():
         (dict(init_std=float("nan")), ["model.init_std=nan"]),
         (dict(logit_softcap=0.0), ["model.logit_softcap=0.0", "null"]),
         (dict(vocab_size=0), ["model.vocab_size=0", "-1"]),
-        (
-            dict(rope_scaling="llama3", rope_low_freq_factor=4.0),
-            ["model.rope_low_freq_factor=4.0", "model.rope_high_freq_factor=4.0"],
-        ),
     ],
 )
 def test_values_that_make_no_model_are_one_clear_line(values, parts):
@@ -87,6 +81,37 @@ def test_values_that_make_no_model_are_one_clear_line(values, parts):
         family(**values)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: RopeScaling("llama3", low_freq_factor=4.0), ["low_freq_factor=4.0", "high_freq_factor=4.0"]),
+        (lambda: RopeScaling("ntk"), ["model.rope_scaling.kind=ntk", "yarn"]),
+        (lambda: RopeScaling(factor=0.0), ["model.rope_scaling.factor=0.0", "positive"]),
+        (lambda: MTPConfig(depth=0), ["model.mtp.depth=0", "model.mtp=null"]),
+        (lambda: MTPConfig(weight=-1.0), ["model.mtp.weight=-1.0", "0 or more"]),
+        (lambda: family(mtp=MTPConfig(depth=4096)), ["model.mtp.depth=4096", "model.max_seq_len"]),
+    ],
+)
+def test_values_of_parts_that_make_no_model_are_one_clear_line(make, parts):
+    with pytest.raises(ValueError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts)
+
+
+def test_a_config_stored_before_keys_were_grouped_says_the_same():
+    plain = {"num_layers": 2, "rope_scaling": "none", "rope_factor": 1.0, "mtp_depth": 0, "mtp_weight": 0.1}
+    assert regrouped(plain) == {"num_layers": 2, "rope_scaling": None, "mtp": None}
+    long = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 1e4, "mtp_depth": 1, "mtp_weight": 0.3}
+    assert regrouped(long) == {
+        "rope_scaling": {"kind": "yarn", "factor": 4.0},
+        "rope_theta": 1e4,
+        "mtp": {"depth": 1, "weight": 0.3},
+    }
+    for new in (regrouped(long), {"num_layers": 2}, {"rope_scaling": None}):
+        assert regrouped(new) == new
 
 
 def test_a_model_needs_a_vocabulary():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.config import MoEConfig
+from models.config import MoEConfig, MTPConfig
 from parallel.hlo import read_hlo
 from tests.parallel import small
 from training.state import shardings
@@ -107,8 +107,7 @@ SEVERAL = {
     },
     "first layers are dense, and a further token": {
         "num_layers": 5,
-        "mtp_depth": 1,
-        "mtp_weight": 0.3,
+        "mtp": MTPConfig(1, 0.3),
         "moe": MoEConfig(
             num_experts=4, experts_per_token=2, d_expert=32, first_dense_layers=1, load_balance_weight=0.01
         ),
