@@ -8,6 +8,7 @@ import pytest
 import training.loop
 from data.loader import Loader
 from tests.training.ground import make_ground
+from tests.training.test_processes import finish, job
 from training.errors import RunFault
 from training.guard import undone
 from training.loop import fit
@@ -178,3 +179,23 @@ def test_a_loader_leaves_batches_out_and_counts_what_it_read(tmp_path):
         np.testing.assert_array_equal(leaping.batch(step)["tokens"], plain.batch(number)["tokens"])
     leaping.leave_out(5, 1)  # taken back further: what was left out behind it counts no more
     assert [leaping.left_out(step) for step in (3, 4, 5, 6)] == [0, 7, 8, 8]
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_two_processes_skip_go_back_and_end_together(ground):
+    """A learning rate at which nothing helps: each process has the same verdict at the same step."""
+    words = ("optim.learning_rate=1e30", "optim.weight_decay=0", "schedule.warmup_steps=0")
+    back = (
+        "training.num_steps=40",
+        "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "guard.max_skips=3",
+        "guard.rollback_batches=4",
+    )
+    _, err = finish(job(ground, 2, "both", *words, *back), 1)
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and f"{MOST} rollbacks got no further" in lines[0], err
+    entries = manifest(ground, "both")["rollbacks"]
+    assert [(entry["at_step"], entry["to_step"]) for entry in entries] == [(4, 1)] * MOST
+    assert steps(ground, "both") == [1, 2, 3, 4]
