@@ -121,6 +121,23 @@ def test_after_a_skip_every_number_is_the_same_but_the_steps(mesh, optim):
 
 @pytest.mark.faults
 @pytest.mark.slow
+def test_an_injected_spike_is_skipped_to_the_last_bit():
+    """A finite loss, six deviations above those that the state remembers."""
+    config = make_config(model=TINY)
+    config.guard.skip_sigma = 6.0
+    program = make_program(config)
+    train, state = program.compile_train(), program.init_state(0)
+    calm = np.random.default_rng(0).normal(1.0, 0.1, (2, WINDOW)).astype(np.float32)
+    state = state.replace(guard={"last": calm, "counts": np.array([WINDOW, 0], np.int32)})
+    before = arrays(state)
+    state, metrics = train(state, place(program, packed_batch(0)))
+    assert REASONS[int(metrics[SKIPPED])] == "the loss is a spike" and np.isfinite(metrics["loss"])
+    different = {n for n, x in arrays(state).items() if x.tobytes() != before[n].tobytes()}
+    assert different == {"step", "opt_state.schedule.count", "guard.counts"}
+
+
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_replica_that_steps_alone_skips_alone():
     config = make_config({"replica": 2}, model=TINY)
     config.local_sgd = LocalSGDConfig(inner_steps=4)

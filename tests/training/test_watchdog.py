@@ -1,6 +1,8 @@
 """No progress: stacks of all threads, and the status that has the scheduler start the run again."""
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -123,14 +125,24 @@ def test_a_stopped_process_ends_the_job_within_the_bound_with_75_and_the_job_goe
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_a_killed_rank_0_ends_the_job_and_the_job_goes_on(ground):
-    killed = job(ground, 2, "rank0", *LONG, "guard.stall_seconds=30")
-    at_step(killed, ground, "rank0", 8)
-    os.kill(rank(killed, 0), signal.SIGKILL)
-    began = time.monotonic()
-    finish(killed, 128 + signal.SIGKILL)
-    assert time.monotonic() - began < 60
-    goes_on(ground, "rank0")
+def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(ground):
+    """Two processes; each rank is killed once at a random step, and the same command is started again."""
+    words = ("training.num_steps=80", "eval.every=80", "checkpoint.every=5", "guard.stall_seconds=30")
+    finish(job(ground, 2, "both_lived", *words))
+    rng = random.Random(4)
+    for number, least in ((0, rng.randrange(6, 20)), (1, rng.randrange(30, 45))):
+        killed = job(ground, 2, "killed_in_turn", *words)
+        at_step(killed, ground, "killed_in_turn", least)
+        os.kill(rank(killed, number), signal.SIGKILL)
+        began = time.monotonic()
+        finish(killed, 128 + signal.SIGKILL)
+        assert time.monotonic() - began < 60
+    finish(job(ground, 2, "killed_in_turn", *words))
+    ours, wanted = (ground.record(name, 80) for name in ("killed_in_turn", "both_lived"))
+    assert ours["digests"] == wanted["digests"] and ours["data"] == wanted["data"]
+    assert ground.rows("killed_in_turn") == ground.rows("both_lived")
+    restarts = json.loads((ground.run("killed_in_turn") / "manifest.json").read_text())["restarts"]
+    assert len(restarts) == 2 and all(start["step"] >= 5 for start in restarts)
 
 
 def goes_on(ground, name):
