@@ -306,7 +306,12 @@ def send(x: Array, placed: NamedSharding) -> Array:
 
 
 def _first(x: Array, placed: NamedSharding) -> Array:
-    return jax.jit(lambda x: x[0], out_shardings=placed)(x)
+    return _taker(placed)(x)
+
+
+@functools.cache
+def _taker(placed: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x[0], out_shardings=placed)
 
 
 def _mean(x: Array, placed: NamedSharding) -> Array:

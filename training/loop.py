@@ -61,7 +61,6 @@ def fit(config: Any, sample: Sampler | None = None) -> int:
         with in_mid_run(job):
             with notices.steps():
                 state = train_to_the_end(job, state, first, notices)
-            watchdog.expect("the end")
             return finish(job, state, sample, began)
 
 
@@ -252,12 +251,14 @@ def finish(job: Job, state: TrainState, sample: Sampler | None, began: float) ->
     program, params = job.program, state.params
     if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
+    recorder.expect("the end")
 
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
             with recorder.aside("samples"):
                 written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+            recorder.expect("the end")
         show(report(job, recorder, figures | written, began))
 
     cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)

@@ -25,12 +25,13 @@ TICK = 0.5  # seconds between two looks
 # What takes longer than a step may; `guard.stall_seconds`, where it is more.
 BOUNDS = {
     "starting": 3600.0,  # restore or initialize, then the plan of the first epoch
-    "evaluation": 3600.0,
+    "evaluation": 7200.0,
     "checkpoints": 1800.0,  # beyond `SAVE_SECONDS`, after which Orbax raises
     "profile": 1800.0,
     "rollback": 3600.0,
     "replica check": 1800.0,
-    "the end": 7200.0,  # averages, samples and the summary
+    "samples": 7200.0,
+    "the end": 7200.0,  # the summary; on other processes, the primary's samples
 }
 FLUSH_SECONDS = 2.0
 

@@ -157,7 +157,7 @@ COMPARE = """
 import sys
 import jax, numpy as np
 import training.program
-from optim.config import AdamWConfig, LionConfig, MuonConfig
+from optim.config import AdamWConfig, MuonConfig
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.test_guard import TINY
 from training.config import GuardConfig
@@ -166,7 +166,7 @@ made = training.program.make_train_step
 
 def trained(optim, on):
     training.program.make_train_step = lambda *a, guard, **k: made(*a, **k, guard=on)
-    program = make_program(make_config(model=TINY, optim=optim, ema_decay=0.9))
+    program = make_program(make_config(model={**TINY, "num_layers": 1}, optim=optim, ema_decay=0.9))
     train, state = program.compile_train(), program.init_state(0)
     losses = []
     for step in range(4):
@@ -175,7 +175,7 @@ def trained(optim, on):
     weights = [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state, state.ema))]
     return losses, weights, train.memory_analysis().temp_size_in_bytes
 
-for optim in (AdamWConfig(), MuonConfig(), LionConfig(moment_dtype="bfloat16")):
+for optim in (AdamWConfig(), MuonConfig()):
     losses, weights, bytes_ = trained(optim, GuardConfig(skip_sigma=6.0))
     wanted, before, bare = trained(optim, None)
     assert losses == wanted, (optim.name, losses, wanted)
