@@ -111,7 +111,7 @@ def test_a_run_whose_main_thread_stalls_ends_with_75_and_goes_on(ground):
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_a_stopped_process_ends_the_job_within_the_bound_with_75_and_the_job_goes_on(ground):
+def test_a_stopped_process_ends_the_job_within_the_bound_with_75(ground):
     """No connection breaks and no heartbeat is missed within the bound; the other's watchdog sees it."""
     stopped = job(ground, 2, "stopped", *LONG, "guard.stall_seconds=8")
     at_step(stopped, ground, "stopped", 8)
@@ -120,7 +120,6 @@ def test_a_stopped_process_ends_the_job_within_the_bound_with_75_and_the_job_goe
     _, err = finish(stopped, 75)
     assert time.monotonic() - began < 8 + 40  # and the launcher's patience
     assert "no progress in 8 s" in err and "process0.txt" in stacks(ground, "stopped")
-    goes_on(ground, "stopped")
 
 
 @pytest.mark.faults
@@ -144,10 +143,3 @@ def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(
     assert ground.rows("killed_in_turn") == ground.rows("both_lived")
     restarts = json.loads((ground.run("killed_in_turn") / "manifest.json").read_text())["restarts"]
     assert len(restarts) == 2 and all(start["step"] >= 5 for start in restarts)
-
-
-def goes_on(ground, name):
-    reached = max(int(p.name) for p in (ground.run(name) / "checkpoints").iterdir() if p.name.isdecimal())
-    last = f"training.num_steps={reached + 2}"
-    finish(job(ground, 2, name, *LONG, last))
-    assert [row["step"] for row in ground.rows(name) if "loss" in row] == list(range(1, reached + 3))
