@@ -41,6 +41,7 @@ from parallel.config import (
 from training.config import (
     CheckpointConfig,
     EvalConfig,
+    GuardConfig,
     LocalSGDConfig,
     LoggingConfig,
     RunConfig,
@@ -105,6 +106,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
     training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what it does when something goes wrong
     eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
     sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way
@@ -166,6 +168,7 @@ def check(config: Config, device_count: int | None) -> None:
     _check_model(config)
     _check_vocabulary(config)
     _check_steps(config)
+    _check_rollback(config)
     _check_rules(config.mesh)
     if reason := shards_problem(config.data.virtual_shards, config.training.global_batch_size):
         _refuse(reason)
@@ -226,6 +229,16 @@ def _check_steps(config: Config) -> None:
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_fraction="
             f"{schedule.decay_fraction} of training.num_steps={steps} overlap; "  # type: ignore[attr-defined]
             f"use at most {int(steps - decay)} warm-up steps"
+        )
+
+
+def _check_rollback(config: Config) -> None:
+    batches, least = config.guard.rollback_batches, config.checkpoint.every + config.guard.max_skips
+    if 0 < batches < least:
+        _refuse(
+            f"guard.rollback_batches={batches} may not reach past the batches that were skipped: with "
+            f"checkpoint.every={config.checkpoint.every} and guard.max_skips={config.guard.max_skips} use "
+            f"{least} or more, or 0 (the run ends)"
         )
 
 

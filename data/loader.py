@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Loader:
         """
         self.data, self.batch_size, self.seed = data, global_batch_size, seed
         self._step, self.num_steps = 0, num_steps
+        self._leaps: list[tuple[int, int]] = []  # from which step on how many batches are left out
         self._stream: Stream | Shards | None = None
         if isinstance(source, Prepared) and source.documents is not None and split == "train":
             self._stream = open_stream(source.documents, source.tokenizer, data, global_batch_size, seed)
@@ -77,12 +79,34 @@ class Loader:
 
         `rows`: a slice or increasing row numbers; cached rows that are not asked for cost nothing.
         """
-        batch = self._cached(step, rows) if self._stream is None else self._stream.batch(step, rows)
+        number = step + self.left_out(step)
+        batch = self._cached(number, rows) if self._stream is None else self._streamed(number, rows)
         self._step = step + 1
         longest = longest_piece(self.data.curriculum, step, self.data.seq_len)
         if longest < self.data.seq_len:
             cut_pieces(batch, longest)
         return batch
+
+    def leave_out(self, step: int, batches: int) -> None:
+        """From a step on, leave out so many batches more: it gets the one that step + batches would have had.
+
+        Raises DataError where a mixture's component would be read too often.
+        """
+        left_out = self.left_out(step) + batches
+        self._leaps = [leap for leap in self._leaps if leap[0] < step] + [(step, left_out)]
+        for number, (name, part) in enumerate(self._parts.items() if self._stream is None else ()):
+            if part.epochs is not None:
+                self._check_epochs(number, name, part.epochs)
+
+    def left_out(self, step: int) -> int:
+        """Return how many batches before that of a step are left out."""
+        return next((count for first, count in reversed(self._leaps) if first <= step), 0)
+
+    def _streamed(self, number: int, rows: Rows) -> Batch:
+        assert self._stream is not None
+        while self._stream.step < number and self._leaps:
+            self._stream.batch(self._stream.step, rows)
+        return self._stream.batch(number, rows)
 
     def _cached(self, step: int, rows: Rows) -> Batch:
         everything = slice(None) if rows is None else rows
@@ -111,7 +135,8 @@ class Loader:
 
     def _check_epochs(self, number: int, name: str, limit: float) -> None:
         epochs = self._epochs[number]
-        needed = int(self._order.taken(self.num_steps * self.batch_size)[number])
+        batches = self.num_steps + self.left_out(self.num_steps)
+        needed = int(self._order.taken(batches * self.batch_size)[number])
         if needed <= limit * epochs.least_rows:  # so that no plan is made only to find that there is enough
             return
         allowed = epochs.rows_of(limit)
@@ -152,8 +177,11 @@ class Loader:
         """Return each component's share of all rows before a step; nothing without a mixture."""
         if self._stream is not None or not self._parts or step == 0:
             return {}
-        taken = self._order.taken(step * self.batch_size) / (step * self.batch_size)
-        return dict(zip(self._parts, taken.tolist(), strict=True))
+        taken = np.zeros(len(self._parts))
+        for first, end in pairwise([0, *(leap for leap, _ in self._leaps if 0 < leap < step), step]):
+            before, after = ((x + self.left_out(first)) * self.batch_size for x in (first, end))
+            taken += self._order.taken(after) - self._order.taken(before)
+        return dict(zip(self._parts, (taken / taken.sum()).tolist(), strict=True))
 
     def fill_rate(self) -> float | None:
         """Return the share of positions that hold tokens, in each first epoch; None for a stream."""

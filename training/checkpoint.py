@@ -1,7 +1,8 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/{momentum,replicas}        where replicas step alone (`training.local_sgd`)
+    checkpoints/STEP/guard                      what new updates are compared with (`training.guard`)
+    checkpoints/STEP/{momentum,replicas,guards} where replicas step alone (`training.local_sgd`)
     checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
     checkpoints/STEP/FILES.sha256               of every file, made after the commit (`checkpoint_files`)
 
@@ -19,7 +20,7 @@ import os
 import shutil
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, on
 from training.checkpoint_files import check_small_files
 from training.checkpoint_record import (
     HOLE,
+    LOCAL,
     OPTIONAL,
     Leaves,
     flat,
@@ -229,17 +231,19 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 
-        `local` has what of it is there in the same shape. Raises ValueError where anything else is of another
-        shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
+        `local` and `guard` have what of them is there in the same shape. Raises ValueError where anything
+        else is of another shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
         wanted = trees_of(abstract)
         record, restored = self._load(step, items_of(abstract))
         trees = {item: like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
-        local = {item: trees[item] for item in OPTIONAL if item in trees}
+        local = {item: trees[item] for item in LOCAL if item in trees} or None
+        guard = trees.get("guard")
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
         )
-        return TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local or None), record
+        state = TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local, guard)
+        return state, record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
@@ -341,10 +345,15 @@ class Checkpoints:
             return False, str(error)
         return True, None
 
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-        """The newest checkpoint that passes, and what was quarantined on the way; None where none is."""
+    def restore_newest(
+        self, abstract: TrainState, most: int | None = None
+    ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that passes, and what was quarantined on the way; None where none is.
+
+        most: the last step that is looked at.
+        """
         quarantined = self._quarantined
-        for step, remote in cluster.from_primary("the checkpoints there are", self._sources):
+        for step, remote in cluster.from_primary("the checkpoints there are", lambda: self._sources(most)):
             try:
                 state, record = self.restore(step, abstract)
             except CorruptCheckpoint as error:
@@ -359,11 +368,32 @@ class Checkpoints:
             raise RunFault(f"no checkpoint of {self.directory} can be trusted: {'; '.join(quarantined)}")
         return None
 
-    def _sources(self) -> list[tuple[int, bool]]:
+    def _sources(self, most: int | None) -> list[tuple[int, bool]]:
         """What to try in turn, newest first: a step's copy here, then the bucket's."""
         there = self.remote.steps() if self.remote is not None else []
         pairs = [(step, False) for step in self.local_steps()] + [(step, True) for step in there]
-        return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+        allowed = [pair for pair in pairs if most is None or pair[0] <= most]
+        return sorted(allowed, key=lambda pair: (-pair[0], pair[1]))
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a rollback undid; the primary's to do."""
+        for later in self._directories():
+            if later > step:
+                shutil.rmtree(self.directory / str(later))
+        if self.remote is not None:
+            self.remote.forget_after(step)
+
+    def known_rollbacks(self) -> dict[int, int]:
+        """How many rollbacks the run had when each checkpoint was made; of those that can be read."""
+        known = {}
+        for step in self.local_steps():
+            with suppress(CorruptCheckpoint):
+                known[step] = len(self.record(step).get("rollbacks", []))
+        return known
+
+    def reload(self) -> None:
+        """See the checkpoints that there are now."""
+        self._checkpointer.reload()
 
     def _set_apart(self, step: int, reason: str, remote: bool = False) -> str:
         """Move a damaged checkpoint out of the way; `remote`: the bucket's too, from where it came."""

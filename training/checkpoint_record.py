@@ -29,7 +29,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-OPTIONAL = ("momentum", "replicas")  # what a run goes on without, or with another number of replicas
+LOCAL = ("momentum", "replicas", "guards")  # of replicas that step alone
+OPTIONAL = ("guard", *LOCAL)  # what a run goes on without, or with another number of replicas
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
@@ -37,8 +38,10 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     trees = {"params": state.params, "opt_state": state.opt_state}
     if state.ema is not None:
         trees["ema"] = state.ema
+    if state.guard is not None:
+        trees["guard"] = state.guard
     local = state.local or {}
-    assert set(local) <= set(OPTIONAL), "a state is saved in canonical form"
+    assert set(local) <= set(LOCAL), "a state is saved in canonical form"
     return trees | local
 
 

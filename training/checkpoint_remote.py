@@ -157,6 +157,12 @@ class Remote:
         for step in gone:
             self._remove(step, found[step])
 
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a rollback undid."""
+        for later, names in self._found().items():
+            if later > step:
+                self._remove(later, names)
+
     def _remove(self, step: int, names: Iterable[str]) -> None:
         with self._plainly("removed"):
             if LIST in names:  # first, so that what is left of it is no checkpoint

@@ -34,9 +34,11 @@ class RunConfig:
     name: str = "???"  # the directory under runs/; the same name resumes
     dir: str = "runs/${run.name}"  # where everything the run writes goes
     compile_cache: str | None = ".cache/xla"  # null turns the persistent compile cache off
+    max_restarts: int = 5  # starts in a row that get no further, after which the run refuses
 
     def __post_init__(self) -> None:
-        """A name that is one directory, on every file system."""
+        """A name that is one directory, on every file system, and a limit that is one."""
+        _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "0 or more")
         if self.name == "???":  # not given yet: Hydra's own mark
             return
         ok = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@-]{0,199}", self.name) is not None
@@ -116,6 +118,30 @@ class CheckpointConfig:
         ok = self.directory is None or (bool(scheme) and (not url or (scheme in SCHEMES and bool(below))))
         limit = f"null, a path, or a URL of {', '.join(SCHEMES)} such as s3://bucket/run"
         _require(ok, "checkpoint.directory", self.directory, limit)
+
+
+@dataclass
+class GuardConfig:
+    """Updates that are skipped, how a run goes back, when it counts as stuck, and replicas that differ."""
+
+    skip_sigma: float | None = (
+        None  # such as 6: deviations above the mean at which a loss or gradient norm is skipped
+    )
+    max_skips: int = 10  # consecutive skipped updates that end the run, or take it back
+    rollback_batches: int = 0  # 0: end it; N: go back to a checkpoint and leave out the next N batches
+    stall_seconds: float | None = 1800.0  # without progress: stacks, then exit 75; null: wait for ever
+    replica_every: int = 0  # steps between comparisons of what several devices hold; 0: none
+
+    def __post_init__(self) -> None:
+        """Each value by itself; what a rollback needs of the rest is checked in `configs.schema`."""
+        sigma, stall = self.skip_sigma, self.stall_seconds
+        _require(sigma is None or sigma > 0, "guard.skip_sigma", sigma, "above 0, such as 6, or null (off)")
+        _require(self.max_skips >= 1, "guard.max_skips", self.max_skips, "1 or more")
+        batches = self.rollback_batches
+        _require(batches >= 0, "guard.rollback_batches", batches, "0 (the run ends) or more")
+        ok = stall is None or stall >= 0
+        _require(ok, "guard.stall_seconds", stall, "seconds above 0, or 0 or null (no watchdog)")
+        _require(self.replica_every >= 0, "guard.replica_every", self.replica_every, "0 (never) or more")
 
 
 @dataclass

@@ -7,9 +7,9 @@ from and opens what the run writes to. The loop that goes on from there is `trai
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -25,9 +25,10 @@ from training.checkpoint import Checkpoints
 from training.checkpoint_place import open_checkpoints_of, refuse_occupied
 from training.compile_cache import CacheWatch
 from training.elastic import Scaled
-from training.errors import RunFault
+from training.errors import Requeue, RunFault
 from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
+from training.guard import none_in_a_row, undone
 from training.input_watch import InputWatch
 from training.ledger import Ledger
 from training.manifest import build_manifest
@@ -36,7 +37,7 @@ from training.parent import Parent, check_tokenizer, find_parent, same_parent, t
 from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
-from training.recorder import Recorder
+from training.recorder import Recorder, ignored
 from training.run_directory import RunDirectory
 from training.state import TrainState
 from training.step import FlatStep
@@ -45,6 +46,15 @@ from training.xla import check_options, deterministic_row, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
+# What gloo, NCCL and the coordination service say when the other end of a connection is gone.
+LOST = (
+    "onnection closed",
+    "onnection reset",
+    "roken pipe",
+    "UNAVAILABLE",
+    "ABORTED",
+    "remote process exited",
+)
 
 
 @contextmanager
@@ -79,7 +89,15 @@ def in_mid_run(job: "Job") -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise RunFault(str(error)) from error
+    except cluster.Elsewhere:
+        raise
+    except cluster.ClusterFault as error:
+        raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
     except jax.errors.JaxRuntimeError as error:
+        if cluster.process_count() > 1 and any(word in str(error) for word in LOST):
+            what = f"process {cluster.process_index()} has lost another one"
+            line = device_fault(error)
+            raise Requeue(f"{what}: {line}; the same command goes on from the last checkpoint") from error
         raise RunFault(device_fault(error)) from error
 
 
@@ -105,6 +123,7 @@ class Job:
     recorder: Recorder | None = None
     position: dict[str, Any] | None = None  # of the data, after the last step
     held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
+    outputs: ExitStack = field(default_factory=ExitStack)  # what rows and curves are written to
 
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
@@ -153,13 +172,7 @@ def build_job(
     config = with_vocab(config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
-    loader = Loader(
-        prepared,
-        config.data,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        num_steps=config.training.num_steps,
-    )
+    loader = new_loader(config, prepared)
     loader.check_rows(rows_here(program.batch))
     held_out = held_out_batches(
         prepared,
@@ -197,31 +210,51 @@ def build_job(
     )
 
 
-def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
+def new_loader(config: Any, prepared: Prepared) -> Loader:
+    """Batches from the first on."""
+    return Loader(
+        prepared,
+        config.data,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        num_steps=config.training.num_steps,
+    )
+
+
+def start(job: Job, stack: ExitStack, expect: Callable[[str], None] = ignored) -> tuple[TrainState, int]:
     """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
     config, run, program = job.config, job.run, job.program
     first, tokens = 0, 0
     state: TrainState | None = None
     if run.resuming:
         checkpoints = open_checkpoints(job, stack)
+        forget_undone(run, checkpoints)
         with job.ledger.during("restore"):
             found = checkpoints.restore_newest(program.canonical)
         if found is not None:
             stored, record, quarantined = found
-            state = program.from_canonical(stored)
-            first, tokens = record["step"], record["tokens"]
-            job.loader.restore(record["data"])
+            first, tokens, job.position = record["step"], record["tokens"], record["data"]
+            whole = program.with_guard(stored)
+            if any(entry["to_step"] == first for entry in run.rollbacks):
+                whole = none_in_a_row(whole)
+            state = program.from_canonical(whole)
             for reason in quarantined:
                 say(f"quarantined: {reason}")
             if program.replicas is not None and "replicas" not in (stored.local or {}):
                 say("the checkpoint is not of so many replicas that step alone: they start at its mean")
+            if stored.guard is None:
+                say("the checkpoint knows no losses to compare new ones with: the guard begins anew")
     if first > config.training.num_steps:
         raise ValueError(
             f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
             f"use {first} or more"
         )
+    if run.resuming:
+        most = config.run.max_restarts
+        cluster.from_primary("the run's restarts", lambda: run.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
+    go_on_reading(job)
     hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
     facts = manifest(job, hosts)
     cluster.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
@@ -231,8 +264,31 @@ def start(job: Job, stack: ExitStack) -> tuple[TrainState, int]:
             f"may not be either; python scripts/reproduce.py {config.run.name} names them"
         )
     with in_mid_run(job):
-        open_outputs(job, first, tokens, stack)
+        open_outputs(job, first, tokens, stack, expect)
     return state, first
+
+
+def forget_undone(run: RunDirectory, checkpoints: Checkpoints) -> None:
+    """Remove checkpoints of steps that a rollback undid, where a crash came before that was done."""
+    if not run.rollbacks:
+        return
+
+    def forget() -> None:
+        for step, known in checkpoints.known_rollbacks().items():
+            if undone(step, known, run.rollbacks):
+                checkpoints.forget_after(step - 1)
+                return
+
+    cluster.from_primary("undone checkpoints", forget)
+    checkpoints.reload()
+
+
+def go_on_reading(job: Job) -> None:
+    """The loader behind the last step, without the batches that the run's rollbacks leave out."""
+    if job.position is not None:
+        job.loader.restore(job.position)
+    for entry in job.run.rollbacks:
+        job.loader.leave_out(entry["to_step"], entry["batches"])
 
 
 def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
@@ -255,28 +311,19 @@ def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
     )
 
 
-def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
+def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack, expect: Callable[[str], None]) -> None:
     """What the run writes to, continued behind step `first` or begun."""
     config, run = job.config, job.run
     if not run.resuming:
         open_checkpoints(job, stack)
     primary = cluster.is_primary()
-    log, board = None, None
     if primary:
         job.ledger.open(run.path, first)
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
         if job.prepared.tokenizer.chat is not None:
             job.prepared.tokenizer.chat.save(run.path)
-        log = MetricsLog.open(run.path / "metrics.jsonl", resume_step=first)
-        stack.callback(log.close)
-        if log.missing:
-            say(
-                f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; "
-                "it was altered"
-            )
-    if primary and config.logging.tensorboard:
-        board = TensorBoard(run.path / "tensorboard", first)
-        stack.callback(board.close)
+    stack.callback(job.outputs.close)
+    log, board = open_log(job, first)
     progress = Progress(
         config.training.num_steps,
         start_step=first,
@@ -294,7 +341,24 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack) -> None:
         every=config.logging.every,
         ledger=job.ledger,
         input_watch=InputWatch(config.data),
+        expect=expect,
     )
+
+
+def open_log(job: Job, first: int) -> tuple[MetricsLog | None, TensorBoard | None]:
+    """Rows and curves of the steps behind `first`; of later ones nothing is left. None but on the primary."""
+    job.outputs.close()
+    if not cluster.is_primary():
+        return None, None
+    log = MetricsLog.open(job.run.path / "metrics.jsonl", resume_step=first)
+    job.outputs.callback(log.close)
+    if log.missing:
+        say(f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; it was altered")
+    if not job.config.logging.tensorboard:
+        return log, None
+    board = TensorBoard(job.run.path / "tensorboard", first)
+    job.outputs.callback(board.close)
+    return log, board
 
 
 def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:

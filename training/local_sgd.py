@@ -10,6 +10,7 @@ that link, metrics included: they come out as [R]. The outer step stands beside 
     params       outer parameters                       the same
     opt_state    of each replica [R, ...]; counters []  mean over replicas
     local        params [R, ...], momentum              replicas: opt_state [R, ...], momentum
+    guard        of each replica [R, ...]               the first replica's; guards: all [R, ...]
 
 Whatever evaluates, samples or starts from `params` has the outer ones and need not know. A checkpoint falls
 on an outer step, where every replica's parameters are the outer ones; another R, or a run without local SGD,
@@ -31,6 +32,7 @@ from jaxtyping import Array
 from parallel.arrangement import without_axis
 from parallel.axes import Layout
 from training.config import LocalSGDConfig
+from training.guard import IN_A_ROW, SKIPPED
 from training.state import TrainState, shardings
 
 AXIS = "replica"
@@ -88,7 +90,9 @@ class Replicas:
     def state(self) -> TrainState:
         """The abstract state in memory."""
         local = {"params": self.each(self.alone.params), "momentum": self.alone.params}
-        return self.alone.replace(opt_state=self.each(self.alone.opt_state), local=local)
+        return self.alone.replace(
+            opt_state=self.each(self.alone.opt_state), local=local, guard=self.each(self.alone.guard)
+        )
 
     @property
     def canonical(self) -> TrainState:
@@ -96,7 +100,13 @@ class Replicas:
         return self._merged(self.stored)
 
     def _merged(self, one: TrainState) -> TrainState:
-        return one.replace(local={"replicas": self.each(one.opt_state), "momentum": one.params})
+        return one.replace(
+            local={
+                "replicas": self.each(one.opt_state),
+                "momentum": one.params,
+                "guards": self.each(one.guard),
+            }
+        )
 
     def each(self, tree: Any) -> Any:
         """A tree of abstract arrays, one of each for every replica; counters are the same in all."""
@@ -117,7 +127,9 @@ class Replicas:
         """All replicas at one replica's state, nothing learnt; to be traced."""
         momentum = jax.tree.map(jnp.zeros_like, fresh.params)
         local = {"params": self.copies(fresh.params), "momentum": momentum}
-        return fresh.replace(opt_state=self.copies(fresh.opt_state), local=local)
+        return fresh.replace(
+            opt_state=self.copies(fresh.opt_state), local=local, guard=self.copies(fresh.guard)
+        )
 
     # -- steps -----------------------------------------------------------------------------------------
 
@@ -130,7 +142,7 @@ class Replicas:
         average = None if ema_decay is None else ema_decay**self.config.inner_steps
 
         def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-            params, opt_state, metrics = self.step_alone(inner, state, batch)
+            params, opt_state, guard, metrics = self.step_alone(inner, state, batch)
             step = state.step + 1
             key = jax.random.fold_in(jax.random.key(seed), step)
             outer, momentum, ema, params = jax.lax.cond(
@@ -140,20 +152,22 @@ class Replicas:
                 (state.params, state.local["momentum"], state.ema, params),
             )
             local = {"params": params, "momentum": momentum}
-            return TrainState(step, outer, opt_state, ema, local), metrics
+            return TrainState(step, outer, opt_state, ema, local, guard), metrics
 
         return train_step
 
-    def step_alone(self, inner: Step, state: TrainState, batch: dict[str, Array]) -> tuple[Any, Any, Any]:
-        """Parameters, optimizer states and metrics of all replicas after one step of each."""
+    def step_alone(
+        self, inner: Step, state: TrainState, batch: dict[str, Array]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Parameters, optimizer states, guards and metrics of all replicas after one step of each."""
 
-        def step(params: Any, opt_state: Any, rows: dict[str, Array]) -> tuple[Any, Any, Any]:
-            new, metrics = inner(TrainState(state.step, params, opt_state), rows)
-            return new.params, new.opt_state, metrics
+        def step(params: Any, opt_state: Any, guard: Any, rows: Any) -> tuple[Any, Any, Any, Any]:
+            new, metrics = inner(TrainState(state.step, params, opt_state, guard=guard), rows)
+            return new.params, new.opt_state, new.guard, metrics
 
         counters = jax.tree.map(lambda x: 0 if x.ndim else None, state.opt_state)
-        run = jax.vmap(step, (0, counters, 0), (0, counters, 0), spmd_axis_name=AXIS)
-        return run(state.local["params"], state.opt_state, jax.tree.map(self.rows, batch))
+        run = jax.vmap(step, (0, counters, 0, 0), (0, counters, 0, 0), spmd_axis_name=AXIS)
+        return run(state.local["params"], state.opt_state, state.guard, jax.tree.map(self.rows, batch))
 
     def rows(self, x: Array) -> Array:
         """[B, T] to [R, B/R, T]; each replica's rows are on its devices already."""
@@ -203,8 +217,9 @@ class Replicas:
         """The state as checkpoints have it."""
         assert int(state.step) % self.config.inner_steps == 0, "replicas differ between outer steps"
         mean = jax.tree.map(_mean, state.opt_state, shardings(self.alone.opt_state))
-        local = {"replicas": state.opt_state, "momentum": state.local["momentum"]}
-        return self._move(state.replace(opt_state=mean, local=local), self.canonical)
+        local = {"replicas": state.opt_state, "momentum": state.local["momentum"], "guards": state.guard}
+        first = jax.tree.map(_first, state.guard, shardings(self.alone.guard))
+        return self._move(state.replace(opt_state=mean, local=local, guard=first), self.canonical)
 
     def from_canonical(self, stored: TrainState) -> TrainState:
         """The inverse. Where `stored.local` lacks them, replicas start at the mean and momentum at zero."""
@@ -214,12 +229,15 @@ class Replicas:
             stored.replace(local=found), like.replace(local={name: like.local[name] for name in found})
         )
         opt_state, momentum = stored.local.get("replicas"), stored.local.get("momentum")
+        guard = stored.local.get("guards")
+        if guard is None:
+            guard = self._placed_copies(stored.guard)
         if opt_state is None:
             opt_state = self._placed_copies(stored.opt_state)
         if momentum is None:
             momentum = jax.tree.map(jnp.zeros_like, stored.params)
         local = {"params": self._placed_copies(stored.params), "momentum": momentum}
-        return stored.replace(opt_state=opt_state, local=local)
+        return stored.replace(opt_state=opt_state, local=local, guard=guard)
 
     def with_params(self, state: TrainState, params: Any) -> TrainState:
         """The state with every replica at other parameters."""
@@ -287,6 +305,15 @@ def send(x: Array, placed: NamedSharding) -> Array:
 # -- placed arrays -----------------------------------------------------------------------------------------
 
 
+def _first(x: Array, placed: NamedSharding) -> Array:
+    return _taker(placed)(x)
+
+
+@functools.cache
+def _taker(placed: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x[0], out_shardings=placed)
+
+
 def _mean(x: Array, placed: NamedSharding) -> Array:
     return _averager(placed)(x) if x.ndim else x
 
@@ -311,7 +338,8 @@ def _reshaper(
 def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
     """A step's metrics as host scalars; of metrics [R], what the replicas on this process's devices say.
 
-    Means are weighted by tokens; `tokens` is scaled to all replicas, exact where one process holds them all.
+    Means are weighted by tokens, but of skipped updates the worst counts; `tokens` is scaled to all replicas,
+    exact where one process holds them all.
     """
     if np.ndim(metrics["tokens"]) == 0:  # every step: `device_get` takes six times as long
         return {name: np.asarray(x) for name, x in metrics.items()}
@@ -320,7 +348,8 @@ def host_scalars(metrics: Mapping[str, Array]) -> dict[str, Any]:
     tokens, replicas = seen.pop("tokens"), metrics["tokens"].shape[0]
     weights = np.maximum(tokens, 1e-9)
     means = {name: float(np.average(values, weights=weights)) for name, values in seen.items()}
-    return {**means, "tokens": float(tokens.sum() * replicas / len(tokens))}
+    worst = {name: float(seen[name].max()) for name in (SKIPPED, IN_A_ROW) if name in seen}
+    return {**means, **worst, "tokens": float(tokens.sum() * replicas / len(tokens))}
 
 
 def _here(x: Array) -> list[Array]:

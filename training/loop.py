@@ -19,6 +19,7 @@ from training.elastic import Rules, scale
 from training.evaluate import evaluate, weighed
 from training.exporter import Exporter, memory
 from training.feed import arrived, of_all_hosts, placing, rows_here
+from training.guard import Trouble, reason_of, trouble
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.ledger import STEPPING, Ledger
 from training.notice import Notices, Stopping
@@ -26,9 +27,12 @@ from training.one_device import on_one_device
 from training.plots import plot_loss
 from training.profiling import Profile, plan
 from training.recorder import Recorder
+from training.replica_check import ReplicaCheck
+from training.rollback import ended_by, go_back
 from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
 from training.summary import print_summary, summarize
+from training.watchdog import Watchdog
 
 Sampler = Callable[..., dict[str, Any]]
 
@@ -61,12 +65,14 @@ def fit(
         with before_the_first_step():
             scaled = scale(config, run, legal)
             job = compose(scaled.config, run, watch, ledger, scaled)
-            state, first = start(job, stack)
+            watchdog = Watchdog(config.guard.stall_seconds, run.path, cluster.process_index())
+            stack.enter_context(watchdog)
+            state, first = start(job, stack, watchdog.expect)
         if exporter is not None:
             exporter.show(job.recorder, config.training.num_steps)
         with in_mid_run(job):
             with notices.steps():
-                state = train(job, state, first, notices, stack)
+                state = train_to_the_end(job, state, first, notices)
             return finish(job, state, sample)
 
 
@@ -83,8 +89,25 @@ def open_exporter(config: Any, stack: ExitStack) -> Exporter | None:
     return exporter
 
 
-def train(job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack) -> TrainState:
-    """From step `first` to the last, or to a notice to leave."""
+def train_to_the_end(job: Job, state: TrainState, first: int, notices: Notices) -> TrainState:
+    """Train, and where too many updates in a row were skipped go back and train again."""
+    assert job.recorder is not None
+    while True:
+        with ExitStack() as stack:
+            ended = train(job, state, first, notices, stack)
+        if not isinstance(ended, Trouble):
+            return ended
+        if not job.config.guard.rollback_batches:
+            raise ended_by(job, ended)
+        del state  # or two of them would lie on the devices
+        with job.recorder.aside("rollback"):
+            state, first = go_back(job, ended)
+
+
+def train(
+    job: Job, state: TrainState, first: int, notices: Notices, stack: ExitStack
+) -> TrainState | Trouble:
+    """From step `first` to the last, to a notice to leave, or to the trouble that the guard has met."""
     config, recorder, checkpoints = job.config, job.recorder, job.checkpoints
     assert recorder is not None and checkpoints is not None
     last = config.training.num_steps
@@ -104,8 +127,12 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
     leaves = job.train_step.leaves_of(state)
     job.ledger.enter(STEPPING)
     stack.callback(job.ledger.enter, "other")
+    replicas = replica_check(job)
+    postponed = False
     recorder.start_clock()
     for step in range(first + 1, last + 1):
+        if step > first + 1:  # the first batch may take an epoch's plan
+            recorder.expect(f"step {step}")
         if profile.begins(step):
             with recorder.aside("profile"):
                 profile.start()
@@ -114,6 +141,10 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
         leaves, metrics = job.train_step.on_leaves(leaves, stopping.ballot(batch))
         recorder.push(step, metrics, wait, feed.stages)
         leaving = stopping.agreed(step, recorder.read)
+        if step == last or leaving:
+            recorder.flush()
+        if (stuck := in_trouble(job, step)) is not None:
+            return stuck
 
         if profile.ends(step):
             with recorder.aside("profile"):
@@ -125,12 +156,20 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
                 recorder.event(step, figures)
                 job.held_out_at = step, figures
 
-        if leaving or every(config.checkpoint.every, step, last):
+        saving = leaving or postponed or every(config.checkpoint.every, step, last)
+        if replicas is not None and (saving or every(config.guard.replica_every, step, last)):
+            with recorder.aside("replica check"):
+                replicas.look(step, leaves)
+
+        if saving:
             with recorder.aside("checkpoints"):
-                recorder.sync()  # a checkpoint is never ahead of its rows
-                state = job.train_step.state_of(leaves)
-                checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
-                job.ledger.save_began(step)
+                # Those from before a trouble must not make room for those from within.
+                postponed = not leaving and step < last and may_wait(job)
+                if not postponed:
+                    recorder.sync()  # a checkpoint is never ahead of its rows
+                    state = job.train_step.state_of(leaves)
+                    checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
+                    job.ledger.save_began(step)
         if leaving:
             with recorder.aside("checkpoints"):
                 checkpoints.wait()
@@ -152,7 +191,36 @@ def planned_profile(job: Job, first: int) -> Profile:
 
 def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
     """What a checkpoint keeps beside the state."""
-    return {"data": of_all_hosts(job.position), "tokens": recorder.tokens, "data_digest": job.prepared.digest}
+    record = {"data": of_all_hosts(job.position), "tokens": recorder.tokens}
+    rollbacks = {"rollbacks": job.run.rollbacks} if job.run.rollbacks else {}
+    return record | {"data_digest": job.prepared.digest} | rollbacks
+
+
+def replica_check(job: Job) -> ReplicaCheck | None:
+    """What compares devices that hold the same, where the config asks for it."""
+    mesh = job.program.layout.mesh
+    return ReplicaCheck(job.program.state, mesh) if job.config.guard.replica_every and mesh.size > 1 else None
+
+
+def in_trouble(job: Job, step: int) -> Trouble | None:
+    """What ends the steps here, the same on every process; read of the last step that has its row.
+
+    Replicas that step alone read their own figures, so their hosts ask each other at outer steps.
+    """
+    assert job.recorder is not None
+    mine = trouble(job.config.guard, job.recorder.last.get("step", 0), job.recorder.read)
+    if job.program.replicas is None or cluster.process_count() == 1:
+        return mine
+    if step % job.config.local_sgd.inner_steps:
+        return None
+    said = cluster.exchange("skipped updates", mine.facts() if mine else None)
+    return next((Trouble(*facts) for facts in said if facts), None)
+
+
+def may_wait(job: Job) -> bool:
+    """Whether a save waits for an update that is taken: the last ones were not."""
+    assert job.recorder is not None
+    return job.program.replicas is None and reason_of(job.recorder.read) is not None
 
 
 def checked(job: Job, place: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -211,11 +279,14 @@ def finish(job: Job, state: TrainState, sample: Sampler | None) -> int:
     program, params = job.program, state.params
     if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
+    recorder.expect("the end")
 
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
+            recorder.expect("samples")
             written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
+            recorder.expect("the end")
         show(report(job, recorder, figures | written))
 
     cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
@@ -253,6 +324,7 @@ def report(job: Job, recorder: Recorder, figures: dict[str, Any]) -> dict[str, A
             "tokens": recorder.tokens,
             "bigram_bits_per_byte": bigram,
             **packing_figures(job),
+            **({"rollbacks": len(run.rollbacks)} if run.rollbacks else {}),
             "train_seconds": recorder.seconds,
             "goodput": recorder.goodput(),
             "wall_seconds": sum(job.ledger.seconds().values()),

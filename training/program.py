@@ -32,6 +32,7 @@ from parallel.plain import Plain, check_remat
 from parallel.schedules import make_schedule as make_pipeline_schedule
 from parallel.whole import Parts
 from training.attention import build_attention, choose_attention
+from training.guard import Skipping, nothing_seen
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.notice import abstract_vote
@@ -109,6 +110,13 @@ class Program:
         if self.replicas is not None:
             return self.replicas.with_params(state, params)
         return state.replace(params=params)
+
+    def with_guard(self, stored: TrainState) -> TrainState:
+        """A canonical state with the guard's figures, begun anew where a checkpoint has none."""
+        if stored.guard is not None:
+            return stored
+        place = shardings(self.canonical.guard)
+        return stored.replace(guard=jax.jit(nothing_seen, out_shardings=place)())
 
     def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
         if self.born.arrangement is None:
@@ -214,6 +222,13 @@ def sharing(layout: Layout, *, alone: bool) -> Parts | None:
     return Parts(layout.mesh, axes) if layout.mesh.size > 1 else None
 
 
+def skipping(platform: str, *, alone: bool) -> Skipping:
+    """How an update that is not taken is left out on these devices."""
+    if alone:
+        return "apart"
+    return "choose" if platform in ("gpu", "cuda", "rocm") else "branch"
+
+
 def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
@@ -297,6 +312,8 @@ def build_program(config: Any, layout: Layout) -> Program:
         grad_clip=config.optim.grad_clip,
         ema_decay=None if alone else training.ema_decay,
         seed=config.seed,
+        guard=config.guard,
+        skipping=skipping(platform, alone=alone),
     )
     state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
     canonical, replicas = canonical_state(born, state, seen), None

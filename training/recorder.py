@@ -2,18 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from training.errors import RunFault
 from training.flops import Flops
+from training.guard import reason_of
 from training.input_watch import InputWatch
 from training.ledger import Ledger
 from training.local_sgd import host_scalars
 from training.metrics import MetricsLog
 
 NOT_TIMED: Mapping[str, float] = {}
+
+
+def ignored(what: str) -> None:
+    """Nobody wants to know what comes next."""
 
 
 class Recorder:
@@ -34,17 +39,22 @@ class Recorder:
         every: int,
         ledger: Ledger | None = None,
         input_watch: InputWatch | None = None,
+        expect: Callable[[str], None] = ignored,
     ):
-        """`ledger`: of this start, from its beginning; one of its own where none is given."""
+        """`ledger`: of this start, from its beginning; one of its own where none is given.
+
+        `expect`: told what comes next, of what is no step (`training.watchdog`).
+        """
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every = tokens, every
         self.ledger = ledger or Ledger()
-        self.input_watch = input_watch
+        self.input_watch, self.expect = input_watch, expect
         self._pending: tuple[int, Mapping[str, Any], float, Mapping[str, float]] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
         self.waited = 0.0  # of these, for data
         self.steps = 0
+        self.skips = 0  # updates of this start that were not taken
         self.last: dict[str, Any] = {}
         self.last_event: dict[str, Any] = {}  # of an evaluation
         self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
@@ -72,6 +82,11 @@ class Recorder:
         if self.log:
             self.log.sync()
 
+    def go_back(self, tokens: int, log: MetricsLog | None, board: Any) -> None:
+        """What was pending is of steps that are undone; the rows go on in a log that was cut."""
+        self._pending, self.read, self.last = None, {}, {}
+        self.tokens, self.log, self.board = tokens, log, board
+
     def start_clock(self) -> None:
         """The next step begins now."""
         self._mark = time.perf_counter()
@@ -83,8 +98,10 @@ class Recorder:
         what: a category of `training.ledger`, in words.
         """
         self.flush()
+        self.expect(what)
         with self.ledger.during(what.replace(" ", "_")):
             yield
+        self.expect("the next step")
         self.start_clock()
 
     def goodput(self) -> dict[str, Any]:
@@ -118,7 +135,7 @@ class Recorder:
         self.seconds += seconds
         self.waited += wait
         self.steps += 1
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "loss": float(values["loss"]),
             "grad_norm": float(values["grad_norm"]),
@@ -130,19 +147,26 @@ class Recorder:
             **self.flops.mfu(tokens / seconds),
             **{key: float(value) for key, value in values.items() if key.startswith(("moe/", "mtp_"))},
         }
+        reason = reason_of(values)
+        if reason:
+            self.skips += 1
+            row |= {"skipped": 1, "skip_reason": reason}
         if self.log:
             self.log.write(row)
         self.last = row
         self.ledger.stepped(step, skipped=bool(row.get("skipped")))
         self.progress.update(row)
+        if reason:
+            figures = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            self.progress.note(f"step {step}: update skipped, {reason} ({figures})")
         if self.input_watch and (line := self.input_watch.seen(step, seconds, wait, stages)):
             self.progress.note(line)
         if self.board and (step % self.every == 0 or step == 1):
-            self.board.scalars(step, {k: v for k, v in row.items() if k != "step"})
+            self.board.scalars(step, {k: v for k, v in row.items() if k not in ("step", "skip_reason")})
             self.board.flush()  # so that a running TensorBoard follows
-        # A gradient that is not finite spoils the weights under a loss that still looks sound.
+        # What was not skipped has spoilt the weights, and under a loss that may still look sound.
         bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(row[key])), None)
-        if bad:
+        if bad and reason is None:
             raise RunFault(
                 f"{bad}={row[bad]} at step {step}; in a new run.name=, lower optim.learning_rate "
                 f"({row['learning_rate']:.3g} at that step) or set optim.grad_clip"

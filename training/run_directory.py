@@ -28,7 +28,8 @@ from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import cluster
-from training.config import CheckpointConfig, TrainingConfig
+from training.config import CheckpointConfig, GuardConfig, RunConfig, TrainingConfig
+from training.errors import RunFault
 from training.manifest import now
 from training.metrics import sync_directory
 
@@ -69,7 +70,7 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     named = {kind.name: kind for kind in (AdamWConfig, MuonConfig, LionConfig, SGDConfig)}
     optim = named.get(str((config.get("optim") or {}).get("name")))
     rooms = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
-    rooms["checkpoint"] = CheckpointConfig
+    rooms |= {"run": RunConfig, "checkpoint": CheckpointConfig, "guard": GuardConfig}
     values = {}
     for room, kind in (rooms | ({"optim": optim} if optim else {})).items():
         for field in fields(kind):
@@ -116,6 +117,7 @@ class RunDirectory:
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._lock: int | None = None
         self._manifest: dict[str, Any] = {}
+        self.rollbacks: list[dict[str, Any]] = []  # see `training.rollback`
 
     def begin(self, manifest: dict[str, Any], *, resume_step: int = 0) -> None:
         """Make the directory (a new run), or note this start in its restarts; `manifest`: `build_manifest`.
@@ -129,16 +131,33 @@ class RunDirectory:
             return
         self._check_digests(manifest)
         restarts = [*self._manifest.get("restarts", []), self._restart(manifest, resume_step)]
+        self._manifest = {**self._manifest, "restarts": restarts}
         with _explained(self.path):
             if diff:
                 _write(self.path / f"git.restart{len(restarts)}.diff", diff)
-            _write(self.path / "manifest.json", _json({**self._manifest, "restarts": restarts}))
+            self.write_manifest()
             # Last: until here a crash leaves the old values to compare the next start with.
             _write(self.path / "config.yaml", _yaml(self.config))
 
+    def write_manifest(self) -> None:
+        """Put down what is known of the run, its rollbacks with it; the primary's to do."""
+        rollbacks = {"rollbacks": self.rollbacks} if self.rollbacks else {}
+        _write(self.path / "manifest.json", _json({**self._manifest, **rollbacks}))
+
+    def check_restarts(self, step: int, most: int) -> None:
+        """Raise RunFault where more than `most` starts in a row, this one from `step` too, got no further."""
+        idle, before = 0, 0  # the first start began at 0
+        for reached in (*(start["step"] for start in self._manifest.get("restarts", [])), step):
+            idle, before = (0 if reached > before else idle + 1), reached
+        if idle > most:
+            raise RunFault(
+                f"{self.path} was restarted {idle} times from step {step} and never got to a newer "
+                f"checkpoint; see why they ended, then go on with run.max_restarts={idle + most}"
+            )
+
     def facts(self) -> dict[str, Any]:
         """What another process of the job needs to know, JSON-able."""
-        parent = {"parent": self.parent}
+        parent = {"parent": self.parent, "rollbacks": self.rollbacks}
         return {
             "path": str(self.path),
             "resuming": self.resuming,
@@ -151,6 +170,7 @@ class RunDirectory:
         """The directory as the primary sees it."""
         run = cls(Path(facts["path"]), dict(config))
         run.resuming, run.summary, run._manifest = facts["resuming"], facts["summary"], facts["manifest"]
+        run.rollbacks = list(run._manifest.get("rollbacks", []))
         return run
 
     @property
@@ -192,7 +212,7 @@ class RunDirectory:
 
     def _restart(self, manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What of the manifest is not as it was at the first start."""
-        skipped = ("created", "restarts", "data", "tokenizer", "parent")
+        skipped = ("created", "restarts", "rollbacks", "data", "tokenizer", "parent")
         changed = {k: v for k, v in manifest.items() if v != self._manifest.get(k) or k == "autoscale"}
         facts = {k: v for k, v in changed.items() if k not in skipped}
         return {
@@ -219,6 +239,7 @@ class RunDirectory:
                 _write(temporary / "config.yaml", _yaml(self.config))
                 os.rename(temporary, self.path)
                 sync_directory(self.path.parent)
+                self._manifest = manifest
         except BaseException:
             self.close()
             if temporary is not None:
@@ -272,6 +293,7 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
         if isinstance(stored.get("model"), dict):
             stored["model"] = regrouped(stored["model"])
         run._manifest = _load(path / "manifest.json", json.loads)
+        run.rollbacks = list(run._manifest.get("rollbacks", []))
         run.changed = differing_keys(stored, run.config)
         _refuse_frozen(path, run)
         run.summary = _summary(path)

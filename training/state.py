@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from optim.muon import Matrix
 from parallel.axes import Layout
+from training.guard import nothing_seen
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +18,7 @@ from parallel.axes import Layout
 class TrainState:
     """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept.
 
-    `local` is None unless replicas step alone (`training.local_sgd`).
+    `local` is None unless replicas step alone (`training.local_sgd`). `guard`: see `training.guard`.
     """
 
     step: Int[Array, ""]
@@ -25,6 +26,7 @@ class TrainState:
     opt_state: Any
     ema: Any = None
     local: Any = None
+    guard: Any = None
 
     def replace(self, **changes: Any) -> "TrainState":
         """A copy with other fields."""
@@ -61,7 +63,7 @@ def matrix_dims(info: Any, layout: Layout | None = None) -> Any:
 def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
     """Step 0: fresh optimizer, and the average starting at the parameters."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, guard=nothing_seen())
 
 
 def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
@@ -81,7 +83,8 @@ def placed_like(shapes: TrainState, params: Any, layout: Layout) -> TrainState:
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = _names(path)
         owner = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
-        assert owner is not None or leaf.ndim == 0, f"{names}: a state array that belongs to no parameter"
+        alone = leaf.ndim == 0 or names[0] == "guard"
+        assert owner is not None or alone, f"{names}: a state array that belongs to no parameter"
         sharding = owner if owner is not None and leaf.ndim else layout.replicated()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

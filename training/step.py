@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from parallel.axes import Layout
+from training.config import GuardConfig
+from training.guard import Kept, Skipping, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
@@ -44,12 +46,16 @@ def make_train_step(
     grad_clip: float | None,
     ema_decay: float | None,
     seed: int,
+    guard: GuardConfig | None = None,
+    skipping: Skipping = "branch",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch) -> (state, metrics)`.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
-    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics`. Random keys are folded
-    from (seed, step), so that neither mesh nor schedule changes them.
+    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics` and of the guard. Random
+    keys are folded from (seed, step), so that neither mesh nor schedule changes them.
+
+    guard: what updates are skipped; None: none. skipping: how, see `training.guard.unless_skipped`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -57,24 +63,37 @@ def make_train_step(
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(weights_only(model.info, grads))
-            if (
-                grad_clip is not None
-            ):  # balance biases take their sign alone, so that scaling them does nothing
+
+        def update(kept: Kept) -> Kept:
+            params, opt_state, ema = kept
+            scaled = grads
+            # Balance biases take their sign alone, so that scaling them does nothing.
+            if grad_clip is not None:
                 scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
-                grads = jax.tree.map(lambda g: g * scale, grads)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = state.ema
+                scaled = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(scaled, opt_state, params)
+            params = optax.apply_updates(params, updates)
             if ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            return params, opt_state, ema
+
+        kept = (state.params, state.opt_state, state.ema)
+        watched, told = state.guard, dict[str, Array]()
+        with jax.named_scope("optimizer"):
+            if guard is None:
+                params, opt_state, ema = update(kept)
+            else:
+                taken, watched, told = judge(state.guard, means["nll"], norm, guard.skip_sigma)
+                params, opt_state, ema = unless_skipped(taken, update, kept, how=skipping)
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_weights"] > 0).astype(jnp.float32),
             **router_metrics(means),
+            **told,
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, guard=watched), metrics
 
     return train_step
 

@@ -30,7 +30,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
     (`Recorder.goodput`),
     bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text, packing, rows_full, mixture
     {name: share of rows}; others are kept as they are.
-    From `metrics.jsonl`, over all starts: train_seconds, train_loss (mean of the last sixtieth of the steps),
+    From `metrics.jsonl`, over all starts: skipped_updates (where there are any), train_seconds, train_loss
+    (mean of the last sixtieth of the steps),
     tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
     """
     run_dir = Path(run_dir)
@@ -98,7 +99,11 @@ def summary_text(summary: Mapping[str, Any], width: int = 100) -> str:
 def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     if not rows:
         return {}
-    figures = {"train_loss": float(np.mean([row["loss"] for row in rows[-(len(rows) // 60 + 1) :]]))}
+    last = rows[-(len(rows) // 60 + 1) :]
+    losses = [row["loss"] for row in last if "skipped" not in row] or [row["loss"] for row in last]
+    figures = {"train_loss": float(np.mean(losses))}
+    if skipped := sum("skipped" in row for row in rows):
+        figures["skipped_updates"] = skipped
     for key in ("tokens_per_second", "mfu_causal", "mfu_full"):
         values = [row[key] for row in rows if key in row]
         if values:
@@ -153,6 +158,9 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "goodput", _goodput(s["goodput"])
     if "rows_full" in s:
         yield "rows", _rows(s)
+    if "skipped_updates" in s:
+        back = f"; taken back {s['rollbacks']} times" if "rollbacks" in s else ""
+        yield "skipped", f"{s['skipped_updates']} updates that were not finite, or spikes{back}"
     if "tokens_per_second" in s:
         yield "speed", f"{human(s['tokens_per_second'])} tokens/s{_mfu(s)}"
     if "train_loss" in s:

@@ -45,6 +45,11 @@ BAD = {
     "text for a switch": ([DEBUG, "deterministic=maybe"], ["deterministic=maybe", "true or false"]),
     "nan": ([DEBUG, "optim.learning_rate=nan"], ["optim.learning_rate=nan", "finite"]),
     "inf": ([DEBUG, "sample.temperature=inf"], ["sample.temperature=inf", "finite"]),
+    "guard": ([DEBUG, "guard.skip_sigma=0"], ["guard.skip_sigma=0", "above 0, such as 6, or null"]),
+    "rollback": (
+        [DEBUG, "guard.rollback_batches=12", "guard.max_skips=5", "checkpoint.every=8"],
+        ["guard.rollback_batches=12", "checkpoint.every=8", "guard.max_skips=5", "use 13 or more, or 0"],
+    ),
     "choice": ([DEBUG, "model.norm=rmsnrom"], ["model.norm=rmsnrom", "layernorm", "did you mean rmsnorm?"]),
     "data choice": ([DEBUG, "data.packing=conkat"], ["data.packing=conkat", "did you mean concat?"]),
     "remat choice": ([DEBUG, "training.remat=ful"], ["training.remat=ful", "did you mean full?"]),
