@@ -15,6 +15,7 @@ from configs.case import Case, around, remedy, values
 from parallel.backends import problem as backend_problem
 from parallel.backends import wanted_of
 from parallel.config import dcn_problem, divisors
+from training.config import inner_steps
 
 VOCAB_MULTIPLE = 128  # to which a vocabulary of -1 is rounded up
 # What an axis does is written for one logical axis and this rule.
@@ -331,7 +332,7 @@ def _vocabulary(case: Case) -> str | None:
 
 
 def _local_sgd(case: Case) -> str | None:
-    config, inner = case.config, case.config.local_sgd.inner_steps
+    config, inner = case.config, inner_steps(case.config.local_sgd)
     if inner == 1:
         return None
     if case.sizes["replica"] == 1:

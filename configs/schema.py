@@ -100,7 +100,7 @@ class Config:
     autoscale: AutoscaleConfig | None = None  # which of them when some are missing; null: the mesh as it is
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # in what order stages work
     context: ContextConfig = field(default_factory=ContextConfig)  # how attention crosses devices
-    local_sgd: LocalSGDConfig = field(default_factory=LocalSGDConfig)  # how often replicas meet
+    local_sgd: LocalSGDConfig | None = None  # how often replicas meet; null: at every step
     hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
     optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step

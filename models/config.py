@@ -273,7 +273,7 @@ def _check_count(key: str, value: int, remedy: str = "a positive number") -> Non
         raise ValueError(f"{key}={value} must be above 0; use {remedy}")
 
 
-def _check_positive(key: str, value: float, remedy: str = "a positive number") -> None:
+def _check_positive(key: str, value: float | int, remedy: str = "a positive number") -> None:
     if not 0 < value < float("inf"):
         raise ValueError(f"{key}={value} must be above 0; use {remedy}")
 

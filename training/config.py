@@ -81,7 +81,7 @@ class TrainingConfig:
 class LocalSGDConfig:
     """Local SGD and DiLoCo over mesh.replica: replicas step alone and exchange what they learnt now and then.
 
-    At 1 inner step replicas are synchronous data parallelism, and nothing else here is read.
+    Without it, and at 1 inner step, replicas are synchronous data parallelism, and nothing else here is read.
     """
 
     inner_steps: int = 1  # optimizer steps between exchanges
@@ -98,6 +98,11 @@ class LocalSGDConfig:
         momentum = self.outer_momentum
         _require(0 <= momentum < 1, "local_sgd.outer_momentum", momentum, "0 (off) or more, and below 1")
         _choice("local_sgd.exchange", self.exchange, EXCHANGES)
+
+
+def inner_steps(config: LocalSGDConfig | None) -> int:
+    """Optimizer steps between exchanges of replicas; 1 where they step together."""
+    return 1 if config is None else config.inner_steps
 
 
 @dataclass
@@ -124,9 +129,7 @@ class CheckpointConfig:
 class GuardConfig:
     """Updates that are skipped, how a run goes back, when it counts as stuck, and replicas that differ."""
 
-    skip_sigma: float | None = (
-        None  # such as 6: deviations above the mean at which a loss or gradient norm is skipped
-    )
+    skip_sigma: float | None = None  # such as 6: deviations above the mean at which an update is skipped
     max_skips: int = 10  # consecutive skipped updates that end the run, or take it back
     rollback_batches: int = 0  # 0: end it; N: go back to a checkpoint and leave out the next N batches
     stall_seconds: float | None = 1800.0  # without progress: stacks, then exit 75; null: wait for ever

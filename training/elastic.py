@@ -21,6 +21,7 @@ from parallel import cluster
 from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
+from training.config import inner_steps
 from training.errors import Requeue
 from training.run_directory import RunDirectory
 
@@ -136,7 +137,7 @@ def nodes_wanted(
 
 def asked_by(config: Any, each: int | None = None) -> Asked:
     """What `decide` needs of a config; `each`: devices of a slice, where mesh.dcn counts slices."""
-    mesh, inner = config.mesh, config.local_sgd.inner_steps
+    mesh, inner = config.mesh, inner_steps(config.local_sgd)
     fixed = {"replica": f"local_sgd.inner_steps={inner} steps them alone"} if inner > 1 else {}
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     steps: dict[str, int] = {}

@@ -31,7 +31,7 @@ from jaxtyping import Array
 
 from parallel.arrangement import without_axis
 from parallel.axes import Layout
-from training.config import LocalSGDConfig
+from training.config import LocalSGDConfig, inner_steps
 from training.guard import IN_A_ROW, SKIPPED
 from training.state import TrainState, shardings
 
@@ -40,9 +40,9 @@ LEVELS = 127  # of int8 to either side of zero
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
-def steps_alone(config: LocalSGDConfig, mesh: Mesh) -> bool:
+def steps_alone(config: LocalSGDConfig | None, mesh: Mesh) -> bool:
     """Whether replicas differ between exchanges; else they are synchronous data parallelism."""
-    return config.inner_steps > 1 and mesh.shape[AXIS] > 1
+    return inner_steps(config) > 1 and mesh.shape[AXIS] > 1
 
 
 def one_replica(layout: Layout) -> Layout:

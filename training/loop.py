@@ -15,6 +15,7 @@ from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
+from training.config import inner_steps
 from training.elastic import Rules, scale
 from training.evaluate import evaluate, weighed
 from training.exporter import Exporter, memory
@@ -123,7 +124,7 @@ def train(
     profile = planned_profile(job, first)
     stack.callback(profile.close)
     mesh = job.program.layout.mesh if job.program.votes else None
-    stopping = Stopping(notices, mesh, config.local_sgd.inner_steps if job.program.replicas else 1)
+    stopping = Stopping(notices, mesh, inner_steps(config.local_sgd) if job.program.replicas else 1)
     leaves = job.train_step.leaves_of(state)
     job.ledger.enter(STEPPING)
     stack.callback(job.ledger.enter, "other")
@@ -211,7 +212,7 @@ def in_trouble(job: Job, step: int) -> Trouble | None:
     mine = trouble(job.config.guard, job.recorder.last.get("step", 0), job.recorder.read)
     if job.program.replicas is None or cluster.process_count() == 1:
         return mine
-    if step % job.config.local_sgd.inner_steps:
+    if step % inner_steps(job.config.local_sgd):
         return None
     said = cluster.exchange("skipped updates", mine.facts() if mine else None)
     return next((Trouble(*facts) for facts in said if facts), None)

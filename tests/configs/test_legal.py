@@ -25,6 +25,7 @@ from parallel.config import MESH_AXES
 from parallel.context import check_context
 from parallel.schedules import check_schedule
 from tests.configs.composing import config
+from training.config import LocalSGDConfig
 from training.state import is_info
 
 SHAPE = {
@@ -52,6 +53,7 @@ def base():
 def changed(base, values):
     """A copy with these dotted keys set; each part checks itself again."""
     made = copy.deepcopy(base)
+    made.local_sgd = made.local_sgd or LocalSGDConfig()
     for key, value in copy.deepcopy({**SHAPE, **values}).items():
         *rooms, name = key.split(".")
         room = made
