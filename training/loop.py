@@ -109,7 +109,7 @@ def train(job: Job, state: TrainState, first: int, notices: Notices, stack: Exit
                 checkpoints.wait()
             raise stopping.said(step)
     with recorder.aside("checkpoints"):
-        checkpoints.wait()
+        checkpoints.wait(sent=True)  # what fails behind the loop must not come after the summary
     return job.train_step.state_of(leaves)
 
 
