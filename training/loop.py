@@ -176,7 +176,7 @@ def train(
                 checkpoints.wait()
             raise stopping.said(step)
     with recorder.aside("checkpoints"):
-        checkpoints.wait()
+        checkpoints.wait(sent=True)  # what fails behind the loop must not come after the summary
     return job.train_step.state_of(leaves)
 
 

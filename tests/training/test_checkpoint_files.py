@@ -131,5 +131,8 @@ def test_what_fails_behind_the_loop_after_the_last_step_ends_the_run_as_a_fault(
         with pytest.raises(RunFault, match="could not be written") as error:
             fit(config)
     assert error.value.status == 1 and "\n" not in str(error.value)
+    assert not (ground.run(f"late_{kind}") / "summary.json").exists()
     assert fit(config) == 0  # and the same command goes on
     assert ground.record(f"late_{kind}", 6)["step"] == 6
+    step = ground.run(f"late_{kind}") / "checkpoints" / "6"
+    assert bad_files(step, read_list(step) or {}) == {}
