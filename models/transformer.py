@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -219,9 +220,9 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache and its filled length; of each layer keys and values [count, B, length, K, H].
+        """An empty cache and its filled length; of each layer keys and values [B, length, K, H].
 
-        With latent attention the normed latent [count, B, length, R] and the keys' rotated part.
+        With latent attention the normed latent [B, length, R] and the keys' rotated part.
         """
         config = self.config
         if config.mla is None:
@@ -229,13 +230,15 @@ class Model:
         else:
             sizes = {"latent": (config.mla.kv_lora_rank,), "k_rope": (config.mla.qk_rope_head_dim,)}
         places: Tree = {
-            str(s): {
-                str(p): {
-                    name: jnp.zeros((segment.count, batch_size, length, *size), dtype)
-                    for name, size in sizes.items()
+            str(s): [
+                {
+                    str(p): {
+                        name: jnp.zeros((batch_size, length, *size), dtype) for name, size in sizes.items()
+                    }
+                    for p in range(len(segment.period))
                 }
-                for p in range(len(segment.period))
-            }
+                for _ in range(segment.count)
+            ]
             for s, segment in enumerate(self.segments)
         }
         return {"length": jnp.zeros((), jnp.int32), "segments": places}
@@ -249,7 +252,7 @@ class Model:
         positions, max_seq_len): past it the last entries would be overwritten.
         """
         size, length = tokens.shape[1], cache["length"]
-        capacity = jax.tree.leaves(cache["segments"])[0].shape[2]
+        capacity = jax.tree.leaves(cache["segments"])[0].shape[1]
         slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
         batch = {
             "tokens": tokens,
@@ -315,8 +318,11 @@ class Model:
     def _layers(
         self, params: Tree, x: Array, batch: dict[str, Array], ops: Ops, caches: Tree | None
     ) -> tuple[Array, Tree]:
-        """All layers in order, by one scan a segment; the caches, where there are any, ride along."""
-        filled = {}
+        """All layers in order, by one scan a segment, or with caches one by one.
+
+        A scan would hand on the stacked caches as new arrays, a copy of them all for each token.
+        """
+        filled: Tree = {}
         for s, segment in enumerate(self.segments):
 
             def period(x: Array, stacked: Any, segment: Segment = segment) -> tuple[Array, Any]:
@@ -327,8 +333,14 @@ class Model:
                     x, out[str(p)], _ = block(x, batch, spec, ops, cache and cache[str(p)])
                 return x, out
 
-            stacked = (params["segments"][str(s)], caches and caches[str(s)])
-            x, filled[str(s)] = jax.lax.scan(period, x, stacked)
+            stacked = params["segments"][str(s)]
+            if caches is None:
+                x, _ = jax.lax.scan(period, x, (stacked, None))
+                continue
+            filled[str(s)] = []
+            for i, cache in enumerate(caches[str(s)]):
+                x, out = period(x, (jax.tree.map(itemgetter(i), stacked), cache))
+                filled[str(s)].append(out)
         return x, filled
 
 

@@ -22,24 +22,34 @@ def write_samples(program: Any, params: Any, tokenizer: Any, config: Any, run_di
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     figures: dict[str, Any] = {}
-    if settings.prompts:
-        texts, _ = complete(program, params, tokenizer, settings.prompts, settings, config.seed)
-        _write(folder / f"{step}.txt", texts)
+    count, snippets = len(settings.prompts), settings.parse_snippets
+    prompts = [*settings.prompts, *[PYTHON_PROMPT] * snippets]
+    numbers = [*range(count), *range(snippets)]  # each kind by itself: neither changes the other
+    texts, ended = complete(program, params, tokenizer, prompts, settings, config.seed, numbers)
+    if count:
+        _write(folder / f"{step}.txt", texts[:count])
         figures["sample_text"] = texts[0]
-    if settings.parse_snippets:
-        prompts = [PYTHON_PROMPT] * settings.parse_snippets
-        texts, ended = complete(program, params, tokenizer, prompts, settings, config.seed)
-        texts = [text.lstrip("\n") for text in texts]
-        _write(folder / f"{step}.python.txt", texts)
-        share, passed, total = parse_share(texts, ended)
+    if snippets:
+        python = [text.lstrip("\n") for text in texts[count:]]
+        _write(folder / f"{step}.python.txt", python)
+        share, passed, total = parse_share(python, ended[count:])
         figures |= {"parse_share": share, "parse_passed": passed, "parse_total": total}
     return figures
 
 
 def complete(
-    program: Any, params: Any, tokenizer: Any, prompts: Sequence[str], settings: Any, seed: int
+    program: Any,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: Any,
+    seed: int,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """Each prompt with its continuation, and whether the model itself ended it."""
+    """Each prompt with its continuation, and whether the model itself ended it.
+
+    numbers: of the samples, 0.. by default, see `serving.generate`.
+    """
     heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     tails = generate(
         program.model,
@@ -51,6 +61,7 @@ def complete(
         top_k=settings.top_k,
         eos_id=stop_id(tokenizer),
         seed=seed,
+        sample_ids=numbers,
         vocab_size=tokenizer.vocab_size,
     )
     texts = [shown(tokenizer, *parts) for parts in zip(prompts, heads, tails, strict=True)]
