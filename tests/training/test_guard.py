@@ -166,7 +166,7 @@ made = training.program.make_train_step
 
 def trained(optim, on):
     training.program.make_train_step = lambda *a, guard, **k: made(*a, **k, guard=on)
-    program = make_program(make_config(model={**TINY, "num_layers": 1}, optim=optim, ema_decay=0.9))
+    program = make_program(make_config(model=TINY, optim=optim, ema_decay=0.9))
     train, state = program.compile_train(), program.init_state(0)
     losses = []
     for step in range(4):
