@@ -11,13 +11,12 @@ lid) is not taken for one that hangs. A main thread that hangs without giving up
 too: in a job of several processes the others' watchdogs end it then.
 """
 
-import faulthandler
 import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from training.errors import Requeue
 
@@ -26,7 +25,7 @@ TICK = 0.5  # seconds between two looks
 BOUNDS = {
     "starting": 3600.0,  # restore or initialize, then the plan of the first epoch
     "evaluation": 7200.0,
-    "checkpoints": 1800.0,  # beyond `SAVE_SECONDS`, after which Orbax raises
+    "checkpoints": 5400.0,  # beyond SEND_SECONDS and SAVE_SECONDS of `training.checkpoint`, which raise
     "profile": 1800.0,
     "rollback": 3600.0,
     "replica check": 1800.0,
@@ -89,14 +88,15 @@ class Watchdog:
     def _give_up(self, what: str) -> None:
         """Nothing here may wait for what the main thread holds."""
         path, where = self.folder / "stacks" / f"process{self.process}.txt", ""
-        os.write(2, f"stopped: no progress in {self._bound(what):g} s at {what}; all threads:\n".encode())
-        faulthandler.dump_traceback(2, all_threads=True)
+        found = stacks()
+        os.write(
+            2, f"stopped: no progress in {self._bound(what):g} s at {what}; all threads:\n{found}".encode()
+        )
         try:
             path.parent.mkdir(exist_ok=True)
             with path.open("a") as file:
-                file.write(f"no progress in {self._bound(what):g} s at {what}\n")
+                file.write(f"no progress in {self._bound(what):g} s at {what}\n{found}")
                 file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
                 os.fsync(file.fileno())
             where = f"; their stacks are in {path}"
         except OSError:  # the run's directory is not there yet, or its disk is what hangs
@@ -107,6 +107,25 @@ class Watchdog:
         flushing.start()
         flushing.join(FLUSH_SECONDS)
         self._leave(Requeue.status)
+
+
+def stacks() -> str:
+    """Where every thread stands, the main one first.
+
+    Without the lines themselves: they would be read from files, and a file system may be what hangs. Python's
+    own faulthandler stops after a hundred threads, before it comes to the oldest, which is the main one.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda pair: (pair[0] != main, pair[0]))
+    lines = []
+    for ident, frame in frames:
+        lines.append(f"Thread {names.get(ident, ident)}, most recent call first:")
+        at: FrameType | None = frame
+        while at is not None:
+            lines.append(f'  File "{at.f_code.co_filename}", line {at.f_lineno}, in {at.f_code.co_name}')
+            at = at.f_back
+    return "\n".join(lines) + "\n"
 
 
 def _flush() -> None:
