@@ -15,36 +15,16 @@ from data.remote import Mirror
 from data.sources import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from tests.data.extras import require
+from tests.s3 import bucket
 
 # protobuf 6.33 warns of what tfds's copy of an older json_format does.
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = require("moto.server", "s3").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def s3(endpoint, monkeypatch):
-    """A file system with an empty bucket, and the environment that users would set."""
-    s3fs = require("s3fs", "s3")
-    for key, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(key, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("corpora")
-    yield fs
-    fs.rm("corpora", recursive=True)
+    with bucket(endpoint, monkeypatch, "corpora") as fs:
+        yield fs
 
 
 def upload(fs: Any, folder: Path, remote: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from tests.data.extras import require
+from tests.s3 import bucket
 from tests.training.ground import Ground, make_ground
 from tests.training.test_checkpoint_bucket import (  # noqa: F401  (collected here, with another `url`)
     Bucket,
@@ -23,31 +24,10 @@ from training.checkpoint_place import refuse_occupied
 from training.config import CheckpointConfig
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = require("moto.server", "s3").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def url(endpoint, monkeypatch):
-    """An empty bucket, and the environment that users would set."""
-    s3fs = require("s3fs", "s3")
-    for key, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(key, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("checkpoints")
-    yield "s3://checkpoints/run"
-    fs.rm("checkpoints", recursive=True)
+    with bucket(endpoint, monkeypatch, "checkpoints"):
+        yield "s3://checkpoints/run"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,36 @@
+"""An S3 on loopback, for what speaks to buckets: moto's server, and the environment that users would set."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.data.extras import require
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = require("moto.server", "s3").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@contextlib.contextmanager
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Any]:
+    """A file system with an empty bucket of this name."""
+    s3fs = require("s3fs", "s3")
+    for key, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    fs = s3fs.S3FileSystem()
+    fs.mkdir(name)
+    yield fs
+    fs.rm(name, recursive=True)
