@@ -9,6 +9,8 @@ import os
 import signal
 from importlib.metadata import version
 
+import pytest
+
 # An unknown flag ends the process with its name, so that a JAX without one of these is noticed.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):  # later ones have no other way
@@ -19,6 +21,18 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 # Started in the background, a shell has us ignore Ctrl-C, and what we start would too: there are tests of it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """An S3 on loopback, for what speaks to buckets."""
+    from tests.data.extras import require
+
+    server = require("moto.server", "s3").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 def pytest_terminal_summary(terminalreporter):

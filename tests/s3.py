@@ -1,4 +1,4 @@
-"""An S3 on loopback, for what speaks to buckets: moto's server, and the environment that users would set."""
+"""A bucket of the S3 on loopback that `endpoint` starts, and the environment that users would set."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,15 +7,6 @@ from typing import Any
 import pytest
 
 from tests.data.extras import require
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    server = require("moto.server", "s3").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @contextlib.contextmanager
