@@ -430,12 +430,15 @@ def test_a_disk_full_in_mid_run_is_one_line_and_status_1_and_the_run_goes_on(
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
 
 
-def test_a_loss_that_diverges_stops_the_run_before_it_is_saved(place, typed):
-    outcome = typed("optim.learning_rate=1e30", "optim.grad_clip=null", "checkpoint.every=1")
-    assert_one_line(outcome, 1, "nan at step 2", "lower optim.learning_rate")
+@pytest.mark.parametrize("most, last", [(1, 2), (10, 4)])
+def test_a_loss_that_diverges_stops_the_run_before_it_is_saved(place, typed, most, last):
+    """At the limit, or at the last step: a run whose last updates were skipped has not come to its end."""
+    words = ("optim.learning_rate=1e30", "optim.grad_clip=null", "checkpoint.every=1", "eval.every=5")
+    outcome = typed(*words, f"guard.max_skips={most}")
+    assert_one_line(outcome, 1, f"nan at step {last}", "lower optim.learning_rate")
     rows = MetricsLog.read(place.path / "runs/a/metrics.jsonl")
     saved = [int(p.name) for p in Path("runs/a/checkpoints").iterdir() if p.name.isdigit()]
-    assert [row["step"] for row in rows] == [1, 2] and saved == [1]
+    assert [row["step"] for row in rows] == list(range(1, last + 1)) and saved == [1]
 
 
 def test_a_damaged_cache_is_made_again_and_not_taken(place, typed):
@@ -525,4 +528,4 @@ def test_commands_of_their_own_say_the_same(good, place):
     assert_one_line(outcome, 2, "runs/ has none; train one with train.py")
     assert not Path("runs").exists()
     outcome = in_terminal(place, train_py, *place.words("optim.learning_rate=1e30", "optim.grad_clip=null"))
-    assert_one_line(outcome, 1, "nan at step 2")
+    assert_one_line(outcome, 1, "nan at step 4")

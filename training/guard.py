@@ -137,11 +137,15 @@ def reason_of(metrics: Mapping[str, Any]) -> str | None:
     return REASONS[code] if code else None
 
 
-def trouble(config: GuardConfig, step: int, metrics: Mapping[str, Any]) -> Trouble | None:
-    """The trouble that a step's metrics tell of, None where they do not."""
+def trouble(config: GuardConfig, step: int, metrics: Mapping[str, Any], last: int) -> Trouble | None:
+    """The trouble that a step's metrics tell of, None where they do not.
+
+    last: the run's last step, which nobody waits beyond: two skipped in a row are trouble there.
+    """
     in_a_row = int(metrics.get(IN_A_ROW, 0))
     reason = reason_of(metrics)
-    if not reason or in_a_row < config.max_skips:
+    most = min(config.max_skips, 2) if step == last else config.max_skips
+    if not reason or in_a_row < most:
         return None
     name = "grad_norm" if "gradient" in reason else "loss"
     return Trouble(step, in_a_row, reason, f"{name}={float(metrics[name]):.6g}")

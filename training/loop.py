@@ -4,7 +4,8 @@ What happens once in a while stands there in sight. Every process of a job runs 
 writes the run's directory and prints.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.config import inner_steps
 from training.elastic import Rules, scale
+from training.errors import RunFault
 from training.evaluate import evaluate, weighed
 from training.exporter import Exporter, memory
 from training.feed import arrived, of_all_hosts, placing, rows_here
@@ -29,7 +31,7 @@ from training.plots import plot_loss
 from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.replica_check import ReplicaCheck
-from training.rollback import ended_by, go_back
+from training.rollback import ended_by, go_back, remedy
 from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
 from training.summary import print_summary, summarize
@@ -154,6 +156,7 @@ def train(
         if every(config.eval.every, step, last):
             with recorder.aside("evaluation"):
                 figures = held_out_figures(job, job.train_step.state_of(leaves)) | read_so_far(job, step)
+                check_finite(job, step, figures)
                 recorder.event(step, figures)
                 job.held_out_at = step, figures
 
@@ -209,10 +212,11 @@ def in_trouble(job: Job, step: int) -> Trouble | None:
     Replicas that step alone read their own figures, so their hosts ask each other at outer steps.
     """
     assert job.recorder is not None
-    mine = trouble(job.config.guard, job.recorder.last.get("step", 0), job.recorder.read)
+    config, row = job.config, job.recorder.last
+    mine = trouble(config.guard, row.get("step", 0), job.recorder.read, config.training.num_steps)
     if job.program.replicas is None or cluster.process_count() == 1:
         return mine
-    if step % inner_steps(job.config.local_sgd):
+    if step % inner_steps(config.local_sgd):
         return None
     said = cluster.exchange("skipped updates", mine.facts() if mine else None)
     return next((Trouble(*facts) for facts in said if facts), None)
@@ -247,6 +251,13 @@ def held_out_figures(job: Job, state: TrainState) -> dict[str, float]:
     if state.ema is not None:
         figures |= {f"{name}_ema": value for name, value in held_out_loss(job, state.ema).items()}
     return figures
+
+
+def check_finite(job: Job, step: int, figures: Mapping[str, float]) -> None:
+    """Raise RunFault for weights of no use, which a run of skipped updates would otherwise end with."""
+    bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+    if bad is not None:
+        raise RunFault(f"{bad}={figures[bad]} at step {step}; {remedy(job)}")
 
 
 def read_so_far(job: Job, step: int) -> dict[str, float]:

@@ -44,8 +44,8 @@ def test_decode_equals_forward_and_caches_the_latent_alone():
     params, batch = lively(model), make_batch([[12], [12]], 12)
     full = jax.jit(partial(model.apply, ops=Ops()))(params, batch)
     decode, cache = jax.jit(partial(model.decode, ops=Ops())), model.init_cache(2, 15, jnp.float32)
-    shapes = {name: leaf.shape for name, leaf in cache["segments"]["0"]["0"].items()}
-    assert shapes == {"latent": (1, 2, 15, 16), "k_rope": (1, 2, 15, 4)}
+    shapes = {name: leaf.shape for name, leaf in cache["segments"]["0"][0]["0"].items()}
+    assert shapes == {"latent": (2, 15, 16), "k_rope": (2, 15, 4)}
     parts = []
     for cut in (slice(0, 7), *(slice(t, t + 1) for t in range(7, 12))):
         logits, cache = decode(params, batch["tokens"][:, cut], cache)

@@ -22,6 +22,7 @@ from serving.generate import generate
 from serving.samples import encode_prompt
 from training.checkpoint import Checkpoints
 from training.config import CheckpointConfig, RunConfig
+from training.guard import nothing_seen
 from training.state import TrainState, abstract_state, shardings
 
 MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32)
@@ -70,7 +71,9 @@ def run(tmp_path_factory, tokenizer, model):
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
     for step in (1, 2):
         params = weights(model, step)
-        state = TrainState(jnp.int32(step), params, tx.init(params), weights(model, 10 + step))
+        state = TrainState(
+            jnp.int32(step), params, tx.init(params), weights(model, 10 + step), guard=nothing_seen()
+        )
         checkpoints.save(step, jax.device_put(state, placed), {})
         checkpoints.wait()
     checkpoints.close()
