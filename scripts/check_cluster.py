@@ -37,11 +37,17 @@ HANGS = 120  # seconds beyond twice the budget, for compiling; then something ha
 
 
 class Watch:
-    """Ends a check that hangs, which a broken link may cause, and says in what."""
+    """Ends a check that hangs while it is entered, which a broken link may cause, and says in what."""
 
     def __init__(self, seconds: float):
         self.doing, self.seconds, self.done = "nothing yet", seconds, threading.Event()
+
+    def __enter__(self) -> "Watch":
         threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.done.set()
 
     def say(self, what: str) -> None:
         """What is being done now."""
@@ -131,20 +137,19 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
     from parallel.probe_links import measure_collectives
     from training.flops import datasheet
 
-    watch = Watch(2 * options.seconds + HANGS)
     with cluster.together("the devices"):
         mesh = build_layout(config.mesh).mesh
     devices = list(mesh.devices.flat)
-    mine = measure_devices(devices, options.seconds / 2, options.memory, watch.say)
-    cluster.barrier("all have measured their devices", options.seconds + HANGS)
-    rates, faults, links = measure_collectives(mesh, options.seconds / 2, watch.say)
-    watch.say("what the others have measured")
-    mine = [
-        replace(r, figures={**r.figures, **rates[r.device]}, wrong=[*r.wrong, *faults[r.device]])
-        for r in mine
-    ]
-    said = cluster.exchange("the figures", [[asdict(r) for r in mine], [asdict(link) for link in links]])
-    watch.done.set()
+    with Watch(2 * options.seconds + HANGS) as watch:
+        mine = measure_devices(devices, options.seconds / 2, options.memory, watch.say)
+        cluster.barrier("all have measured their devices", options.seconds + HANGS)
+        rates, faults, links = measure_collectives(mesh, options.seconds / 2, watch.say)
+        watch.say("what the others have measured")
+        mine = [
+            replace(r, figures={**r.figures, **rates[r.device]}, wrong=[*r.wrong, *faults[r.device]])
+            for r in mine
+        ]
+        said = cluster.exchange("the figures", [[asdict(r) for r in mine], [asdict(link) for link in links]])
     readings = sorted((Reading(**r) for of, _ in said for r in of), key=lambda r: r.device)
     links = sorted((Link(**link) for _, of in said for link in of), key=lambda link: link.source)
     peak = config.hardware.peak_tflops or datasheet(devices[0].device_kind)

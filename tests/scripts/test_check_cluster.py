@@ -99,7 +99,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, words, said):
 
 def test_a_check_that_hangs_says_in_what_and_ends():
     lines = (
-        "import time; from scripts.check_cluster import Watch; watch = Watch(0.01); watch.say('a link'); "
+        "import time; from scripts.check_cluster import Watch; watch = Watch(0.01); watch.say('a link'); watch.__enter__(); "
         "time.sleep(60)"
     )
     done = subprocess.run(
@@ -151,3 +151,9 @@ def test_two_processes_check_each_other_and_name_the_process_and_host(tmp_path, 
     found = [(finding["kind"], finding["devices"]) for finding in report["findings"]]
     assert found == [("wrong", [3]), ("slow", [0, 1]), ("slow", [3, 0])]
     assert "of process 1 on " in report["findings"][0]["line"]
+
+
+def test_a_check_that_fails_leaves_nobody_behind_who_would_end_the_process_later():
+    with pytest.raises(ZeroDivisionError), check_cluster.Watch(60) as watch:
+        raise ZeroDivisionError
+    assert watch.done.is_set()
