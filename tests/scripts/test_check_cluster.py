@@ -99,8 +99,8 @@ def test_bad_input_is_one_line_and_status_2(capsys, words, said):
 
 def test_a_check_that_hangs_says_in_what_and_ends():
     lines = (
-        "import time; from scripts.check_cluster import Watch; watch = Watch(0.01); watch.say('a link'); watch.__enter__(); "
-        "time.sleep(60)"
+        "import time\nfrom scripts.check_cluster import Watch\n"
+        "with Watch(0.2) as watch:\n    watch.say('a link')\n    time.sleep(60)"
     )
     done = subprocess.run(
         [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
