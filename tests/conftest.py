@@ -23,6 +23,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """What breaks jobs or needs a Slurm is slow as well, so that `-m "not slow"` leaves it out."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("faults", "slurm")):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="module")
 def endpoint():
     """An S3 on loopback, for what speaks to buckets."""
