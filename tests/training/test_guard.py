@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-import training.checkpoint
 import training.program
 from data.loader import Loader
 from optim.config import AdamWConfig, MuonConfig
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.ground import ROOT
+from training import checkpoint_record
 from training.config import LocalSGDConfig
 from training.errors import RunFault
 from training.guard import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, nothing_seen
@@ -242,7 +242,7 @@ def test_rows_say_what_was_skipped_and_a_checkpoint_of_before_guards_goes_on(gro
     """Batches 5 and 6 are bad; the checkpoint at step 8 has no figures of the guard."""
     poison.update({5, 6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.checkpoint, "_trees", without_guard(training.checkpoint._trees))
+        patch.setattr(checkpoint_record, "trees_of", without_guard(checkpoint_record.trees_of))
         assert fit(ground.config("skips", *RUN, "training.num_steps=8")) == 0
     rows = losses(ground, "skips")
     assert [step for step, row in rows.items() if row.get("skipped") == 1] == [6, 7]
