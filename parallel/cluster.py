@@ -372,7 +372,7 @@ def go_on_as(count: int, variables: Mapping[str, str]) -> NoReturn:
     from jax._src import distributed  # the address has no public name
 
     host = str(distributed.global_state.coordinator_address).rpartition(":")[0]
-    port = from_primary("a port for the smaller job", _free_port)
+    port = from_primary("a port for the smaller job", free_port)
     index = process_index()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -383,6 +383,7 @@ def go_on_as(count: int, variables: Mapping[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **own, **variables})
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago, on every address of this machine."""
     with socket.create_server(("", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -16,7 +16,6 @@ SIGUSR2 are handed on. Nothing is left running.
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel.cluster import COORDINATOR, PROCESS, PROCESSES
+from parallel.cluster import COORDINATOR, PROCESS, PROCESSES, free_port
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -93,13 +92,6 @@ def environment(options: Options, rank: int, port: int, base: Mapping[str, str])
         PROCESS: str(rank),
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # Linux: killing the launcher, which no handler can catch, ends its processes too. Said by each process before

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from scripts.launch_local import free_port
+from parallel.cluster import free_port
 from training.differences import Difference, compare, differences, first_config, repeatable
 from training.ledger import last_step
 from training.manifest import git_state, is_flag
