@@ -34,10 +34,10 @@ from parallel.config import (
     MESH_AXES,
     AutoscaleConfig,
     ContextConfig,
-    HardwareConfig,
     MeshConfig,
     PipelineConfig,
 )
+from parallel.hardware import HardwareConfig
 from training.config import (
     CheckpointConfig,
     EvalConfig,

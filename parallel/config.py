@@ -39,7 +39,7 @@ class MeshConfig:
                 raise ValueError(f"mesh.{axis}={size} must be 1 or more, or -1 for what is left")
         for axis, factor in self.dcn.items():
             if axis not in MESH_AXES:
-                raise ValueError(_no_choice("an axis of mesh.dcn", axis, MESH_AXES))
+                raise ValueError(no_choice("an axis of mesh.dcn", axis, MESH_AXES))
             if factor < 1:
                 raise ValueError(
                     f"mesh.dcn.{axis}={factor} must be 1 or more: slices that mesh.{axis} crosses"
@@ -99,7 +99,8 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _no_choice(key: str, value: str, options: tuple[str, ...]) -> str:
+def no_choice(key: str, value: str, options: tuple[str, ...]) -> str:
+    """What a key with a value that there is not is refused with; the nearest as the remedy."""
     near = difflib.get_close_matches(value, options, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{key}={value} is not one of {', '.join(options)}{hint}"
@@ -116,7 +117,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         """Each value by itself; whether they make a schedule depends on mesh.pipeline: `configs.legal`."""
         if self.schedule not in PIPELINE_SCHEDULES:
-            raise ValueError(_no_choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES))
+            raise ValueError(no_choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES))
         for key in ("microbatches", "virtual_stages"):
             if getattr(self, key) < 1:
                 raise ValueError(f"pipeline.{key}={getattr(self, key)} must be 1 or more")
@@ -132,7 +133,7 @@ class ContextConfig:
     def __post_init__(self) -> None:
         """A kind that there is."""
         if self.attention not in CONTEXT_ATTENTION:
-            raise ValueError(_no_choice("context.attention", self.attention, CONTEXT_ATTENTION))
+            raise ValueError(no_choice("context.attention", self.attention, CONTEXT_ATTENTION))
 
     @property
     def zigzags(self) -> bool:
@@ -155,7 +156,7 @@ class AutoscaleConfig:
     def __post_init__(self) -> None:
         """Each value by itself, and thresholds that leave room between them."""
         if self.policy not in AUTOSCALE_POLICIES:
-            raise ValueError(_no_choice("autoscale.policy", self.policy, AUTOSCALE_POLICIES))
+            raise ValueError(no_choice("autoscale.policy", self.policy, AUTOSCALE_POLICIES))
         for key in ("rows_per_device", "min_devices", "max_devices"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -172,20 +173,3 @@ class AutoscaleConfig:
             )
         if not self.queue:
             raise ValueError("autoscale.queue is empty; use env, squeue or the path of a file")
-
-
-@dataclass
-class HardwareConfig:
-    """The accelerator's datasheet: what MFU is a share of. `peak_tflops=null` measures at start (CPU).
-
-    `xla` names a set of compiler options (`training.xla`); `default` is the one for the devices at hand.
-    """
-
-    name: str = "auto"  # for tables; chosen with hardware=NAME
-    peak_tflops: float | None = None  # dense bf16 (accelerators), or f32 (CPU), per device
-    xla: str = "default"  # default | none | cpu | gpu | gpu_cluster | gpu_tensor | tpu
-
-    def __post_init__(self) -> None:
-        """A profile that there is; whether it is for the devices at hand shows when they are known."""
-        if self.xla not in XLA_PROFILES:
-            raise ValueError(_no_choice("hardware.xla", self.xla, XLA_PROFILES))

@@ -15,6 +15,7 @@ CONFIGS = (
     "optim.config",
     "parallel.backends",
     "parallel.config",
+    "parallel.hardware",
     "serving.config",
     "training.config",
 )

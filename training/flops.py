@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from parallel.config import HardwareConfig
+from parallel.hardware import HardwareConfig
 
 # Dense bf16 TFLOP/s of a JAX device, by the beginning of `device_kind`; the longest match wins. From
 # NVIDIA's datasheets of A100, A10, A40, L4, L40S, H100, H200, GH200, HGX B200, GB200 (from H100 on they

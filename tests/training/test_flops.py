@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.config import HardwareConfig
+from parallel.hardware import HardwareConfig
 from training.flops import peak_flops, training_flops
 
 
