@@ -50,6 +50,7 @@ PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
         (*VERSUS, *AGAINST_TORCH, "--shape", "1.34b", "--name", "versus_1b_gpu"),
     ),
     "fp8": ((*VERSUS, "--variants", "jax:bfloat16,jax:fp8", "--shape", "1.34b", "--name", "fp8_1b_gpu"),),
+    "plans": (("predicted.py", "--hardware", "h200"),),
     "warm": (warm("124m", "warm_124m_gpu"), warm("124m", "warm_124m_gpu")),
     "kernels": (
         (

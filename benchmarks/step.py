@@ -26,7 +26,8 @@ def arguments() -> argparse.ArgumentParser:
     """The flags beside the overrides."""
     parser = argparse.ArgumentParser(prog="python benchmarks/step.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--name", default=None, help="write benchmarks/results/NAME.json")
+    parser.add_argument("--name", default=None, help="write NAME.json")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="into this directory")
     parser.add_argument("--unpacked", action="store_true", help="one document a row")
     parser.add_argument("--cache", action="store_true", help="compile through run.compile_cache")
     return parser
@@ -130,7 +131,7 @@ def run(argv: list[str]) -> int:
         result["table"] = [row(config, result)]
         print(measure.as_table(result["table"]))
         if asked.name:
-            print(f"written: {measure.write_result(asked.name, result).name}")
+            print(f"written: {measure.write_result(asked.name, result, asked.output).name}")
         return 0
 
     return main(task, overrides, script="python benchmarks/step.py", purpose=str(__doc__))

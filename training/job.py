@@ -34,6 +34,7 @@ from training.ledger import Ledger
 from training.manifest import build_manifest
 from training.metrics import MetricsLog
 from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
+from training.plan.preflight import refuse_what_cannot_fit
 from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
@@ -191,6 +192,7 @@ def build_job(
     began = time.perf_counter()
     with ledger.during("compilation"):
         train_step, eval_step = program.compile_train(), program.compile_eval()
+    refuse_what_cannot_fit(config.hardware, program, train_step)
     seconds = time.perf_counter() - began
     return Job(
         config,

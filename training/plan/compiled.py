@@ -111,9 +111,9 @@ def shard_shape(leaf: Any) -> Sequence[int]:
     return leaf.sharding.shard_shape(leaf.shape)
 
 
-def model_flops(program: Program, seq_len: int) -> Mapping[str, float]:
+def model_flops(model: Any, seq_len: int) -> Mapping[str, float]:
     """`causal` and `full`, that the model needs for a token, forward and backward."""
-    per_token = program.model.flops_per_token(seq_len)
+    per_token = model.flops_per_token(seq_len)
     return {
         "causal": 3 * (per_token["matmul"] + per_token["attention_causal"]),
         "full": 3 * (per_token["matmul"] + per_token["attention_full"]),

@@ -1,0 +1,220 @@
+"""Plan a run on hardware that is not here: `python scripts/plan.py +experiment=NAME hardware=h200`.
+
+Takes the overrides that `train.py` takes, and `plan.*` for the plan. Compiles the very step that `train.py`
+would run, for described devices, and prints what it needs and how long it would take: docs/planner.md.
+"""
+
+import inspect
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    # Found from a clone that was never installed, too.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from parallel.hardware import Machine
+    from training.plan.report import Plan
+
+COMMAND = "python scripts/plan.py"
+PURPOSE = """\
+Plan a run on hardware that is not here: what its step needs, how long it takes, what would be faster.
+  hardware=h200 hardware.nodes=2         of GPUs, or hardware.topology=8x8
+  hardware=v5p hardware.topology=4x4x4   of TPUs
+  plan.KEY=VALUE                         what is asked of the planner:
+{keys}"""
+
+
+def purpose() -> str:
+    """What `--help` says of us: every key and, from the source, its comment."""
+    lines = inspect.getsource(PlanConfig).splitlines()
+    comments = {
+        code.split(":")[0].strip(): text for code, mark, text in (x.partition("  # ") for x in lines) if mark
+    }
+    return PURPOSE.format(keys="\n".join(f"    {f.name:12} {comments[f.name]}" for f in fields(PlanConfig)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 where the plan fits, 2 where it does not, and for bad input."""
+    from configs.cli import main as compose
+
+    try:
+        options, words = split_words(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # No device of this machine is wanted, and none is waited for.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return compose(lambda config: task(config, options), words, script=COMMAND, purpose=purpose())
+
+
+def task(config: "Config", options: PlanConfig) -> int:
+    """Plan, and search where that is asked."""
+    from training.plan.compiled import with_vocabulary
+
+    config = with_vocabulary(config)
+    config, machine, notes = settle(config)
+    if options.search:
+        return look_further(config, machine, options, notes)
+    plan = plan_of(config, machine, options, notes)
+    return show(config, machine, plan, options)
+
+
+def settle(config: "Config") -> tuple["Config", "Machine", tuple[str, ...]]:
+    """The cluster, the config checked against it, and what was taken for granted."""
+    from configs.schema import check, mesh_sizes
+    from parallel.hardware import machine_of
+
+    hardware = config.hardware
+    sizes = mesh_sizes(config.mesh, None)
+    product = math.prod(sizes.values()) if sizes is not None else None
+    if hardware.name == "cpu":
+        config = replace(config, hardware=here(hardware, hardware.nodes or product or 1))
+    machine = machine_of(config.hardware, product)
+    notes = []
+    if hardware.nodes is None and hardware.topology is None:
+        whence = "as many devices as the mesh has" if product is not None else "one host"
+        notes.append(f"hardware.nodes and hardware.topology are not given: {whence}")
+    check(config, machine.devices)
+    return config, machine, tuple(notes)
+
+
+def here(hardware: Any, devices: int) -> Any:
+    """A CPU's datasheet is what this machine has, each of its forced devices a part of it.
+
+    Its memory, and the product that `train.py` times as well.
+    """
+    import jax
+
+    from training.flops import peak_flops
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    peak = peak_flops(hardware, "cpu", "cpu")[0] / 1e12
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    memory = hardware.device.memory_gib or whole / devices
+    return replace(hardware, peak_tflops=peak, device=replace(hardware.device, memory_gib=memory))
+
+
+def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> "Plan":
+    """Compiled where that is asked and can be, else computed; which of both is said."""
+    from training.plan.analytic import estimate
+    from training.plan.compiled import compile_step, model_flops
+    from training.plan.report import About, make_plan
+
+    analytic = estimate(config, machine)
+    common: dict[str, Any] = {"price": options.price, "budget_tokens": options.tokens}
+    compiled = None
+    if options.compile == "auto" and machine.devices > MOST_COMPILED:
+        notes = (*notes, f"not compiled: more than {MOST_COMPILED:,} devices (plan.compile=always compiles)")
+    elif options.compile != "never":
+        try:
+            compiled = compile_step(config, machine, devices_here(machine))
+        except ImportError as error:
+            if options.compile == "always":
+                raise ValueError(f"plan.compile=always: {error}") from error
+            notes = (*notes, f"not compiled: {error}")
+    if compiled is None:
+        from models.transformer import build_model
+
+        model = build_model(config.model)
+        return make_plan(
+            config,
+            machine,
+            analytic,
+            parameters=model.num_params()["total"],
+            per_token=model_flops(model, config.data.seq_len),
+            about=About(*attention_of(config, machine)),
+            notes=notes,
+            **common,
+        )
+    program = compiled.program
+    return make_plan(
+        config,
+        machine,
+        compiled.work,
+        parameters=program.model.num_params()["total"],
+        per_token=model_flops(program.model, config.data.seq_len),
+        about=About(
+            program.attention.name,
+            program.attention.why,
+            compiled.compile_seconds,
+            compiler_name(machine.kind),
+        ),
+        beside=analytic,
+        notes=notes,
+        **common,
+    )
+
+
+def devices_here(machine: "Machine") -> list[Any] | None:
+    """CPUs are here; all else is described."""
+    import jax
+
+    return jax.devices("cpu")[: machine.devices] if machine.kind == "cpu" else None
+
+
+def attention_of(config: "Config", machine: "Machine") -> tuple[str, str]:
+    """What a run on these devices would choose."""
+    from parallel.backends import choose, wanted_of
+    from parallel.config import mesh_shape
+    from parallel.described import GPUS
+    from training.precision import compute_dtype
+
+    gpu = GPUS.get(machine.name)
+    facts = {
+        "platform": machine.kind,
+        "capability": gpu.capability if gpu else None,
+        "device": machine.name,
+        "dtype": compute_dtype(config.training.precision, machine.kind).name,
+        "devices": machine.devices,
+    }
+    context = mesh_shape(config.mesh, machine.devices)["context"]
+    choice = choose(config.training.attention, wanted_of(config, context, **facts))
+    return choice.name, choice.why
+
+
+def compiler_name(kind: str) -> str:
+    """Of what compiled, with its version."""
+    from importlib.metadata import version
+
+    package = "libtpu" if kind == "tpu" else "jaxlib"
+    return f"{package} {version(package)}"
+
+
+def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
+    """The screen and the file; what does not fit is refused with what would."""
+    from configs.legal import legal
+    from training.plan.fixes import fixes
+    from training.plan.screen import refusal, screen
+
+    print(screen(plan), flush=True)
+    if options.output is not None:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan.json(), indent=1) + "\n", encoding="utf-8")
+        print(f"every figure is in {path}")
+    if plan.fits:
+        return 0
+    found = fixes(config, machine, legal, count=options.fixes, compiled=plan.compile_seconds is not None)
+    for fix in found:
+        print(fix.line())
+    words = refusal(plan.work.memory, plan.capacity, machine.name)
+    raise ValueError(f"{words}; {found[0].advice() if found else 'no change that was tried makes it fit'}")
+
+
+def look_further(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> int:
+    """Search, show the best plan, and write what was found."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""What is asked of the planner: the `plan.*` words of scripts/plan.py, apart from the run's configuration."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+PREFIX = "plan."
+COMPILE = ("auto", "always", "never")
+MOST_COMPILED = 4096  # devices: above them plan.compile=auto computes
+
+
+@dataclass
+class PlanConfig:
+    """What to plan with, what to look for, and where to write it."""
+
+    compile: str = "auto"  # auto: where the compiler is installed, up to 4,096 devices | always | never
+    output: str | None = None  # FILE.json with every figure
+    price: float | None = None  # of one device for an hour, in any currency
+    tokens: int | None = None  # of the whole run; null: training.num_steps times the batch
+    fixes: int = 3  # of a plan that does not fit: how many changes to look for
+    search: bool = False  # look for the fastest plan on these devices
+    top: int = 8  # of a search: how many plans are compiled
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)  # processes that compile side by side
+    directory: str | None = None  # of a search's files; null: plans/RUN.NAME
+    experiment: str | None = None  # a search's winner, written to configs/experiment/NAME.yaml as well
+
+    def __post_init__(self) -> None:
+        """Each value by itself."""
+        if self.compile not in COMPILE:
+            near = difflib.get_close_matches(self.compile, COMPILE, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"plan.compile={self.compile} is not one of {', '.join(COMPILE)}{hint}")
+        for key, least in (("tokens", 1), ("fixes", 0), ("top", 1), ("jobs", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"plan.{key}={value} must be {least} or more")
+        if self.price is not None and not self.price >= 0:
+            raise ValueError(f"plan.price={self.price} must be 0 or more")
+        if self.output is not None and not self.output.endswith(".json"):
+            raise ValueError(f"plan.output={self.output} must end in .json")
+
+
+def split_words(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
+    """What the `plan.*` words ask for, and the words that are left for the run.
+
+    Raises ValueError where one is no key, has another type, or is out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+    own = [word for word in argv if word.lstrip("+").startswith(PREFIX)]
+    keys = [f.name for f in fields(PlanConfig)]
+    pairs = [word.lstrip("+").removeprefix(PREFIX) for word in own]
+    for word, pair in zip(own, pairs, strict=True):
+        if "=" not in pair:
+            raise ValueError(f"{word} is not KEY=VALUE; for example plan.output=plan.json")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(pairs))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        name = str(error.full_key)
+        near = difflib.get_close_matches(name, keys, n=1)
+        hint = f"did you mean plan.{near[0]}?" if near else f"use one of {', '.join(keys)}"
+        raise ValueError(f"plan.{name} is not a key; {hint}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"plan.{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, PlanConfig)
+    return config, [word for word in argv if word not in own]

@@ -1,0 +1,81 @@
+"""`scripts/plan.py` as a person calls it: a screen, a file, one line where something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.plan_config import PlanConfig, split_words
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIG = ("+experiment=llama3_70b", "hardware=h100", "plan.compile=never")
+
+
+def plan(*words, **environment):
+    """What it prints, its errors, and its status."""
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py", *words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout, done.stderr, done.returncode
+
+
+def test_what_compiles_here_is_compiled_and_every_figure_is_in_the_file(tmp_path):
+    path = tmp_path / "plan.json"
+    said, wrong, status = plan(
+        "+experiment=debug", "hardware=cpu", "mesh.data=2", "mesh.tensor=2", f"plan.output={path}"
+    )
+    assert status == 0, wrong
+    assert "compiled in" in said and "2 x cpu" not in said and "4 x cpu" in said
+    assert wrong == ""
+    found = json.loads(path.read_text())
+    assert found["fits"] and found["work"]["how"] == "compiled" and found["beside"]["how"] == "analytic"
+    assert found["mesh"]["tensor"] == 2 and found["devices"] == 4
+    assert found["total_bytes"] == sum(found["work"]["memory"].values())
+    assert len(said.splitlines()) <= 40  # one screen
+
+
+def test_sixteen_thousand_devices_are_planned_without_compiling():
+    mesh = ("mesh=3d", "mesh.pipeline=8", "mesh.tensor=8", "pipeline.microbatches=16")
+    asked = ("training.global_batch_size=4096", "plan.price=2.5", "plan.tokens=15000000000000")
+    said, wrong, status = plan(*BIG, "hardware.nodes=2048", *mesh, *asked)
+    assert status == 0, wrong
+    assert "16,384 x h100" in said and "nothing was compiled" in said
+    assert "15T tokens" in said and "device-hours" in said and "at 2.5 an hour" in said
+
+
+def test_what_does_not_fit_is_refused_in_one_line():
+    said, wrong, status = plan(*BIG, "hardware.nodes=1", "training.global_batch_size=64")
+    assert status == 2
+    assert "DOES NOT FIT" in said
+    assert wrong.count("\n") == 1 and "GiB on each device" in wrong and "h100 can hold 77.5" in wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["plan.compil=never"], ["plan.compil is not a key", "did you mean plan.compile?"]),
+        (["plan.compile=nevr"], ["plan.compile=nevr", "did you mean never?"]),
+        (["plan.top=x"], ["plan.top"]),
+        (["plan.top=0"], ["plan.top=0", "1 or more"]),
+        (["plan.output=plan.txt"], ["plan.output=plan.txt", ".json"]),
+        (["plan.search"], ["plan.search is not KEY=VALUE"]),
+    ],
+)
+def test_words_of_the_plan_are_checked_in_one_line(words, wanted):
+    with pytest.raises(ValueError) as error:
+        split_words(words)
+    assert all(word in str(error.value) for word in wanted), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_the_words_of_the_run_are_left_for_it():
+    options, words = split_words(["+experiment=debug", "plan.top=3", "seed=1", "+plan.price=2"])
+    assert words == ["+experiment=debug", "seed=1"]
+    assert options == PlanConfig(top=3, price=2.0, jobs=options.jobs)
