@@ -90,7 +90,9 @@ def chunked_attention(
 
     @jax.checkpoint
     def attend_block(queries: tuple[Array, Array, Array]) -> Array:
-        q_block, positions, segments = queries
+        # A mask that hangs on positions alone is the same for every layer: left to itself, JAX would make the
+        # masks of all blocks before the loop over layers, and keep them: T² again.
+        q_block, positions, segments = jax.lax.optimization_barrier(queries)
         return reference_attention(
             q_block,
             k,

@@ -1,3 +1,5 @@
+import math
+import re
 from functools import partial
 
 import jax
@@ -145,3 +147,21 @@ def test_fused_attention_in_bfloat16_rounds_factors_alone():
         assert x.dtype == jnp.float32
         error = np.linalg.norm(x - y) / np.linalg.norm(y)
         assert 1e-4 < error < 2e-2
+
+
+def test_masks_of_blocks_are_not_kept_for_all_layers():
+    """They hang on positions alone, so that JAX would move them out of a loop over layers, T² of them."""
+    x, positions = jnp.ones((1, 64, 4, 8)), jnp.arange(64)[None]
+    names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+    rows = dict.fromkeys(names, positions)
+
+    def loss(x):
+        def layer(x, scale):
+            x = x * scale
+            return x + chunked_attention(x, x, x, **rows, scale=1.0, block=16), None
+
+        return jnp.sum(jax.lax.scan(layer, x, jnp.ones(3))[0])
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(x))
+    masks = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"bool\[([\d,]+)\]", program)}
+    assert max(map(math.prod, masks)) == 4 * 16 * 64  # of one block, all heads
