@@ -85,7 +85,7 @@ def _touched(value: Instruction, callee: Table) -> int:
             continue
         if user.opcode in PARTS and user.operands[0] == value.name:
             total += type_bytes(user.type)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == value.name:
             pass  # in place: what is not written is not read
         elif user.opcode in VIEWS and not user.root:
             total += _touched(user, callee)
