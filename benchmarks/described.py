@@ -23,7 +23,8 @@ from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.rooms import opened
 from parallel.described import compiler_options, described_devices
-from parallel.hlo import Buffer, Reading, read_hlo, shapes
+from parallel.hlo import Buffer, Reading, read_hlo
+from parallel.hlo_text import shapes
 from parallel.mesh import build_layout
 from training.program import Program, build_program
 

@@ -21,7 +21,8 @@ from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.rooms import opened
 from parallel.described import described_devices
-from parallel.hlo import Reading, read_hlo, shapes
+from parallel.hlo import Reading, read_hlo
+from parallel.hlo_text import shapes
 from parallel.mesh import build_layout
 
 RESULTS = Path(__file__).resolve().parent / "results" / "described_tpu.json"

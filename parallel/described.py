@@ -9,7 +9,9 @@ import difflib
 import importlib.util
 import math
 import os
-import tempfile
+import subprocess
+import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,11 @@ from jax.experimental import topologies
 # Without a device there is nothing to time kernels on; and only without Triton do matrix products become the
 # library calls that a run on the real device would mostly choose.
 GPU_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-TPU_NAMES = ("v5e", "v5p", "v6e", "tpu7x")  # v4 is left out: libtpu describes it in megacore mode only
+# To libtpu's own names; tpu7x is one that people know as well.
+TPU_NAMES = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "v7x": "tpu7x", "tpu7x": "tpu7x"}
+TORI = ("v5e", "v6e")  # in two dims; all others' have three
+# Else libtpu describes a chip's two cores; a job on v4 has them as one device.
+TPU_OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # else it asks the cloud's metadata server, and waits
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # else a second process on this machine is refused
@@ -76,6 +82,18 @@ GPUS = {
         cores=108,
         memory_bytes=85_100_068_864,
         bandwidth=2_039_040_000_000,
+        l2_bytes=41_943_040,
+        clock_ghz=1.41,
+        lanes=64,
+        shared_per_core=167_936,
+        shared_per_block=166_912,
+    ),
+    "a100_40": Gpu(
+        kind="NVIDIA A100-SXM4-40GB",
+        capability=(8, 0),
+        cores=108,
+        memory_bytes=42_297_786_368,
+        bandwidth=1_555_200_000_000,
         l2_bytes=41_943_040,
         clock_ghz=1.41,
         lanes=64,
@@ -165,7 +183,7 @@ def _described_gpus(gpu: Gpu, sizes: tuple[int, int, int]) -> list[Any]:
     # The plugin looks for a driver when jax first looks for devices, and unregisters itself where there is
     # none.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    with _quiet():
+    with quiet():
         try:
             described = topologies.get_topology_desc(
                 platform="cuda", target_config=gpu.target_config(), topology="x".join(map(str, sizes))
@@ -185,26 +203,26 @@ def _no_gpu_compiler() -> str:
         there = False
     if there:
         return "NVIDIA's compiler is installed, but jax started without it: set JAX_PLATFORMS=cpu beforehand"
-    return "describing NVIDIA GPUs takes their compiler, which needs no GPU: pip install 'jax[cuda13]'"
+    return "describing NVIDIA GPUs takes their compiler, which needs no GPU: pip install -e '.[plan-gpu]'"
 
 
 def _described_tpus(name: str, topology: str) -> list[Any]:
     slices, _, torus = topology.rpartition("*")
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    options = {"num_slices": int(slices)} if slices.isdigit() else {}
-    with _quiet():
+    options = {**TPU_OPTIONS.get(name, {}), **({"num_slices": int(slices)} if slices.isdigit() else {})}
+    with quiet():
         try:
-            described = topologies.get_topology_desc(f"{name}:{torus}", platform="tpu", **options)
+            described = topologies.get_topology_desc(f"{TPU_NAMES[name]}:{torus}", platform="tpu", **options)
         except RuntimeError as error:  # jax's own too
             if "not installed" in str(error):
                 raise ImportError(
-                    "describing TPUs takes their compiler, which needs no TPU: pip install 'jax[tpu]'"
+                    "describing TPUs takes their compiler, which needs no TPU: pip install -e '.[plan-tpu]'"
                 ) from None
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"hardware.topology={topology} is no {name} torus ({reason}); such are "
-                f"{'2x2x2, 4x4x4, 8x8x16' if name in ('v5p', 'tpu7x') else '4x4, 8x8, 16x16'}"
+                f"{'4x4, 8x8, 16x16' if name in TORI else '2x2x2, 4x4x4, 8x8x16'}"
             ) from None
     return list(described.devices)
 
@@ -215,22 +233,30 @@ def compiler_options(devices: list[Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what compilers write to stderr while they load from the reader; shown if something raises.
+def quiet() -> Iterator[None]:
+    """Keep from the reader what compilers write to stderr, and show all of it if one dies or raises.
 
-    Not for compilations: what a compiler says when it aborts would be lost with it.
+    A compiler that aborts takes this process along, so another one, a shell, holds what was said: it prints
+    it where the pipe ends without the word that all is well. ImportError and ValueError need no more words.
     """
-    with tempfile.TemporaryFile() as sink:
+    word = uuid.uuid4().hex
+    script = f'said=$(cat); case "$said" in *{word}) ;; *) printf "%s\\n" "$said" >&2 ;; esac'
+    sys.stderr.flush()
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True) as keeper:
+        assert keeper.stdin is not None
         kept = os.dup(2)
-        os.dup2(sink.fileno(), 2)
+        os.dup2(keeper.stdin.fileno(), 2)
+        keeper.stdin.close()
+        well = False
         try:
             yield
+            well = True
         except (ImportError, ValueError):
-            raise  # these say all that there is to say
-        except BaseException:
-            sink.seek(0)
-            os.write(kept, sink.read())
+            well = True
             raise
         finally:
+            sys.stderr.flush()
+            if well:
+                os.write(2, word.encode())
             os.dup2(kept, 2)
             os.close(kept)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from parallel.hlo import group_axes, parse_groups, parse_instruction, read_hlo, type_bytes
+from parallel.hlo import group_axes, read_hlo
+from parallel.hlo_text import parse_groups, parse_instruction, type_bytes
 
 AXES = {"fsdp": 2, "tensor": 4}
 P = PartitionSpec

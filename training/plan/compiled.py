@@ -6,17 +6,22 @@ timing.
 """
 
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from parallel.described import compiler_options, described_devices
-from parallel.hardware import Machine
+from models.experts import block_size
+from parallel.described import compiler_options, described_devices, quiet
+from parallel.hardware import GIB, Machine
 from parallel.hlo import Reading, read_hlo
+from parallel.hlo_text import Instruction, shapes
+from parallel.kernels import kernels_of
 from parallel.mesh import build_layout
 from training.plan.work import Memory, Traffic, Work
 from training.program import Program, build_program, padded_vocab
@@ -49,39 +54,118 @@ def with_vocabulary(config: Any) -> Any:
     return replace(config, model=replace(config.model, vocab_size=padded_vocab(size)))
 
 
+class DoesNotFit(ValueError):
+    """What a compiler says that refuses a program for its memory: TPUs' do, GPUs' only count.
+
+    needed: bytes on one device in all; limit: that the compiler takes a device to have.
+    """
+
+    def __init__(self, needed: int, limit: int, name: str):
+        self.needed, self.limit = needed, limit
+        super().__init__(
+            f"the compiler refuses the step: it needs {needed / GIB:.2f} GiB of the {limit / GIB:.2f} GiB of "
+            f"a {name}; training.remat=full, more training.accumulation_steps or mesh.fsdp need less"
+        )
+
+
 def compile_step(config: Any, machine: Machine, devices: Sequence[Any] | None = None) -> Compiled:
     """Compile for the machine's devices, or for these. config: with its vocabulary known.
 
-    Raises ImportError, with the install command, where the compiler for these devices is missing, and
-    ValueError for a config that cannot run on them.
+    Raises ImportError, with the install command, where the compiler for these devices is missing, ValueError
+    for a config that cannot run on them, and DoesNotFit, which is one, where the compiler itself refuses it.
     """
     if devices is None:
         devices = described_devices(machine.name, machine.topology)
-    program = build_program(config, build_layout(config.mesh, devices))
-    options = {**program.compiler_options, **compiler_options(list(devices))}
+    program = planned_program(config, devices)
     began = time.perf_counter()
-    step = replace(program, compiler_options=options).compile_train()
+    with quiet():
+        try:
+            step = program.compile_train()
+        except jax.errors.JaxRuntimeError as error:
+            raise refused(str(error), machine.name) or error from None
     seconds = time.perf_counter() - began
     mesh = dict(program.layout.mesh.shape)
-    reading = read_hlo(step.as_text() or "", mesh)
-    return Compiled(work_of(config, program, reading, step.memory_analysis()), program, reading, seconds)
+    reading = read_hlo(step.as_text() or "", mesh, trips=even_load(config))
+    work = work_of(program, reading, step.memory_analysis(), machine)
+    return Compiled(work, program, reading, seconds)
 
 
-def work_of(config: Any, program: Program, reading: Reading, analysis: Any) -> Work:
+def planned_program(config: Any, devices: Sequence[Any]) -> Program:
+    """The program of `train.py` on these devices, and what compiling it takes where they are described."""
+    program = build_program(config, build_layout(config.mesh, devices))
+    options = {**program.compiler_options, **compiler_options(list(devices))}
+    return replace(program, compiler_options=options)
+
+
+def refused(message: str, name: str) -> DoesNotFit | None:
+    """A compiler's error as ours, where it is about memory: `Used 41.9G of 15.7G hbm`."""
+    found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    return DoesNotFit(_bytes(found[1]), _bytes(found[2]), name)
+
+
+def _bytes(text: str) -> int:
+    """Of `15.75G`, as XLA writes it."""
+    number, unit = (text[:-1], text[-1]) if text[-1] in "KMGT" else (text, "")
+    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def even_load(config: Any) -> Callable[[Instruction], int | None]:
+    """How often the loop over blocks of experts runs, where every expert is chosen alike.
+
+    What a router chooses is in the data, so the program's own text cannot tell. The loop's state can, how
+    many choices [n*k] and experts [E here, ...] a device has to do with: an even share of an expert is a
+    part n*k / E of them, in blocks that are computed whole.
+    """
+    moe = config.model.moe
+
+    def trips(loop: Instruction) -> int | None:
+        arrays = shapes(loop.type)
+        choices = [sizes[0] for kind, sizes in arrays if kind == "s32" and len(sizes) == 1]
+        weights = [sizes[0] for kind, sizes in arrays if kind in ("bf16", "f32") and len(sizes) >= 3]
+        if moe is None or "/mlp/" not in loop.source or not choices or not weights:
+            return None
+        here, share = weights[-1], max(choices) / moe.num_experts
+        return int(here * math.ceil(share / block_size(max(choices), here)))
+
+    return trips
+
+
+def work_of(program: Program, reading: Reading, analysis: Any, machine: Machine) -> Work:
     """What the compiler's program and its account of memory say."""
-    memory = memory_of(program, analysis.temp_size_in_bytes)
-    precision = config.training.precision if config.training.precision in ("fp8", "int8") else "bfloat16"
-    traffic = tuple(
-        Traffic(kind, axes, times, size) for (kind, axes), (times, size) in reading.totals().items()
-    )
     return Work(
         how="compiled",
-        memory=memory,
-        flops={precision: float(reading.flops)},
-        moved_bytes=0.0,
-        traffic=traffic,
-        kernels={**reading.custom_calls, **reading.kernels},
+        memory=memory_of(program, analysis.temp_size_in_bytes),
+        flops=flops_of(reading, machine),
+        moved_bytes=float(reading.moved_bytes),
+        traffic=tuple(
+            Traffic(kind, axes, times, size) for (kind, axes), (times, size) in reading.totals().items()
+        ),
+        kernels=kernels_of(reading.custom_calls, reading.kernels),
     )
+
+
+def flops_of(reading: Reading, machine: Machine) -> dict[str, float]:
+    """Of products and attention, by the units that do them.
+
+    GPUs multiply float32 in TF32, at half the rate; TPUs round it to bfloat16; on a CPU everything is float32.
+    A device without units for fp8 or int8 multiplies what these stand for.
+    """
+    counted: Counter[str] = Counter({"bfloat16": reading.attention})
+    for kind, count in reading.products.items():
+        counted[precision_of(kind, machine)] += count
+    if machine.kind == "cpu":
+        counted = Counter({"float32": counted.total()})
+    return {name: float(count) for name, count in sorted(counted.items()) if count}
+
+
+def precision_of(kind: str, machine: Machine) -> str:
+    """A key of `machine.flops` for products of an element type of XLA's: bf16, f8e4m3fn, s8, f32."""
+    if kind in ("f32", "f64"):
+        return "bfloat16" if machine.kind == "tpu" else "float32"
+    name = "fp8" if kind.startswith("f8") else "int8" if kind in ("s8", "u8") else "bfloat16"
+    return name if name in machine.flops else "bfloat16"
 
 
 def memory_of(program: Program, temporaries: int) -> Memory:
