@@ -107,7 +107,8 @@ def main(argv: list[str]) -> int:
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         print(f"error: --shapes={unknown[0]} is none of {', '.join(SHAPES)}", file=sys.stderr)
         return 2
-    rows, machine = [], {}
+    rows: list[dict[str, Any]] = []
+    machine: dict[str, Any] = {}
     for shape in shapes:
         try:
             row, machine = compare(shape, asked.hardware, asked.steps)

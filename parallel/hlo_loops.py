@@ -135,7 +135,8 @@ def evaluate(name: str, scope: Scope, computations: Computations, element: int |
         inside = Scope(callee, operands, scope)
         return evaluate(root.name, inside, computations, element) if root is not None else None
     if opcode in ("add", "subtract"):
-        return _sum(*(evaluate(operand, scope, computations) for operand in operands), opcode == "subtract")
+        left, right = (evaluate(operand, scope, computations) for operand in operands)
+        return _sum(left, right, opcode == "subtract")
     return None
 
 

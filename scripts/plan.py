@@ -106,7 +106,7 @@ def here(hardware: Any, devices: int) -> Any:
 
 def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> "Plan":
     """Compiled where that is asked and can be, else computed; which of both is said."""
-    from training.plan.analytic import estimate
+    from training.plan.analytic import attention_of, estimate
     from training.plan.compiled import compile_step, model_flops
     from training.plan.report import About, make_plan
 
@@ -162,26 +162,6 @@ def devices_here(machine: "Machine") -> list[Any] | None:
     return jax.devices("cpu")[: machine.devices] if machine.kind == "cpu" else None
 
 
-def attention_of(config: "Config", machine: "Machine") -> tuple[str, str]:
-    """What a run on these devices would choose."""
-    from parallel.backends import choose, wanted_of
-    from parallel.config import mesh_shape
-    from parallel.described import GPUS
-    from training.precision import compute_dtype
-
-    gpu = GPUS.get(machine.name)
-    facts = {
-        "platform": machine.kind,
-        "capability": gpu.capability if gpu else None,
-        "device": machine.name,
-        "dtype": compute_dtype(config.training.precision, machine.kind).name,
-        "devices": machine.devices,
-    }
-    context = mesh_shape(config.mesh, machine.devices)["context"]
-    choice = choose(config.training.attention, wanted_of(config, context, **facts))
-    return choice.name, choice.why
-
-
 def compiler_name(kind: str) -> str:
     """Of what compiled, with its version."""
     from importlib.metadata import version
@@ -192,8 +172,6 @@ def compiler_name(kind: str) -> str:
 
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
-    from configs.legal import legal
-    from training.plan.fixes import fixes
     from training.plan.screen import refusal, screen
 
     print(screen(plan), flush=True)
@@ -204,11 +182,7 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
         print(f"every figure is in {path}")
     if plan.fits:
         return 0
-    found = fixes(config, machine, legal, count=options.fixes, compiled=plan.compile_seconds is not None)
-    for fix in found:
-        print(fix.line())
-    words = refusal(plan.work.memory, plan.capacity, machine.name)
-    raise ValueError(f"{words}; {found[0].advice() if found else 'no change that was tried makes it fit'}")
+    raise ValueError(refusal(plan.work.memory, plan.capacity, machine.name))
 
 
 def look_further(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> int:

@@ -149,8 +149,8 @@ def work_of(program: Program, reading: Reading, analysis: Any, machine: Machine)
 def flops_of(reading: Reading, machine: Machine) -> dict[str, float]:
     """Of products and attention, by the units that do them.
 
-    GPUs multiply float32 in TF32, at half the rate; TPUs round it to bfloat16; on a CPU everything is float32.
-    A device without units for fp8 or int8 multiplies what these stand for.
+    GPUs multiply float32 in TF32, at half the rate; TPUs round it to bfloat16; on a CPU everything is
+    float32. A device without units for fp8 or int8 multiplies what these stand for.
     """
     counted: Counter[str] = Counter({"bfloat16": reading.attention})
     for kind, count in reading.products.items():
