@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from parallel.hardware import Machine
     from training.plan.report import Plan
+    from training.plan.search import Compile, Searched
 
 COMMAND = "python scripts/plan.py"
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiment"
 PURPOSE = """\
 Plan a run on hardware that is not here: what its step needs, how long it takes, what would be faster.
   hardware=h200 hardware.nodes=2         of GPUs, or hardware.topology=8x8
@@ -54,17 +56,17 @@ def main(argv: Sequence[str]) -> int:
         return 2
     # No device of this machine is wanted, and none is waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return compose(lambda config: task(config, options), words, script=COMMAND, purpose=purpose())
+    return compose(lambda config: task(config, options, words), words, script=COMMAND, purpose=purpose())
 
 
-def task(config: "Config", options: PlanConfig) -> int:
+def task(config: "Config", options: PlanConfig, words: Sequence[str]) -> int:
     """Plan, and search where that is asked."""
     from training.plan.compiled import with_vocabulary
 
     config = with_vocabulary(config)
     config, machine, notes = settle(config)
     if options.search:
-        return look_further(config, machine, options, notes)
+        return look_further(config, machine, options, notes, words)
     plan = plan_of(config, machine, options, notes)
     return show(config, machine, plan, options)
 
@@ -172,7 +174,10 @@ def compiler_name(kind: str) -> str:
 
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
+    from configs.legal import legal
+    from training.plan.fixes import fixes
     from training.plan.screen import refusal, screen
+    from training.plan.search import compiled_work
 
     print(screen(plan), flush=True)
     if options.output is not None:
@@ -182,12 +187,111 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
         print(f"every figure is in {path}")
     if plan.fits:
         return 0
-    raise ValueError(refusal(plan.work.memory, plan.capacity, machine.name))
+    if options.fixes == 0:
+        raise ValueError(refusal(plan.work.memory, plan.capacity, machine.name))
+    compile = compiled_work if plan.compile_seconds is not None and machine.kind != "cpu" else None
+    found = fixes(config, machine, legal, count=options.fixes, compile=compile)
+    for fix in found:
+        print(f"{'fits with':13} {fix.line()}")
+    remedy = f"use {found[0].words}" if found else "no change that was tried makes it fit: take more devices"
+    raise ValueError(f"{refusal(plan.work.memory, plan.capacity, machine.name)}; {remedy}")
 
 
-def look_further(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> int:
-    """Search, show the best plan, and write what was found."""
-    raise NotImplementedError
+def look_further(
+    config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...], words: Sequence[str]
+) -> int:
+    """Search, show the best plan, and write all that was found, a picture, and the winner."""
+    from configs.legal import legal
+    from training.plan.pareto import draw
+    from training.plan.search import compiled_work, search
+    from training.progress import Counting
+
+    compile: Compile | None = compiled_work
+    if reason := no_compiler(machine, options):
+        compile, notes = None, (*notes, reason)
+    with Counting("compiling candidates") as counting:
+        found = search(
+            config, machine, legal, top=options.top, jobs=options.jobs, compile=compile, tell=counting.tell
+        )
+    print(f"{'candidates':13} {found.legal:,} legal, {found.fitting:,} fit by the analytic model")
+    for place, one in enumerate((found.compiled or found.computed[:1])[:5]):
+        size = one.work.memory.total / 2**30
+        own = " ".join(one.candidate.words) or "as asked"
+        print(f"{'' if place else one.work.how:13} {one.seconds:.3f} s a step, {size:.1f} GiB: {own}")
+    if found.best is None:
+        raise ValueError(f"no legal plan of {machine.devices} x {machine.name} fits; take more devices")
+    directory = Path(options.directory or f"plans/{config.run.name}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "search.json").write_text(json.dumps(found.json(), indent=1) + "\n", encoding="utf-8")
+    draw(found, directory / "pareto.png", directory / "pareto.html")
+    written = [directory / "best.yaml"]
+    if options.experiment is not None:
+        written.append(EXPERIMENTS / f"{options.experiment}.yaml")
+    for path in written:
+        write_experiment(path, words, found)
+    print(f"{'written':13} {directory}/search.json, pareto.png, pareto.html; {', '.join(map(str, written))}")
+    config = found.best.candidate.config
+    return show(config, machine, plan_of(config, machine, options, notes), options)
+
+
+def no_compiler(machine: "Machine", options: PlanConfig) -> str | None:
+    """Why nothing is compiled; None where it can be. Raises ValueError where it was asked for."""
+    from parallel.described import described_devices
+
+    if options.compile == "never":
+        return "not compiled: plan.compile=never"
+    if machine.kind == "cpu":
+        return "not compiled: a search on CPUs computes"
+    try:
+        described_devices(machine.name, machine.topology)
+    except ImportError as error:
+        if options.compile == "always":
+            raise ValueError(f"plan.compile=always: {error}") from error
+        return f"not compiled: {error}"
+    return None
+
+
+def write_experiment(path: Path, words: Sequence[str], found: "Searched") -> None:
+    """The words of the command and the winner's, as an experiment that `train.py` takes as it is."""
+    assert found.best is not None
+    path.write_text(experiment_text(path.stem, words, found), encoding="utf-8")
+
+
+def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
+    """YAML in the form of configs/experiment; the base experiment is merged in by name."""
+    import yaml
+
+    best = found.best
+    assert best is not None
+    groups, tree = [], dict[str, Any]()
+    base = ""
+    for word in (*words, *best.candidate.words):
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "experiment":
+            base = value
+        elif "." in key:
+            node = tree
+            *rooms, leaf = key.split(".")
+            for room in rooms:
+                node = node.setdefault(room, {})
+            node[leaf] = yaml.safe_load(value)
+        else:
+            groups.append(f"  - override /{key}: {value}")
+    tree.setdefault("run", {})["name"] = name
+    size = best.work.memory.total / 2**30
+    lines = [
+        "# @package _global_",
+        f"# {base}, as the best of {found.legal:,} plans for {found.machine.devices} x {found.machine.name}.",
+        f"# command:  python train.py +experiment={name}",
+        f"# hardware: {found.machine.devices} x {found.machine.name}",
+        f"# time:     {best.seconds:.3f} s a step predicted, {best.work.how}; not measured",
+        f"# expected: as {base}; {size:.1f} GiB on a device",
+        "defaults:",
+        *([f"  - {base}"] if base else []),
+        *groups,
+        "  - _self_",
+    ]
+    return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False)])
 
 
 if __name__ == "__main__":

@@ -118,6 +118,31 @@ def _live_bar(console: Console) -> Bar:
     return Bar(BarColumn(bar_width=16), *columns, console=console, refresh_per_second=4)
 
 
+class Counting:
+    """A bar for things that are counted as they are done; nothing where stdout is no terminal."""
+
+    def __init__(self, what: str, console: Console | None = None):
+        self._bar = Bar(
+            TextColumn(what), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}")
+        )
+        self._console = console or Console()
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Counting":
+        if self._console.is_terminal:
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def tell(self, done: int, whole: int) -> None:
+        """So many are done, of so many."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=whole)
+
+
 def human(count: float) -> str:
     """A count in three digits: 950, 12.3k, 4.56M."""
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
