@@ -6,6 +6,7 @@
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
+# `make test-plan` compiles for GPUs and TPUs that are not here, in .venv-plan, and compares with what is committed.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
 # apt-get install mmdebstrap).
@@ -29,10 +30,13 @@ CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
 TORCH := .venv-torch/.installed
 DATA := .venv-data/.installed
+PLAN := .venv-plan/.installed
+PLANS := tests/training/plan tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
+	tests/parallel/test_described.py
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart test test-matrix test-faults test-slurm test-data torch-env bench lint lock clean
+.PHONY: image test-docker quickstart test test-matrix test-faults test-slurm test-data test-plan torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -55,6 +59,10 @@ test-slurm: $(TEST)
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
 	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/training/extras $(ARGS)
+
+# An environment of its own: the compilers for NVIDIA GPUs and TPUs, which need neither, are 5 GB.
+test-plan: $(PLAN)
+	@CAMBRIAN_REQUIRE_PLAN=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest -n $(JOBS) --dist worksteal $(PLANS) $(ARGS)
 
 # Five minutes on a quiet machine: no image can be pulled everywhere, a minimal Debian can be put up.
 test-docker: $(TEST)
@@ -113,6 +121,13 @@ $(DATA): requirements-data.lock pyproject.toml
 	@.venv-data/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-build-isolation --no-deps -e .
 	@touch $@
 
+$(PLAN): requirements-plan.lock pyproject.toml
+	@echo "installing requirements-plan.lock into .venv-plan (5 GB)"
+	@$(PY) -m venv --clear .venv-plan
+	@.venv-plan/bin/python -m pip --quiet --quiet --disable-pip-version-check install --require-hashes -r $<
+	@.venv-plan/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-build-isolation --no-deps -e .
+	@touch $@
+
 # For developers, with `uv` on PATH: the one tool that resolves for every Python and platform at once.
 # An existing lock is kept where it still fits; `make lock ARGS=--upgrade` takes the newest of everything.
 UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group build pyproject.toml \
@@ -123,6 +138,8 @@ lock:
 	@$(UV) $(ARGS) -c requirements.lock --extra cuda -o requirements-cuda.lock
 	@$(UV) $(ARGS) --extra hf --extra beam --extra tensorflow --extra s3 --extra gcs --extra filters --extra test \
 		--extra test-data -o requirements-data.lock
+	@$(UV) $(ARGS) -c requirements.lock -c requirements-cuda.lock --extra test --extra plan-gpu --extra plan-tpu \
+		-o requirements-plan.lock
 
 clean:
 	rm -rf .venv .venv-* .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache

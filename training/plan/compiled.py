@@ -27,6 +27,8 @@ from training.plan.work import Memory, Traffic, Work
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
 
+AMOUNT = r"([\d.]+[KMGT]?)"
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -82,7 +84,7 @@ def compile_step(config: Any, machine: Machine, devices: Sequence[Any] | None = 
         try:
             step = program.compile_train()
         except jax.errors.JaxRuntimeError as error:
-            raise refused(str(error), machine.name) or error from None
+            raise refused(str(error), program, machine.name) or error from None
     seconds = time.perf_counter() - began
     mesh = dict(program.layout.mesh.shape)
     reading = read_hlo(step.as_text() or "", mesh, trips=even_load(config))
@@ -97,12 +99,19 @@ def planned_program(config: Any, devices: Sequence[Any]) -> Program:
     return replace(program, compiler_options=options)
 
 
-def refused(message: str, name: str) -> DoesNotFit | None:
-    """A compiler's error as ours, where it is about memory: `Used 41.9G of 15.7G hbm`."""
-    found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
+def refused(message: str, program: Program, name: str) -> DoesNotFit | None:
+    """A compiler's error as ours, where it is about the device's memory, and says how much of it is needed.
+
+    XLA says `HLO temporaries (250.48G) exceeds available HBM (15.75G)`, to which comes what the step is
+    given, or `Used 41.9G of 15.7G hbm`, which has both.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    return DoesNotFit(_bytes(found[1]), _bytes(found[2]), name)
+    if found := re.search(rf"temporaries \({AMOUNT}\) exceeds available HBM \({AMOUNT}\)", message):
+        given = bytes_on_device((program.state, program.batch))
+        return DoesNotFit(_bytes(found[1]) + given, _bytes(found[2]), name)
+    found = re.search(rf"Used {AMOUNT} of {AMOUNT} hbm", message)
+    return DoesNotFit(_bytes(found[1]), _bytes(found[2]), name) if found else None
 
 
 def _bytes(text: str) -> int:

@@ -102,8 +102,8 @@ def _page(found: Searched) -> str:
 circle.compiled{{fill:#2b6cb0}}circle.best{{fill:none;stroke:#c05621;stroke-width:3}}text{{font-size:12px;fill:#52606d}}
 td{{padding:.1em 1em .1em 0;vertical-align:top}}</style>
 <h1>{title}</h1>
-<p>Memory of a device (GiB, across) against seconds of a step as predicted (up). Grey: computed; blue: compiled;
-ring: the fastest that fits; dashed: what a device can hold. A point says its overrides.</p>
+<p>Memory of a device (GiB, across) against seconds of a step as predicted (up). Grey: computed; blue:
+compiled; ring: the fastest that fits; dashed: what a device can hold. A point says its overrides.</p>
 <svg width="{WIDTH}" height="{HEIGHT}" role="img">
 <line x1="{EDGE}" y1="{low}" x2="{WIDTH - EDGE}" y2="{low}" stroke="#52606d"/>
 <line x1="{EDGE}" y1="{EDGE}" x2="{EDGE}" y2="{low}" stroke="#52606d"/>

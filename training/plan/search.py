@@ -133,7 +133,7 @@ def search(
                 (compiled if fits else failed).append(found)
             if compiled:
                 break
-    compiled.sort(key=lambda e: (e.seconds, e.candidate.words))
+    compiled.sort(key=lambda e: (e.seconds, e.work.memory.total, e.candidate.words))
     best = compiled[0] if compiled else (ranked[0] if ranked and compile is None else None)
     sample = heapq.nsmallest(2000, everything, key=lambda e: e.seconds)
     return Searched(machine, asked, best, compiled, sample, len(everything), len(fitting), failed)

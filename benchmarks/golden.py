@@ -1,0 +1,172 @@
+"""Golden programs: what the compiler made of eight steps, so that a change that breaks scaling shows.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.golden            # compiles and compares, a line for each
+    difference JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite  # takes what is compiled now for right
+
+Collectives, kernels, FLOPs and bytes of eight experiments on hardware that is not here, in
+tests/golden/*.json. Needs the compilers (`pip install -e '.[plan-gpu,plan-tpu]'`) and no device. Only the
+same versions of them make the same program: after an upgrade look at the differences, and rewrite.
+`tests/benchmarks/test_golden.py` is the test, in an environment with the locked compilers: `make test-plan`.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from configs import schema
+from configs.cli import CONFIG_DIR
+from configs.rooms import opened
+from parallel.hardware import machine_of
+from training.plan.compiled import Compiled, compile_step, with_vocabulary
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
+TOLERANCE = 0.02  # of temporaries: how buffers are packed is not worth an alarm
+REWRITE = "JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite"
+CASES: dict[str, tuple[str, ...]] = {
+    "llama3_8b_on_8_h200": ("+experiment=llama3_8b", "hardware=h200", "training.global_batch_size=16"),
+    "llama3_70b_in_stages_on_512_h100": (
+        *("+experiment=llama3_70b", "hardware=h100", "hardware.nodes=64", "mesh=3d", "mesh.pipeline=4"),
+        *("mesh.tensor=8", "training.global_batch_size=512", "pipeline.microbatches=16"),
+    ),
+    "qwen3_30b_a3b_on_256_h100": ("+experiment=qwen3_30b_a3b", "hardware=h100", "hardware.nodes=32"),
+    "llama3_8b_128k_on_64_h100": (
+        *("+experiment=llama3_8b", "hardware=h100", "hardware.nodes=8", "mesh=long_context"),
+        *("data.seq_len=131072", "training.global_batch_size=8"),
+    ),
+    "gpt2_124m_on_1_h200": ("+experiment=gpt2_124m", "hardware=h200", "hardware.topology=1x1", "mesh=single"),
+    "gemma2_9b_fp8_on_8_b200": (
+        *("+experiment=gemma2_9b", "hardware=b200", "training.precision=fp8"),
+        "training.global_batch_size=8",
+    ),
+    "llama_1b_on_8_v5p": (
+        *("+experiment=llama_1b", "hardware=v5p", "hardware.topology=2x2x2", "mesh=fsdp"),
+        *("training.global_batch_size=16", "model.num_layers=4"),
+    ),
+    "llama_1b_in_tensors_on_8_v6e": (
+        *("+experiment=llama_1b", "hardware=v6e", "hardware.topology=2x4", "mesh=tensor_sequence"),
+        *("mesh.tensor=4", "training.global_batch_size=16", "model.num_layers=4"),
+    ),
+}
+
+
+def compile_case(words: tuple[str, ...]) -> Compiled:
+    """Raises ImportError, with the install command, where its compiler is missing."""
+    schema.register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = compose("config", overrides=opened(["run.name=golden", *words], schema.Config))
+    config = with_vocabulary(schema.from_hydra(composed))
+    machine = machine_of(config.hardware)
+    schema.check(config, machine.devices)
+    return compile_step(config, machine)
+
+
+def summary(words: tuple[str, ...], compiled: Compiled) -> dict[str, Any]:
+    """What is committed of a program. Bytes are one device's; of collectives, of all executions together."""
+    work, mesh = compiled.work, compiled.program.layout.mesh
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    memory = work.memory
+    return {
+        "overrides": list(words),
+        "made_by": versions(("jax", "jaxlib", "libtpu") if tpu else ("jax", "jaxlib")),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "attention": compiled.program.attention.name,
+        "collectives": {
+            " ".join((t.kind, "+".join(t.axes))): {"times": t.times, "bytes": t.bytes} for t in work.traffic
+        },
+        "kernels": dict(work.kernels),
+        "flops": {kind: int(count) for kind, count in work.flops.items()},
+        "memory": {
+            name: getattr(memory, name)
+            for name in ("parameters", "optimizer", "gradients", "batch", "temporaries")
+        },
+        "uncounted_loops": len(compiled.reading.uncounted_loops),
+    }
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of what compiled."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A readable line for each thing that is not as it was; none where all is."""
+    lines = [
+        *_words("overrides", golden, now),
+        *_words("mesh", golden, now),
+        *_words("attention", golden, now),
+    ]
+    lines += _collectives(golden["collectives"], now["collectives"])
+    for what in ("kernels", "flops"):
+        for name in sorted({*golden[what], *now[what]}):
+            was, is_now = golden[what].get(name, 0), now[what].get(name, 0)
+            if was != is_now:
+                lines.append(f"{what}: {name}: {was:,} -> {is_now:,}")
+    for name, was in golden["memory"].items():
+        is_now = now["memory"][name]
+        allowed = TOLERANCE * was if name == "temporaries" else 0
+        if abs(is_now - was) > allowed:
+            lines.append(f"memory: {name}: {was / 2**20:,.1f} MiB -> {is_now / 2**20:,.1f} MiB")
+    lines += _words("uncounted_loops", golden, now)
+    if lines and golden["made_by"] != now["made_by"]:
+        lines.append(f"compilers: {golden['made_by']} -> {now['made_by']}: another program may be theirs")
+    return lines
+
+
+def _words(key: str, golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {golden[key]} -> {now[key]}"] if golden[key] != now[key] else []
+
+
+def _collectives(golden: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*golden, *now}):
+        was, is_now = golden.get(name), now.get(name)
+        if was is None:
+            yield f"collectives: {name} APPEARED: {_amount(is_now)}"
+        elif is_now is None:
+            yield f"collectives: {name} is gone: was {_amount(was)}"
+        elif was != is_now:
+            yield f"collectives: {name}: {_amount(was)} -> {_amount(is_now)}"
+
+
+def _amount(collective: Any) -> str:
+    return f"{collective['times']:,} times, {collective['bytes'] / 2**20:,.1f} MiB"
+
+
+def read(name: str) -> dict[str, Any]:
+    """The committed summary."""
+    summary: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    return summary
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 1 where something differs and is not rewritten."""
+    rewrite, status = "--rewrite" in argv, 0
+    chosen = [word for word in argv if word != "--rewrite"] or list(CASES)
+    for name in chosen:
+        compiled = compile_case(CASES[name])
+        now = summary(CASES[name], compiled)
+        path = FOLDER / f"{name}.json"
+        lines = differences(read(name), now) if path.exists() else ["new"]
+        print(f"{name}: {compiled.compile_seconds:.1f} s; {'; '.join(lines) or 'as committed'}", flush=True)
+        if rewrite:
+            FOLDER.mkdir(exist_ok=True)
+            path.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
+        elif lines:
+            status = 1
+    if status:
+        print(f"if that is meant: {REWRITE}")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
