@@ -1,7 +1,7 @@
 """Golden programs: what the compiler made of eight steps, so that a change that breaks scaling shows.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.golden            # compiles and compares, a line for each
-    difference JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite  # takes what is compiled now for right
+    JAX_PLATFORMS=cpu python -m benchmarks.golden            # compiles; a line for each difference
+    JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite  # takes what is compiled now for right
 
 Collectives, kernels, FLOPs and bytes of eight experiments on hardware that is not here, in
 tests/golden/*.json. Needs the compilers (`pip install -e '.[plan-gpu,plan-tpu]'`) and no device. Only the
