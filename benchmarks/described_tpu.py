@@ -40,10 +40,9 @@ CASES = (("v5p", "2x2x2"), ("v6e", "4x4"))
 class Row:
     """What the compiler says of one step on one device; sizes in bytes, times in seconds.
 
-    kernels: Pallas kernels by name, and how often they stand in the program; a loop over layers counts once,
-    since libtpu tells no trip counts. quadratic: buffers with two dims of a row's length; logits: those that
-    hold the vocabulary for every token of a device's rows. predicted_seconds: the compiler's own, None where
-    it gives none.
+    kernels: executions of Pallas kernels by name. quadratic: buffers with two dims of a row's length; logits:
+    those that hold the vocabulary for every token of a device's rows. predicted_seconds: the compiler's own,
+    None where it gives none.
     """
 
     hardware: str
