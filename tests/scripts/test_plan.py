@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.plan_config import PlanConfig, split_words
 
@@ -79,3 +80,27 @@ def test_the_words_of_the_run_are_left_for_it():
     options, words = split_words(["+experiment=debug", "plan.top=3", "seed=1", "+plan.price=2"])
     assert words == ["+experiment=debug", "seed=1"]
     assert options == PlanConfig(top=3, price=2.0, jobs=options.jobs)
+
+
+def test_what_a_search_finds_is_an_experiment_that_train_takes(tmp_path):
+    words = ("+experiment=llama3_8b", "hardware=h100", "hardware.nodes=2", "training.global_batch_size=64")
+    folder = tmp_path / "experiment"
+    said, wrong, status = plan(*words, "plan.search=true", "plan.compile=never", f"plan.directory={folder}")
+    assert status == 0, wrong
+    assert "not compiled: plan.compile=never" in said
+    assert {path.name for path in folder.iterdir()} == {
+        "best.yaml",
+        "search.json",
+        "pareto.png",
+        "pareto.html",
+    }
+    best = json.loads((folder / "search.json").read_text())["best"]
+    command = [sys.executable, "train.py", "--config-dir", str(tmp_path), "+experiment=best", "--cfg", "job"]
+    config = yaml.safe_load(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    for word in (*words[2:], *best["words"]):
+        key, _, value = word.partition("=")
+        room, name = key.split(".")
+        assert str(config[room][name]) == value
+    assert config["model"]["num_layers"] == 32 and config["hardware"]["name"] == "h100"
