@@ -25,10 +25,12 @@ def refuse_what_cannot_fit(hardware: HardwareConfig, program: Program, step: Any
         return
     memory = memory_of(program, step.memory_analysis().temp_size_in_bytes)
     if memory.total > limit:
+        stages = program.layout.mesh.shape["pipeline"]
+        parts = "pipeline.microbatches" if stages > 1 else "training.accumulation_steps"
         raise ValueError(
-            f"{refusal(memory, limit, device.device_kind)}; training.remat=full, more "
-            "training.accumulation_steps or mesh.fsdp need less, and python scripts/plan.py with the same "
-            f"words and hardware=NAME finds what fits; {OVERRIDE}"
+            f"{refusal(memory, limit, device.device_kind)}; training.remat=full, more {parts} or mesh.fsdp "
+            "need less, and python scripts/plan.py with the same words and hardware=NAME finds what fits; "
+            f"{OVERRIDE}"
         )
 
 
