@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, jax_worker, kernels, step, versus_torch
+from benchmarks import gpu, jax_worker, kernels, predicted, step, versus_torch
 from benchmarks.workload import synthetic_batch
 from models.transformer import build_model
 from tests.configs.composing import config
@@ -129,8 +129,16 @@ def test_gpu_commands_are_commands_of_ours():
             asked, overrides = versus_torch.arguments().parse_known_args(words)
             assert asked.shape in versus_torch.SHAPES and not overrides
             versus_torch.check_variants(asked.variants)
+        elif script == "predicted.py":
+            assert words == ["--hardware", "h200"]
         else:
             assert script == "kernels.py" and kernels.arguments().parse_args(words).vocab == 50304
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("124m", 124.4), ("350m", 354.8), ("1.34b", 1336.3)])
+def test_what_is_planned_and_measured_is_of_the_size_that_it_is_called(shape, parameters):
+    made = config(*predicted.SHAPES[shape], "hardware=h200", "hardware.topology=1x1")
+    assert build_model(made.model).num_params()["total"] / 1e6 == pytest.approx(parameters, rel=5e-3)
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [("cpu", 11.0), ("124m", 123.6), ("1.34b", 1336.3)])
