@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from configs.cli import CONFIG_DIR, options
+from parallel.described import GPUS
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig, default_torus, machine_of
 
 
@@ -101,3 +102,13 @@ def test_a_torus_is_as_even_as_can_be():
 def test_what_a_program_may_fill_is_less_than_there_is():
     full = replace(hardware("h200").device, memory_gib=141.0)
     assert machine_of(hardware("h200")).memory_bytes < machine_of(hardware("h200", device=full)).memory_bytes
+
+
+@pytest.mark.parametrize("name", [name for name in DATASHEETS if hardware(name).device.kind == "gpu"])
+def test_datasheet_and_description_are_of_one_gpu(name):
+    gpu = GPUS[name]
+    device = hardware(name).device
+    assert 0.9 * gpu.memory_bytes < device.memory_gib * 2**30 < gpu.memory_bytes
+    assert device.bandwidth * 1e9 == pytest.approx(gpu.bandwidth, rel=0.01)
+    assert device.per_node == gpu.per_host
+    assert (device.fp8_tflops is not None) == (gpu.capability >= (8, 9))
