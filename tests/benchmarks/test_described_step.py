@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import described
 from models.loss import chunked_cross_entropy
+from tests.compilers import skip_without
 
 COMMITTED = json.loads(described.RESULTS.read_text("utf-8"))
 ROWS = [described.Row(**row) for row in COMMITTED["rows"]]
@@ -54,7 +55,7 @@ def test_a_smaller_step_shows_the_same(precision):
     try:
         row, _ = described.describe(config, "bench_1b")
     except ImportError as error:
-        pytest.skip(f"NOT COMPILED FOR A GPU: {error}")
+        skip_without(error)
     check_claims(row, "small")
 
 

@@ -26,6 +26,7 @@ from parallel.described import (
 )
 from parallel.hlo import read_hlo
 from parallel.mesh import build_layout
+from tests.compilers import skip_without
 from training import program
 from training.config import RunConfig, TrainingConfig
 
@@ -95,7 +96,7 @@ def test_a_described_gpu_compiles(name):
     try:
         devices = described_devices(name, 8)
     except ImportError as error:
-        pytest.skip(f"NOT COMPILED FOR A GPU: {error}")
+        skip_without(error)
     assert {d.device_kind for d in devices} == {GPUS[name].kind}
     assert devices[0].compute_capability == "{}.{}".format(*GPUS[name].capability)
     assert len({d.process_index for d in devices}) == 8 // GPUS[name].per_host
@@ -107,7 +108,7 @@ def test_a_described_tpu_compiles(name):
     try:
         devices = described_devices(name, "2x2x2" if name in ("v5p", "tpu7x") else "2x4")
     except ImportError as error:
-        pytest.skip(f"NOT COMPILED FOR A TPU: {error}")
+        skip_without(error)
     check_product(devices[:8] if name != "tpu7x" else devices)
 
 
@@ -166,7 +167,7 @@ def test_a_step_on_64_described_gpus(sizes, schedule):
     try:
         devices = described_devices("h200", 64)
     except ImportError as error:
-        pytest.skip(f"NOT COMPILED FOR A GPU: {error}")
+        skip_without(error)
     config = small_llama(**sizes)
     config.pipeline.schedule = schedule
     layout = build_layout(config.mesh, devices)
@@ -193,7 +194,7 @@ def test_a_step_on_described_tpus_has_splash_and_nothing_quadratic(scan_layers):
     try:
         devices = described_devices("v6e", "2x2")
     except ImportError as error:
-        pytest.skip(f"NOT COMPILED FOR A TPU: {error}")
+        skip_without(error)
     config = small_llama(fsdp=4)
     sizes = {"num_layers": 2, "d_model": 384, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768}
     config.model = replace(config.model, vocab_size=1280, **sizes)
