@@ -111,9 +111,9 @@ def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tu
     from training.plan.analytic import attention_of, estimate
     from training.plan.compiled import compile_step, model_flops
     from training.plan.report import About, make_plan
+    from training.plan.shapes import model_of
 
     analytic = estimate(config, machine)
-    common: dict[str, Any] = {"price": options.price, "budget_tokens": options.tokens}
     compiled = None
     if options.compile == "auto" and machine.devices > MOST_COMPILED:
         notes = (*notes, f"not compiled: more than {MOST_COMPILED:,} devices (plan.compile=always compiles)")
@@ -124,36 +124,22 @@ def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tu
             if options.compile == "always":
                 raise ValueError(f"plan.compile=always: {error}") from error
             notes = (*notes, f"not compiled: {error}")
-    if compiled is None:
-        from models.transformer import build_model
-
-        model = build_model(config.model)
-        return make_plan(
-            config,
-            machine,
-            analytic,
-            parameters=model.num_params()["total"],
-            per_token=model_flops(model, config.data.seq_len),
-            about=About(*attention_of(config, machine)),
-            notes=notes,
-            **common,
-        )
-    program = compiled.program
+    about = About(*attention_of(config, machine))
+    if compiled is not None:
+        choice = compiled.program.attention
+        about = About(choice.name, choice.why, compiled.compile_seconds, compiler_name(machine.kind))
+    model = model_of(config.model)
     return make_plan(
         config,
         machine,
-        compiled.work,
-        parameters=program.model.num_params()["total"],
-        per_token=model_flops(program.model, config.data.seq_len),
-        about=About(
-            program.attention.name,
-            program.attention.why,
-            compiled.compile_seconds,
-            compiler_name(machine.kind),
-        ),
-        beside=analytic,
+        analytic if compiled is None else compiled.work,
+        parameters=model.num_params()["total"],
+        per_token=model_flops(model, config.data.seq_len),
+        about=about,
+        beside=None if compiled is None else analytic,
+        price=options.price,
+        budget_tokens=options.tokens,
         notes=notes,
-        **common,
     )
 
 

@@ -1,31 +1,21 @@
 """Eight programs as committed, and a comparison that can tell when they are not."""
 
 import copy
-import importlib.util
-import os
 
 import pytest
 
 from benchmarks.golden import CASES, FOLDER, compile_case, differences, read, summary
-
-REQUIRED = os.environ.get("CAMBRIAN_REQUIRE_PLAN")
-GPU, TPU = "jax_plugins.xla_cuda13", "libtpu"
-
-
-def has(package):
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+from tests.compilers import skip_without
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_compiler_makes_the_committed_program(name):
-    package = TPU if any(word.startswith("hardware=v") for word in CASES[name]) else GPU
-    if not has(package) and not REQUIRED:
-        pytest.skip(f"needs the compiler {package}: make test-plan")
-    lines = differences(read(name), summary(CASES[name], compile_case(CASES[name])))
+    try:
+        compiled = compile_case(CASES[name])
+    except ImportError as error:
+        skip_without(error)
+    lines = differences(read(name), summary(CASES[name], compiled))
     assert not lines, "\n".join([f"{name} is another program than the committed one:", *lines])
 
 

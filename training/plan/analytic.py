@@ -1,30 +1,29 @@
 """A step's work by equations alone: milliseconds for any number of devices, and nothing is compiled.
 
     FLOPs      6 N a token forward and backward (Kaplan et al. 2020, arXiv:2001.08361), N as the model counts
-    it
-               (`Model.flops_per_token`: head in, embedding out, chosen experts only), and attention's; again
-               what the policy of rematerialization makes a second time: `full` all products but the one back
-               from the width F, `attention` the wide ones and the one behind attention, `dots` that one
-               alone; a pipeline one forward more
+               it (`Model.flops_per_token`: head in, embedding out, chosen experts only), and attention's;
+               again what rematerialization makes a second time: `full` all products but the one back from
+               the width F, `attention` the wide ones and the one behind attention, `dots` and `offload` that
+               one alone; a pipeline one forward more
     attention  causal kernels compute the half of the square that the mask leaves, and five products backward
-    for two
-               forward (Dao et al. 2022, arXiv:2205.14135); `chunked`, `xla` and `reference` compute the whole
+               for two forward (Dao et al. 2022, arXiv:2205.14135); `chunked`, `xla` and `reference` compute
+               the whole
     bubble     of the schedule's own table (`parallel.schedules`): (P−1)/(M+P−1) for gpipe and 1f1b (Narayanan
-    et al.
-               2021, arXiv:2104.04473)
+               et al. 2021, arXiv:2104.04473)
 
 Memory: `training.plan.analytic_memory`; collectives: `training.plan.analytic_traffic`.
 """
 
 from typing import Any
 
+from models.quantized import PRODUCTS
 from parallel.backends import choose, wanted_of
 from parallel.config import mesh_shape
 from parallel.described import GPUS
 from parallel.hardware import Machine
 from training.plan.analytic_memory import memory_of
 from training.plan.analytic_traffic import traffic_of
-from training.plan.shapes import parameters_of, part_of
+from training.plan.shapes import Parameter, parameters_of, part_of
 from training.plan.sizes import Sizes, sizes_of
 from training.plan.work import Work
 from training.precision import compute_dtype
@@ -70,7 +69,7 @@ def again_share(sizes: Sizes) -> float:
     if policy == "none":
         return 0.0
     matrices = [p for p in parameters_of(sizes.model) if p.segment is not None and p.role == "matrix"]
-    active = {p.path: _active(sizes, p.path[-1], p.size, "experts" in p.axes) for p in matrices}
+    active = {p.path: _active(sizes, p) for p in matrices}
     whole = sum(active.values())
     back = sum(size for path, size in active.items() if path[-1] == "down")
     output = sum(size for path, size in active.items() if path[-1] == "o")
@@ -84,9 +83,10 @@ def again_share(sizes: Sizes) -> float:
     return share[policy] / whole
 
 
-def _active(sizes: Sizes, name: str, size: int, experts: bool) -> float:
+def _active(sizes: Sizes, p: Parameter) -> float:
+    """Elements that one token meets: of experts, the chosen ones."""
     moe = sizes.config.model.moe
-    return size / moe.num_experts * moe.experts_per_token if experts and moe is not None else float(size)
+    return p.size / moe.num_experts * moe.experts_per_token if "experts" in p.axes and moe else float(p.size)
 
 
 def flops_of(sizes: Sizes) -> dict[str, float]:
@@ -100,10 +100,9 @@ def flops_of(sizes: Sizes) -> dict[str, float]:
     square = "attention_causal" if sizes.attention in HALVES else "attention_full"
     repeated = (training.remat == "full") + (sizes.schedule is not None)
     attention = per_token[square] * (3.5 + repeated)
-    precision = training.precision if training.precision in ("fp8", "int8") else "bfloat16"
     plain = "float32" if sizes.itemsize == 4 else "bfloat16"
+    kind = training.precision if training.precision in PRODUCTS else plain
     found = {plain: (3 * head + attention) * tokens}
-    kind = precision if precision in ("fp8", "int8") else plain
     found[kind] = found.get(kind, 0.0) + (3 + extra) * layers * tokens
     return found
 

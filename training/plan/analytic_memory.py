@@ -2,18 +2,13 @@
 
     temporaries = kept + working + tables + accumulators
 
-    kept     L · k(policy)                         what layers leave for the backward pass; in a pipeline
-    twice that of
-                                                   a stage's layers, and a stream for each microbatch on its
-                                                   way
-    working  w_F F + w_D (D + N + 2K) + w_W W + w_X X     the layer that is going backward: products of the
-    width F and
-                                                   their gradients, streams and projections, its weights
-                                                   gathered and their gradients before they are scattered,
-                                                   tokens sent to experts
-    tables   w_V V                                 float32 gradients of embedding and head before they are
-    scattered accumulators                                   a second set of gradients where microbatches add
-    up
+    kept          L k(policy): what layers leave for the backward pass; in a pipeline twice that of a stage's
+                  layers, and a stream for each microbatch on its way
+    working       w_F F + w_D (D + N + 2K) + w_W W + w_X X: the layer that goes backward: products of width F
+                  and their gradients, streams and projections, its weights gathered and their gradients
+                  before they are scattered, tokens sent to experts
+    tables        w_V V: float32 gradients of embedding and head before they are scattered
+    accumulators  a second set of gradients where microbatches add up
 
 k: `full` the layer's input; `attention` that, queries, keys, values, attention's output and statistics;
 `dots` that and the wide products; `offload` as `attention` without queries, keys and values; `none`
@@ -33,7 +28,7 @@ from training.step import BATCH_DTYPES
 
 @dataclass(frozen=True)
 class Weights:
-    """What multiplies each size in the working set; see above. sharded: of weights that are not gathered."""
+    """What multiplies each size in the working set; see above."""
 
     wide: float
     streams: float

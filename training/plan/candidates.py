@@ -2,9 +2,9 @@
 
 Meshes, pipeline schedules and microbatches, accumulation and rematerialization change where and when sums are
 made, not what is learnt; batch, length, model, optimizer and precision are the experiment and stay. What is
-left out before anything is computed: `tensor` beyond the nearest link, `context` where a row is shorter than
-a few thousand positions or the model has fewer heads, `expert` without experts, stages that do not divide the
-layers.
+left out before anything is computed: `replica`, `tensor` beyond the nearest link or the heads, `context` that
+leaves fewer than LONG positions, `expert` that does not divide the experts, and stages that do not divide the
+layers or are more than MOST_STAGES.
 """
 
 import itertools
@@ -20,6 +20,7 @@ Legal = Callable[[Any, int | None], str | None]
 POLICIES = ("none", "dots", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 LONG = 8192  # positions on a device, above which a row may be worth splitting
+MOST_STAGES = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def candidates(config: Any, machine: Machine, legal: Legal) -> Iterator[Candidat
 
 
 def meshes(config: Any, machine: Machine) -> Iterator[dict[str, int]]:
-    """Sizes of all axes, their product the number of devices; powers of a sensible size alone."""
+    """Sizes of all axes, whose product is the number of devices and whose rows divide the batch."""
     model = config.model
     near = min(reach(machine), model.num_heads)
     tensors = [n for n in divisors(machine.devices) if n <= near]
@@ -48,7 +49,7 @@ def meshes(config: Any, machine: Machine) -> Iterator[dict[str, int]]:
     experts = [
         n for n in divisors(machine.devices) if n == 1 or (model.moe and model.moe.num_experts % n == 0)
     ]
-    stages = [n for n in divisors(machine.devices) if model.num_layers % n == 0 and n <= 16]
+    stages = [n for n in divisors(machine.devices) if model.num_layers % n == 0 and n <= MOST_STAGES]
     for tensor, context, expert, pipeline in itertools.product(tensors, contexts, experts, stages):
         rest, left = divmod(machine.devices, tensor * context * expert * pipeline)
         if left or config.training.global_batch_size % (rest * expert):

@@ -23,6 +23,7 @@ from parallel.hlo import Reading, read_hlo
 from parallel.hlo_text import Instruction, shapes
 from parallel.kernels import kernels_of
 from parallel.mesh import build_layout
+from training.flops import training_flops
 from training.plan.work import Memory, Traffic, Work
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
@@ -206,8 +207,5 @@ def shard_shape(leaf: Any) -> Sequence[int]:
 
 def model_flops(model: Any, seq_len: int) -> Mapping[str, float]:
     """`causal` and `full`, that the model needs for a token, forward and backward."""
-    per_token = model.flops_per_token(seq_len)
-    return {
-        "causal": 3 * (per_token["matmul"] + per_token["attention_causal"]),
-        "full": 3 * (per_token["matmul"] + per_token["attention_full"]),
-    }
+    flops = training_flops(model.flops_per_token(seq_len), peak_per_device=1.0, num_devices=1)
+    return {"causal": flops.causal, "full": flops.full}

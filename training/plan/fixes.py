@@ -1,8 +1,8 @@
 """A plan that does not fit, and the cheapest changes that make it fit, each verified by compiling.
 
-Tried are, alone and in pairs: what layers keep, accumulation, microbatches, the loss's chunk, and other
-meshes of the same devices; the step's time by the analytic model says which are cheap. Batch, length, model,
-optimizer and precision are the experiment: a change of them is another experiment, and no fix.
+Tried are a smaller chunk of the loss and every candidate of a search: what layers keep, accumulation,
+microbatches, other meshes of the same devices; the step's time by the analytic model says which are cheap.
+Batch, length, model, optimizer and precision are the experiment: a change of them is another one, and no fix.
 """
 
 from dataclasses import dataclass
@@ -65,9 +65,7 @@ def fixes(
             tried += 1
             try:
                 verdict = evaluate(one.candidate, machine, compile(one.candidate.config, machine))
-            except (
-                ValueError
-            ):  # the compiler refuses it: DoesNotFit, or what the analytic model does not know
+            except ValueError:  # DoesNotFit, or what only the program knows
                 continue
         if verdict.work.memory.total <= machine.memory_bytes:
             kinds.add(kind)

@@ -2,7 +2,7 @@
 
 A candidate's time is `training.plan.roofline.predict`'s. The analytic model ranks those that it says fit into
 MARGIN of a device's memory; the best are compiled side by side, each in a process of its own, and ranked
-again by what the compiler says. Where too few of them fit, the search goes on down the list.
+again by what the compiler says. Where none of them fits, the search goes on down the list.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from training.plan.analytic import estimate
 from training.plan.candidates import Candidate, Legal, candidates
-from training.plan.compiled import DoesNotFit, compile_step, model_flops
+from training.plan.compiled import compile_step, model_flops
 from training.plan.roofline import Prediction, predict
 from training.plan.shapes import model_of
 from training.plan.work import Work
@@ -114,7 +114,7 @@ def search(
 ) -> Searched:
     """The fastest plan for a config, whose vocabulary is known, on these devices.
 
-    top: candidates that are compiled, and again as many where too few of them fit. compile: None ranks by the
+    top: candidates that are compiled, and again as many where none of them fits. compile: None ranks by the
     analytic model alone. tell: called with how many are compiled, of how many.
     """
     everything = [
@@ -167,7 +167,5 @@ def _compiled(one: Evaluated, machine: Machine, result: Callable[[], Work]) -> E
         return evaluate(one.candidate, machine, result())
     except BrokenProcessPool:
         return evaluate(one.candidate, machine, one.work, "the process that compiled it died")
-    except ImportError:
-        raise
-    except (DoesNotFit, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # DoesNotFit, or what else a compiler has to say
         return evaluate(one.candidate, machine, one.work, str(error).splitlines()[0])
