@@ -109,17 +109,20 @@ def here(hardware: Any, devices: int) -> Any:
 def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> "Plan":
     """Compiled where that is asked and can be, else computed; which of both is said."""
     from training.plan.analytic import attention_of, estimate
-    from training.plan.compiled import compile_step, model_flops
+    from training.plan.compiled import DoesNotFit, compile_step, model_flops
     from training.plan.report import About, make_plan
     from training.plan.shapes import model_of
 
     analytic = estimate(config, machine)
-    compiled = None
+    compiled, refused = None, None
     if options.compile == "auto" and machine.devices > MOST_COMPILED:
         notes = (*notes, f"not compiled: more than {MOST_COMPILED:,} devices (plan.compile=always compiles)")
     elif options.compile != "never":
         try:
             compiled = compile_step(config, machine, devices_here(machine))
+        except DoesNotFit as error:
+            refused = str(error).partition(";")[0]
+            notes = (*notes, "no program, the compiler refuses it: what follows is computed")
         except ImportError as error:
             if options.compile == "always":
                 raise ValueError(f"plan.compile=always: {error}") from error
@@ -140,6 +143,7 @@ def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tu
         price=options.price,
         budget_tokens=options.tokens,
         notes=notes,
+        refused=refused,
     )
 
 
@@ -173,14 +177,16 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
         print(f"every figure is in {path}")
     if plan.fits:
         return 0
+    words = plan.refused or refusal(plan.work.memory, plan.capacity, machine.name)
     if options.fixes == 0:
-        raise ValueError(refusal(plan.work.memory, plan.capacity, machine.name))
-    compile = compiled_work if plan.compile_seconds is not None and machine.kind != "cpu" else None
+        raise ValueError(words)
+    asked = plan.compile_seconds is not None or plan.refused is not None
+    compile = compiled_work if asked and machine.kind != "cpu" else None
     found = fixes(config, machine, legal, count=options.fixes, compile=compile)
     for fix in found:
         print(f"{'fits with':13} {fix.line()}")
     remedy = f"use {found[0].words}" if found else "no change that was tried makes it fit: take more devices"
-    raise ValueError(f"{refusal(plan.work.memory, plan.capacity, machine.name)}; {remedy}")
+    raise ValueError(f"{words}; {remedy}")
 
 
 def look_further(

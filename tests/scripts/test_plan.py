@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scripts.plan import plan_of, settle
 from scripts.plan_config import PlanConfig, split_words
+from tests.configs.composing import config
+from training.plan import compiled
+from training.plan.compiled import DoesNotFit, with_vocabulary
+from training.plan.screen import screen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIG = ("+experiment=llama3_70b", "hardware=h100", "plan.compile=never")
@@ -96,11 +101,25 @@ def test_what_a_search_finds_is_an_experiment_that_train_takes(tmp_path):
     }
     best = json.loads((folder / "search.json").read_text())["best"]
     command = [sys.executable, "train.py", "--config-dir", str(tmp_path), "+experiment=best", "--cfg", "job"]
-    config = yaml.safe_load(
+    composed = yaml.safe_load(
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     )
     for word in (*words[2:], *best["words"]):
         key, _, value = word.partition("=")
         room, name = key.split(".")
-        assert str(config[room][name]) == value
-    assert config["model"]["num_layers"] == 32 and config["hardware"]["name"] == "h100"
+        assert str(composed[room][name]) == value
+    assert composed["model"]["num_layers"] == 32 and composed["hardware"]["name"] == "h100"
+
+
+def test_a_compiler_that_refuses_is_a_plan_that_does_not_fit(monkeypatch):
+    def refuses(config, machine, devices):
+        raise DoesNotFit(90 * 2**30, 80 * 2**30, machine.name)
+
+    monkeypatch.setattr(compiled, "compile_step", refuses)
+    words = ("run.name=planned", "+experiment=llama3_8b", "hardware=h200", "training.global_batch_size=16")
+    asked, machine, notes = settle(with_vocabulary(config(*words)))
+    made = plan_of(asked, machine, PlanConfig(), notes)
+    assert made.work.how == "analytic" and made.work.memory.total < made.capacity
+    assert not made.fits and not made.json()["fits"]
+    assert made.refused == "the compiler refuses the step: it needs 90.00 GiB of the 80.00 GiB of a h200"
+    assert "DOES NOT FIT, by the compiler" in screen(made)

@@ -64,11 +64,15 @@ class DoesNotFit(ValueError):
     """
 
     def __init__(self, needed: int, limit: int, name: str):
-        self.needed, self.limit = needed, limit
+        self.needed, self.limit, self.name = needed, limit, name
         super().__init__(
             f"the compiler refuses the step: it needs {needed / GIB:.2f} GiB of the {limit / GIB:.2f} GiB of "
             f"a {name}; training.remat=full, more training.accumulation_steps or mesh.fsdp need less"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made anew from its words alone, and a search's processes send theirs home.
+        return type(self), (self.needed, self.limit, self.name)
 
 
 def compile_step(config: Any, machine: Machine, devices: Sequence[Any] | None = None) -> Compiled:

@@ -46,11 +46,12 @@ class Plan:
     compile_seconds: float | None
     compiler: str | None
     notes: tuple[str, ...] = ()
+    refused: str | None = None  # why the compiler made no program, where it made none for want of memory
 
     @property
     def fits(self) -> bool:
         """Whether a device can hold the step."""
-        return self.work.memory.total <= self.capacity
+        return self.refused is None and self.work.memory.total <= self.capacity
 
     def json(self) -> dict[str, Any]:
         """Everything, with totals and the verdict; sizes in bytes, times in seconds."""
@@ -80,6 +81,7 @@ def make_plan(
     price: float | None = None,
     budget_tokens: int | None = None,
     notes: tuple[str, ...] = (),
+    refused: str | None = None,
 ) -> Plan:
     """From a step's work to the whole plan.
 
@@ -124,4 +126,5 @@ def make_plan(
         compile_seconds=about.compile_seconds,
         compiler=about.compiler,
         notes=notes,
+        refused=refused,
     )

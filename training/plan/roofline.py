@@ -21,7 +21,8 @@ level):
 
 where the second level is entered by all m devices at once, each with a link of its own (Thakur et al. 2005,
 doi:10.1177/1094342005051521, for the rings). On a torus b_0 is that of a ring's both directions, times the
-dims that the group spans, and an all-to-all takes n/4 of its operand over each (Austin et al., section 3).
+dims that the group spans; an all-to-all takes a quarter of its operand times the members along one dim over
+one ring, all dims at once (Austin et al., section 3).
 """
 
 import math
@@ -129,7 +130,7 @@ def cost_of(traffic: Traffic, machine: Machine, mesh: Mapping[str, int]) -> Cost
         return Cost(traffic, link.name, once / rate + traffic.times * link.latency, hidden)
     if traffic.kind in ("all-to-all", "ragged-all-to-all"):
         if machine.torus:
-            inner = once * inside / 4 / near_rate / rings if inside > 1 else 0.0
+            inner = once * inside ** (1 / rings) / 4 / near.bytes_per_second if inside > 1 else 0.0
         else:
             inner = once * (inside - 1) / size / near_rate
         outer = once * (size - inside) / size / far.bytes_per_second

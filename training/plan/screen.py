@@ -51,6 +51,8 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     share = 100 * memory.total / plan.capacity
     left = (plan.capacity - memory.total) / GIB
     verdict = f"fits, {left:.1f} GiB left" if plan.fits else f"DOES NOT FIT, {-left:.1f} GiB too much"
+    if plan.refused is not None:
+        verdict = "DOES NOT FIT, by the compiler"
     total = (
         f"{'total':12}{memory.total / GIB:>9.2f} GiB  {share:.0f} % of {plan.capacity / GIB:.1f}: {verdict}"
     )

@@ -1,5 +1,6 @@
 """The planner compiles what `train.py` compiles."""
 
+import pickle
 import re
 
 import jax
@@ -12,7 +13,7 @@ from tests.compilers import skip_without
 from tests.configs.composing import config
 from tests.parallel.test_hardware import hardware
 from training.plan.analytic import estimate
-from training.plan.compiled import compile_step, planned_program, with_vocabulary
+from training.plan.compiled import DoesNotFit, compile_step, planned_program, refused, with_vocabulary
 from training.plan.fixes import fixes
 from training.program import build_program
 
@@ -78,3 +79,28 @@ def test_fixes_are_verified_by_the_compiler():
     for fix in found:
         assert fix.verified and fix.evaluated.work.how == "compiled"
         assert fix.evaluated.work.memory.total <= machine.memory_bytes
+
+
+def test_a_refusal_comes_home_from_another_process():
+    error = pickle.loads(pickle.dumps(DoesNotFit(3 * 2**30, 2**30, "v5e")))
+    assert (error.needed, error.limit, error.name) == (3 * 2**30, 2**30, "v5e")
+    assert "3.00 GiB of the 1.00 GiB of a v5e" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: HLO temporaries (250.5G) exceeds available HBM (15.75G)", 250.5),
+        ("RESOURCE_EXHAUSTED: Used 41.9G of 15.75G hbm. Exceeded hbm capacity", 41.9),
+    ],
+)
+def test_what_the_compiler_refuses_is_read(message, gib):
+    program = build_program(
+        with_vocabulary(config("run.name=planned", "+experiment=debug", "mesh=single")),
+        build_layout(config("run.name=planned", "mesh=single").mesh, jax.devices()[:1]),
+    )
+    error = refused(message, program, "v5e")
+    assert error is not None
+    assert error.needed / 2**30 == pytest.approx(gib, abs=0.01)
+    assert error.limit / 2**30 == pytest.approx(15.75)
+    assert refused("INTERNAL: something else", program, "v5e") is None

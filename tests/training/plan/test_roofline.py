@@ -90,6 +90,17 @@ def test_a_torus_offers_a_ring_for_each_dim_that_a_group_spans():
     assert whole == pytest.approx(64e9 * 63 / 64 / 600e9)
 
 
+def test_an_all_to_all_on_a_torus_is_bound_by_its_longest_way_round():
+    line = Machine(**{**vars(TORUS), "torus": (64,)})
+    cube = Machine(**{**vars(TORUS), "torus": (4, 4, 4)})
+    assert seconds("all-to-all", ("expert",), 8e9, line, {"expert": 64})[0] == pytest.approx(
+        8e9 * 64 / 4 / 200e9
+    )
+    assert seconds("all-to-all", ("expert",), 8e9, cube, {"expert": 64})[0] == pytest.approx(
+        8e9 * 4 / 4 / 200e9
+    )
+
+
 def test_a_step_is_the_slowest_of_what_goes_on_at_once_and_all_that_does_not():
     work = Work("analytic", NONE, {"bfloat16": 1e15, "fp8": 2e15}, 3e12, (), bubble=0.5)
     found = predict(work, MACHINE, MESH, tokens=1000, flops_full=2e9, flops_causal=1e9)
