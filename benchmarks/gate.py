@@ -4,7 +4,9 @@
     make bench                                                # measures first, then compares
 
 A ratio (ours over PyTorch's, a kernel over the reference) has fallen where its median is lower by more than
-the tolerance and the spread of both results allow. Exit status: 0 none fell, 1 one fell, 2 no comparison.
+the tolerance and the spread of both results allow. Ratios hold for one kind of processor or card: beside
+NAME.json may lie NAME.ANYTHING.json, measured on others, and the one of this machine's kind is compared.
+Exit status: 0 none fell, 1 one fell, 2 no comparison.
 """
 
 import argparse
@@ -82,20 +84,46 @@ def compare(
 
 
 def other_machine(fresh: Mapping[str, Any], committed: Mapping[str, Any]) -> str | None:
-    """What of the machine differs, for a reader to weigh; ratios of other hardware are not ours to hold."""
-    keys = ("cpu", "cores", "flags", "devices")
-    pairs = [(key, committed["machine"].get(key), fresh["machine"].get(key)) for key in keys]
-    differ = [f"{key} {then} -> {now}" for key, then, now in pairs if then != now]
-    return "another machine: " + ", ".join(differ) if differ else None
+    """What of the machines differs that ratios depend on; None where they may be compared."""
+    then, now = committed["machine"], fresh["machine"]
+    differ = [
+        f"{key} {then.get(key, 'unknown')}, here {now.get(key, 'unknown')}"
+        for key in ("processor", "cores", "devices")
+        if then.get(key) != now.get(key)
+    ]
+    return ", ".join(differ) or None
 
 
-def pairs(fresh: Path, committed: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def namesake(path: Path, fresh: Mapping[str, Any], committed: Path, *, anywhere: bool = False) -> Path:
+    """The committed file to compare with: NAME.json or NAME.*.json of this machine's kind, or the file given.
+
+    anywhere: NAME.json, whatever it was measured on. Raises Incomparable where there is none.
+    """
+    if committed.is_dir():
+        found = [committed / path.name, *sorted(committed.glob(f"{path.stem}.*.json"))]
+        found = [file for file in found if file.exists()]
+    else:
+        found = [committed]
+    if not found:
+        raise Incomparable(f"{path.name} has no committed namesake; commit it, or remove it")
+    differ = {file: None if anywhere else other_machine(fresh, read_result(file)) for file in found}
+    alike = [file for file, difference in differ.items() if difference is None]
+    if not alike:
+        kinds = "; ".join(f"{file.name}: {difference}" for file, difference in differ.items())
+        raise Incomparable(
+            f"nothing was measured on a machine of this kind ({kinds}); measure the commit before the change "
+            f"here and give its file, commit this one as {path.stem}.KIND.json, or pass --other-machine"
+        )
+    return alike[0]
+
+
+def pairs(
+    fresh: Path, committed: Path, *, anywhere: bool = False
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, fresh, committed) of a file, or of every file of a directory; `committed` may be a directory."""
     for path in [fresh] if fresh.is_file() else sorted(fresh.glob("*.json")):
-        other = committed / path.name if committed.is_dir() else committed
-        if not other.exists():
-            raise Incomparable(f"{path.name} has no committed namesake; commit it, or remove it")
-        yield path.stem, read_result(path), read_result(other)
+        result = read_result(path)
+        yield path.stem, result, read_result(namesake(path, result, committed, anywhere=anywhere))
 
 
 def main(argv: list[str]) -> int:
@@ -104,12 +132,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("fresh", type=Path)
     parser.add_argument("committed", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that a ratio may fall")
+    parser.add_argument(
+        "--other-machine", action="store_true", help="compare with NAME.json, whatever it was measured on"
+    )
     asked = parser.parse_args(argv)
     fallen = compared = 0
     try:
-        for name, fresh, committed in pairs(asked.fresh, asked.committed):
+        for name, fresh, committed in pairs(asked.fresh, asked.committed, anywhere=asked.other_machine):
             if difference := other_machine(fresh, committed):
-                print(f"{name}: {difference}")
+                print(f"{name}: another machine: {difference}")
             for ratio, fell, figures in compare(fresh, committed, asked.tolerance):
                 print(f"{'FELL' if fell else 'held'}  {name}: {ratio}: {figures}")
                 fallen, compared = fallen + fell, compared + 1

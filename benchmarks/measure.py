@@ -27,6 +27,7 @@ def describe_machine() -> dict[str, Any]:
     words = cpu.get("flags", cpu.get("Features", "")).split()
     machine: dict[str, Any] = {
         "cpu": cpu.get("model name", platform.machine()),
+        "processor": processor(cpu),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in words],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -47,6 +48,18 @@ def _cpu_fields() -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def processor(cpu: Mapping[str, str]) -> str:
+    """The kind of processor, of the fields of /proc/cpuinfo: `AuthenticAMD 25-17`.
+
+    Names are for people: virtual machines call very different generations `Intel Xeon Processor`.
+    """
+    x86, arm = ("vendor_id", "cpu family", "model"), ("CPU implementer", "CPU architecture", "CPU part")
+    for vendor, *kind in (x86, arm):
+        if all(key in cpu for key in (vendor, *kind)):
+            return f"{cpu[vendor]} {'-'.join(cpu[key] for key in kind)}"
+    return platform.machine()
 
 
 def _versions() -> dict[str, str]:

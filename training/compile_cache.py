@@ -1,6 +1,7 @@
-"""The persistent compile cache, and whether it helped."""
+"""The persistent compile cache, whether it helped, and what compiling took all the same."""
 
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,32 @@ import jax
 
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
-COMPILED = "/jax/core/compile/backend_compile_duration"
+STAGES = (  # of making an executable: tracing, lowering, compiling
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
 
 
 class CacheWatch:
-    """Counts hits and misses of this process from here on, and the seconds of its compilations."""
+    """Counts hits and misses of this process from here on, and the seconds of its compilations.
+
+    `seconds`: of tracing, lowering and compiling, moments that belong to several of them counted once.
+    """
 
     def __init__(self, directory: Path | None):
         self.directory, self.hits, self.misses, self.seconds = directory, 0, 0, 0.0
+        self._spans = _Spans()
         jax.monitoring.register_event_listener(self._listen)
-        jax.monitoring.register_event_duration_secs_listener(self._time)
+        jax.monitoring.register_event_time_span_listener(self._time)
 
     def _listen(self, event: str, **_: Any) -> None:
         self.hits += event == HIT
         self.misses += event == MISS
 
-    def _time(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.seconds += duration_secs if event == COMPILED else 0.0
+    def _time(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
+        if event in STAGES:
+            self.seconds += self._spans.add(start_time, end_time)
 
     def outcome(self) -> dict[str, Any]:
         """Hits, misses and bytes on disk; an empty dict where there is no cache."""
@@ -33,6 +43,22 @@ class CacheWatch:
             return {}
         size = sum(file.stat().st_size for file in self.directory.glob("*") if file.is_file())
         return {"hits": self.hits, "misses": self.misses, "bytes": size}
+
+
+class _Spans(threading.local):
+    """Spans of time of each thread, told when they end: a function traced inside of another comes before it."""
+
+    def __init__(self) -> None:
+        self.last: list[tuple[float, float]] = []  # those that a span to come may still contain
+
+    def add(self, start: float, end: float) -> float:
+        """The seconds by which the union of all spans has grown."""
+        inside = 0.0
+        while self.last and self.last[-1][0] >= start:
+            begun, ended = self.last.pop()
+            inside += ended - begun
+        self.last.append((start, end))
+        return max(0.0, end - start - inside)
 
 
 def start_compile_cache(directory: str | None, *, names: bool = False) -> CacheWatch:

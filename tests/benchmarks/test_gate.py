@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.gate import Incomparable, compare, judge, main, uncertainty
 
-MACHINE = {"cpu": "a", "cores": 2, "flags": []}
+MACHINE = {"cpu": "a", "processor": "a 1-2", "cores": 2, "flags": []}
 
 
 def ratio(median, spread=0.02, n=25):
@@ -63,18 +63,43 @@ def test_a_committed_result_without_ratios_passes_nothing():
         compare(result(a=1.0), result())
 
 
+def write(directory, name, **more):
+    directory.mkdir(exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(result(**more)))
+
+
 @pytest.mark.parametrize(
     ("now", "status", "says"), [(1.6, 0, "2 of 2 ratios held"), (1.2, 1, "FELL  versus: a")]
 )
 def test_the_command_compares_files_of_one_name(tmp_path, capsys, now, status, says):
-    for directory, value in (("fresh", now), ("committed", 1.6)):
-        (tmp_path / directory).mkdir()
-        machine = MACHINE | {"cpu": directory}
-        text = json.dumps(result(machine=machine, a=value, b=2.0))
-        (tmp_path / directory / "versus.json").write_text(text)
+    write(tmp_path / "fresh", "versus", a=now, b=2.0)
+    write(tmp_path / "committed", "versus", a=1.6, b=2.0)
     assert main([str(tmp_path / "fresh"), str(tmp_path / "committed")]) == status
-    printed = capsys.readouterr().out
-    assert says in printed and "another machine: cpu committed -> fresh" in printed
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "other", [{"processor": "b 1-2"}, {"cores": 64}, {"devices": "1 x H200"}, {"processor": None}]
+)
+def test_ratios_of_another_machine_are_not_held_against_this_one(tmp_path, capsys, other):
+    write(tmp_path / "fresh", "versus", machine=MACHINE | other, a=1.0)
+    write(tmp_path / "committed", "versus", a=1.6)
+    words = [str(tmp_path / "fresh"), str(tmp_path / "committed")]
+    assert main(words) == 2
+    key, value = next(iter(other.items()))
+    assert f"{key} {MACHINE.get(key, 'unknown')}, here {value}" in capsys.readouterr().err
+    assert main([*words, "--other-machine"]) == 1
+    assert "another machine: " in capsys.readouterr().out
+
+
+def test_of_several_kinds_of_machines_the_same_kind_is_compared(tmp_path, capsys):
+    other = MACHINE | {"processor": "b 1-2"}
+    write(tmp_path / "fresh", "versus", machine=other, a=0.9)
+    write(tmp_path / "committed", "versus", a=1.6)
+    write(tmp_path / "committed", "versus.b", machine=other, a=0.9)
+    write(tmp_path / "committed", "versus_b", machine=other, a=5.0)  # another result
+    assert main([str(tmp_path / "fresh"), str(tmp_path / "committed")]) == 0
+    assert "0.900 -> 0.900" in capsys.readouterr().out
 
 
 def test_the_command_does_not_call_nothing_a_success(tmp_path, capsys):
