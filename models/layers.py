@@ -90,8 +90,9 @@ class Attention(nnx.Module):
         q, k, v = self.project(x, batch["positions"], spec, ops)
         positions, segments = batch["positions"], batch["segment_ids"]
         if cache is not None:
-            cache = extend_cache(cache, {"k": k, "v": v}, positions[0, 0])
-            k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+            new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+            cache = extend_cache(cache, new, positions[0, 0], axis=2)
+            k, v = (cache[name].astype(x.dtype).swapaxes(1, 2) for name in new)
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
         q, k, v = name_inputs(q, k, v)
         mixed = ops.attention(
@@ -137,10 +138,10 @@ def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     )
 
 
-def extend_cache(cache: Cache, new: Cache, start: Array) -> Cache:
-    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on."""
+def extend_cache(cache: Cache, new: Cache, start: Array, *, axis: int = 1) -> Cache:
+    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; axis: that of S."""
     write = jax.lax.dynamic_update_slice_in_dim
-    return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=1) for name in new}
+    return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=axis) for name in new}
 
 
 def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"]:

@@ -220,21 +220,21 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache and its filled length; of each layer keys and values [B, length, K, H].
+        """An empty cache and its filled length; of each layer keys and values [B, K, length, H].
 
-        With latent attention the normed latent [B, length, R] and the keys' rotated part.
+        In the order of attention's products, which would else copy them for every token. With latent
+        attention the normed latent [B, length, R] and the keys' rotated part.
         """
         config = self.config
         if config.mla is None:
-            sizes: Tree = {name: (config.num_kv_heads, config.head_dim) for name in ("k", "v")}
+            shapes: Tree = {name: (config.num_kv_heads, length, config.head_dim) for name in ("k", "v")}
         else:
-            sizes = {"latent": (config.mla.kv_lora_rank,), "k_rope": (config.mla.qk_rope_head_dim,)}
+            widths = {"latent": config.mla.kv_lora_rank, "k_rope": config.mla.qk_rope_head_dim}
+            shapes = {name: (length, width) for name, width in widths.items()}
         places: Tree = {
             str(s): [
                 {
-                    str(p): {
-                        name: jnp.zeros((batch_size, length, *size), dtype) for name, size in sizes.items()
-                    }
+                    str(p): {name: jnp.zeros((batch_size, *shape), dtype) for name, shape in shapes.items()}
                     for p in range(len(segment.period))
                 }
                 for _ in range(segment.count)
@@ -252,7 +252,7 @@ class Model:
         positions, max_seq_len): past it the last entries would be overwritten.
         """
         size, length = tokens.shape[1], cache["length"]
-        capacity = jax.tree.leaves(cache["segments"])[0].shape[1]
+        capacity = jax.tree.leaves(cache["segments"])[0].shape[-2]
         slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
         batch = {
             "tokens": tokens,
