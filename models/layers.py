@@ -139,7 +139,7 @@ def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 def extend_cache(cache: Cache, new: Cache, start: Array, *, axis: int = 1) -> Cache:
-    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; axis: that of S."""
+    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; S is at `axis`."""
     write = jax.lax.dynamic_update_slice_in_dim
     return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=axis) for name in new}
 

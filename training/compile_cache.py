@@ -46,7 +46,7 @@ class CacheWatch:
 
 
 class _Spans(threading.local):
-    """Spans of time of each thread, told when they end: a function traced inside of another comes before it."""
+    """Spans of time of each thread, told when they end: what is traced inside of another comes first."""
 
     def __init__(self) -> None:
         self.last: list[tuple[float, float]] = []  # those that a span to come may still contain

@@ -1,4 +1,4 @@
-"""What a run says of its compilations: every second of tracing, lowering and compiling, and each of them once."""
+"""What a run says of its compilations: each second of tracing, lowering and compiling, and each once."""
 
 import time
 

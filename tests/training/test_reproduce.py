@@ -254,3 +254,42 @@ def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tm
     assert "the run's commit and changes, checked out" in said
     listed = subprocess.run(["git", "worktree", "list"], cwd=clone, capture_output=True, text=True)
     assert len(listed.stdout.splitlines()) == 1  # ours is gone again
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_the_quickstart_itself_comes_out_the_same(tmp_path):
+    """What the README says first, and reproduced by its name: its own data, tokenizer, model and Muon.
+
+    As long as its data take to prepare: of its 640 steps the first 12.
+    """
+    shorter = ("training.num_steps=12", "schedule.warmup_steps=4", "eval.batches=1", "checkpoint.every=6")
+    places = (
+        f"run.dir={tmp_path}/runs/quickstart",
+        f"data.cache_dir={tmp_path}/data",
+        f"run.compile_cache={tmp_path}/xla",
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(
+        "train.py",
+        "+experiment=quickstart",
+        *shorter,
+        *places,
+        "sample.prompts=[]",
+        "sample.parse_snippets=0",
+    )
+    said = run("scripts/reproduce.py", "quickstart", f"--runs={tmp_path}/runs")
+    assert "identical: 12 steps, loss and grad_norm bit for bit" in said
