@@ -18,10 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import alternate, ratio, summary, timed, write_result
+from benchmarks.versus_torch import COMMON, SHAPES
 from training.host_memory import keep_freed_memory
 
 PARTS = ("count", "optimizers", "accumulation")
 QUICKSTART = ("+experiment=quickstart", "model.vocab_size=4096")
+ELEVEN = (*COMMON, *SHAPES["cpu"], "+experiment=quickstart")  # 11M parameters, as beside PyTorch
 LLAMA = ("+experiment=llama_1b", "mesh=fsdp", "training.global_batch_size=128", "data.seq_len=4096")
 Row = dict[str, Any]
 
@@ -48,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["optimizers"] = [row for rows in asked.rows for row in optimizers(rows, asked.rounds)]
         show("optimizers", results)
     if "accumulation" in asked.parts:
-        results["accumulation"] = [row for rows in asked.rows for row in accumulation(rows, asked.rounds)]
+        sizes = {f"quickstart, {rows} x 256 tokens": (*QUICKSTART, batch(rows)) for rows in asked.rows}
+        sizes["11M parameters, 64 x 256 tokens"] = (*ELEVEN, batch(64))
+        results["accumulation"] = [
+            row for name, words in sizes.items() for row in accumulation(name, words, asked.rounds)
+        ]
         show("accumulation", results)
     table = [row for rows in results.values() for row in rows]
     ratios = {row["case"]: row.pop("speed") for row in table if "speed" in row}
@@ -109,27 +115,31 @@ def counted(words: Sequence[str]) -> int:
 
 def optimizers(rows: int, rounds: int) -> list[Row]:
     """Seconds of quickstart's step with each optimizer."""
-    cases = {name: [f"optim={name}"] for name in ("adamw", "muon")}
-    return compare(f"seconds a step, quickstart, {rows} x 256 tokens", rows, cases, rounds)
+    cases = {name: [*QUICKSTART, batch(rows), f"optim={name}"] for name in ("adamw", "muon")}
+    return compare(f"seconds a step, quickstart, {rows} x 256 tokens", cases, rounds)
 
 
-def accumulation(rows: int, rounds: int) -> list[Row]:
-    """Seconds of quickstart's step in one batch and in four parts."""
-    cases = {f"accumulation_steps={n}": ["optim=adamw", f"training.accumulation_steps={n}"] for n in (1, 4)}
-    return compare(f"seconds a step, quickstart, {rows} x 256 tokens", rows, cases, rounds)
+def accumulation(name: str, words: Sequence[str], rounds: int) -> list[Row]:
+    """Seconds of a step in one batch and in four parts."""
+    cases = {
+        f"accumulation_steps={n}": [*words, "optim=adamw", f"training.accumulation_steps={n}"] for n in (1, 4)
+    }
+    return compare(f"seconds a step, {name}", cases, rounds)
 
 
-def compare(what: str, rows: int, cases: dict[str, list[str]], rounds: int) -> list[Row]:
+def batch(rows: int) -> str:
+    """The word for a batch of so many rows."""
+    return f"training.global_batch_size={rows}"
+
+
+def compare(what: str, cases: dict[str, list[str]], rounds: int) -> list[Row]:
     """A row a case: seconds of a step, and their ratio to the first case's, round by round.
 
     `speed` is the inverse, which `benchmarks/gate.py` watches. `cpu`: seconds that its threads worked, which
     tell more where others use the machine.
     """
     busy: dict[str, list[float]] = {name: [] for name in cases}
-    steps = {
-        name: stepper([*QUICKSTART, f"training.global_batch_size={rows}", *words], busy[name])
-        for name, words in cases.items()
-    }
+    steps = {name: stepper(words, busy[name]) for name, words in cases.items()}
     samples = alternate(steps, rounds)
     first = next(iter(cases))
     table = []
