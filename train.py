@@ -6,6 +6,7 @@ Composes the config, checks it, calls `fit`; nothing else. Several processes of 
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import sys
 import traceback
@@ -56,6 +57,7 @@ def end_at_once() -> None:
 
 if __name__ == "__main__":
     atexit.register(end_at_once)  # the first to be registered is the last to be called
+    faulthandler.enable()  # a library that aborts (JAX, where rank 0 is gone) leaves every thread's stack behind
     keep_freed_memory()  # before jax begins its threads
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
