@@ -57,7 +57,7 @@ def end_at_once() -> None:
 
 if __name__ == "__main__":
     atexit.register(end_at_once)  # the first to be registered is the last to be called
-    faulthandler.enable()  # a library that aborts (JAX, where rank 0 is gone) leaves every thread's stack behind
+    faulthandler.enable()  # a library that aborts, as JAX where rank 0 is gone, leaves stacks behind
     keep_freed_memory()  # before jax begins its threads
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
@@ -69,4 +69,5 @@ if __name__ == "__main__":
         traceback.print_exc()
         status = 1
     STATUS.append(status)
+    cluster.pronounce(status)
     cluster.leave(status)

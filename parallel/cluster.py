@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 COORDINATOR, PROCESSES, PROCESS = "CAMBRIAN_COORDINATOR", "CAMBRIAN_PROCESSES", "CAMBRIAN_PROCESS"
+VERDICT = "CAMBRIAN_VERDICT"  # a file, see `pronounce`
 JOIN = "CAMBRIAN_JOIN_SECONDS"  # how long a start waits for the others
 
 JOIN_SECONDS = 300
@@ -337,6 +338,18 @@ def speaks(line: str) -> bool:
     except ClusterFault:
         _alone = True
         return True
+
+
+def pronounce(status: int) -> None:
+    """Write a status that a person should see, 1 or 2, to the file that $CAMBRIAN_VERDICT names, if it does.
+
+    Others of the job may be killed or abort for want of this process, and a launcher that hears of the
+    highest status alone would take that for the reason. A file that cannot be written is left out.
+    """
+    path = os.environ.get(VERDICT)
+    if path and status in (1, 2):
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            file.write(f"{status}\n")
 
 
 def leave(status: int) -> NoReturn:

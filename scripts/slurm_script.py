@@ -45,6 +45,10 @@ export CAMBRIAN_PROCESSES=$SLURM_NTASKS
 {recorded}
 env | grep -E "^($recorded)" | sort > "$here/environment-$job.txt"
 
+# Where a task ends with 1 or 2 it says so here: of several statuses srun tells the highest alone.
+export CAMBRIAN_VERDICT=$here/verdict-$job.txt
+rm -f "$CAMBRIAN_VERDICT"
+
 # A task that ends does not end the others at once: they are saving, too, and come to the same end.
 srun --kill-on-bad-exit=0 --wait={ending} --distribution=block{srun} \\
     bash -c 'CAMBRIAN_PROCESS=$SLURM_PROCID exec "$@"' task \\
@@ -54,9 +58,18 @@ status=$?
 
 # Told to leave before Python could listen, a task ends by USR1's default: nothing was under way.
 REQUEUE = """
-# 75: saved and to be started again. 138: told to leave while Python was still starting. Anything else is for
-# a person to look at, and so is a job that somebody has ended meanwhile.
-if [ $status -eq 75 ] || [ $status -eq 138 ]; then
+# 75: saved and to be started again. 138: told to leave while Python was still starting. Above 128 (a task was
+# killed, hung or aborted): where this start had come to the run's directory, as run.max_restarts ends rows of
+# it. Anything else is for a person to look at, and so is a job that somebody has ended meanwhile.
+again=
+case $status in
+    75 | 138) again=yes ;;
+    129 | 1[3-9]? | 2??) [ "$run/manifest.json" -nt "$here/environment-$job.txt" ] && again=yes ;;
+esac
+if [ -s "$CAMBRIAN_VERDICT" ]; then
+    again='' status=$(head -n 1 "$CAMBRIAN_VERDICT")
+fi
+if [ "$again" ]; then
     if [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
         scontrol requeue "$job" && sleep 60  # within which Slurm ends this shell
     fi
@@ -195,19 +208,17 @@ def _setup(submission: Submission, slurm: SlurmConfig) -> str:
 
 
 def _words(submission: Submission) -> str:
-    """The command line of train.py, a word a line."""
+    """The run's directory, and the command line of train.py, a word a line."""
     if len(submission.elements) == 1:
-        return "\n" + _array(submission.elements[0].words, "")
-    cases = [
-        f"{i})\n{_array(element.words, '    ')}    ;;\n" for i, element in enumerate(submission.elements)
-    ]
+        return "\n" + _element(submission.elements[0], "")
+    cases = [f"{i})\n{_element(element, '    ')}    ;;\n" for i, element in enumerate(submission.elements)]
     return "\ncase $SLURM_ARRAY_TASK_ID in\n" + "".join(cases) + "esac\n"
 
 
-def _array(words: Sequence[str], indent: str) -> str:
-    return "".join(
-        [f"{indent}words=(\n", *(f"{indent}    {quote(word)}\n" for word in words), f"{indent})\n"]
-    )
+def _element(element: Element, indent: str) -> str:
+    words = (f"    {quote(word)}" for word in element.words)
+    lines = (f"run={quote(element.directory)}", "words=(", *words, ")")
+    return "".join(f"{indent}{line}\n" for line in lines)
 
 
 def _srun(submission: Submission, slurm: SlurmConfig) -> str:

@@ -34,6 +34,9 @@ case $(basename "$0") in
     srun)
         while [[ $1 == --* ]]; do shift; done
         SLURM_PROCID=1 "$@"
+        /bin/sleep 0.01  # what comes now is newer
+        if [ "${BEGUN:-}" ]; then mkdir -p runs/run0 && : > runs/run0/manifest.json; fi
+        if [ "${VERDICT:-}" ]; then echo "$VERDICT" > "$CAMBRIAN_VERDICT"; fi
         exit "$STATUS"
         ;;
 esac
@@ -65,7 +68,12 @@ def bash(tmp_path):
             **{"STATUS": "0", "STATE": "RUNNING", **environment},
         }
         done = subprocess.run(
-            ["bash", str(tmp_path / "job.sh")], env=given, capture_output=True, text=True, timeout=60
+            ["bash", str(tmp_path / "job.sh")],
+            env=given,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().split("\1")[:-1]]
         return done, {call[0]: call[1:] for call in calls}
@@ -101,7 +109,7 @@ def test_each_element_of_an_array_gets_its_own(tmp_path, bash):
         ("0", "RUNNING", False),
         ("1", "RUNNING", False),
         ("2", "RUNNING", False),
-        ("137", "RUNNING", False),
+        ("137", "RUNNING", False),  # before it had come to the run's directory
         ("143", "RUNNING", False),
     ],
 )
@@ -111,6 +119,40 @@ def test_a_job_is_started_again_after_75_and_only_while_it_runs(tmp_path, bash, 
     assert ("scontrol" in calls) == requeued
     if requeued:
         assert calls["scontrol"][3:] == ["requeue", "7"]
+
+
+@pytest.mark.parametrize("status", ["129", "134", "137", "139", "143"])
+@pytest.mark.parametrize(
+    ("more", "requeued"),
+    [
+        ({"BEGUN": "1"}, True),
+        ({"BEGUN": "1", "STATE": "COMPLETING"}, False),  # somebody has cancelled it
+        ({}, False),  # nothing would count its starts
+    ],
+)
+def test_a_job_with_a_killed_task_is_started_again_where_the_run_counts_its_starts(
+    tmp_path, bash, status, more, requeued
+):
+    done, calls = bash(render(example(tmp_path, WORDS), SlurmConfig()), STATUS=status, **more)
+    assert done.returncode == int(status)
+    assert ("scontrol" in calls) == requeued
+
+
+def test_a_manifest_of_an_earlier_start_counts_for_nothing(tmp_path, bash):
+    script = render(example(tmp_path, WORDS), SlurmConfig())
+    bash(script, STATUS="137", BEGUN="1")
+    _, calls = bash(script, STATUS="137")
+    assert "scontrol" not in calls
+
+
+@pytest.mark.parametrize("highest", ["75", "134", "137"])
+@pytest.mark.parametrize("verdict", ["1", "2"])
+def test_a_verdict_wins_over_what_became_of_the_others(tmp_path, bash, highest, verdict):
+    script = render(example(tmp_path, WORDS), SlurmConfig())
+    done, calls = bash(script, STATUS=highest, BEGUN="1", VERDICT=verdict)
+    assert done.returncode == int(verdict) and "scontrol" not in calls
+    _, calls = bash(script, STATUS=highest, BEGUN="1")
+    assert "scontrol" in calls  # it was that start's alone
 
 
 def test_an_element_is_requeued_by_its_own_number(tmp_path, bash):

@@ -1,5 +1,6 @@
 """Runs submitted to a real Slurm, watched and disturbed."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ class Submitted:
     name: str
     process: subprocess.Popen
     seen: list[str] = field(default_factory=list)  # states that its job went through
-    rows_before: int = 0  # steps with a row when the first start was over
+    rows_before: int = 0  # steps with a row when the last start was over
 
     @property
     def job(self) -> str:
@@ -94,15 +95,26 @@ class Submitted:
         client("scontrol", "update", f"JobId={self.job}", "StartTime=now+10", *changes)
         return self
 
+    def task(self, number: int) -> int:
+        """The process id of one of its processes; all nodes are this machine."""
+        wanted = {f"CAMBRIAN_PROCESS={number}".encode(), f"SLURM_JOB_ID={self.job}".encode()}
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if wanted <= set((place / "environ").read_bytes().split(b"\0")):
+                    return int(place.name)
+        raise AssertionError(f"no process {number} of job {self.job}")
+
     def end(self) -> int:
         """The exit status of scripts/slurm.py, which is the job's."""
         self.process.communicate(timeout=DEADLINE)
         return self.process.returncode
 
 
-def submit(ground: Ground, paced: Path, name: str, *words: str, pause: float = 0.0) -> Submitted:
-    """On two nodes with one device each; the first start takes `pause` seconds a step, later ones none."""
-    again = f"export PAUSE=$([ ${{SLURM_RESTART_COUNT:-0}} = 0 ] && echo {pause} || echo 0)"
+def submit(
+    ground: Ground, paced: Path, name: str, *words: str, pause: float = 0.0, starts: int = 1
+) -> Submitted:
+    """On two nodes with one device each; so many starts take `pause` seconds a step, later ones none."""
+    again = f"export PAUSE=$([ ${{SLURM_RESTART_COUNT:-0}} -lt {starts} ] && echo {pause} || echo 0)"
     command = [
         *(sys.executable, "scripts/slurm.py", *ground.words(name, *SMALL)),
         *("slurm.nodes=2", "slurm.time=30", "slurm.signal_seconds=5", f"slurm.python={paced}"),

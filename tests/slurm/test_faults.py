@@ -64,7 +64,27 @@ def failed(ground, paced, slurm):
     return run.again()
 
 
-FAULTS = (requeued, limited, preempted, failed)
+def killed(ground, paced, slurm):
+    """Process 0 and then process 1, by SIGKILL."""
+    run = submit(ground, paced, "killed", f"checkpoint.every={EVERY}", pause=2 * PAUSE, starts=2)
+    for number in (0, 1):
+        run.at_step((number + 1) * EVERY + 30)
+        os.kill(run.task(number), signal.SIGKILL)
+        run.again()
+        LOST.append(run.rows_before)
+    return run
+
+
+def stopped(ground, paced, slurm):
+    """Process 1 stands still, so that its peer waits for it without a word from anybody."""
+    words = (f"checkpoint.every={EVERY}", "guard.stall_seconds=15")
+    run = submit(ground, paced, "stopped", *words, pause=2 * PAUSE).at_step(EVERY + 30)
+    os.kill(run.task(1), signal.SIGSTOP)
+    return run.again()
+
+
+FAULTS = (requeued, limited, preempted, failed, killed, stopped)
+LOST: list[int] = []  # rows that the starts of `killed` had come to
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +130,17 @@ def test_of_a_failed_node_at_most_the_steps_since_the_last_save_are_done_again(g
     [step] = restarts(ground, "failed")
     assert EVERY <= step < STEPS
     assert run.rows_before - step < EVERY
+
+
+def test_killed_processes_cost_at_most_the_steps_since_the_last_save(ground, runs):
+    """And the job comes back by itself, whichever process it was."""
+    steps = restarts(ground, "killed")
+    assert all(0 < rows - step < EVERY for rows, step in zip(LOST, steps, strict=True)), (LOST, steps)
+
+
+def test_a_stopped_process_is_given_up_within_the_bound_and_stacks_are_kept(ground, runs):
+    run, _ = runs["stopped"]
+    [step] = restarts(ground, "stopped")
+    assert run.rows_before - step < EVERY
+    assert "no progress in 15 s" in run.log
+    assert "training/loop.py" in (ground.run("stopped") / "stacks/process0.txt").read_text()
