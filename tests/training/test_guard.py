@@ -11,6 +11,7 @@ import pytest
 import training.program
 from data.loader import Loader
 from optim.config import AdamWConfig, MuonConfig
+from parallel.plain import Plain
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.ground import ROOT
 from training import checkpoint_record
@@ -138,6 +139,28 @@ def test_an_injected_spike_is_skipped_to_the_last_bit():
 
 @pytest.mark.faults
 @pytest.mark.slow
+def test_a_gradient_alone_that_is_not_finite_is_skipped_to_the_last_bit(monkeypatch):
+    """One number of it, in a step whose loss is as good as any."""
+    real = Plain.value_and_grad
+
+    def overflowed(self, *args):
+        means, grads = real(self, *args)
+        leaves, structure = jax.tree.flatten(grads)
+        leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].set(np.inf)
+        return means, jax.tree.unflatten(structure, leaves)
+
+    monkeypatch.setattr(Plain, "value_and_grad", overflowed)
+    program = make_program(make_config(model=TINY, ema_decay=0.9))
+    state = program.init_state(0)
+    before = arrays(state)
+    state, metrics = program.compile_train()(state, place(program, packed_batch(0)))
+    assert REASONS[int(metrics[SKIPPED])] == "the gradient is not finite" and np.isfinite(metrics["loss"])
+    different = {n for n, x in arrays(state).items() if x.tobytes() != before[n].tobytes()}
+    assert different == {"step", "opt_state.schedule.count", "guard.counts"}
+
+
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_replica_that_steps_alone_skips_alone():
     config = make_config({"replica": 2}, model=TINY)
     config.local_sgd = LocalSGDConfig(inner_steps=4)
@@ -255,6 +278,28 @@ def test_rows_say_what_was_skipped_and_a_checkpoint_of_before_guards_goes_on(gro
     assert "the guard begins anew" in capsys.readouterr().out
     assert sorted(losses(ground, "skips")) == list(range(1, 15))
     assert any(name.startswith("guard.") for name in ground.record("skips", 14)["types"])
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_spike_in_the_data_is_skipped_and_its_row_says_why(ground, monkeypatch):
+    """Of the batch of step 70 one token counts: neither loss nor gradient is a mean over many."""
+    real = Loader._cached
+
+    def cached(self, number, rows):
+        batch = real(self, number, rows)
+        if number == 69:
+            batch["loss_weights"][:] = 0
+            batch["loss_weights"][0, 3] = 1
+        return batch
+
+    monkeypatch.setattr(Loader, "_cached", cached)
+    words = (*WORDS, "training.num_steps=72", "optim.learning_rate=1e-5", "schedule.warmup_steps=1")
+    assert fit(ground.config("spike", *words, "checkpoint.every=50", "guard.skip_sigma=6")) == 0
+    rows = losses(ground, "spike")
+    assert [step for step, row in rows.items() if "skipped" in row] == [70]
+    assert rows[70]["skip_reason"] == "the loss is a spike" and np.isfinite(rows[70]["loss"])
+    assert ground.summary("spike")["skipped_updates"] == 1
 
 
 def without_guard(trees):

@@ -73,24 +73,24 @@ def test_the_odd_ones_are_those_outside_of_a_majority():
 @pytest.mark.faults
 @pytest.mark.slow
 def test_a_run_ends_within_n_steps_of_a_flip_and_no_checkpoint_has_it(ground, monkeypatch):
-    """The flip comes behind step 5; what is saved every second step is looked at, like every fourth one."""
-    words = ("training.num_steps=12", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=50")
+    """Every fourth step is looked at, and what is saved, every sixth. The flip comes behind the seventh."""
+    words = ("training.num_steps=12", "checkpoint.every=6", "checkpoint.keep=9", "eval.every=50")
     steps_done = []
 
     def on_leaves(self, leaves, batch, real=FlatStep.on_leaves):
         steps_done.append(batch)
         new, metrics = real(self, leaves, batch)
-        return (flip(new) if len(steps_done) == 5 else new), metrics
+        return (flip(new) if len(steps_done) == 7 else new), metrics
 
     def flip(leaves):
         at = max(range(len(leaves)), key=lambda n: leaves[n].size)
         return [flipped(leaf, 3) if n == at else leaf for n, leaf in enumerate(leaves)]
 
     monkeypatch.setattr(FlatStep, "on_leaves", on_leaves)
-    with pytest.raises(RunFault, match="replica check at step 6: device 3 of process 0"):
+    with pytest.raises(RunFault, match="replica check at step 8: device 3 of process 0"):
         fit(ground.config("flip", *words, "guard.replica_every=4"))
     steps = {int(p.name) for p in (ground.run("flip") / "checkpoints").iterdir()}
-    assert steps == {2, 4}
+    assert steps == {6}
     monkeypatch.undo()
     assert fit(ground.config("flip", *words, "guard.replica_every=4")) == 0
     assert fit(ground.config("unflipped", *words)) == 0

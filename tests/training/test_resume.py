@@ -1,5 +1,6 @@
 """A run that is killed, and started again by the same command, ends as the run that nobody disturbed."""
 
+import json
 import random
 import signal
 import time
@@ -38,6 +39,7 @@ def kill_at_row(ground, name, row, *extra):
     wait_until(process, lambda: training_rows(ground, name) >= row)
     process.kill()
     finish(process, -signal.SIGKILL)
+    return training_rows(ground, name)
 
 
 def kill_in_a_save(ground, name, row, *extra):
@@ -51,6 +53,14 @@ def kill_in_a_save(ground, name, row, *extra):
     wait_until(process, lambda: training_rows(ground, name) >= row and half_written())
     process.kill()
     finish(process, -signal.SIGKILL)
+    return training_rows(ground, name)
+
+
+def assert_few_redone(ground, name, reached, every):
+    """A save begins when the last one is committed, so the newest is less than two intervals old."""
+    restarts = json.loads((ground.run(name) / "manifest.json").read_text())["restarts"]
+    redone = [rows - start["step"] for rows, start in zip(reached, restarts, strict=True)]
+    assert all(0 <= steps < 2 * every for steps in redone), redone
 
 
 def assert_same_run(ground, name, other):
@@ -71,12 +81,15 @@ def undisturbed(ground):
 
 def test_killed_twice_in_a_row_ends_bitwise_as_undisturbed(ground, undisturbed):
     rng = random.Random(2)
-    kill_at_row(ground, "killed", rng.randrange(5, 9), *LENGTH)
-    kill_in_a_save(ground, "killed", rng.randrange(10, 14), *LENGTH)
-    kill_at_row(ground, "killed", rng.randrange(16, 24), *LENGTH)
+    reached = [
+        kill_at_row(ground, "killed", rng.randrange(5, 9), *LENGTH),
+        kill_in_a_save(ground, "killed", rng.randrange(10, 14), *LENGTH),
+        kill_at_row(ground, "killed", rng.randrange(16, 24), *LENGTH),
+    ]
     assert training_rows(ground, "killed") < STEPS
     out, _ = finish(ground.start("killed", *LENGTH))
     assert_same_run(ground, "killed", undisturbed)
+    assert_few_redone(ground, "killed", reached, every=4)
     assert not [p.name for p in (ground.run("killed") / "checkpoints").iterdir() if "tmp" in p.name]
     assert "held-out" in out
 
