@@ -19,6 +19,7 @@ from configs.schema import Config, check
 from parallel import cluster
 from training.errors import RunFault
 from training.host_memory import keep_freed_memory
+from training.host_threads import enough_threads
 from training.process import process_began
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +60,7 @@ if __name__ == "__main__":
     atexit.register(end_at_once)  # the first to be registered is the last to be called
     faulthandler.enable()  # a library that aborts, as JAX where rank 0 is gone, leaves stacks behind
     keep_freed_memory()  # before jax begins its threads
+    enough_threads()
     if where := foreign_data():
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
         sys.exit(2)

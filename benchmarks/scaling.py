@@ -26,6 +26,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 from benchmarks import measure
 from configs.cli import main
 from training.host_memory import keep_freed_memory
+from training.host_threads import enough_threads
 
 AXES = ("data", "fsdp", "tensor", "context", "pipeline", "expert")
 MODES = ("total", "per device")
@@ -161,6 +162,7 @@ def run(argv: list[str]) -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={most}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    enough_threads()
     try:
         result = measure_scaling(asked, further)
     except (ValueError, OSError) as error:

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 from benchmarks import measure
 from configs.cli import main
 from training.host_memory import keep_freed_memory
+from training.host_threads import enough_threads
 
 GIB = 2**30
 
@@ -139,4 +140,5 @@ def run(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()  # as train.py does
+    enough_threads()
     sys.exit(run(sys.argv[1:]))

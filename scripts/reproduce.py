@@ -67,7 +67,9 @@ RERUN = (
     + """
 from pathlib import Path
 from training.host_memory import keep_freed_memory
+from training.host_threads import enough_threads
 keep_freed_memory()
+enough_threads()
 from parallel import cluster
 from scripts.generate import load_config
 from training.errors import RunFault
