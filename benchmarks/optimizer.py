@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["optimizers"] = [row for rows in asked.rows for row in optimizers(rows, asked.rounds)]
         show("optimizers", results)
     if "accumulation" in asked.parts:
-        sizes = {f"quickstart, {rows} x 256 tokens": (*QUICKSTART, batch(rows)) for rows in asked.rows}
+        sizes: dict[str, tuple[str, ...]] = {
+            f"quickstart, {rows} x 256 tokens": (*QUICKSTART, batch(rows)) for rows in asked.rows
+        }
         sizes["11M parameters, 64 x 256 tokens"] = (*ELEVEN, batch(64))
         results["accumulation"] = [
             row for name, words in sizes.items() for row in accumulation(name, words, asked.rounds)
