@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import yaml
@@ -218,6 +219,14 @@ def test_a_rerun_is_identical_and_a_changed_row_is_found(ground, made, copied, c
     assert not (copied.with_name("made-again") / "summary.json").exists()  # ended behind its fourth step
 
 
+def said_by(cwd, environment, *command):
+    """The exit status of a command in a process of its own, and all that it said."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tmp_path, ground):
@@ -230,16 +239,7 @@ def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tm
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(clone)}
     words = Ground(ground.path).words("dirty", *WORDS, f"run.dir={tmp_path}/runs/dirty")
 
-    def run(*command):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=clone,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        return done.returncode, done.stdout + done.stderr
+    run = partial(said_by, clone, environment)
 
     status, said = run("train.py", *words)
     assert status == 0, said
@@ -271,25 +271,9 @@ def test_the_quickstart_itself_comes_out_the_same(tmp_path):
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
-    def run(*command):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run(
-        "train.py",
-        "+experiment=quickstart",
-        *shorter,
-        *places,
-        "sample.prompts=[]",
-        "sample.parse_snippets=0",
-    )
-    said = run("scripts/reproduce.py", "quickstart", f"--runs={tmp_path}/runs")
-    assert "identical: 12 steps, loss and grad_norm bit for bit" in said
+    run = partial(said_by, ROOT, environment)
+    silent = ("sample.prompts=[]", "sample.parse_snippets=0")
+    status, said = run("train.py", "+experiment=quickstart", *shorter, *silent, *places)
+    assert status == 0, said
+    status, said = run("scripts/reproduce.py", "quickstart", f"--runs={tmp_path}/runs")
+    assert status == 0 and "identical: 12 steps, loss and grad_norm bit for bit" in said, said
