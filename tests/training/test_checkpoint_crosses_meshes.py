@@ -1,4 +1,4 @@
-"""One run that moves: a checkpoint of any mesh and schedule goes on in any other, with the same losses."""
+"""One run that moves: a checkpoint of any mesh and schedule goes on in any other, same bits and losses."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,9 @@ import pytest
 from tests.parallel import small
 from tests.parallel.test_matrix import INTERLEAVED, MODELS
 from training.checkpoint import Checkpoints
+from training.checkpoint_record import flat, items_of
 from training.config import CheckpointConfig
+from training.digest import differing, digests
 
 CHAINS = {
     "dense": [
@@ -47,6 +49,8 @@ def test_a_run_goes_on_anywhere(model, tmp_path):
             found = checkpoints.restore_newest(program.canonical)
             assert found is not None and found[1]["step"] == at and found[2] == []
             state = program.from_canonical(found[0])
+            laid = digests(flat(items_of(program.to_canonical(state))))
+            assert differing(found[1]["digests"], laid) == [] and int(state.step) == at
         state, more = steps(program, state, at, 1)
         losses += more
         checkpoints.save(at + 1, program.to_canonical(state), {})
