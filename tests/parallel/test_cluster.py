@@ -1,6 +1,9 @@
 """How processes find each other; what they do together stands in tests/training/test_processes.py."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import closing
 
@@ -8,6 +11,7 @@ import pytest
 
 from parallel import cluster
 from parallel.cluster import ClusterFault, Elsewhere, Place
+from tests.training.ground import ROOT
 
 OURS = {
     "CAMBRIAN_COORDINATOR": "127.0.0.1:4000",
@@ -101,6 +105,47 @@ def test_a_port_that_is_taken_is_one_line():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterFault, match=f"{address}: Address already in use; choose another port"):
             cluster._muster(Place(address, 2, 0), 1)
+
+
+# Both join and meet once; then one waits at a place where the other never comes.
+WAITS = """
+import sys
+from parallel import cluster
+cluster.initialize()
+assert cluster.exchange("the plan", cluster.process_index()) == [0, 1]
+if cluster.is_primary():
+    sys.stdin.read()
+try:
+    cluster.exchange("the plan", None, seconds=1)
+except cluster.ClusterFault as error:
+    print(error)
+    cluster.leave(1)
+"""
+
+
+def test_a_peer_that_never_comes_is_an_error_that_names_what_was_waited_for():
+    place = {"CAMBRIAN_COORDINATOR": f"127.0.0.1:{free_port()}", "CAMBRIAN_PROCESSES": "2"}
+    absent, waiting = (
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **place, "CAMBRIAN_PROCESS": str(index)},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    )
+    try:
+        out, err = waiting.communicate(timeout=120)
+    finally:
+        waiting.kill()
+        absent.kill()
+        absent.communicate()
+    assert waiting.returncode == 1, err
+    assert out.startswith("process 1 waited 1 s at most for the others at 'the plan': ")
+    assert out.count("\n") == 1
 
 
 def test_a_process_alone_agrees_with_itself():
