@@ -11,6 +11,7 @@ import pytest
 
 from scripts import goodput
 from tests.training.ground import ROOT
+from tests.training.test_resume import assert_few_redone
 from training.ledger import (
     CATEGORIES,
     NAME,
@@ -178,6 +179,7 @@ def test_the_categories_sum_to_the_wall_time_over_a_kill_and_a_restart(ground, c
     assert total.wall == pytest.approx(wall, rel=0.01)
     assert total.seconds["other"] < 0.01 * wall
     assert total.redone == reached - saved > 0 and total.starts == 2
+    assert_few_redone([reached], [saved], every=50)
     assert total.seconds["downtime"] == pytest.approx(downtime, abs=2.5)  # and what had no beat any more
     assert f"over 2 starts, {total.redone} steps redone" in out
     assert goodput.main(["lives", f"--runs={ground.path}/runs"]) == 0

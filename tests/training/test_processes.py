@@ -23,6 +23,7 @@ from data.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
 from serving.samples import write_samples
 from tests.training.ground import ROOT
+from tests.training.test_resume import assert_few_redone
 from training.feed import placing, rows_here
 from training.loop import fit
 
@@ -138,6 +139,7 @@ def test_a_killed_rank_ends_the_job_a_notice_to_one_stops_all_and_checkpoints_cr
     assert "rank 1 was ended by SIGKILL" in err
     reached = newest(ground, "crossing")
     written = steps_done(ground, "crossing")  # rows behind the checkpoint are written once more
+    assert_few_redone([written], [reached], every=3)
     noticed = job(ground, 2, "crossing", *LONG)
     at_step(noticed, ground, "crossing", written + 1)
     os.kill(rank(noticed, 1), signal.SIGUSR1)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.training.ground import ROOT
 from tests.training.test_processes import SMALL, at_step, finish, job, rank, steps_done
-from tests.training.test_resume import assert_few_redone
+from tests.training.test_resume import assert_few_redone, restarts
 from training.watchdog import BOUNDS, Watchdog
 
 LONG = ("training.num_steps=2000", "eval.every=2000", "checkpoint.every=5")
@@ -147,4 +147,4 @@ def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(
     ours, wanted = (ground.record(name, 80) for name in ("killed_in_turn", "both_lived"))
     assert ours["digests"] == wanted["digests"] and ours["data"] == wanted["data"]
     assert ground.rows("killed_in_turn") == ground.rows("both_lived")
-    assert_few_redone(ground, "killed_in_turn", lost, every=5)
+    assert_few_redone(lost, restarts(ground, "killed_in_turn"), every=5)
