@@ -190,18 +190,27 @@ def test_what_stops_a_job_is_said_once_and_every_rank_has_the_status(ground, one
     assert not ground.run("new").exists()
 
 
-def watched(ground, statuses, *words):
-    """A job of two whose ranks leave their exit status in a directory."""
+def watched(ground, statuses, *words, name="one", script=("train.py",)):
+    """A job of two whose ranks leave their exit status in a directory. script: what Python runs."""
     rank = (
         "import os, subprocess, sys; "
-        "s = subprocess.run([sys.executable, 'train.py', *sys.argv[2:]]).returncode; "
+        "s = subprocess.run([sys.executable, *sys.argv[2:]]).returncode; "
         "open(sys.argv[1] + '/' + os.environ['CAMBRIAN_PROCESS'], 'w').write(str(s)); sys.exit(s)"
     )
     launcher = (
         "import sys; from scripts.launch_local import Job, Options; "
         "sys.exit(Job(Options(2, 4, 5, []), [sys.executable, '-c', *sys.argv[1:]]).run())"
     )
-    command = [sys.executable, "-c", launcher, rank, str(statuses), *ground.words("one", *SMALL), *words]
+    command = [
+        sys.executable,
+        "-c",
+        launcher,
+        rank,
+        str(statuses),
+        *script,
+        *ground.words(name, *SMALL),
+        *words,
+    ]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

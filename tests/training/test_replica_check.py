@@ -1,11 +1,14 @@
 """What several devices hold alike is compared, and the device that differs is named."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 import training.replica_check
 from tests.parallel.small import make_config, make_program
+from tests.training.test_processes import finish, watched
 from training.checkpoint import named_leaves
 from training.errors import RunFault
 from training.loop import fit
@@ -95,3 +98,43 @@ def test_a_run_ends_within_n_steps_of_a_flip_and_no_checkpoint_has_it(ground, mo
     assert fit(ground.config("flip", *words, "guard.replica_every=4")) == 0
     assert fit(ground.config("unflipped", *words)) == 0
     assert ground.record("flip", 12)["digests"] == ground.record("unflipped", 12)["digests"]
+
+
+# train.py, each process on a host of its own name; after the first step a bit of process 1 flips.
+FLIPS = """
+import os, runpy, sys
+from types import SimpleNamespace
+sys.path.insert(0, os.getcwd())
+import jax
+import training.replica_check
+from tests.training.test_replica_check import flipped
+from training.step import FlatStep
+process = os.environ["CAMBRIAN_PROCESS"]
+training.replica_check.socket = SimpleNamespace(gethostname=lambda: "host" + process)
+real = FlatStep.on_leaves
+
+def on_leaves(self, leaves, batch):
+    FlatStep.on_leaves = real
+    new, metrics = real(self, leaves, batch)
+    at = max(range(len(new)), key=lambda n: new[n].size)
+    return [flipped(x, jax.local_devices()[1].id) if n == at else x for n, x in enumerate(new)], metrics
+
+if process == "1":
+    FlatStep.on_leaves = on_leaves
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_flip_on_another_host_is_named_with_it_and_ends_every_process_with_1(ground, tmp_path):
+    words = ("guard.replica_every=2", "checkpoint.every=50", "eval.every=50")
+    flip = watched(ground, tmp_path, *words, name="elsewhere", script=("-c", FLIPS))
+    _, err = finish(flip, 1)
+    found = re.findall(r"device \d+ of process \d on \w+", err)
+    assert len(found) == 1 and found[0].endswith("of process 1 on host1")
+    assert "replica check at step 2: " in err and "hold other numbers than the rest" in err
+    assert err.count("error: ") == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["1", "1"]
+    assert not [path for path in (ground.run("elsewhere") / "checkpoints").glob("*")]
