@@ -1,5 +1,6 @@
 """A run that is killed, and started again by the same command, ends as the run that nobody disturbed."""
 
+import contextlib
 import json
 import os
 import random
@@ -64,17 +65,20 @@ def stop_in_a_save(process, ground, name, pid):
     while True:
         wait_until(process, lambda: half_written(ground, name))
         os.kill(pid, signal.SIGSTOP)
-        stopped(pid)
+        while states(pid) - set("TZ"):
+            time.sleep(0.001)
         if half_written(ground, name):
             return
         os.kill(pid, signal.SIGCONT)
 
 
-def stopped(pid):
-    """Return when no thread of it runs any more."""
-    states = [path / "stat" for path in Path(f"/proc/{pid}/task").iterdir()]
-    while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in states if path.exists()):
-        time.sleep(0.001)
+def states(pid):
+    """Of a process's threads: T where it stands still."""
+    found = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            found.add(path.read_text().rpartition(")")[2].split()[0])
+    return found
 
 
 def assert_few_redone(reached, restarts, every):
