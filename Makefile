@@ -11,6 +11,7 @@
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
 # apt-get install mmdebstrap).
 # `make test-slurm` starts a Slurm of a few nodes here and disturbs runs on it (as root: apt-get install slurm-wlm munge).
+# `make test-bitwise` compares programs and losses with those that are committed, to the bit, behind a refactor.
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
@@ -36,7 +37,7 @@ PLANS := tests/training/plan tests/benchmarks/test_golden.py tests/benchmarks/te
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart test test-matrix test-faults test-slurm test-data test-plan torch-env bench lint lock clean
+.PHONY: image test-docker quickstart test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -44,6 +45,10 @@ quickstart: $(CORE)
 
 test: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(ARGS)
+
+# The gate of a refactor: the same lowered programs, the same losses to the bit (tests/bitwise/golden.json).
+test-bitwise: $(TEST)
+	@$(BIN)/python -m tests.bitwise.gate $(ARGS)
 
 test-matrix: $(TEST)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "matrix or not matrix" $(MATRIX) $(ARGS)
