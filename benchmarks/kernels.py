@@ -117,7 +117,7 @@ def loss_cases(asked: argparse.Namespace) -> dict[str, Case]:
     import jax.numpy as jnp
 
     from benchmarks.workload import synthetic_batch
-    from models.loss import chunked_cross_entropy
+    from kernels.token_losses import chunked_cross_entropy
 
     batch = synthetic_batch(asked.rows, asked.length, asked.vocab, seed=0, packed=True)
     targets, weights = jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_weights"])

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from configs.case import Case, around, remedy, values
-from parallel.backends import problem as backend_problem
-from parallel.backends import wanted_of
+from kernels.backends import problem as backend_problem
+from kernels.backends import wanted_of
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
 

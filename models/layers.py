@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
+from kernels.grouped_experts import GATES, activate
 from models.config import ModelConfig
-from models.experts import GATES, activate
 from models.moe import Experts
 from models.ops import Ops
 from models.param import param, vector

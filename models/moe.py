@@ -13,8 +13,8 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.grouped_experts import GATES, ExpertSpec, capacity_of
 from models.config import ModelConfig, MoEConfig
-from models.experts import GATES, ExpertSpec, capacity_of
 from models.ops import Ops
 from models.param import param
 

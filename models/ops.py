@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from models.attention import reference_attention
-from models.experts import run_experts
+from kernels.attention import reference_attention
+from kernels.grouped_experts import run_experts
 
 
 def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -28,7 +28,7 @@ class Ops:
 
     attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], *, q_positions [B,T], kv_positions [B,S],
     q_segments [B,T], kv_segments [B,S], window, softcap, scale) -> [B,T,N,V]`; the last three are static.
-    experts: as `models.experts.run_experts`: tokens to their experts and back.
+    experts: as `kernels.grouped_experts.run_experts`: tokens to their experts and back.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     contract_rows: `(x [M, K], y [M, N]) -> x^T y [K, N]` in float32, for the head's gradient by its table
     where one device holds all rows; None: an einsum.

@@ -23,8 +23,8 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.backends import ELSE, Wanted, facts_of, problem
 from parallel.axes import Layout
-from parallel.backends import ELSE, Wanted, facts_of, problem
 from parallel.context import HEADS, TOKENS, Placement, split_heads
 from parallel.ring import SAVED
 

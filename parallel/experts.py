@@ -54,7 +54,7 @@ class Exchange:
 def expert_dispatch(
     layout: Layout, compute: Callable[..., tuple[Array, Array]]
 ) -> Callable[..., tuple[Array, Array]]:
-    """`compute` (of `models.experts.run_experts`'s form) on this layout; the value of `Ops.experts`.
+    """`compute` (of `kernels.grouped_experts.run_experts`'s form) on this layout; the value of `Ops.experts`.
 
     Rows lie as the rule for `batch` says, and are expected over the `experts` axes too; positions over those
     of `length`. Weights are [E, D, ..., F] and [E, F, D]: E stays where it is (`experts`), F as well (`mlp`;

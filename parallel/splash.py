@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels.backends import LANES, Wanted, problem
 from parallel.axes import Layout
-from parallel.backends import LANES, Wanted, problem
 from parallel.context import HEADS, TOKENS, Placement, differentiable, split_heads
 from parallel.cudnn import in_order
 from parallel.ring import AXIS, SAVED

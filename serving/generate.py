@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from models.attention import reference_attention
-from models.experts import run_experts
+from kernels.attention import reference_attention
+from kernels.grouped_experts import run_experts
 from models.ops import identity_constrain
 from serving.sample import Sampling, sample, sample_keys
 

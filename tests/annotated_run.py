@@ -24,8 +24,8 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from data.loader import Loader
     from data.store import TokenStore
     from data.tokenizer import train_tokenizer
+    from kernels.token_losses import chunked_cross_entropy
     from models.config import ModelConfig, RopeScaling
-    from models.loss import chunked_cross_entropy
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
     from serving.sample import Sampling, sample, sample_keys

@@ -1,6 +1,7 @@
 """Who may import whom. A back edge here is how a house becomes a ball of mud."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,31 +9,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("benchmarks", "configs", "data", "models", "optim", "parallel", "scripts", "serving", "training")
-CONFIGS = (
-    "data.config",
-    "models.config",
-    "optim.config",
-    "parallel.backends",
-    "parallel.config",
-    "parallel.hardware",
-    "serving.config",
-    "training.config",
+ROOMS = (
+    "benchmarks",
+    "configs",
+    "data",
+    "kernels",
+    "models",
+    "optim",
+    "parallel",
+    "scripts",
+    "serving",
+    "training",
 )
-
-# Room → what it may import of ours besides itself; a prefix covers the modules below it.
+# Room → what it may import of ours besides itself; a prefix covers the modules below it. From the ground up.
+CORE = ("common", "kernels", "models", "parallel", "optim", "data")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "data": (),
-    "optim": (),
-    "parallel": (),
-    "models": ("parallel.axes",),
-    "training": ("data", "optim", "parallel", "models"),
-    "serving": ("models", "parallel", "data.tokenizer", "training.state", "training.checkpoint"),
-    "configs": CONFIGS,
+    "common": (),
+    "kernels": ("common",),
+    "optim": ("common",),
+    "data": ("common",),
+    "models": ("common", "kernels"),
+    "parallel": ("common", "kernels"),
+    "artifacts": ("common", "parallel.processes", "data"),
+    "serving": ("common", "kernels", "models", "parallel", "data.tokens", "artifacts"),
+    "training": (*CORE, "artifacts", "serving"),
+    "planner": (*CORE, "artifacts", "training"),
+    "launch": (*CORE, "artifacts", "training", "planner"),
+    "configs": (*CORE, "artifacts", "training", "planner", "launch"),
     "scripts": (*ROOMS, "train"),
     "benchmarks": (*ROOMS, "train"),
     "train": ROOMS,
 }
+# What a command line composes: these load nothing heavy.
+CONFIGS = ("data.config", "models.config", "optim.config", "parallel.config", "training.config")
 OURS = frozenset(MAY_IMPORT)
 # `data` runs in worker processes that must start quickly and never touch a device.
 DEVICE_LIBRARIES = ("chex", "flax", "jax", "jaxlib", "optax", "orbax")
@@ -93,9 +102,17 @@ def back_edges(source: str, module: str) -> list[str]:
     ]
 
 
+# Edges that still run upward, each until the code that makes it has moved.
+NOT_YET: set[str] = {
+    "kernels.einsum_8bit imports models.ops.plain_einsum",
+}
+
+
 def test_layers_import_only_downward():
     edges = [edge for path in sources() for edge in back_edges(path.read_text("utf-8"), module_name(path))]
-    assert not edges, "\n".join(edges)
+    upward = {re.sub(r":\d+| *;.*", "", edge) for edge in edges}
+    assert not upward - NOT_YET, "\n".join(edges)
+    assert not NOT_YET - upward, "these are no longer there, strike them out"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +121,8 @@ def test_layers_import_only_downward():
         ("data.loader", "from training.step import train_step"),
         ("data.loader", "def f():\n    import models.transformer"),
         ("optim.optimizers", "from parallel import mesh"),
-        ("models.attention", "from parallel.mesh import make_mesh"),
-        ("models.attention", "from parallel import mesh"),
+        ("kernels.attention", "from parallel.mesh import make_mesh"),
+        ("kernels.attention", "from parallel import mesh"),
         ("training.loop", "from ..serving import generate"),
         ("training.loop", "import configs.schema"),
         ("serving.generate", "from data.loader import Loader"),
@@ -118,7 +135,7 @@ def test_a_back_edge_is_seen(module, source):
 
 
 def test_forward_edges_pass():
-    assert not back_edges("from parallel.axes import partition_spec\nimport models.ops", "models.attention")
+    assert not back_edges("from parallel.axes import partition_spec\nimport models.ops", "kernels.attention")
     assert not back_edges("from data.tokenizer import load_tokenizer", "serving.generate")
     assert not back_edges("from training.config import RunConfig\nimport dataclasses", "configs.schema")
 

@@ -1,6 +1,6 @@
 """The attention that a run computes: what `training.attention` asks for, on these devices, for this model.
 
-What each backend can do stands in `parallel.backends`, the one table; here are the functions behind names.
+What each backend can do stands in `kernels.backends`, the one table; here are the functions behind names.
 """
 
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxtyping import Array
 
-from models.attention import chunked_attention, reference_attention, xla_attention
-from models.fused_attention import fused_attention
+from kernels.attention import chunked_attention, reference_attention, xla_attention
+from kernels.attention_cpu import fused_attention
+from kernels.backends import Choice, choose, documents_of, facts_of, wanted_of
 from parallel.axes import Layout
-from parallel.backends import Choice, choose, documents_of, facts_of, wanted_of
 from parallel.context import context_attention, uses_zigzag
 from parallel.cudnn import cudnn_attention, cudnn_kernel
 from parallel.splash import splash_attention, splash_kernel

@@ -4,8 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass, field
 
-from models.projections import NAMES
-from parallel.backends import BACKENDS
+from kernels.backends import BACKENDS
+from kernels.names import NAMES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from data.loader import Prefetcher
+from kernels.backends import documents_of
 from parallel import cluster
-from parallel.backends import documents_of
 from parallel.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from models.experts import run_experts
-from models.fast_einsum import contract_rows, fast_einsum, once
-from models.fused_attention import fused_attention
+from kernels.attention_cpu import fused_attention
+from kernels.backends import Choice
+from kernels.einsum_8bit import QuantizedEinsum
+from kernels.einsum_cpu import contract_rows, fast_einsum, once
+from kernels.grouped_experts import run_experts
 from models.ops import Ops
-from models.quantized import QuantizedEinsum
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel import cluster
 from parallel.arrangement import Arrangement, main_segment
 from parallel.axes import Layout, kv_repeats
-from parallel.backends import Choice
 from parallel.context import Zigzag, uses_zigzag
 from parallel.experts import expert_dispatch
 from parallel.pipeline import Pipeline

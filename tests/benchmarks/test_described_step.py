@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import described
-from models.loss import chunked_cross_entropy
+from kernels.token_losses import chunked_cross_entropy
 from tests.compilers import skip_without
 
 COMMITTED = json.loads(described.RESULTS.read_text("utf-8"))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import chunked_attention, reference_attention, xla_attention
-from models.fused_attention import fused_attention
+from kernels.attention import chunked_attention, reference_attention, xla_attention
+from kernels.attention_cpu import fused_attention
 from tests.models.decoders import loop_attention, make_batch, slope
 
 BACKENDS = {

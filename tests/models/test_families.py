@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import chunked_attention
+from kernels.attention import chunked_attention
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.fast_einsum import contract_rows, fast_einsum, once
-from models.loss import chunked_cross_entropy
+from kernels.einsum_cpu import contract_rows, fast_einsum, once
+from kernels.token_losses import chunked_cross_entropy
 from models.ops import plain_einsum
 
 SPECS = {

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.loss import chunked_cross_entropy
+from kernels.token_losses import chunked_cross_entropy
 from tests.models.test_attention import shapes_in
 
 B, T, D, V = 3, 10, 8, 21

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import chunked_attention, reference_attention
+from kernels.attention import chunked_attention, reference_attention
 from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model

@@ -9,8 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from kernels.grouped_experts import (
+    ExpertSpec,
+    activate,
+    block_size,
+    capacity_of,
+    grouped_feed_forward,
+    run_experts,
+)
 from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig
-from models.experts import ExpertSpec, activate, block_size, capacity_of, grouped_feed_forward, run_experts
 from models.moe import route
 from models.ops import Ops
 from models.transformer import build_model

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.projections import NAMES, PROJECTIONS
-from models.quantized import FORWARD, GRADIENT, PRODUCTS, QuantizedEinsum, fp8_scale, to_fp8
+from kernels.einsum_8bit import FORWARD, GRADIENT, PRODUCTS, QuantizedEinsum, fp8_scale, to_fp8
+from kernels.names import NAMES, PROJECTIONS
 
 SPEC = "BTD,DCF->BTCF"
 # Relative to the norm: half a unit in the last of 3 (e4m3) or 2 bits (e5m2) spread evenly gives about 2.6 and

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parallel.backends import BACKENDS, FASTEST, Backend, Wanted, choose, facts_of, problem
+from kernels.backends import BACKENDS, FASTEST, Backend, Wanted, choose, facts_of, problem
 
 DEVICES: dict[str, dict[str, Any]] = {
     "cpu": {"platform": "cpu", "devices": 1},

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from models.attention import attention_mask, reference_attention
-from parallel import backends, cudnn
+from kernels import backends
+from kernels.attention import attention_mask, reference_attention
+from parallel import cudnn
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from parallel.context import context_attention

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from kernels.grouped_experts import ExpertSpec, run_experts
 from models.config import ModelConfig
-from models.experts import ExpertSpec, run_experts
 from models.ops import Ops
 from models.transformer import build_model
 from parallel.axes import Layout

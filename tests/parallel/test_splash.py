@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import attention_mask, reference_attention
+from kernels.attention import attention_mask, reference_attention
 from parallel import splash
 from parallel.axes import Layout
 from parallel.context import context_attention, permute_batch, zigzag_order

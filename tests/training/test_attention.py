@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import reference_attention
-from models.fused_attention import fused_attention
-from parallel.backends import BACKENDS, Choice
+from kernels.attention import reference_attention
+from kernels.attention_cpu import fused_attention
+from kernels.backends import BACKENDS, Choice
 from tests.configs.composing import config
 from tests.parallel.context_cases import layout_of
 from training.attention import build_attention, choose_attention

@@ -151,7 +151,9 @@ def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(
         assert time.monotonic() - began < 60
         lost.append(steps_done(ground, "killed_in_turn"))
         if number == 0:  # JAX aborts the survivor: its stacks, the main thread's too, are in the log
-            assert "Fatal Python error: Aborted" in err and re.search(r"train.py\", line \d+ in <module>", err)
+            assert "Fatal Python error: Aborted" in err and re.search(
+                r"train.py\", line \d+ in <module>", err
+            )
     finish(job(ground, 2, "killed_in_turn", *words))
     ours, wanted = (ground.record(name, 80) for name in ("killed_in_turn", "both_lived"))
     assert ours["digests"] == wanted["digests"] and ours["data"] == wanted["data"]

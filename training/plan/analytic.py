@@ -16,8 +16,8 @@ Memory: `training.plan.analytic_memory`; collectives: `training.plan.analytic_tr
 
 from typing import Any
 
-from models.quantized import PRODUCTS
-from parallel.backends import choose, wanted_of
+from kernels.backends import choose, wanted_of
+from kernels.einsum_8bit import PRODUCTS
 from parallel.config import mesh_shape
 from parallel.described import GPUS
 from parallel.hardware import Machine

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.experts import block_size
+from kernels.grouped_experts import block_size
 from parallel.described import compiler_options, described_devices, quiet
 from parallel.hardware import GIB, Machine
 from parallel.hlo import Reading, read_hlo

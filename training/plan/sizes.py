@@ -6,10 +6,10 @@ B rows, T position, D model, N query and K key heads, H their size, F feed-forwa
 from dataclasses import dataclass
 from typing import Any
 
-from models.attention import QUERY_BLOCK
+from kernels.attention import QUERY_BLOCK
+from kernels.backends import documents_of
 from models.transformer import Model
 from parallel.axes import Layout, kv_repeats
-from parallel.backends import documents_of
 from parallel.hardware import Machine
 from parallel.schedules import Schedule, make_schedule
 from training.plan.shapes import Parameter, abstract_layout, model_of, parameters_of, part_of

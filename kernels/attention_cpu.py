@@ -23,8 +23,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import attention_mask, join_length, largest_divisor, split_length
-from models.fast_einsum import once
+from kernels.attention import attention_mask, join_length, largest_divisor, split_length
+from kernels.einsum_cpu import once
 
 F32 = jnp.float32
 UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have

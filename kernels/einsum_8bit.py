@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kernels.names import name_of
 from models.ops import plain_einsum
-from models.projections import name_of
 
 KEPT = "projection"  # what a remat policy that keeps matrix products is to keep of those here
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2

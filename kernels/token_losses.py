@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.attention import largest_divisor
+from kernels.attention import largest_divisor
 
 LOGIT_AXES = ("batch", "length", "act_vocab")
 PARTIAL = ("batch", "length", "act_vocab", None)  # a gradient of the table for each group of devices

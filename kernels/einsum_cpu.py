@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import largest_divisor
+from kernels.attention import largest_divisor
 
 F32 = jnp.float32
 ROWS = 1024  # contracted at a time in bfloat16

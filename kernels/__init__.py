@@ -1,0 +1,1 @@
+"""Fast sums on one device: no mesh, no model, no files."""
