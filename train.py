@@ -1,7 +1,7 @@
 """Train a language model: `python train.py +experiment=NAME`; `--help` lists what there is.
 
 Composes the config, checks it, calls `fit`; nothing else. Several processes of it are one job (see
-`parallel.cluster`). Exit status: 0 done, 1 fault in mid-run, 2 bad input, 75 saved at a signal: go on.
+`parallel.processes`). Exit status: 0 done, 1 fault in mid-run, 2 bad input, 75 saved at a signal: go on.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.cli import main
 from configs.legal import legal
 from configs.schema import Config, check
-from parallel import cluster
+from parallel import processes
 from training.errors import RunFault
 from training.host_memory import keep_freed_memory
 from training.host_threads import enough_threads
@@ -41,7 +41,7 @@ def train(config: Config) -> int:
     from serving.samples import write_samples
     from training.loop import fit
 
-    with cluster.together("the configuration"):
+    with processes.together("the configuration"):
         # Once more, now that the machine is known; under autoscale the run decides what of it is used.
         check(config, jax.device_count() if config.autoscale is None else None)
     return fit(config, write_samples, legal, began=BEGAN.pop() if BEGAN else None)
@@ -65,11 +65,11 @@ if __name__ == "__main__":
         print(f"error: `data` comes from {where}, not from {HERE}; take it off PYTHONPATH", file=sys.stderr)
         sys.exit(2)
     try:
-        faults = (RunFault, cluster.ClusterFault)
-        status = main(train, faults=faults, join=cluster.initialize, speaks=cluster.speaks)
+        faults = (RunFault, processes.ClusterFault)
+        status = main(train, faults=faults, join=processes.initialize, speaks=processes.speaks)
     except Exception:  # a defect: the traceback, and no waiting for processes that will not come
         traceback.print_exc()
         status = 1
     STATUS.append(status)
-    cluster.pronounce(status)
-    cluster.leave(status)
+    processes.pronounce(status)
+    processes.leave(status)

@@ -52,8 +52,8 @@ def attention_case(name: str, asked: argparse.Namespace) -> Case:
 
     from benchmarks.workload import synthetic_batch
     from configs.schema import Config
+    from parallel.attention.choose import build_attention, choose_attention
     from parallel.mesh import build_layout
-    from training.attention import build_attention, choose_attention
     from training.config import TrainingConfig
 
     rows, length, size = asked.rows, asked.length, asked.size

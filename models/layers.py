@@ -130,7 +130,7 @@ class Attention(nnx.Module):
 
 
 def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """What attention takes, by names that say to `parallel.plain` what may be kept for the backward pass."""
+    """What attention takes, by names that say to `parallel.schedules` what the backward pass may keep."""
     return (
         checkpoint_name(q, "attention_q"),
         checkpoint_name(k, "attention_k"),

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, softcap_logits
 from models.config import ModelConfig, check_model
-from models.further import next_targets
 from models.layers import WHOLE, Block, Embedding, FurtherToken, Head, Norm
 from models.moe import LOAD
+from models.mtp import next_targets
 from models.ops import Ops
 from models.param import ParamInfo, info_of
 from models.spec import LayerSpec, Segment, make_segments

@@ -45,7 +45,7 @@ class Matrix(NamedTuple):
 
 @runtime_checkable  # so that a test can hold calls to their annotations
 class Parts(Protocol):
-    """How devices that hold parts of arrays work on whole matrices (`parallel.whole`)."""
+    """How devices that hold parts of arrays work on whole matrices (`parallel.sharded_matrices`)."""
 
     def map(self, function: Callable[..., Any], specs: Sequence[Any]) -> Callable[..., Any]:
         """`function` of the parts that one device holds, as a function of the arrays; results lie alike."""

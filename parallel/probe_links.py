@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parallel import cluster, probe
+from parallel import probe, processes
 from parallel.health import Link
 from parallel.probe import Say, Sizes
 
@@ -67,7 +67,7 @@ def run_collective(
     """Seconds of the best repetition by device of this process; what came out wrong goes into `faults`."""
     took = timed_on_each(made, numbers)  # compiles
     took = timed_on_each(made, numbers)
-    slowest = max(cluster.exchange("how often to repeat", max(took.values())))
+    slowest = max(processes.exchange("how often to repeat", max(took.values())))
     for _ in range(max(2, min(50, int(seconds / max(slowest, 1e-6))))):
         again = timed_on_each(made, numbers)
         took = {number: min(took[number], again[number]) for number in took}

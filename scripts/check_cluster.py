@@ -27,7 +27,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel import cluster
+from parallel import processes
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -56,7 +56,7 @@ class Watch:
     def _watch(self) -> None:
         if self.done.wait(self.seconds):
             return
-        where = f"process {cluster.process_index()} on {socket.gethostname()}"
+        where = f"process {processes.process_index()} on {socket.gethostname()}"
         os.write(2, f"error: {where} hangs in: {self.doing}\n".encode())
         os._exit(1)
 
@@ -64,21 +64,21 @@ class Watch:
 def main(argv: list[str]) -> int:
     """Measure, print, and say whether all is fine: the exit status."""
     try:
-        cluster.initialize()
-        with cluster.together("the command line"):
+        processes.initialize()
+        with processes.together("the command line"):
             options, config = parse(argv)
         report = check(options, config)
-        if cluster.is_primary():
+        if processes.is_primary():
             show(report, options.output)
         return 1 if report.findings else 0
-    except cluster.ClusterFault as error:
+    except processes.ClusterFault as error:
         return _say(str(error), 1)
     except (ValueError, OSError) as error:
         return _say(str(error), 2)
 
 
 def _say(line: str, status: int) -> int:
-    if cluster.speaks(line):
+    if processes.speaks(line):
         print(f"error: {line}", file=sys.stderr)
     return status
 
@@ -137,19 +137,21 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
     from parallel.probe_links import measure_collectives
     from training.flops import datasheet
 
-    with cluster.together("the devices"):
+    with processes.together("the devices"):
         mesh = build_layout(config.mesh).mesh
     devices = list(mesh.devices.flat)
     with Watch(2 * options.seconds + HANGS) as watch:
         mine = measure_devices(devices, options.seconds / 2, options.memory, watch.say)
-        cluster.barrier("all have measured their devices", options.seconds + HANGS)
+        processes.barrier("all have measured their devices", options.seconds + HANGS)
         rates, faults, links = measure_collectives(mesh, options.seconds / 2, watch.say)
         watch.say("what the others have measured")
         mine = [
             replace(r, figures={**r.figures, **rates[r.device]}, wrong=[*r.wrong, *faults[r.device]])
             for r in mine
         ]
-        said = cluster.exchange("the figures", [[asdict(r) for r in mine], [asdict(link) for link in links]])
+        said = processes.exchange(
+            "the figures", [[asdict(r) for r in mine], [asdict(link) for link in links]]
+        )
     readings = sorted((Reading(**r) for of, _ in said for r in of), key=lambda r: r.device)
     links = sorted((Link(**link) for _, of in said for link in of), key=lambda link: link.source)
     peak = config.hardware.peak_tflops or datasheet(devices[0].device_kind)
@@ -184,4 +186,4 @@ if __name__ == "__main__":
     except Exception:  # a defect: the traceback, and no waiting for processes that will not come
         traceback.print_exc()
         status = 1
-    cluster.leave(status)
+    processes.leave(status)

@@ -134,7 +134,7 @@ def losses(options: argparse.Namespace, old: "Sample", new: "Sample") -> dict[st
     from models.transformer import build_model
     from parallel.config import MeshConfig
     from parallel.mesh import build_layout
-    from parallel.plain import Plain
+    from parallel.schedules.accumulate import Plain
     from scripts.generate import Options, find_run, load_config, load_run_tokenizer, load_weights
     from training.evaluate import row_losses
     from training.program import build_ops, padded_vocab

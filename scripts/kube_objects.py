@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from parallel.cluster import COORDINATOR, JOIN, PROCESS, PROCESSES
+from parallel.processes import COORDINATOR, JOIN, PROCESS, PROCESSES
 from scripts.kube_config import TASK, KubeConfig, parse_toleration
 
 HOME = PurePosixPath("/cambrian")  # the code in the image, and its working directory
@@ -287,7 +287,7 @@ def container(request: Request) -> Object:
 def environment(request: Request) -> list[Object]:
     """Where a process stands in its job, and on which devices it insists.
 
-    On TPUs GKE says it itself (TPU_WORKER_*, MEGASCALE_*), and `parallel.cluster` listens to that.
+    On TPUs GKE says it itself (TPU_WORKER_*, MEGASCALE_*), and `parallel.processes` listens to that.
     """
     kube = request.kube
     values = {"JAX_PLATFORMS": {"gpu": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}[kube.kind]}

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel.cluster import COORDINATOR, PROCESS, PROCESSES, free_port
+from parallel.processes import COORDINATOR, PROCESS, PROCESSES, free_port
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

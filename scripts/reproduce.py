@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from parallel.cluster import free_port
+from parallel.processes import free_port
 from training.differences import Difference, compare, differences, first_config, repeatable
 from training.ledger import last_step
 from training.manifest import git_state, is_flag
@@ -70,12 +70,12 @@ from training.host_memory import keep_freed_memory
 from training.host_threads import enough_threads
 keep_freed_memory()
 enough_threads()
-from parallel import cluster
+from parallel import processes
 from scripts.generate import load_config
 from training.errors import RunFault
 import train
 try:
-    cluster.initialize()
+    processes.initialize()
     status = train.train(load_config(Path(sys.argv[3])))
 except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -83,7 +83,7 @@ except (ValueError, OSError) as error:
 except RunFault as error:
     print(f"error: {error}", file=sys.stderr)
     status = error.status
-cluster.leave(status)
+processes.leave(status)
 """
 )
 

@@ -2,7 +2,7 @@
 
     python scripts/schedule.py 1f1b --stages 4 --microbatches 8 --png schedule.png
 
-Reads the very table that the program executes (`parallel/schedules.py`); needs no device and no experiment.
+Reads the very table that the program executes (`parallel/schedules/tables.py`); needs no device.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parallel.schedules import Schedule
+    from parallel.schedules.tables import Schedule
 
 SHADES = {"F": ("#4c78a8", "#9ecae9"), "B": ("#f58518", "#ffbf79"), "W": ("#54a24b", "#b3d9ac")}
 
@@ -20,7 +20,7 @@ SHADES = {"F": ("#4c78a8", "#9ecae9"), "B": ("#f58518", "#ffbf79"), "W": ("#54a2
 def main(argv: list[str]) -> int:
     """Print, and draw where a file is named; the exit status."""
     from parallel.config import PIPELINE_SCHEDULES
-    from parallel.schedules import make_schedule
+    from parallel.schedules.tables import make_schedule
 
     parser = argparse.ArgumentParser(prog="python scripts/schedule.py", description=__doc__.splitlines()[0])
     parser.add_argument("schedule", choices=PIPELINE_SCHEDULES, help="pipeline.schedule")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 def report(schedule: "Schedule", columns: int) -> str:
     """The timeline in blocks as wide as the terminal, and the figures that people compare."""
-    from parallel.schedules import timeline
+    from parallel.schedules.tables import timeline
 
     lines = [f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches"]
     if schedule.chunks > 1:

@@ -127,7 +127,7 @@ def test_layers_import_only_downward():
         ("training.loop", "import configs.schema"),
         ("serving.generate", "from data.loader import Loader"),
         ("configs.schema", "from training.loop import fit"),
-        ("parallel.plain", "import importlib\nimportlib.import_module('models.ops')"),
+        ("parallel.schedules.accumulate", "import importlib\nimportlib.import_module('models.ops')"),
     ],
 )
 def test_a_back_edge_is_seen(module, source):

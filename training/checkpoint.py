@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from parallel import cluster
+from parallel import processes
 from training.checkpoint_care import Care
 from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, one_verdict
 from training.checkpoint_files import check_small_files
@@ -93,8 +93,8 @@ class Checkpoints:
         # Orbax reads every step's record when it opens the directory, and one that it cannot parse stops it.
         self._quarantined: list[str] = []
         if not read_only:
-            self._quarantined = cluster.from_primary("unreadable checkpoints", self._tidy)
-            if cluster.is_primary():
+            self._quarantined = processes.from_primary("unreadable checkpoints", self._tidy)
+            if processes.is_primary():
                 self._care = Care(self.directory, self._send if remote is not None else None)
         policies = ocp.training
         with corruption(f"of {self.directory}"):
@@ -170,7 +170,7 @@ class Checkpoints:
             self._decided()
             if sent or self.remote is not None:
                 finish = self._care.finish if self._care is not None else bool
-                cluster.from_primary("the last checkpoint's files", finish, SEND_SECONDS)
+                processes.from_primary("the last checkpoint's files", finish, SEND_SECONDS)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -208,7 +208,7 @@ class Checkpoints:
         After a fault in a job of several processes the others may never come to finish a save: it gets a
         while, and what is not committed by then is what a kill would leave.
         """
-        if kind is None or cluster.process_count() == 1:
+        if kind is None or processes.process_count() == 1:
             self.close(None if kind is None else ABANDON_SECONDS)
         elif self._checkpointer.is_saving_in_progress():
             waiting = threading.Thread(target=self._checkpointer.wait, daemon=True)
@@ -217,10 +217,10 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays. Raises CorruptCheckpoint where it was altered."""
-        if cluster.process_count() > 1 and not (self.directory / str(step)).is_dir():
-            raise cluster.ClusterFault(
-                f"process {cluster.process_index()} does not see {self.directory / str(step)}, which others "
-                "do; put run.dir on a file system that all processes share"
+        if processes.process_count() > 1 and not (self.directory / str(step)).is_dir():
+            raise processes.ClusterFault(
+                f"process {processes.process_index()} does not see {self.directory / str(step)}, "
+                "which others do; put run.dir on a file system that all processes share"
             )
         with corruption(step):
             record = unseal(self._checkpointer.checkpointables_metadata(step).custom_metadata)
@@ -271,7 +271,7 @@ class Checkpoints:
         self.bring(step)
         with one_verdict(f"the record of checkpoint {step}"):
             record = self.record(step)
-            if cluster.is_primary():
+            if processes.is_primary():
                 with corruption(step):
                     check_small_files(self.directory / str(step))
             if "params" not in wanted and not any(n.startswith("ema.") for n in record["digests"]):
@@ -325,7 +325,7 @@ class Checkpoints:
         """Fetch a checkpoint that only the bucket has. Raises CorruptCheckpoint where it is damaged there."""
         if self.remote is None:
             return
-        fetched, reason = cluster.from_primary(
+        fetched, reason = processes.from_primary(
             "a checkpoint from the bucket", functools.partial(self._fetch, step), SEND_SECONDS
         )
         if reason is not None:
@@ -353,12 +353,12 @@ class Checkpoints:
         most: the last step that is looked at.
         """
         quarantined = self._quarantined
-        for step, remote in cluster.from_primary("the checkpoints there are", lambda: self._sources(most)):
+        for step, remote in processes.from_primary("the checkpoints there are", lambda: self._sources(most)):
             try:
                 state, record = self.restore(step, abstract)
             except CorruptCheckpoint as error:
                 move = functools.partial(self._set_apart, step, str(error), remote)
-                quarantined.append(cluster.from_primary("quarantine", move, SEND_SECONDS))
+                quarantined.append(processes.from_primary("quarantine", move, SEND_SECONDS))
                 self._checkpointer.reload()
                 continue
             if self._care is not None:  # an earlier start may have ended before its files were hashed or sent

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from parallel import cluster
+from parallel import processes
 from training.errors import RunFault
 
 
@@ -22,9 +22,9 @@ class CorruptCheckpoint(RunFault):
 def one_verdict(name: str) -> Iterator[None]:
     """Where one process finds a checkpoint damaged, all do, and none is left waiting in a collective."""
     try:
-        with cluster.together(name):
+        with processes.together(name):
             yield
-    except cluster.Elsewhere as error:
+    except processes.Elsewhere as error:
         raise CorruptCheckpoint(str(error)) from error
 
 
@@ -33,7 +33,7 @@ def faults(what: str) -> Iterator[None]:
     """Whatever is raised becomes a RunFault that says `what` failed, why, and what to do."""
     try:
         yield
-    except (RunFault, cluster.ClusterFault):
+    except (RunFault, processes.ClusterFault):
         raise
     except Exception as error:  # Orbax, tensorstore and the file system each raise their own
         remedy = "free space or mend the disk, then the same command goes on from the last good one"

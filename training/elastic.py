@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from parallel import cluster
+from parallel import processes
 from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
@@ -69,7 +69,7 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     """The config for the devices at hand; without `autoscale` it is the one that was asked for.
 
     Raises ValueError where no mesh is legal, Requeue where there are too few devices: there may be more
-    later. Where whole processes stay idle this does not return: see `cluster.go_on_as`.
+    later. Where whole processes stay idle this does not return: see `processes.go_on_as`.
     """
     if config.autoscale is None:
         return Scaled(config)
@@ -86,13 +86,13 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
         except TooFew as error:
             return {"too_few": str(error)}
 
-    found = cluster.from_primary("the mesh for these devices", settle)
+    found = processes.from_primary("the mesh for these devices", settle)
     if "too_few" in found:
         raise Requeue(found["too_few"])
     decision = Decision(**{**found, "lines": tuple(found["lines"])})
     needed = len(by_process([device.process_index for device in devices], decision.used))
-    if needed < cluster.process_count():
-        cluster.go_on_as(needed, {DECIDED: json.dumps({"run": str(run.path), "decision": found})})
+    if needed < processes.process_count():
+        processes.go_on_as(needed, {DECIDED: json.dumps({"run": str(run.path), "decision": found})})
     return Scaled(applied(config, decision), decision)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data.streaming import merged
-from parallel import cluster
+from parallel import processes
 
 Batch = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def of_all_hosts(position: Mapping[str, Any] | None) -> Mapping[str, Any] | None
     """
     if position is None or "shards" not in position:
         return position
-    return merged(cluster.exchange("the position in the data", position))
+    return merged(processes.exchange("the position in the data", position))
 
 
 def placing(abstract: Batch, rows: Int[np.ndarray, " R"]) -> Callable[[Batch], dict[str, jax.Array]]:

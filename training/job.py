@@ -18,7 +18,7 @@ from data.config import TokenizerConfig
 from data.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
-from parallel import cluster
+from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.checkpoint import Checkpoints
@@ -90,13 +90,13 @@ def in_mid_run(job: "Job") -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise RunFault(str(error)) from error
-    except cluster.Elsewhere:
+    except processes.Elsewhere:
         raise
-    except cluster.ClusterFault as error:
+    except processes.ClusterFault as error:
         raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
     except jax.errors.JaxRuntimeError as error:
-        if cluster.process_count() > 1 and any(word in str(error) for word in LOST):
-            what = f"process {cluster.process_index()} has lost another one"
+        if processes.process_count() > 1 and any(word in str(error) for word in LOST):
+            what = f"process {processes.process_index()} has lost another one"
             line = device_fault(error)
             raise Requeue(f"{what}: {line}; the same command goes on from the last checkpoint") from error
         raise RunFault(device_fault(error)) from error
@@ -129,15 +129,15 @@ class Job:
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
-    with cluster.together("the devices"), before_the_first_step():
+    with processes.together("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
         parent = None if run.resuming else find_parent(config)
-        if cluster.is_primary() and not run.resuming:
+        if processes.is_primary() and not run.resuming:
             refuse_occupied(run.path, config.checkpoint)
         tokenizer = tokenizer_config(config, run, parent)
     with ledger.during("data_preparation"):
         prepared = prepare_together(config, tokenizer, run.data_digest)
-    with cluster.together("the program"), before_the_first_step():
+    with processes.together("the program"), before_the_first_step():
         return build_job(config, run, watch, ledger, layout, parent, prepared, scaled)
 
 
@@ -152,8 +152,8 @@ def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None
         mine.append(prepare(config.data, tokenizer, wanted=wanted))
         return mine[0].facts()
 
-    facts = cluster.from_primary("the data", make, PREPARE_SECONDS)
-    with cluster.together("the data's files"):
+    facts = processes.from_primary("the data", make, PREPARE_SECONDS)
+    with processes.together("the data's files"):
         return mine[0] if mine else follow(facts)
 
 
@@ -186,7 +186,7 @@ def build_job(
     flops = training_flops(
         program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
     )
-    if cluster.is_primary():
+    if processes.is_primary():
         rows = describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
         startup_table(rows[:3] + scaled.rows() + rows[3:])
     began = time.perf_counter()
@@ -253,13 +253,13 @@ def start(job: Job, stack: ExitStack, expect: Callable[[str], None] = ignored) -
         )
     if run.resuming:
         most = config.run.max_restarts
-        cluster.from_primary("the run's restarts", lambda: run.check_restarts(first, most))
+        processes.from_primary("the run's restarts", lambda: run.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(job)
     go_on_reading(job)
-    hosts = sorted(set(cluster.exchange("host names", socket.gethostname())))
+    hosts = sorted(set(processes.exchange("host names", socket.gethostname())))
     facts = manifest(job, hosts)
-    cluster.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
+    processes.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
     if config.deterministic and (changed := run.other_bits(facts)):
         say(
             f"deterministic: {', '.join(changed)} are not as at the first start, so bits behind step {first} "
@@ -281,7 +281,7 @@ def forget_undone(run: RunDirectory, checkpoints: Checkpoints) -> None:
                 checkpoints.forget_after(step - 1)
                 return
 
-    cluster.from_primary("undone checkpoints", forget)
+    processes.from_primary("undone checkpoints", forget)
     checkpoints.reload()
 
 
@@ -318,7 +318,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack, expect: Ca
     config, run = job.config, job.run
     if not run.resuming:
         open_checkpoints(job, stack)
-    primary = cluster.is_primary()
+    primary = processes.is_primary()
     if primary:
         job.ledger.open(run.path, first)
         job.prepared.tokenizer.save(run.path / "tokenizer.json")
@@ -350,7 +350,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack, expect: Ca
 def open_log(job: Job, first: int) -> tuple[MetricsLog | None, TensorBoard | None]:
     """Rows and curves of the steps behind `first`; of later ones nothing is left. None but on the primary."""
     job.outputs.close()
-    if not cluster.is_primary():
+    if not processes.is_primary():
         return None, None
     log = MetricsLog.open(job.run.path / "metrics.jsonl", resume_step=first)
     job.outputs.callback(log.close)
@@ -375,7 +375,7 @@ def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
 def fresh_state(job: Job) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
     program = job.program
-    with cluster.together("the first state"), before_the_first_step():
+    with processes.together("the first state"), before_the_first_step():
         state = program.init_state(job.config.seed)
         jax.block_until_ready(state)  # so that too little memory is said before anything is written
         parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
@@ -439,5 +439,5 @@ def describe(
 
 def say(line: str) -> None:
     """Print a line, once in a job."""
-    if cluster.is_primary():
+    if processes.is_primary():
         print(line)

@@ -29,8 +29,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from parallel.arrangement import without_axis
 from parallel.axes import Layout
+from parallel.schedules.stage_layout import without_axis
 from training.config import LocalSGDConfig, inner_steps
 from training.guard import IN_A_ROW, SKIPPED
 from training.state import TrainState, shardings

@@ -12,8 +12,8 @@ from typing import Any
 
 from data.loader import Prefetcher
 from kernels.backends import documents_of
-from parallel import cluster
-from parallel.cudnn import check_documents
+from parallel import processes
+from parallel.attention.cudnn import check_documents
 from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.config import inner_steps
@@ -68,7 +68,7 @@ def fit(
         with before_the_first_step():
             scaled = scale(config, run, legal)
             job = compose(scaled.config, run, watch, ledger, scaled)
-            watchdog = Watchdog(config.guard.stall_seconds, run.path, cluster.process_index())
+            watchdog = Watchdog(config.guard.stall_seconds, run.path, processes.process_index())
             stack.enter_context(watchdog)
             state, first = start(job, stack, watchdog.expect)
         if exporter is not None:
@@ -83,8 +83,8 @@ def open_exporter(config: Any, stack: ExitStack) -> Exporter | None:
     """The endpoint that logging.prometheus_port asks for, by the primary; nothing has been written yet."""
     if config.logging.prometheus_port is None:
         return None
-    with cluster.together("the port for Prometheus"):
-        if not cluster.is_primary():
+    with processes.together("the port for Prometheus"):
+        if not processes.is_primary():
             return None
         exporter = Exporter(config.logging.prometheus_port, config.run.name)
     stack.callback(exporter.close)
@@ -190,7 +190,7 @@ def planned_profile(job: Job, first: int) -> Profile:
         steps, line = plan(config.logging.profile_steps, first, config.training.num_steps)
     if line is not None:
         say(line)
-    return Profile(job.run.path / "profile", steps if cluster.is_primary() else range(0))
+    return Profile(job.run.path / "profile", steps if processes.is_primary() else range(0))
 
 
 def record_of(job: Job, recorder: Recorder) -> dict[str, Any]:
@@ -214,11 +214,11 @@ def in_trouble(job: Job, step: int) -> Trouble | None:
     assert job.recorder is not None
     config, row = job.config, job.recorder.last
     mine = trouble(config.guard, row.get("step", 0), job.recorder.read, config.training.num_steps)
-    if job.program.replicas is None or cluster.process_count() == 1:
+    if job.program.replicas is None or processes.process_count() == 1:
         return mine
     if step % inner_steps(config.local_sgd):
         return None
-    said = cluster.exchange("skipped updates", mine.facts() if mine else None)
+    said = processes.exchange("skipped updates", mine.facts() if mine else None)
     return next((Trouble(*facts) for facts in said if facts), None)
 
 
@@ -301,7 +301,7 @@ def finish(job: Job, state: TrainState, sample: Sampler | None) -> int:
             recorder.expect("the end")
         show(report(job, recorder, figures | written))
 
-    cluster.from_primary("the samples and the summary", write, CLOSING_SECONDS)
+    processes.from_primary("the samples and the summary", write, CLOSING_SECONDS)
     return 0
 
 
@@ -314,7 +314,7 @@ def final_figures(job: Job, state: TrainState, checkpoints: Checkpoints) -> dict
     else:  # all steps were done at an earlier start
         figures = held_out_figures(job, state)
     if job.config.checkpoint.average_last > 0:
-        steps = cluster.from_primary("the checkpoints to average", checkpoints.steps)
+        steps = processes.from_primary("the checkpoints to average", checkpoints.steps)
         steps = steps[-job.config.checkpoint.average_last :]
         mean = job.program.from_canonical(checkpoints.mean_weights(steps, job.program.canonical.params))
         figures |= {f"{name}_mean": value for name, value in held_out_loss(job, mean).items()}
@@ -365,5 +365,5 @@ def finished(run: RunDirectory, config: Any) -> dict[str, Any] | None:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the summary, once in a job."""
-    if cluster.is_primary():
+    if processes.is_primary():
         print_summary(summary)

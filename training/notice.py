@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from parallel import cluster
+from parallel import processes
 from training.errors import Ended, Requeue
 from training.step import VOTE
 
@@ -125,13 +125,13 @@ class Stopping:
             return bool(metrics.get(VOTE, 0))
         if step % self.inner_steps:
             return False  # replicas differ in between
-        if self.inner_steps > 1 and cluster.process_count() > 1:
-            return any(cluster.exchange("notices to leave", self.notices.name))
+        if self.inner_steps > 1 and processes.process_count() > 1:
+            return any(processes.exchange("notices to leave", self.notices.name))
         return self.notices.name is not None
 
     def said(self, step: int) -> Requeue:
         """What ends the job, in the same words on every process."""
-        names = cluster.exchange("who was told to leave", self.notices.name)
+        names = processes.exchange("who was told to leave", self.notices.name)
         name = next(name for name in names if name is not None)
         return Requeue(f"{name}; saved at step {step}, from where the same command goes on")
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallel import cluster
+from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from training.program import Program, build_program
@@ -25,11 +25,11 @@ def on_one_device(program: Program, config: Any, params: Any) -> tuple[Program, 
     """
     params = program.to_canonical(params)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if not cluster.from_primary("room for the samples", lambda: _fits(needed)):
+    if not processes.from_primary("room for the samples", lambda: _fits(needed)):
         return program, None
     device = jax.local_devices()[0]
     whole = jax.jit(lambda x: x, out_shardings=program.layout.replicated())
-    primary = cluster.is_primary()
+    primary = processes.is_primary()
 
     def gather(leaf: jax.Array) -> Any:
         everywhere = whole(leaf)

@@ -22,16 +22,16 @@ from models.ops import Ops
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
-from parallel import cluster
-from parallel.arrangement import Arrangement, main_segment
+from parallel import processes
+from parallel.attention.choose import build_attention, choose_attention
+from parallel.attention.context import Zigzag, uses_zigzag
 from parallel.axes import Layout, kv_repeats
-from parallel.context import Zigzag, uses_zigzag
 from parallel.experts import expert_dispatch
-from parallel.pipeline import Pipeline
-from parallel.plain import Plain, check_remat
-from parallel.schedules import make_schedule as make_pipeline_schedule
-from parallel.whole import Parts
-from training.attention import build_attention, choose_attention
+from parallel.schedules.accumulate import Plain, check_remat
+from parallel.schedules.pipeline import Pipeline
+from parallel.schedules.stage_layout import Arrangement, main_segment
+from parallel.schedules.tables import make_schedule as make_pipeline_schedule
+from parallel.sharded_matrices import Parts
 from training.guard import Skipping, nothing_seen
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
@@ -133,7 +133,7 @@ class Program:
     @property
     def votes(self) -> bool:
         """Whether a step carries the processes' votes to stop."""
-        return cluster.process_count() > 1 and self.replicas is None
+        return processes.process_count() > 1 and self.replicas is None
 
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from parallel import cluster
+from parallel import processes
 from training.checkpoint import named_leaves
 from training.digest import leaf_digest
 from training.errors import RunFault
@@ -59,12 +59,12 @@ class ReplicaCheck:
             return
         found = self._digests([leaves[n] for n in self.kept])
         mine = {shard.index[0].start or 0: np.asarray(shard.data)[0] for shard in found.addressable_shards}
-        said = cluster.exchange("digests of replicas", [self._short(mine), socket.gethostname()])
+        said = processes.exchange("digests of replicas", [self._short(mine), socket.gethostname()])
         short = {int(d): kinds for kinds, _ in said for d, kinds in kinds.items()}
         if all(_agree({d: k[n] for d, k in short.items()}, kind) for n, kind in enumerate(self.kinds)):
             return
         # Something differs: only now all that was seen is sent, to name it.
-        told = cluster.exchange("digests that differ", {str(d): row.tolist() for d, row in mine.items()})
+        told = processes.exchange("digests that differ", {str(d): row.tolist() for d, row in mine.items()})
         rows = {int(d): row for part in told for d, row in part.items()}
         hosts = [host for _, host in said]
         raise RunFault(self._complaint(step, rows, hosts))

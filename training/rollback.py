@@ -11,7 +11,7 @@ rows of the steps that they undid, whatever a crash has left of these. Checkpoin
 
 from typing import Any
 
-from parallel import cluster
+from parallel import processes
 from training.errors import RunFault
 from training.guard import Trouble, none_in_a_row
 from training.job import Job, fresh_state, go_on_reading, new_loader, open_log, say
@@ -36,8 +36,8 @@ def go_back(job: Job, trouble: Trouble) -> tuple[TrainState, int]:
     if in_a_row([*job.run.rollbacks, entry]) > MOST:
         raise RunFault(f"{trouble}; {MOST} rollbacks got no further; {remedy(job)}")
     job.run.rollbacks.append(entry)
-    cluster.from_primary("the run's manifest", job.run.write_manifest)
-    cluster.from_primary("undone checkpoints", lambda: checkpoints.forget_after(first))
+    processes.from_primary("the run's manifest", job.run.write_manifest)
+    processes.from_primary("undone checkpoints", lambda: checkpoints.forget_after(first))
     checkpoints.reload()
 
     job.loader, tokens, job.position = new_loader(job.config, job.prepared), 0, None

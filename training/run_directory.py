@@ -27,7 +27,7 @@ import yaml
 from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
-from parallel import cluster
+from parallel import processes
 from training.config import CheckpointConfig, GuardConfig, RunConfig, TrainingConfig
 from training.errors import RunFault
 from training.manifest import now
@@ -256,14 +256,14 @@ def open_run_together(config: Mapping[str, Any], run_dir: str | os.PathLike[str]
     Raises what `open_run` raises, on all processes, and ValueError where one has another configuration.
     """
     digest = hashlib.sha256(_yaml(config).encode()).hexdigest()
-    cluster.same("configuration", digest, "start all of them with the same command line")
+    processes.same("configuration", digest, "start all of them with the same command line")
     mine: list[RunDirectory] = []
 
     def look() -> dict[str, Any]:
         mine.append(open_run(config, run_dir))
         return mine[0].facts()
 
-    facts = cluster.from_primary("the run's directory", look)
+    facts = processes.from_primary("the run's directory", look)
     return mine[0] if mine else RunDirectory.told(facts, config)
 
 

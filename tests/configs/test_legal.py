@@ -18,12 +18,12 @@ from configs.rules import main_segment
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model
-from parallel.arrangement import Arrangement
-from parallel.arrangement import main_segment as widest
+from parallel.attention.context import check_context
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
-from parallel.context import check_context
-from parallel.schedules import check_schedule
+from parallel.schedules.stage_layout import Arrangement
+from parallel.schedules.stage_layout import main_segment as widest
+from parallel.schedules.tables import check_schedule
 from tests.configs.composing import config
 from training.config import LocalSGDConfig
 from training.state import is_info

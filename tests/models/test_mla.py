@@ -11,7 +11,7 @@ from kernels.attention import chunked_attention, reference_attention
 from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.plain import Plain
+from parallel.schedules.accumulate import Plain
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import LoopMixture, latent
 

@@ -24,7 +24,7 @@ from models.transformer import build_model
 from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
-from parallel.plain import Plain
+from parallel.schedules.accumulate import Plain
 from tests.configs.composing import config
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import DEEPSEEK, MIXTURES, LoopMixture, loop_route, mixture

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import MTPConfig
-from models.further import next_targets
+from models.mtp import next_targets
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.plain import Plain
+from parallel.schedules.accumulate import Plain
 from tests.models.decoders import family, lively, make_batch
 
 PACKED = [[5, 7], [3, 1, 6]]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from optim.muon import NEWTON_SCHULZ, Matrix, Whole, on_matrices, orthogonalize, scale_by_muon
-from parallel.whole import Parts
+from parallel.sharded_matrices import Parts
 
 # (shape, reduction, output, placed): a square of heads and its inverse, pairs, a wide one, its transpose.
 LEAVES = {

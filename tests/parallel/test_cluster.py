@@ -9,8 +9,8 @@ from contextlib import closing
 
 import pytest
 
-from parallel import cluster
-from parallel.cluster import ClusterFault, Elsewhere, Place
+from parallel import processes
+from parallel.processes import ClusterFault, Elsewhere, Place
 from tests.training.ground import ROOT
 
 OURS = {
@@ -28,9 +28,9 @@ SRUN = {
 
 
 def test_our_variables_say_where_a_process_stands():
-    assert cluster.place_in(OURS) == Place("127.0.0.1:4000", 4, 3)
-    assert cluster.place_in({}) is None
-    assert cluster.place_in({**OURS, "CAMBRIAN_COORDINATOR": "[::1]:4000"}).coordinator == "[::1]:4000"
+    assert processes.place_in(OURS) == Place("127.0.0.1:4000", 4, 3)
+    assert processes.place_in({}) is None
+    assert processes.place_in({**OURS, "CAMBRIAN_COORDINATOR": "[::1]:4000"}).coordinator == "[::1]:4000"
 
 
 @pytest.mark.parametrize(
@@ -47,21 +47,21 @@ def test_our_variables_say_where_a_process_stands():
 )
 def test_nonsense_in_them_is_one_line(changed, said):
     with pytest.raises(ValueError, match=said) as caught:
-        cluster.initialize({**OURS, **changed})
+        processes.initialize({**OURS, **changed})
     assert "\n" not in str(caught.value)
 
 
 def test_a_launcher_counts_only_where_it_started_several_tasks():
-    assert cluster.launcher(SRUN) == "slurm"
-    assert cluster.launcher({**SRUN, "SLURM_NTASKS": "1"}) is None
+    assert processes.launcher(SRUN) == "slurm"
+    assert processes.launcher({**SRUN, "SLURM_NTASKS": "1"}) is None
     # What a batch script sees that never called srun: JAX by itself would wait for a second task.
-    assert cluster.launcher({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}) is None
+    assert processes.launcher({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}) is None
     mpi = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
-    assert cluster.launcher(mpi) == "ompi"
-    assert cluster.launcher({**mpi, "OMPI_COMM_WORLD_SIZE": "1"}) is None
-    assert cluster.launcher({"TPU_WORKER_HOSTNAMES": "a,b"}) == "gketpu"
-    assert cluster.launcher({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    assert cluster.launcher({}) is None
+    assert processes.launcher(mpi) == "ompi"
+    assert processes.launcher({**mpi, "OMPI_COMM_WORLD_SIZE": "1"}) is None
+    assert processes.launcher({"TPU_WORKER_HOSTNAMES": "a,b"}) == "gketpu"
+    assert processes.launcher({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert processes.launcher({}) is None
 
 
 def free_port():
@@ -76,7 +76,7 @@ def muster(count, present, limit):
 
     def come(index):
         try:
-            cluster._muster(Place(address, count, index), limit)
+            processes._muster(Place(address, count, index), limit)
             met[index] = None
         except ClusterFault as error:
             met[index] = str(error)
@@ -104,22 +104,22 @@ def test_a_port_that_is_taken_is_one_line():
     with closing(socket.create_server(("", 0))) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterFault, match=f"{address}: Address already in use; choose another port"):
-            cluster._muster(Place(address, 2, 0), 1)
+            processes._muster(Place(address, 2, 0), 1)
 
 
 # Both join and meet once; then one waits at a place where the other never comes.
 WAITS = """
 import sys
-from parallel import cluster
-cluster.initialize()
-assert cluster.exchange("the plan", cluster.process_index()) == [0, 1]
-if cluster.is_primary():
+from parallel import processes
+processes.initialize()
+assert processes.exchange("the plan", processes.process_index()) == [0, 1]
+if processes.is_primary():
     sys.stdin.read()
 try:
-    cluster.exchange("the plan", None, seconds=1)
-except cluster.ClusterFault as error:
+    processes.exchange("the plan", None, seconds=1)
+except processes.ClusterFault as error:
     print(error)
-    cluster.leave(1)
+    processes.leave(1)
 """
 
 
@@ -149,14 +149,14 @@ def test_a_peer_that_never_comes_is_an_error_that_names_what_was_waited_for():
 
 
 def test_a_process_alone_agrees_with_itself():
-    cluster.initialize({})
-    cluster.initialize({**OURS, "CAMBRIAN_PROCESSES": "1", "CAMBRIAN_PROCESS": "0"})
-    assert (cluster.process_count(), cluster.process_index(), cluster.is_primary()) == (1, 0, True)
-    assert cluster.exchange("values", 5) == [5]
-    assert cluster.from_primary("value", lambda: object) is object
-    assert cluster.speaks("a line")
-    cluster.same("value", 1, "never")
-    with pytest.raises(KeyError), cluster.together("block"):
+    processes.initialize({})
+    processes.initialize({**OURS, "CAMBRIAN_PROCESSES": "1", "CAMBRIAN_PROCESS": "0"})
+    assert (processes.process_count(), processes.process_index(), processes.is_primary()) == (1, 0, True)
+    assert processes.exchange("values", 5) == [5]
+    assert processes.from_primary("value", lambda: object) is object
+    assert processes.speaks("a line")
+    processes.same("value", 1, "never")
+    with pytest.raises(KeyError), processes.together("block"):
         raise KeyError("passes as it is")
 
 
@@ -170,13 +170,13 @@ def test_a_process_alone_agrees_with_itself():
     ],
 )
 def test_what_one_raises_all_raise_with_the_same_line(monkeypatch, raised, elsewhere):
-    said = [None, cluster._said(raised), cluster._said(ValueError("later"))]
-    monkeypatch.setattr(cluster, "process_index", lambda: 1)
+    said = [None, processes._said(raised), processes._said(ValueError("later"))]
+    monkeypatch.setattr(processes, "process_index", lambda: 1)
     with pytest.raises(type(raised)) as own:
-        cluster._compare(said, raised)
+        processes._compare(said, raised)
     assert own.value is raised
-    monkeypatch.setattr(cluster, "process_index", lambda: 0)
+    monkeypatch.setattr(processes, "process_index", lambda: 0)
     with pytest.raises(elsewhere, match="^bad$") as other:
-        cluster._compare(said, None)
+        processes._compare(said, None)
     assert type(other.value) is elsewhere
-    cluster._compare([None, None], None)
+    processes._compare([None, None], None)

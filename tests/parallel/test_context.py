@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from parallel.axes import Layout
-from parallel.config import CONTEXT_ATTENTION
-from parallel.context import (
+from parallel.attention.context import (
     SAVED,
     causal_work,
     check_context,
@@ -22,6 +20,8 @@ from parallel.context import (
     uses_zigzag,
     zigzag_order,
 )
+from parallel.axes import Layout
+from parallel.config import CONTEXT_ATTENTION
 from tests.parallel.context_cases import (
     LENGTH,
     dense_attention,
@@ -192,7 +192,7 @@ def test_ring_only_passes_blocks_and_never_under_a_branch(zigzag):
 
 @pytest.mark.parametrize("zigzag", [False, True])
 def test_tiles_smaller_than_a_block_change_nothing(zigzag, monkeypatch):
-    monkeypatch.setattr("parallel.ring.TILE", 2)
+    monkeypatch.setattr("parallel.attention.ring.TILE", 2)
     test_context_equals_one_device("ring", zigzag, {"context": 2, "tensor": 2}, "all")
 
 

@@ -15,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import backends
 from kernels.attention import attention_mask, reference_attention
-from parallel import cudnn
+from parallel.attention import cudnn
+from parallel.attention.context import context_attention
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
-from parallel.context import context_attention
 from parallel.described import compiler_options, described_devices
 from parallel.hlo import read_hlo
 from tests.parallel import context_cases as cases

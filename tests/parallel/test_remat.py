@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallel.plain import POLICIES, check_remat
+from parallel.schedules.accumulate import POLICIES, check_remat
 from tests.parallel.small import gradients, make_config, make_program, packed_batch
 from training.config import REMAT
 

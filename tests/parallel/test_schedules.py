@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parallel.schedules import IDLE, fold_runs, make_schedule, timeline
+from parallel.schedules.tables import IDLE, fold_runs, make_schedule, timeline
 
 TABLES = [
     ("gpipe", 4, 8, 1),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from kernels.attention import attention_mask, reference_attention
-from parallel import splash
+from parallel.attention import splash
+from parallel.attention.context import context_attention, permute_batch, zigzag_order
 from parallel.axes import Layout
-from parallel.context import context_attention, permute_batch, zigzag_order
 from tests.parallel import context_cases as cases
 
 LENGTH = 256

@@ -113,18 +113,18 @@ PLANTED = """
 import sys
 sys.path.insert(0, {root!r})
 import numpy as np
-from parallel import cluster, probe
+from parallel import probe, processes
 from scripts import check_cluster
 
 def fetched(device, what, value):
     result = np.array(value)
-    if cluster.process_index() == 1 and what == "all-reduce data GB/s" and device.id % 2:
+    if processes.process_index() == 1 and what == "all-reduce data GB/s" and device.id % 2:
         result.reshape(-1)[0] += 1
     return result
 
 probe.fetched = fetched
 probe.elapsed = lambda device, what, seconds: 0.02 if (device.process_index, what) == (0, "link") else 0.01
-cluster.leave(check_cluster.main(sys.argv[1:]))
+processes.leave(check_cluster.main(sys.argv[1:]))
 """
 
 

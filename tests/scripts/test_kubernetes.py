@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from parallel.cluster import place_in
+from parallel.processes import place_in
 from scripts.kube_config import KubeConfig, metrics_port, parse_kube
 from scripts.kube_objects import Request, times
 from scripts.kubernetes import PARTS, documents, run

@@ -9,9 +9,9 @@ import pytest
 from kernels.attention import reference_attention
 from kernels.attention_cpu import fused_attention
 from kernels.backends import BACKENDS, Choice
+from parallel.attention.choose import build_attention, choose_attention
 from tests.configs.composing import config
 from tests.parallel.context_cases import layout_of
-from training.attention import build_attention, choose_attention
 from training.config import ATTENTION
 from training.loop import checked
 

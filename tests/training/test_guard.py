@@ -11,7 +11,7 @@ import pytest
 import training.program
 from data.loader import Loader
 from optim.config import AdamWConfig, MuonConfig
-from parallel.plain import Plain
+from parallel.schedules.accumulate import Plain
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.ground import ROOT
 from training import checkpoint_record

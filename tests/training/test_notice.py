@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from parallel import cluster
+from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from tests.training.ground import ROOT
@@ -21,8 +21,8 @@ from training.step import VOTE
 def several(monkeypatch):
     """Two processes, the other of which says what the test has it say."""
     said = []
-    monkeypatch.setattr(cluster, "process_count", lambda: 2)
-    monkeypatch.setattr(cluster, "exchange", lambda name, value: [value, *said])
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "exchange", lambda name, value: [value, *said])
     return said
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.ops import Ops
 from parallel.described import GPUS
-from parallel.plain import POLICIES
+from parallel.schedules.accumulate import POLICIES
 from tests.parallel.small import distance, make_config, make_program, reference, run
 from training.config import TrainingConfig
 from training.precision import build_einsum, compute_dtype, precision_problem, precision_row

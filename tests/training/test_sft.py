@@ -15,7 +15,7 @@ from data.pipeline import prepare
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.plain import Plain
+from parallel.schedules.accumulate import Plain
 from scripts.generate import main as generate
 from training.evaluate import evaluate
 from training.loop import fit

@@ -28,7 +28,7 @@ def stall(job, step):
 training.loop.in_trouble = stall
 from configs.cli import main
 import train
-from parallel import cluster
+from parallel import processes
 from training.errors import RunFault
 sys.exit(main(train.train, sys.argv[1:], faults=(RunFault,)))
 """

@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
-from parallel.arrangement import main_segment
 from parallel.axes import Layout
 from parallel.config import MeshConfig, mesh_shape
+from parallel.schedules.stage_layout import main_segment
 from training.state import balance_mask, decay_mask, is_info, make_state, matrix_dims
 
 Path = tuple[str, ...]

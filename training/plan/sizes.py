@@ -11,7 +11,7 @@ from kernels.backends import documents_of
 from models.transformer import Model
 from parallel.axes import Layout, kv_repeats
 from parallel.hardware import Machine
-from parallel.schedules import Schedule, make_schedule
+from parallel.schedules.tables import Schedule, make_schedule
 from training.plan.shapes import Parameter, abstract_layout, model_of, parameters_of, part_of
 
 

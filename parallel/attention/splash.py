@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels.backends import LANES, Wanted, problem
+from parallel.attention.context import HEADS, TOKENS, Placement, differentiable, split_heads
+from parallel.attention.cudnn import in_order
+from parallel.attention.ring import AXIS, SAVED
 from parallel.axes import Layout
-from parallel.context import HEADS, TOKENS, Placement, differentiable, split_heads
-from parallel.cudnn import in_order
-from parallel.ring import AXIS, SAVED
 
 BLOCK = 512  # positions of a tile; lowered to a divisor of the row
 INTERPRET = False  # tests run the kernels on CPU

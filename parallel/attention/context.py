@@ -22,9 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from parallel.attention.ring import AXIS, SAVED, Ring
 from parallel.axes import Layout
 from parallel.config import CONTEXT_ATTENTION
-from parallel.ring import AXIS, SAVED, Ring
 
 HEADS = ("batch", "length", "act_heads", None)
 TOKENS = ("batch", "length")
@@ -307,7 +307,7 @@ def causal_work(length: int, size: int, *, zigzag: bool) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Zigzag:
-    """A schedule (`parallel.plain` says what that is) over rows in zigzag order.
+    """A schedule (`parallel.schedules.accumulate` says what that is) over rows in zigzag order.
 
     Positions are exchanged once a step, as integers; past that no layer knows.
     """

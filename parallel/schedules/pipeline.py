@@ -19,19 +19,19 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from parallel.arrangement import AXIS, main_segment
 from parallel.axes import Layout
-from parallel.plain import Batch, LayerScan, Model, Params, Sums, add_sums
-from parallel.schedules import IDLE, Run, Schedule, fold_runs
-from parallel.split_backward import Taps, defer, replay, tap_shapes
-from parallel.stages import RESIDUAL, Stages
+from parallel.schedules.accumulate import Batch, LayerScan, Model, Params, Sums, add_sums
+from parallel.schedules.split_backward import Taps, defer, replay, tap_shapes
+from parallel.schedules.stage_layout import AXIS, main_segment
+from parallel.schedules.stages import RESIDUAL, Stages
+from parallel.schedules.tables import IDLE, Run, Schedule, fold_runs
 
 Row = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A schedule as a value of the interface that `parallel.plain` describes.
+    """A schedule as a value of the interface that `parallel.schedules.accumulate` describes.
 
     specs: PartitionSpecs of the parameters as they lie in memory, the main segment's of [v, P, n/(vP), ...].
     """

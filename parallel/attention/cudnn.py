@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.backends import ELSE, Wanted, facts_of, problem
+from parallel.attention.context import HEADS, TOKENS, Placement, split_heads
+from parallel.attention.ring import SAVED
 from parallel.axes import Layout
-from parallel.context import HEADS, TOKENS, Placement, split_heads
-from parallel.ring import SAVED
 
 
 def check(wanted: Wanted) -> None:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from parallel.arrangement import AXIS
 from parallel.axes import Layout
+from parallel.schedules.stage_layout import AXIS
 
 RESIDUAL = ("stages", "batch", "act_length", "act_embed")
 ONE = PartitionSpec(AXIS)

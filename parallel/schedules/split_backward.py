@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from parallel.plain import LayerScan, Params, Sums
+from parallel.schedules.accumulate import LayerScan, Params, Sums
 
 Taps = list[tuple[Array, Array]]
 Einsum = Callable[[str, Array, Array], Array]

@@ -11,10 +11,10 @@ from jaxtyping import Array
 from kernels.attention import chunked_attention, reference_attention, xla_attention
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice, choose, documents_of, facts_of, wanted_of
+from parallel.attention.context import context_attention, uses_zigzag
+from parallel.attention.cudnn import cudnn_attention, cudnn_kernel
+from parallel.attention.splash import splash_attention, splash_kernel
 from parallel.axes import Layout
-from parallel.context import context_attention, uses_zigzag
-from parallel.cudnn import cudnn_attention, cudnn_kernel
-from parallel.splash import splash_attention, splash_kernel
 
 # Of arrays on one device, or of global ones: XLA partitions these by itself.
 PLAIN: dict[str, Callable[..., Array]] = {

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from parallel.ring import SAVED
+from parallel.attention.ring import SAVED
 
 # Checkpoint names that models give: what attention's kernel takes, and the wide hidden layer's products.
 ATTENTION_INPUTS = ("attention_q", "attention_k", "attention_v")

@@ -1,0 +1,1 @@
+"""Attention over a mesh: which kernel runs, and how it crosses devices."""
