@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.measure import summary, write_result
 from configs.schema import Config
-from data.loader import Prefetcher
+from data.loading.loader import Prefetcher
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig

@@ -24,10 +24,10 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks.measure import RESULTS, alternate, ratio, summary, timed, use_cores, write_result
 from data.config import DataConfig, TokenizerConfig
-from data.encoding import TextEncoding
-from data.loader import Loader, Prefetcher
+from data.loading.loader import Loader, Prefetcher
 from data.pipeline import follow, prepare
-from data.store import TokenStore, write_store
+from data.tokens.encoding import TextEncoding
+from data.tokens.store import TokenStore, write_store
 
 SEQ_LEN, ROWS = 2048, 32
 MEAN, SPREAD = 600, 1.0  # tokens of a document, lognormal

@@ -50,7 +50,7 @@ def write_corpus(folder: Path, megabytes: int) -> None:
 def stage(name: str, root: Path, seq_len: int) -> None:
     """What the measured process does: "prepare" the corpus, or "read" batches of its first two epochs."""
     from data.config import DataConfig, TokenizerConfig
-    from data.loader import Loader
+    from data.loading.loader import Loader
     from data.pipeline import prepare
 
     config = DataConfig(

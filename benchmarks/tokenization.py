@@ -17,12 +17,12 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks.measure import alternate, ratio, summary, timed, write_result
 from data.config import DataConfig, TokenizerConfig
-from data.encoding import TextEncoding
-from data.files import list_stdlib
-from data.shards import local_engine
-from data.sources import Documents, documents, stdlib_root
-from data.store import write_store
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.sources.corpus import Documents, documents, stdlib_root
+from data.sources.files import list_stdlib
+from data.tokens.encoding import TextEncoding
+from data.tokens.shards import local_engine
+from data.tokens.store import write_store
+from data.tokens.tokenizer import load_tokenizer, train_tokenizer
 
 DOCUMENT = (20, 200)  # lines
 VOCABULARY = 4096

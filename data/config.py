@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from data.steps.parse import parse_steps
+from data.curation.parse import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
 BAD_RECORDS = ("stop", "skip")
@@ -114,7 +114,7 @@ class DataConfig:
                 "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
         if self.mixture:
-            from data.mixture import components  # which needs this module
+            from data.loading.mixture import components  # which needs this module
 
             components(self)  # each of them is checked; of this one only what they share counts
             return

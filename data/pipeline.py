@@ -12,22 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.bad_records import in_words
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
-from data.chat import FORMAT as CHAT_FORMAT
-from data.chat import ChatEncoder, ChatEncoding, plain_text
-from data.chat_template import ChatTemplate, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
-from data.encoding import Encoding, TextEncoding
+from data.curation.optimize import OptimizedCorpus, corpus_of
 from data.errors import DataError
-from data.growth import Files, Generation, Ledger, Part
-from data.mixture import components, final_shares
-from data.optimize import OptimizedCorpus, corpus_of
+from data.loading.mixture import components, final_shares
 from data.prepared import Prepared
-from data.shards import Engine
-from data.sources import Corpus, Documents
-from data.store import TokenStore, write_store
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.sources.bad_records import in_words
+from data.sources.corpus import Corpus, Documents
+from data.tokens.chat import FORMAT as CHAT_FORMAT
+from data.tokens.chat import ChatEncoder, ChatEncoding, plain_text
+from data.tokens.chat_template import ChatTemplate, find_template, specials_of
+from data.tokens.encoding import Encoding, TextEncoding
+from data.tokens.generations import Files, Generation, Ledger, Part
+from data.tokens.shards import Engine
+from data.tokens.store import TokenStore, write_store
+from data.tokens.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 BPE_SAMPLE_BYTES = 32 << 20  # text that a tokenizer is trained on; a larger corpus is sampled evenly
 BLOCK = 64  # documents read at a time
@@ -44,9 +44,9 @@ def prepare(
 ) -> Prepared:
     """Make, or find in the cache, what training reads. Calling it again costs a hash of the inputs.
 
-    A folder to which `append` added files is a corpus of several generations (`data.growth`): the one whose
-    digest is `wanted` is taken, else the one that `data.generation` names, else the newest. `engine` makes
-    the tokens, by default `data.workers` processes of this machine.
+    A folder to which `append` added files is a corpus of several generations (`data.tokens.generations`):
+    the one whose digest is `wanted` is taken, else the one that `data.generation` names, else the newest.
+    `engine` makes the tokens, by default `data.workers` processes of this machine.
 
     Progress goes to stdout, where training's goes too: stderr is for what is wrong. Where several processes
     call it at once, one works and the others wait; those of one job had better `follow` it. Tokenizing spawns

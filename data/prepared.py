@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data.bigram import bigram_bits_per_byte
-from data.sources import Documents
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.sources.corpus import Documents
+from data.tokens.bigram import bigram_bits_per_byte
+from data.tokens.store import TokenStore
+from data.tokens.tokenizer import Tokenizer
 
 BIGRAM_TOKENS = 1 << 24  # training tokens that the bigram baseline counts
 BLOCK = 64  # documents read at a time

@@ -19,9 +19,9 @@ reasons and examples lies. Of an experiment, data.* counts."""
 def data_report(config: "Config") -> int:
     """Make the corpus if need be, and print its table."""
     from data.cache import locked
+    from data.curation.optimize import PAGE, OptimizedCorpus
+    from data.curation.report import line_of, table
     from data.errors import DataError
-    from data.optimize import PAGE, OptimizedCorpus
-    from data.steps.report import line_of, table
 
     if not config.data.steps:
         raise DataError("data.steps is empty, so there is no report; take data=filtered, or give steps")

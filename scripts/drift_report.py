@@ -25,9 +25,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from data.drift import Sample
-    from data.store import TokenStore
-    from data.tokenizer import Tokenizer
+    from data.curation.drift import Sample
+    from data.tokens.store import TokenStore
+    from data.tokens.tokenizer import Tokenizer
 
 DRIFTED = 3
 LOSS_LIMIT = 0.05  # nats a token by which a mean loss may differ
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """The whole report; features keep their arrays under "old" and "new" for the plots."""
-    from data.drift import compare, findings, sample
+    from data.curation.drift import compare, findings, sample
     from data.errors import DataError
 
     for key in ("documents", "rows"):
@@ -89,7 +89,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 def known_tokenizer(options: argparse.Namespace) -> tuple["Tokenizer | None", Path | None]:
     """The tokenizer that movers are spelled with, and its file: given, or one of the runs'."""
-    from data.tokenizer import load_tokenizer
+    from data.tokens.tokenizer import load_tokenizer
     from scripts.generate import find_run
 
     runs = [find_run(options.run)] if options.run else []
@@ -103,7 +103,7 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     from data.config import DataConfig, TokenizerConfig
     from data.errors import DataError
     from data.pipeline import prepare
-    from data.store import TokenStore
+    from data.tokens.store import TokenStore
 
     path = Path(where)
     if (path / "manifest.json").is_file() and not (path / "config.yaml").is_file():
@@ -179,7 +179,7 @@ def _resampled(rows: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) ->
 
 def beginnings(one: "Sample", rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch of the first `seq_len` tokens of some documents, one a row."""
-    from data.packing import Plan, empty_batch, fill
+    from data.loading.packing import Plan, empty_batch, fill
 
     store, index = (
         one.store,

@@ -166,7 +166,7 @@ def load_run_tokenizer(directory: Path, config: "Config") -> Any:
     import json
 
     from data.pipeline import prepare
-    from data.tokenizer import load_tokenizer
+    from data.tokens.tokenizer import load_tokenizer
 
     if (directory / "tokenizer.json").is_file():
         return load_tokenizer(directory / "tokenizer.json")
@@ -182,8 +182,8 @@ def load_run_tokenizer(directory: Path, config: "Config") -> Any:
 
 def with_chat(tokenizer: Any, directory: Path, config: "Config", chat: str) -> None:
     """Give the tokenizer the run's chat template, or take it away, as `chat` says."""
-    from data.chat import ChatEncoder
-    from data.chat_template import find_template
+    from data.tokens.chat import ChatEncoder
+    from data.tokens.chat_template import find_template
 
     tokenizer.chat = None
     if chat == "true" or (chat == "auto" and config.data.format == "chat"):

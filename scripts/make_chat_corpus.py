@@ -24,7 +24,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def conversations(root: Path) -> Iterator[dict[str, Any]]:
     """Yield one conversation for each documented, public definition of the modules under `root`, sorted."""
-    from data.files import list_stdlib
+    from data.sources.files import list_stdlib
 
     for path in list_stdlib(root):
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -69,7 +69,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the file; the exit status."""
-    from data.sources import stdlib_root
+    from data.sources.corpus import stdlib_root
 
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, end="")

@@ -37,7 +37,7 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
     options = options or split_options([])[0]
     engine = None
     if options.runner:
-        from data.beam import beam_engine
+        from data.tokens.beam import beam_engine
 
         engine = beam_engine(beam_options(options.runner, options.runner_option))
     tokenizer = config.tokenizer

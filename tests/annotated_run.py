@@ -21,9 +21,9 @@ TRAINING = [f"training.{file.stem}" for file in FILES if file.stem not in ABSTRA
 with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from configs.schema import Config
     from data.config import DataConfig, TokenizerConfig
-    from data.loader import Loader
-    from data.store import TokenStore
-    from data.tokenizer import train_tokenizer
+    from data.loading.loader import Loader
+    from data.tokens.store import TokenStore
+    from data.tokens.tokenizer import train_tokenizer
     from kernels.token_losses import chunked_cross_entropy
     from models.config import ModelConfig, RopeScaling
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig

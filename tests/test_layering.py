@@ -62,7 +62,7 @@ def sources() -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`data/loader.py` → `data.loader`."""
+    """`data/loading/loader.py` → `data.loading.loader`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -118,14 +118,14 @@ def test_layers_import_only_downward():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.loader", "from training.step import train_step"),
-        ("data.loader", "def f():\n    import models.transformer"),
+        ("data.loading.loader", "from training.step import train_step"),
+        ("data.loading.loader", "def f():\n    import models.transformer"),
         ("optim.optimizers", "from parallel import mesh"),
         ("kernels.attention", "from parallel.mesh import make_mesh"),
         ("kernels.attention", "from parallel import mesh"),
         ("training.loop", "from ..serving import generate"),
         ("training.loop", "import configs.schema"),
-        ("serving.generate", "from data.loader import Loader"),
+        ("serving.generate", "from data.loading.loader import Loader"),
         ("configs.schema", "from training.loop import fit"),
         ("parallel.schedules.accumulate", "import importlib\nimportlib.import_module('models.ops')"),
     ],
@@ -136,7 +136,7 @@ def test_a_back_edge_is_seen(module, source):
 
 def test_forward_edges_pass():
     assert not back_edges("from parallel.axes import partition_spec\nimport models.ops", "kernels.attention")
-    assert not back_edges("from data.tokenizer import load_tokenizer", "serving.generate")
+    assert not back_edges("from data.tokens.tokenizer import load_tokenizer", "serving.generate")
     assert not back_edges("from training.config import RunConfig\nimport dataclasses", "configs.schema")
 
 

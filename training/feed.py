@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from data.streaming import merged
+from data.loading.streaming import merged
 from parallel import processes
 
 Batch = Mapping[str, Any]

@@ -13,7 +13,9 @@ KEEPS_UP = 0.9  # of the step time: where making batches takes less, waits come 
 
 
 class InputWatch:
-    """Looks at every step's wait and at the seconds that its batch took, by stage (`data.stages`)."""
+    """Looks at every step's wait and at the seconds that its batch took, by stage
+    (`data.loading.input_timing`).
+    """
 
     def __init__(self, data: DataConfig):
         self.data = data

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from data.config import TokenizerConfig
-from data.loader import EvalBatches, Loader, held_out_batches
+from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
 from parallel import processes

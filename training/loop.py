@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from data.loader import Prefetcher
+from data.loading.loader import Prefetcher
 from kernels.backends import documents_of
 from parallel import processes
 from parallel.attention.cudnn import check_documents

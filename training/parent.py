@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import TokenizerConfig
-from data.tokenizer import load_tokenizer
+from data.tokens.tokenizer import load_tokenizer
 from training.checkpoint import Checkpoints
 from training.checkpoint_place import as_stored, open_checkpoints_of, place
 from training.checkpoint_record import state_digest

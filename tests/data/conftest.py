@@ -7,7 +7,7 @@ import pytest
 
 from data.pipeline import prepare
 from data.prepared import Prepared
-from data.sources import documents
+from data.sources.corpus import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 
 

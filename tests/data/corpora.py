@@ -6,8 +6,8 @@ from typing import Any
 
 from data.config import DataConfig, TokenizerConfig
 from data.prepared import Prepared
-from data.sources import Documents
-from data.store import TokenStore
+from data.sources.corpus import Documents
+from data.tokens.store import TokenStore
 
 BYTES = TokenizerConfig(kind="byte")
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from data.cache import building
 from data.config import DataConfig
-from data.loader import Loader
+from data.loading.loader import Loader
 from data.prepared import Prepared
-from data.sources import Documents
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.sources.corpus import Documents
+from data.tokens.store import TokenStore
+from data.tokens.tokenizer import Tokenizer
 
 SEQ_LEN, BATCH = 8, 24
 
@@ -158,7 +158,7 @@ class Hosts:
 
     def _collect(self, hosts: int) -> None:
         """Take what every host has made; the newest step that all of them saved is the checkpoint."""
-        from data.streaming import merged
+        from data.loading.streaming import merged
 
         while all(path.exists() for path in self._of(self.step, hosts)):
             made = [json.loads(path.read_text()) for path in self._of(self.step, hosts)]

@@ -9,10 +9,10 @@ import pytest
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loader import Loader
+from data.loading.loader import Loader
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
-from data.store import TokenStore
+from data.tokens.store import TokenStore
 from scripts.prepare_data import run
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from training.job import prepare_together
@@ -152,7 +152,7 @@ def test_a_split_to_which_nothing_came_stays(config, tmp_path):
 
 
 def held_out(text: str) -> bool:
-    from data.files import in_validation
+    from data.sources.files import in_validation
 
     return in_validation(text, 0.3)
 

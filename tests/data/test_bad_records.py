@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data.bad_records import BadRecords
 from data.errors import DataError
-from data.files import read_documents
 from data.pipeline import prepare
-from data.records import text_record, write_prepared
-from data.sources import Corpus, documents
+from data.sources.array_record import text_record, write_prepared
+from data.sources.bad_records import BadRecords
+from data.sources.corpus import Corpus, documents
+from data.sources.files import read_documents
 from tests.data.corpora import BYTES, folder_config, some_texts, tfds_config, write_texts
 
 # Bad records --------------------
@@ -136,11 +136,11 @@ def test_a_shard_that_changes_in_place_is_found_at_the_next_start(tmp_path, data
 def test_a_warm_start_reads_no_shard(tmp_path, dataset, monkeypatch):
     config = tfds_config(tmp_path, dataset)
     first = prepare(config, BYTES, progress=False)
-    monkeypatch.setattr("data.shard_record.file_digest", None)
+    monkeypatch.setattr("data.sources.shard_hashes.file_digest", None)
     assert prepare(config, BYTES, progress=False).digest == first.digest
     config = tfds_config(tmp_path, dataset, mode="streaming")
     prepare(config, BYTES, progress=False)
-    monkeypatch.setattr("data.source_tfds.Documents.read", None)
+    monkeypatch.setattr("data.sources.tfds.Documents.read", None)
     Corpus(config).ensure()
 
 

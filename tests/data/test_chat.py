@@ -10,15 +10,15 @@ import pyarrow.parquet
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from data.bigram import bigram_bits_per_byte
-from data.chat import ChatEncoder, conversation_text, read_chat
-from data.chat_template import ChatTemplate, TemplateRefusal, find_template, specials_of
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loader import Loader, eval_batches
+from data.loading.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
-from data.tokenizer import Tokenizer as Ours
-from data.tokenizer import train_tokenizer
+from data.tokens.bigram import bigram_bits_per_byte
+from data.tokens.chat import ChatEncoder, conversation_text, read_chat
+from data.tokens.chat_template import ChatTemplate, TemplateRefusal, find_template, specials_of
+from data.tokens.tokenizer import Tokenizer as Ours
+from data.tokens.tokenizer import train_tokenizer
 from tests.data.corpora import BYTES, train_of
 
 CHATML = (

@@ -199,11 +199,11 @@ def test_a_script_without_its_guard_is_told_instead_of_waiting_for_ever(tmp_path
 UNGUARDED = """
 import sys
 sys.path.insert(0, {root!r})
-import data.store
+import data.tokens.store
 from data.config import DataConfig, TokenizerConfig
 from data.pipeline import prepare
 
-data.store.JOB_BYTES = 2000
+data.tokens.store.JOB_BYTES = 2000
 config = DataConfig(source="folder", path={folder!r}, cache_dir={cache!r}, validation_fraction=0.3)
 prepare(config, TokenizerConfig(kind="byte"))
 """

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from data.ahead import Ahead
-from data.loader import Loader, Prefetcher
-from data.stages import Stages, copying, stage
+from data.loading.ahead import Ahead
+from data.loading.input_timing import Stages, copying, stage
+from data.loading.loader import Loader, Prefetcher
 from tests.data.test_loader import cached, same, streaming
 
 SLOW = 0.03  # seconds: a hundred times what anything else here takes
@@ -61,7 +61,7 @@ def test_a_stage_within_another_counts_for_itself_alone():
 
 def test_waiting_for_pages_of_the_disk_is_reading(monkeypatch):
     stages, faults = Stages(), iter([5, 6])
-    monkeypatch.setattr("data.stages._major_faults", lambda: next(faults))
+    monkeypatch.setattr("data.loading.input_timing._major_faults", lambda: next(faults))
     with copying(stages):
         time.sleep(SLOW)
     seconds = stages.take()
@@ -72,10 +72,10 @@ def test_waiting_for_pages_of_the_disk_is_reading(monkeypatch):
 def test_the_slow_stage_has_the_time(slow, prepared, streamed, corpus, monkeypatch):
     loader = streaming(streamed, corpus) if slow in ("read", "tokenize") else cached(prepared, corpus)
     owner, name = {
-        "plan": ("data.loader", "make_plan"),
+        "plan": ("data.loading.loader", "make_plan"),
         "read": (type(streamed.documents), "read"),
         "tokenize": (type(streamed.tokenizer), "encode_batch"),
-        "fill": ("data.loader", "fill"),
+        "fill": ("data.loading.loader", "fill"),
         "place": (Prefetcher, ""),
     }[slow]
     if name:
@@ -99,7 +99,7 @@ def delay(monkeypatch, owner, name):
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_the_next_epochs_plan_is_made_ahead_and_changes_nothing(prepared, corpus, packing, monkeypatch):
-    monkeypatch.setattr("data.loader.NEAR", 1)  # as soon as an epoch begins
+    monkeypatch.setattr("data.loading.loader.NEAR", 1)  # as soon as an epoch begins
     ahead, threads = cached(prepared, corpus, packing=packing), []
     original = ahead._epochs[0]._made
 
@@ -111,9 +111,9 @@ def test_the_next_epochs_plan_is_made_ahead_and_changes_nothing(prepared, corpus
     steps = 0
     while len(ahead._epochs[0].kept) < 2 or 2 not in ahead._epochs[0].kept:
         batch = ahead.batch(steps)
-        monkeypatch.setattr("data.loader.NEAR", 10**9)
+        monkeypatch.setattr("data.loading.loader.NEAR", 10**9)
         assert same(batch, cached(prepared, corpus, packing=packing).batch(steps))
-        monkeypatch.setattr("data.loader.NEAR", 1)
+        monkeypatch.setattr("data.loading.loader.NEAR", 1)
         steps += 1
     here = threading.current_thread()
     assert [epoch for epoch, thread in threads if thread is here] == [0]

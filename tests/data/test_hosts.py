@@ -6,7 +6,7 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.store import TokenStore
+from data.tokens.store import TokenStore
 from tests.data.numbered import (
     BATCH,
     SEQ_LEN,

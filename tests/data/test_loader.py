@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.loader import Loader, Prefetcher, eval_batches
-from data.packing import KEYS
+from data.loading.loader import Loader, Prefetcher, eval_batches
+from data.loading.packing import KEYS
 from tests.data.corpora import documents_of, folder_config, train_of
 
 BATCH = 4

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.curriculum import longest_piece
 from data.errors import DataError
-from data.loader import Loader, held_out_batches
-from data.mixture import Interleaving, components
+from data.loading.curriculum import longest_piece
+from data.loading.loader import Loader, held_out_batches
+from data.loading.mixture import Interleaving, components
 from data.pipeline import follow, prepare
-from data.store import TokenStore
+from data.tokens.store import TokenStore
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 from tests.data.numbered import BATCH, SEQ_LEN, inputs_of, open_loader, samples, write_numbered
 

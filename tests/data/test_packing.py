@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data.curriculum import cut_pieces
-from data.packing import KEYS, empty_batch, fill, make_plan, permutation
+from data.loading.curriculum import cut_pieces
+from data.loading.packing import KEYS, empty_batch, fill, make_plan, permutation
 
 SEQ_LEN = 8
 PACKINGS = ("concat", "best_fit", "first_fit", "none")
@@ -109,8 +109,8 @@ class Parts:
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_way_to_fill_gives_the_same_bits(packing, way, weighted, monkeypatch, tmp_path):
-    monkeypatch.setattr("data.rows.LONG", 1 if way in ("slices", "memmap") else 10**6)
-    monkeypatch.setattr("data.rows.TOGETHER", 64)  # several groups of rows
+    monkeypatch.setattr("data.loading.fill.LONG", 1 if way in ("slices", "memmap") else 10**6)
+    monkeypatch.setattr("data.loading.fill.TOGETHER", 64)  # several groups of rows
     seq_len = 16
     rng = np.random.default_rng(0)
     tokens, starts, lengths = toy(rng.integers(1, 40, 60))

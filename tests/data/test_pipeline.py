@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from data.bigram import bigram_bits_per_byte
 from data.cache import verify
 from data.config import DataConfig, TokenizerConfig
-from data.files import STDLIB_EXCLUDED, in_validation, list_stdlib, read_documents
-from data.loader import Loader
+from data.loading.loader import Loader
 from data.pipeline import prepare
-from data.sources import documents, stdlib_root
-from data.store import TokenStore
+from data.sources.corpus import documents, stdlib_root
+from data.sources.files import STDLIB_EXCLUDED, in_validation, list_stdlib, read_documents
+from data.tokens.bigram import bigram_bits_per_byte
+from data.tokens.store import TokenStore
 from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -125,14 +125,14 @@ def test_digest_covers_corpus_and_tokenizer_but_not_place_or_packing(corpus, pre
 
 
 def test_store_is_the_same_from_one_process_and_from_two_spawned(corpus, tmp_path, monkeypatch):
-    import data.store
+    import data.tokens.store
 
-    monkeypatch.setattr(data.store, "JOB_BYTES", 2000)
+    monkeypatch.setattr(data.tokens.store, "JOB_BYTES", 2000)
     stores = []
     for workers in (1, 2):
         config = folder_config(corpus[0], tmp_path / str(workers), workers=workers)
         stores.append(prepare(config, TokenizerConfig(vocab_size=300), progress=False))
-    assert len(data.store._jobs(documents(folder_config(corpus[0], tmp_path / "1"), "train"))) > 2
+    assert len(data.tokens.store._jobs(documents(folder_config(corpus[0], tmp_path / "1"), "train"))) > 2
     one, two = (files_of(train_of(store).path.parent.parent / "tokens") for store in stores)
     assert one == two
     assert stores[0].digest == stores[1].digest
@@ -240,14 +240,14 @@ def test_stdlib_is_this_interpreters_source_without_the_excluded_directories():
 
 def test_stdlib_corpus_through_the_whole_room(tmp_path, monkeypatch):
     """The real builder and two spawned workers, on a few packages of the library to keep it short."""
-    import data.sources
+    import data.sources.corpus
 
     root = tmp_path / "lib"
     for package in ("json", "email", "asyncio"):
         (root / package).mkdir(parents=True)
         for path in (stdlib_root() / package).glob("*.py"):
             (root / package / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(data.sources, "stdlib_root", lambda: root)
+    monkeypatch.setattr(data.sources.corpus, "stdlib_root", lambda: root)
     config = DataConfig(cache_dir=str(tmp_path / "cache"), validation_fraction=0.2, seq_len=32)
     prepared = prepare(config, TokenizerConfig(vocab_size=512), progress=False)
     assert prepared.description["source"] == "stdlib"
@@ -273,11 +273,11 @@ def test_data_imports_no_jax_and_config_imports_nothing_heavy():
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-import data.store
+import data.tokens.store
 from data.config import DataConfig, TokenizerConfig
 from data.pipeline import prepare
 
-data.store.JOB_BYTES = 2000
+data.tokens.store.JOB_BYTES = 2000
 if __name__ == "__main__":
     config = DataConfig(source="folder", path={folder!r}, cache_dir={cache!r}, validation_fraction=0.3)
     print("digest", prepare(config, TokenizerConfig(kind="byte")).digest)

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-import data.plans as plans
+import data.loading.plan_cache as plans
 from data.config import DataConfig
-from data.fits import best_fit, first_fit
-from data.loader import Loader
-from data.packing import Plan
-from data.store import TokenStore
+from data.loading.bin_packing import best_fit, first_fit
+from data.loading.loader import Loader
+from data.loading.packing import Plan
+from data.tokens.store import TokenStore
 from tests.data.numbered import BATCH, SEQ_LEN, write_numbered
 
 
@@ -54,7 +54,7 @@ def test_a_slow_plan_is_kept_and_one_that_was_damaged_is_made_again_and_said(
     assert kept
     wholes = [path.read_bytes() for path in kept]
     with monkeypatch.context() as patch:  # from the file, not made
-        patch.setattr("data.loader.make_plan", None)
+        patch.setattr("data.loading.loader.make_plan", None)
         again = loader(store, tmp_path)
         assert all(np.array_equal(again.batch(4)[key], quick[key]) for key in quick)
     assert not capsys.readouterr().out

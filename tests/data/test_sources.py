@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import remote
 from data.cache import verify
 from data.config import SOURCES as NAMES
 from data.config import DataConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.records import read_records, shard_writer, text_record, write_prepared
-from data.source_synthetic import LONGEST, Language
-from data.sources import SOURCES, documents
+from data.sources import remote
+from data.sources.array_record import read_records, shard_writer, text_record, write_prepared
+from data.sources.corpus import SOURCES, documents
+from data.sources.synthetic import LONGEST, Language
 from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_our_record_is_the_one_tfds_serializes(size):
 
 
 def test_what_is_written_in_order_is_read_in_order_over_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.records.SHARD_BYTES", 500)
+    monkeypatch.setattr("data.sources.array_record.SHARD_BYTES", 500)
     texts = some_texts(40)
     write_prepared(tmp_path, "x", {"train": (text_record(t.encode()) for t in texts), "validation": []})
     directory = tmp_path / "x" / "1.0.0"
@@ -94,11 +94,11 @@ def digests(directory: Path) -> dict[str, str]:
 @pytest.mark.parametrize("buffer", (1 << 30, 4000, 1))
 def test_our_shuffle_is_the_one_of_tfds_whatever_it_holds_in_memory(corpus, tmp_path, monkeypatch, buffer):
     """`buffer`: all in memory; spilled once; each file split down to single records."""
-    from data.tfds_builders import FolderCorpus
+    from data.sources.tfds_builders import FolderCorpus
 
     theirs = FolderCorpus(root=str(corpus[0]), validation_fraction=0.3, data_dir=str(tmp_path / "theirs"))
     theirs.download_and_prepare()
-    monkeypatch.setattr("data.shuffling.BUFFER", buffer)
+    monkeypatch.setattr("data.sources.shuffling.BUFFER", buffer)
     ours = documents(folder_config(corpus[0], tmp_path / "ours"), "train").directory
     assert digests(ours) == digests(Path(theirs.data_dir))
     left = [path for path in (tmp_path / "ours").rglob("*") if "shuffle" in path.name]
@@ -108,9 +108,9 @@ def test_our_shuffle_is_the_one_of_tfds_whatever_it_holds_in_memory(corpus, tmp_
 def test_shuffle_keeps_integer_keys_in_order_and_finds_duplicates(tmp_path, monkeypatch):
     from tensorflow_datasets.core.shuffle import DuplicatedKeysError
 
-    from data.shuffling import Shuffler
+    from data.sources.shuffling import Shuffler
 
-    monkeypatch.setattr("data.shuffling.BUFFER", 50)
+    monkeypatch.setattr("data.sources.shuffling.BUFFER", 50)
     ordered = Shuffler(tmp_path, "salt", disable_shuffling=True)
     for key in (5, 1, 300, 2):
         ordered.add(key, b"x" * 20)
@@ -128,11 +128,11 @@ def test_shuffle_keeps_integer_keys_in_order_and_finds_duplicates(tmp_path, monk
 MEMORY = """
 import sys, threading
 from pathlib import Path
-import data.shuffling
+import data.sources.shuffling
 from data.config import DataConfig
-from data.sources import Corpus
+from data.sources.corpus import Corpus
 
-data.shuffling.BUFFER = 1 << 20
+data.sources.shuffling.BUFFER = 1 << 20
 peak, done = 0, threading.Event()
 
 def watch():

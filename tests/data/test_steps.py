@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data.steps.passes as passes
+import data.curation.passes as passes
 from configs.cli import main
 from data.cache import verify
 from data.config import DataConfig
+from data.curation.base import Corpus as Seen
+from data.curation.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, Sample
+from data.curation.dedup import Clusters, DedupExactStep, chance, choose_bands, normalized
+from data.curation.optimize import OptimizedCorpus
+from data.curation.page import page
+from data.curation.parse import parse_steps
+from data.curation.pii import MaskPIIStep
+from data.curation.quality import FilterQualityStep, features
+from data.curation.report import check_report, line_of
+from data.curation.sample import SampleStep
 from data.errors import DataError
-from data.optimize import OptimizedCorpus
 from data.pipeline import prepare
-from data.sources import Corpus, documents
-from data.steps.base import Corpus as Seen
-from data.steps.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, Sample
-from data.steps.dedup import Clusters, DedupExactStep, chance, choose_bands, normalized
-from data.steps.page import page
-from data.steps.parse import parse_steps
-from data.steps.pii import MaskPIIStep
-from data.steps.quality import FilterQualityStep, features
-from data.steps.report import check_report, line_of
-from data.steps.sample import SampleStep
+from data.sources.corpus import Corpus, documents
 from scripts.data_report import data_report
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data.shards
-import data.store
+import data.tokens.shards
+import data.tokens.store
 from data.config import TokenizerConfig
-from data.encoding import Encoded, TextEncoder, TextEncoding
 from data.errors import DataError
-from data.loader import Loader
-from data.mapped import ALIGN, first_entries, mapped
+from data.loading.loader import Loader
 from data.pipeline import follow, prepare
-from data.sources import documents
-from data.store import TokenStore, write_store
-from data.tokenizer import train_tokenizer
+from data.sources.corpus import documents
+from data.tokens.encoding import Encoded, TextEncoder, TextEncoding
+from data.tokens.joined_memmap import ALIGN, first_entries, mapped
+from data.tokens.store import TokenStore, write_store
+from data.tokens.tokenizer import train_tokenizer
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(data.store, "JOB_BYTES", 1000)
+    monkeypatch.setattr(data.tokens.store, "JOB_BYTES", 1000)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def test_a_weighted_store_has_a_weight_for_each_entry(corpus, tmp_path, small_sh
 
 
 def test_several_files_read_as_the_one(corpus, prepared, tmp_path, monkeypatch, small_shards):
-    monkeypatch.setattr(data.store, "FILE_BYTES", 4000)
+    monkeypatch.setattr(data.tokens.store, "FILE_BYTES", 4000)
     config = replace(folder_config(*corpus), cache_dir=str(tmp_path / "cache"))
     parts = prepare(config, BYTES, progress=False)
     one, several = train_of(prepared), train_of(parts)
@@ -132,7 +132,7 @@ def test_mapped_files_begin_where_they_are_said_to(tmp_path):
 
 
 def counting(made: list[int]):
-    inner = data.shards.local_engine(1)
+    inner = data.tokens.shards.local_engine(1)
 
     def engine(work, shards):
         made.extend(shards)
@@ -168,7 +168,7 @@ def test_only_sound_shards_are_taken_over(corpus, tmp_path, small_shards, harm):
 
 def test_shards_of_other_inputs_are_thrown_away(corpus, tmp_path, small_shards):
     def dies(work, shards):
-        yield from data.shards.local_engine(1)(work, {0: shards[0]})
+        yield from data.tokens.shards.local_engine(1)(work, {0: shards[0]})
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -181,11 +181,11 @@ def test_shards_of_other_inputs_are_thrown_away(corpus, tmp_path, small_shards):
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-import data.shards, data.store
+import data.tokens.shards, data.tokens.store
 from data.config import DataConfig, TokenizerConfig
 from data.pipeline import prepare
 
-data.store.JOB_BYTES = 1000
+data.tokens.store.JOB_BYTES = 1000
 if __name__ == "__main__":
     config = DataConfig(
         source="folder", path={folder!r}, cache_dir={cache!r}, validation_fraction=0.3, workers=2
@@ -193,11 +193,11 @@ if __name__ == "__main__":
     prepare(config, TokenizerConfig(kind="byte"))
 else:  # a worker, slow enough to be killed in mid-work
     import time
-    write = data.shards.write_shard
+    write = data.tokens.shards.write_shard
     def slowly(*args):
         time.sleep(0.02)
         return write(*args)
-    data.shards.write_shard = slowly
+    data.tokens.shards.write_shard = slowly
 """
 
 
@@ -255,9 +255,9 @@ def test_a_process_that_follows_refuses_another_tokenizer(prepared, tmp_path):
 def test_a_corpus_shuffled_through_files_is_the_one_shuffled_in_memory(
     corpus, prepared, tmp_path, monkeypatch
 ):
-    import data.shuffling
+    import data.sources.shuffling
 
-    monkeypatch.setattr(data.shuffling, "BUFFER", 1500)
+    monkeypatch.setattr(data.sources.shuffling, "BUFFER", 1500)
     config = replace(folder_config(*corpus), cache_dir=str(tmp_path / "cache"))
     for split in ("train", "validation"):
         assert list(documents(config, split)) == list(documents(folder_config(*corpus), split))

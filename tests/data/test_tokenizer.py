@@ -7,7 +7,7 @@ import pytest
 
 from data.config import TokenizerConfig
 from data.errors import DataError
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokens.tokenizer import load_tokenizer, train_tokenizer
 from tests.data.corpora import some_texts
 
 TEXTS = [
@@ -73,7 +73,7 @@ def test_save_and_load_keep_digest_and_ids(bpe, tmp_path):
 
 def test_training_gives_the_same_tokenizer_in_another_process(bpe):
     code = (
-        "from data.config import TokenizerConfig; from data.tokenizer import train_tokenizer;"
+        "from data.config import TokenizerConfig; from data.tokens.tokenizer import train_tokenizer;"
         "from tests.data.corpora import some_texts;"
         "print(train_tokenizer(some_texts(50), TokenizerConfig(vocab_size=320)).digest)"
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import drift
 from data.config import TokenizerConfig
-from data.drift import Sample, compare, findings, sample
+from data.curation import drift
+from data.curation.drift import Sample, compare, findings, sample
 from data.errors import DataError
-from data.store import TokenStore
-from data.tokenizer import train_tokenizer
+from data.tokens.store import TokenStore
+from data.tokens.tokenizer import train_tokenizer
 from scripts.drift_page import page
 from scripts.drift_report import beginnings, main
 

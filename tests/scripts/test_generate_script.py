@@ -10,7 +10,7 @@ import yaml
 
 from configs.schema import Config
 from data.config import TokenizerConfig
-from data.tokenizer import train_tokenizer
+from data.tokens.tokenizer import train_tokenizer
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model

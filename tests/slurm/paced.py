@@ -11,7 +11,7 @@ if __name__ == "__main__":  # a process that it spawns imports this file under a
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.parent)
     pause = float(os.environ.get("PAUSE", "0"))
-    from data.loader import Loader
+    from data.loading.loader import Loader
 
     batch = Loader.batch
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from configs.legal import legal
-from data.loader import Loader
+from data.loading.loader import Loader
 from data.pipeline import prepare
 from parallel.autoscale import TooFew
 from scripts import autoscale as script
@@ -267,7 +267,7 @@ def test_devices_8_4_6_8_of_one_process_give_the_losses_of_8(ground, monkeypatch
 WITNESS = """
 import hashlib, json, os, runpy, sys
 sys.path.insert(0, os.getcwd())
-from data.loader import Loader
+from data.loading.loader import Loader
 batch = Loader.batch
 
 def watched(self, step, rows=None):

@@ -12,7 +12,7 @@ import training.job
 import training.loop
 import training.program
 from data.errors import DataError
-from data.loader import Loader
+from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
 from training.checkpoint import Checkpoints

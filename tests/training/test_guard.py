@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import training.program
-from data.loader import Loader
+from data.loading.loader import Loader
 from optim.config import AdamWConfig, MuonConfig
 from parallel.schedules.accumulate import Plain
 from tests.parallel.small import make_config, make_program, packed_batch, place

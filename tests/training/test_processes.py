@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.errors import DataError
-from data.loader import Loader, eval_batches
+from data.loading.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
 from serving.samples import write_samples
 from tests.training.ground import ROOT

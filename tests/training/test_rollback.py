@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import training.loop
-from data.loader import Loader
+from data.loading.loader import Loader
 from tests.training.ground import make_ground
 from tests.training.test_processes import finish, job
 from training.errors import RunFault

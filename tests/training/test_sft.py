@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, TokenizerConfig
-from data.loader import Loader
+from data.loading.loader import Loader
 from data.pipeline import prepare
 from models.config import ModelConfig
 from models.ops import Ops

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import data.store
-from data.beam import beam_engine
+import data.tokens.store
 from data.config import TokenizerConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.shards import local_engine
+from data.tokens.beam import beam_engine
+from data.tokens.shards import local_engine
 from scripts.prepare_data import beam_options
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from tests.data.extras import require
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(autouse=True)
 def beam(monkeypatch):
     require("apache_beam", "beam")
-    monkeypatch.setattr(data.store, "JOB_BYTES", 1000)
+    monkeypatch.setattr(data.tokens.store, "JOB_BYTES", 1000)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

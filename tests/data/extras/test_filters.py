@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.curation.base import Corpus as Seen
+from data.curation.config import DedupMinhash, FilterLanguage, FilterLearned
+from data.curation.optimize import OptimizedCorpus
 from data.errors import DataError
-from data.optimize import OptimizedCorpus
-from data.steps.base import Corpus as Seen
-from data.steps.config import DedupMinhash, FilterLanguage, FilterLearned
 from tests.data.extras import require
 
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated")  # tfds, of protobuf's newest
@@ -51,7 +51,7 @@ def planted(distinct: int, pairs: dict[tuple[int, int], int], seed: int = 0) -> 
 
 def test_near_duplicates_of_a_planted_set_are_found_and_the_others_kept():
     require("rensa", "filters")
-    from data.steps.dedup import DedupMinhashStep
+    from data.curation.dedup import DedupMinhashStep
 
     # Jaccard 0.85, 0.9, 0.95 and 0.7, 0.6, 0.5, by construction.
     pairs = {
@@ -88,7 +88,7 @@ def test_near_duplicates_of_a_planted_set_are_found_and_the_others_kept():
 
 def test_characters_are_shingles_where_words_have_no_blanks():
     require("rensa", "filters")
-    from data.steps.dedup import DedupMinhashStep
+    from data.curation.dedup import DedupMinhashStep
 
     rng = random.Random(0)
     text = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(400))
@@ -152,7 +152,7 @@ def test_documents_in_other_languages_go(tmp_path):
 
 def test_an_uncertain_language_goes_and_an_unknown_one_is_refused():
     require("py3langid", "filters")
-    from data.steps.language import FilterLanguageStep
+    from data.curation.language import FilterLanguageStep
 
     step = FilterLanguageStep(FilterLanguage(keep=("en",), min_probability=0.999))
     assert step.apply(ENGLISH * 3).reason is None
@@ -211,7 +211,7 @@ def test_the_learned_filter_keeps_what_is_like_the_good_examples(how, tmp_path, 
 
 def test_training_the_filter_again_gives_the_same_model(example_files):
     require("sklearn", "filters")
-    from data.steps.learned import train
+    from data.curation.learned import train
 
     config = FilterLearned(
         good=tuple(example_files["good"]), bad=tuple(example_files["bad"]), keep=0.5, features=500

@@ -9,7 +9,7 @@ import pytest
 from data.config import DataConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.sources import documents
+from data.sources.corpus import documents
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
 

@@ -10,9 +10,9 @@ import pytest
 from data.config import DataConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.records import text_record, write_prepared
-from data.remote import Mirror
-from data.sources import documents
+from data.sources.array_record import text_record, write_prepared
+from data.sources.corpus import documents
+from data.sources.remote import Mirror
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from tests.data.extras import require
 from tests.s3 import bucket

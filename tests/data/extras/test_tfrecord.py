@@ -13,9 +13,9 @@ import pytest
 from data.config import DataConfig
 from data.errors import DataError
 from data.pipeline import prepare
-from data.records import read_records
-from data.source_tfrecord import TFRecordReader
-from data.sources import Corpus, documents
+from data.sources.array_record import read_records
+from data.sources.corpus import Corpus, documents
+from data.sources.tfrecord import TFRecordReader
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
 
@@ -145,8 +145,8 @@ def test_the_trainer_never_imports_tensorflow(written, tmp_path):
     code = f"""
 import sys
 from data.config import DataConfig
-from data.source_tfrecord import TFRecordReader
-from data.sources import documents
+from data.sources.tfrecord import TFRecordReader
+from data.sources.corpus import documents
 config = DataConfig(source="tfds", path={str(written["tfrecord"])!r}, cache_dir={str(tmp_path)!r})
 print(len(documents(config, "train")), "tensorflow" in sys.modules)
 """

@@ -1,0 +1,1 @@
+"""What is done to a corpus before it is tokenized, and how two corpora compare; training does without."""

@@ -1,0 +1,311 @@
+"""The steps by name and their parameters, with what each value may be; `data.curation.parse` reads them.
+
+Nothing heavy is imported here: a typo in a step is answered before anything is read.
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import ClassVar, get_args
+
+# Features of a document that `filter_quality` may bound; `data.steps.quality` computes and explains them.
+FEATURES = (
+    "words",
+    "mean_word_length",
+    "symbols_per_word",
+    "alphabetic_words",
+    "stop_words",
+    "unique_words",
+    "lines",
+    "sentences",
+    "bullet_lines",
+    "ellipsis_lines",
+    "punctuated_lines",
+    "short_lines",
+    "duplicate_lines",
+    "duplicate_line_characters",
+    "duplicate_paragraphs",
+    "top_bigram",
+    "duplicate_5grams",
+    "digits",
+    "uppercase",
+    "braces",
+)
+PII_KINDS = ("email", "phone", "ip", "card", "iban", "credentials", "secret")
+Number = int | float  # a checker at run time takes no int for a float
+CODECS = ("zstd", "brotli", "snappy", "none")
+UNITS = ("word", "character")
+
+# Feature → (least, most). What the papers filter by document; thresholds on shares are of 1.
+PRESETS: dict[str, dict[str, tuple[Number | None, Number | None]]] = {
+    "none": {},
+    "gopher": {  # Rae et al. 2021, table A1 and appendix A.1.1
+        "words": (50, 100_000),
+        "mean_word_length": (3, 10),
+        "symbols_per_word": (None, 0.1),
+        "bullet_lines": (None, 0.9),
+        "ellipsis_lines": (None, 0.3),
+        "alphabetic_words": (0.8, None),
+        "stop_words": (2, None),
+        "duplicate_lines": (None, 0.3),
+        "duplicate_line_characters": (None, 0.2),
+        "duplicate_paragraphs": (None, 0.3),
+        "top_bigram": (None, 0.2),
+        "duplicate_5grams": (None, 0.15),
+    },
+    "c4": {  # Raffel et al. 2020, section 2.2; its rule on lines as a share of a document's lines
+        "punctuated_lines": (0.5, None),
+        "sentences": (3, None),
+        "braces": (None, 0),
+    },
+    "fineweb": {  # Penedo et al. 2024, section 3.6
+        "punctuated_lines": (0.12, None),
+        "duplicate_line_characters": (None, 0.1),
+        "short_lines": (None, 0.67),
+    },
+}
+
+
+def near(word: str, allowed: Iterable[str]) -> str:
+    """Return the remedy for a misspelt word, empty where nothing is like it."""
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{near(str(value), allowed)}")
+
+
+def _within(key: str, value: Number | None, low: Number, high: Number = math.inf) -> None:
+    if value is not None and not (low <= value <= high):
+        limit = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        raise ValueError(f"{key}={value} is out of range; use {limit}")
+
+
+def _share(key: str, value: Number) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{key}={value} must lie above 0 and be at most 1, as 0.5 is")
+
+
+def _ordered(low: str, least: Number | None, high: str, most: Number | None) -> None:
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"{low}={least} is more than {high}={most}; no document could pass")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Keep a share of the train documents, chosen by content, of every stratum alike."""
+
+    step: ClassVar[str] = "sample"
+    fraction: float  # of the train documents that are kept
+    seed: int = 0  # another seed chooses others
+    by: str | None = None  # a field of the records whose values are strata; path: its first `depth` parts
+    depth: int = 1  # by=path: parts of the path that name a stratum
+
+    def __post_init__(self) -> None:
+        _share("fraction", self.fraction)
+        _within("seed", self.seed, 0)
+        _within("depth", self.depth, 1)
+
+
+@dataclass(frozen=True)
+class DedupExact:
+    """Keep the first of documents whose text is the same."""
+
+    step: ClassVar[str] = "dedup_exact"
+    normalize: bool = True  # compare NFC with runs of white space as one blank; false: every byte counts
+
+
+@dataclass(frozen=True)
+class DedupMinhash:
+    """Keep the first of documents that share most of their shingles."""
+
+    step: ClassVar[str] = "dedup_minhash"
+    threshold: float = 0.8  # Jaccard similarity of the sets of shingles from which on two are duplicates
+    ngram: int = 5  # units in a shingle
+    unit: str = "word"  # word | character: what a shingle is made of; character where words have no blanks
+    permutations: int = 256  # hashes of a signature, shared out over bands
+    recall: float = 0.99  # of pairs right at the threshold, the share that bands must find
+    seed: int = 0  # of the hashes
+
+    def __post_init__(self) -> None:
+        _share("threshold", self.threshold)
+        _within("ngram", self.ngram, 1, 100)
+        one_of("unit", self.unit, UNITS)
+        _within("permutations", self.permutations, 16, 4096)
+        _within("recall", self.recall, 0.5, 0.9999)
+        _within("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class FilterLength:
+    """Drop documents that are too short or too long; a bound of null does not bind."""
+
+    step: ClassVar[str] = "filter_length"
+    min_characters: int | None = None
+    max_characters: int | None = None
+    min_words: int | None = None  # runs of what is no white space
+    max_words: int | None = None
+    min_tokens: int | None = None  # estimated as UTF-8 bytes / 4, since no tokenizer is there yet
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for unit in ("characters", "words", "tokens"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            _within(f"min_{unit}", least, 0)
+            _within(f"max_{unit}", most, 1)
+            _ordered(f"min_{unit}", least, f"max_{unit}", most)
+        if all(getattr(self, field.name) is None for field in fields(self)):
+            raise ValueError("filter_length has no bound; give one, such as min_words: 20")
+
+
+@dataclass(frozen=True)
+class FilterQuality:
+    """Drop documents that a feature shows to be no prose: thresholds of a paper, of your own, or both."""
+
+    step: ClassVar[str] = "filter_quality"
+    preset: str = "none"  # none | gopher | c4 | fineweb: a paper's thresholds
+    min: tuple[tuple[str, float | None], ...] = ()  # feature: least value; null takes a preset's away
+    max: tuple[tuple[str, float | None], ...] = ()  # feature: greatest value
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, tuple(PRESETS))
+        for bound in ("min", "max"):
+            for name, _ in getattr(self, bound):
+                if name not in FEATURES:
+                    raise ValueError(
+                        f"{bound}.{name} is no feature"
+                        + (near(name, FEATURES) or f"; use {', '.join(FEATURES)}")
+                    )
+        limits = self.limits()
+        if not limits:
+            raise ValueError("filter_quality has no threshold; give a preset, or min or max of a feature")
+        for name, (least, most) in limits.items():
+            _ordered(f"min.{name}", least, f"max.{name}", most)
+
+    def limits(self) -> dict[str, tuple[Number | None, Number | None]]:
+        """Return feature → (least, most), the preset's where no own one is given."""
+        least, most = dict(self.min), dict(self.max)
+        preset = PRESETS[self.preset]
+        found = {}
+        for name in FEATURES:
+            low, high = preset.get(name, (None, None))
+            pair = (least.get(name, low), most.get(name, high))
+            if pair != (None, None):
+                found[name] = pair
+        return found
+
+
+@dataclass(frozen=True)
+class FilterLanguage:
+    """Keep documents in some languages, as py3langid tells them."""
+
+    step: ClassVar[str] = "filter_language"
+    keep: tuple[str, ...]  # ISO 639-1 codes
+    min_probability: float = 0.5  # that py3langid must give its answer
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise ValueError("keep is empty; name a language, such as keep: [en]")
+        _within("min_probability", self.min_probability, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FilterLearned:
+    """Keep what a linear classifier, trained on examples of good and bad documents, scores best."""
+
+    step: ClassVar[str] = "filter_learned"
+    good: tuple[str, ...]  # .jsonl(.gz|.zst) files of documents to keep
+    bad: tuple[str, ...]  # the same of documents to drop
+    keep: float | None = (
+        None  # share of the train documents that is kept; its lowest score holds for both splits
+    )
+    min_score: float | None = None  # instead of `keep`: the least probability of being good
+    text_key: str = "text"  # the field of the example files
+    features: int = 20_000  # n-grams that chi-squared selects
+    inverse_penalty: float = 1.0  # C of the logistic regression
+    held_out: float = 0.2  # share of the examples that precision, recall and AUC are measured on
+    seed: int = 0  # another seed holds out others
+
+    def __post_init__(self) -> None:
+        for name in ("good", "bad"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name a .jsonl file of example documents")
+            paths = tuple(os.path.expanduser(path) for path in getattr(self, name))
+            object.__setattr__(self, name, paths)
+        if (self.keep is None) == (self.min_score is None):
+            raise ValueError("give either keep, a share such as 0.5, or min_score, a probability such as 0.5")
+        if self.keep is not None:
+            _share("keep", self.keep)
+        _within("min_score", self.min_score, 0.0, 1.0)
+        _within("features", self.features, 10, 1 << 20)
+        _within("inverse_penalty", self.inverse_penalty, 1e-6, 1e6)
+        _within("held_out", self.held_out, 0.05, 0.5)
+        _within("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class MaskPII:
+    """Put a placeholder where a document gives somebody away."""
+
+    step: ClassVar[str] = "mask_pii"
+    kinds: tuple[str, ...] = ("email", "phone", "ip", "card", "iban")  # credentials and secret as well
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ValueError(f"kinds is empty; use some of {', '.join(PII_KINDS)}")
+        for kind in self.kinds:
+            one_of("kinds", kind, PII_KINDS)
+
+
+@dataclass(frozen=True)
+class Compress:
+    """How ArrayRecord compresses what the steps leave."""
+
+    step: ClassVar[str] = "compress"
+    codec: str = "zstd"  # zstd | brotli | snappy | none
+    level: int | None = None  # zstd: 1 to 22, 3 if null; brotli: 0 to 11, 6 if null
+    group: int = 1  # documents compressed together: smaller files, but one read unpacks them all
+
+    def __post_init__(self) -> None:
+        one_of("codec", self.codec, CODECS)
+        limits = {"zstd": (1, 22), "brotli": (0, 11)}
+        if self.codec in limits:
+            _within("level", self.level, *limits[self.codec])
+        elif self.level is not None:
+            raise ValueError(f"level={self.level} has no effect on codec={self.codec}; leave it out")
+        _within("group", self.group, 1, 65_536)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Into how many files the result is divided: a file is full with either bound."""
+
+    step: ClassVar[str] = "shard"
+    documents: int | None = None  # documents in a file
+    megabytes: float | None = None  # 10^6 bytes of records in a file, before compression
+
+    def __post_init__(self) -> None:
+        if self.documents is None and self.megabytes is None:
+            raise ValueError("shard has no bound; give documents or megabytes")
+        _within("documents", self.documents, 1)
+        _within("megabytes", self.megabytes, 0.001)
+
+
+Step = (
+    Sample
+    | DedupExact
+    | DedupMinhash
+    | FilterLength
+    | FilterQuality
+    | FilterLanguage
+    | FilterLearned
+    | MaskPII
+    | Compress
+    | Shard
+)
+STEPS: dict[str, type] = {kind.step: kind for kind in get_args(Step)}

@@ -1,0 +1,1 @@
+"""From stored tokens to the batch of a step: order, mixture, packing."""

@@ -1,0 +1,437 @@
+"""Batches: by step from a token store (`cached`), or in order from documents (`streaming`).
+
+A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32; 0 pads, 1.. number a row's
+pieces) and loss_weights (float32).
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.loading.ahead import Ahead
+from data.loading.curriculum import cut_pieces, longest_piece
+from data.loading.input_timing import Seconds, Stages, copying, stage
+from data.loading.mixture import Interleaving, components
+from data.loading.packing import FITS, Plan, empty_batch, fill, make_plan, permutation
+from data.loading.plan_cache import kept_plan
+from data.loading.streaming import Shards, Stream, open_stream
+from data.prepared import Prepared
+from data.tokens.store import TokenStore
+
+DOCUMENTS, ROWS = 0, 1  # what a permutation's key is for
+NEAR = 8  # in the last 1/8 of an epoch the next one's plan is made
+ALWAYS = [(0, 1.0)]  # the weight of a corpus alone
+Batch = dict[str, np.ndarray]
+Rows = slice | np.ndarray | None  # of a global batch: a range, increasing row numbers, or all
+
+
+class Loader:
+    """Batches of `global_batch_size` rows, the same whatever the number of hosts: each asks for its own rows.
+
+    Cached: `batch(step)` is a pure function of (seed, step); steps count from 0 and may come in any order.
+    Every epoch visits documents and rows in another order, its last row padded, and a batch may span two
+    epochs. Of a mixture each component has epochs of its own. Streaming: steps are asked for in order, and
+    `restore(state())` goes on with exactly the next batch.
+    """
+
+    def __init__(
+        self,
+        source: Prepared | TokenStore | Mapping[str, TokenStore],
+        data: DataConfig,
+        *,
+        global_batch_size: int,
+        seed: int,
+        split: str = "train",
+        num_steps: int = 0,
+    ):
+        """`source`: what was prepared, a store, or the stores of a mixture's components by name.
+
+        Raises DataError where a component would be read more often than its `epochs` in `num_steps`, or
+        `data.virtual_shards` cannot share the batch.
+        """
+        self.data, self.batch_size, self.seed = data, global_batch_size, seed
+        self._step, self.num_steps = 0, num_steps
+        self._leaps: list[tuple[int, int]] = []  # from which step on how many batches are left out
+        self._stream: Stream | Shards | None = None
+        if isinstance(source, Prepared) and source.documents is not None and split == "train":
+            self._stream = open_stream(source.documents, source.tokenizer, data, global_batch_size, seed)
+            return
+        self._stores = _stores(source, split)
+        self._epochs = [_Epochs(store, data, seed) for store in self._stores.values()]
+        self._parts = components(data) if data.mixture else {}
+        assert not self._parts or list(self._parts) == list(self._stores), "stores are those of the mixture"
+        self._order = Interleaving(
+            [part.weight for part in self._parts.values()] or [ALWAYS], self.batch_size
+        )
+        for number, (name, part) in enumerate(self._parts.items()):
+            if part.epochs is not None:
+                self._check_epochs(number, name, part.epochs)
+
+    def batch(self, step: int, rows: Rows = None) -> Batch:
+        """Return the batch of a 0-based step, or only the given rows of it: each array [B, T].
+
+        `rows`: a slice or increasing row numbers; cached rows that are not asked for cost nothing.
+        """
+        number = step + self.left_out(step)
+        batch = self._cached(number, rows) if self._stream is None else self._streamed(number, rows)
+        self._step = step + 1
+        longest = longest_piece(self.data.curriculum, step, self.data.seq_len)
+        if longest < self.data.seq_len:
+            cut_pieces(batch, longest)
+        return batch
+
+    def leave_out(self, step: int, batches: int) -> None:
+        """From a step on, leave out so many batches more: it gets the one that step + batches would have had.
+
+        Raises DataError where a mixture's component would be read too often.
+        """
+        left_out = self.left_out(step) + batches
+        self._leaps = [leap for leap in self._leaps if leap[0] < step] + [(step, left_out)]
+        for number, (name, part) in enumerate(self._parts.items() if self._stream is None else ()):
+            if part.epochs is not None:
+                self._check_epochs(number, name, part.epochs)
+
+    def left_out(self, step: int) -> int:
+        """Return how many batches before that of a step are left out."""
+        return next((count for first, count in reversed(self._leaps) if first <= step), 0)
+
+    def _streamed(self, number: int, rows: Rows) -> Batch:
+        assert self._stream is not None
+        while self._stream.step < number and self._leaps:
+            self._stream.batch(self._stream.step, rows)
+        return self._stream.batch(number, rows)
+
+    def _cached(self, step: int, rows: Rows) -> Batch:
+        everything = slice(None) if rows is None else rows
+        first = step * self.batch_size
+        if not self._parts:
+            wanted = np.arange(first, first + self.batch_size)[everything]
+            batch = empty_batch(len(wanted), self.data.seq_len)
+            self._fill(batch, 0, np.arange(len(wanted)), wanted)
+            return batch
+        component, row = (x[everything] for x in self._order.rows(first, self.batch_size))
+        batch = empty_batch(len(row), self.data.seq_len)
+        for number in range(len(self._epochs)):
+            where = np.flatnonzero(component == number)
+            self._fill(batch, number, where, row[where])
+        return batch
+
+    def _fill(self, batch: Batch, number: int, where: np.ndarray, wanted: np.ndarray) -> None:
+        """Fill the batch's rows `where` with the increasing rows `wanted` of a component."""
+        store, epochs = self._epochs[number].store, self._epochs[number]
+        while len(wanted):
+            plan, order, first, end = epochs.containing(int(wanted[0]))
+            here = int(np.searchsorted(wanted, end))
+            rows = order[wanted[:here] - first]
+            fill(batch, where[:here], store.tokens, plan, rows, weights=store.weights)
+            where, wanted = where[here:], wanted[here:]
+
+    def _check_epochs(self, number: int, name: str, limit: float) -> None:
+        epochs = self._epochs[number]
+        batches = self.num_steps + self.left_out(self.num_steps)
+        needed = int(self._order.taken(batches * self.batch_size)[number])
+        if needed <= limit * epochs.least_rows:  # so that no plan is made only to find that there is enough
+            return
+        allowed = epochs.rows_of(limit)
+        if needed > allowed:
+            read, key = epochs.epochs_of(needed), f"data.mixture.{name}"
+            raise DataError(
+                f"{key}.epochs={limit:g}: training.num_steps={self.num_steps} reads {needed:,} "
+                f"rows of it, {read:.2f} epochs; use at most {self._order.last_step(number, allowed):,} "
+                f"steps, a lower {key}.weight, or {key}.epochs={_rounded_up(read):g}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return where the loader stands, json-able: after the last batch asked for.
+
+        With `data.virtual_shards`, of those shards whose rows were asked for: `merged` makes them whole.
+        """
+        if self._stream is not None:
+            return self._stream.state()
+        return {"mode": "cached", "step": self._step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after a state. Raises DataError where it was made with another mode, batch size or shards."""
+        if state.get("mode") != self.data.mode:
+            raise DataError(
+                f"data.mode={self.data.mode} cannot go on from a position saved in mode {state.get('mode')}; "
+                "keep the mode, or start a new run with run.name="
+            )
+        if self._stream is not None:
+            self._stream.restore(state)
+        self._step = int(state["step"])
+
+    def check_rows(self, rows: Rows) -> None:
+        """Raise DataError where a host that asks for these rows of each batch would split a virtual shard."""
+        if isinstance(self._stream, Shards):
+            self._stream.of_rows(rows)
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Return each component's share of all rows before a step; nothing without a mixture."""
+        if self._stream is not None or not self._parts or step == 0:
+            return {}
+        taken = np.zeros(len(self._parts))
+        for first, end in pairwise([0, *(leap for leap, _ in self._leaps if 0 < leap < step), step]):
+            before, after = ((x + self.left_out(first)) * self.batch_size for x in (first, end))
+            taken += self._order.taken(after) - self._order.taken(before)
+        return dict(zip(self._parts, (taken / taken.sum()).tolist(), strict=True))
+
+    def fill_rate(self) -> float | None:
+        """Return the share of positions that hold tokens, in each first epoch; None for a stream."""
+        if self._stream is not None:
+            return None
+        tokens = sum(store.num_tokens for store in self._stores.values())
+        return tokens / (sum(epochs.rows_of(1.0) for epochs in self._epochs) * self.data.seq_len)
+
+    def describe(self) -> str:
+        """Say in one line what is read and how."""
+        data, grows = self.data, ""
+        if data.curriculum:
+            grows = ", pieces of " + ", ".join(f"{n} from step {first}" for first, n in data.curriculum)
+        if self._stream is not None:
+            shards = f", {data.virtual_shards} virtual shards" if data.virtual_shards else ""
+            return (
+                f"streaming, concat: {self._stream.num_documents:,} documents in rows of {data.seq_len}"
+                f"{shards}{grows}"
+            )
+        said = [self._said(number, name) for number, name in enumerate(self._stores)]
+        return f"cached, {data.packing}: {'; '.join(said)}{grows}"
+
+    def _said(self, number: int, name: str) -> str:
+        store, epochs = self._epochs[number].store, self._epochs[number]
+        rows = epochs.rows_of(1.0)
+        full = store.num_tokens / (rows * self.data.seq_len)
+        learnt = ""
+        if store.weights is not None:
+            cut = int((store.lengths > self.data.seq_len).sum())
+            learnt = f" ({np.count_nonzero(store.weights) / store.num_tokens:.1%} learnt)"
+            learnt += f", {cut:,} longer than a row and cut," if cut and self.data.packing != "concat" else ""
+        line = (
+            f"{store.num_documents:,} documents, {store.num_tokens:,} tokens{learnt} in "
+            f"{rows:,} rows of {self.data.seq_len} ({full:.1%} full)"
+        )
+        if not self._parts:
+            return f"{line}, {rows / self.batch_size:,.1f} steps an epoch"
+        if self.num_steps:
+            taken = int(self._order.taken(self.num_steps * self.batch_size)[number])
+            share = taken / (self.num_steps * self.batch_size)
+            return f"{name} {share:.2%} of rows, {taken / rows:.2f} epochs of {line}"
+        return f"{name}: {line}"
+
+
+def _stores(source: Prepared | TokenStore | Mapping[str, TokenStore], split: str) -> dict[str, TokenStore]:
+    """Return stores by the name of the component, in the order of names; "" is a corpus alone."""
+    if isinstance(source, TokenStore):
+        return {"": source}
+    if isinstance(source, Prepared):
+        parts = source.components or {"": source}
+        source = {name: getattr(part, split) for name, part in parts.items()}
+    assert all(store is not None for store in source.values())
+    return dict(sorted(source.items()))
+
+
+def _rounded_up(epochs: float) -> float:
+    return float(np.ceil(epochs * 100) / 100)
+
+
+class _Epochs:
+    """Plans by epoch, the last two kept: a step at an epoch's edge needs both."""
+
+    def __init__(self, store: TokenStore, data: DataConfig, seed: int):
+        self.store, self.data, self.seed = store, data, seed
+        self.kept: dict[int, tuple[Plan, np.ndarray]] = {}
+        self.ends: list[int] = []  # global rows at each epoch's end, as far as known
+        self.ahead = Ahead[tuple[Plan, np.ndarray]]()
+        self.least_rows = -(-store.num_tokens // data.seq_len)  # of any epoch, however it is packed
+
+    def containing(self, row: int) -> tuple[Plan, np.ndarray, int, int]:
+        """Return (plan, order of its rows, first global row, end) of the epoch that holds a global row."""
+        while not self.ends or self.ends[-1] <= row:
+            self._extend(row)
+        epoch = int(np.searchsorted(self.ends, row, side="right"))
+        plan, order = self._plan(epoch)
+        if self.ends[epoch] - row <= plan.num_rows // NEAR and epoch + 1 not in self.kept:
+            self.ahead.start(epoch + 1, lambda: self._made(epoch + 1))  # no step waits at the epoch's edge
+        return plan, order, self.ends[epoch] - plan.num_rows, self.ends[epoch]
+
+    def rows_of(self, epochs: float | int) -> int:
+        """Return how many rows so many epochs have, the first ones, rounded down."""
+        whole = int(epochs)
+        while len(self.ends) < epochs:
+            self._extend(self.ends[-1] if self.ends else 0)
+        before = self.ends[whole - 1] if whole else 0
+        return before if whole == epochs else before + int((epochs - whole) * (self.ends[whole] - before))
+
+    def epochs_of(self, rows: int) -> float:
+        """Return how many epochs the first so many rows are."""
+        _, _, first, end = self.containing(rows)
+        return int(np.searchsorted(self.ends, rows, side="right")) + (rows - first) / (end - first)
+
+    def _extend(self, row: int) -> None:
+        first = self.ends[-1] if self.ends else 0
+        if self.data.packing in FITS:  # its number of rows depends on the order: no closed form
+            self.ends.append(first + self._plan(len(self.ends))[0].num_rows)
+            return
+        rows = self._plan(0)[0].num_rows
+        more = (row - first) // rows + 1
+        self.ends += [first + rows * (i + 1) for i in range(more)]
+
+    def _plan(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        if epoch not in self.kept:
+            with stage("plan"):
+                made = self.ahead.take(epoch) or self._made(epoch)
+            while len(self.kept) >= 2:
+                del self.kept[next(iter(self.kept))]
+            self.kept[epoch] = made
+        return self.kept[epoch]
+
+    def _made(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        key = (self.seed, epoch, self.data.packing, self.data.seq_len)
+        plan = kept_plan(self.store, self.data.cache_dir, key, lambda: self._packed(epoch))
+        return plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
+
+    def _packed(self, epoch: int) -> Plan:
+        order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
+        starts, lengths = self.store.starts[order], self.store.lengths[order]
+        return make_plan(self.data.packing, starts, lengths, self.data.seq_len)
+
+
+class EvalBatches:
+    """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
+
+    Documents are concatenated whatever the training's packing, so that figures compare; conversations are
+    packed whole, so that an answer keeps its question. Rows come shuffled by a fixed key: the first few
+    batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
+    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. Raises DataError where there is none.
+    """
+
+    def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int):
+        self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
+        packing = "concat" if store.weights is None else "best_fit"
+        self.plan = make_plan(packing, store.starts, store.lengths, data.seq_len)
+        rows = permutation(self.plan.num_rows, 0)
+        self.rows = rows if max_batches < 0 else rows[: max_batches * batch_size]
+        if len(self.rows) == self.plan.num_rows and store.weights is None:
+            self.num_tokens, self.num_bytes = store.num_tokens, store.num_bytes
+        else:
+            self.num_tokens, self.num_bytes = self._covered()
+        if not self.num_bytes:
+            raise DataError(
+                f"eval.batches={max_batches} batches of {batch_size} rows hold nothing of an assistant; "
+                "use more, or -1 for the whole split"
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, rows: Rows = None) -> Iterator[Batch]:
+        """All of them, or only the given rows of each."""
+        return (self.batch(index, rows) for index in range(len(self)))
+
+    def batch(self, index: int, rows: Rows = None) -> Batch:
+        """Return one batch of [batch_size, seq_len] arrays, or only the given rows of it."""
+        wanted = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        wanted = wanted if rows is None else wanted[rows]
+        batch = empty_batch(len(wanted), self.seq_len)
+        real = np.flatnonzero(wanted < len(self.rows))
+        if len(real):  # a process may hold nothing but the last batch's padding
+            here = self.rows[wanted[real]]
+            fill(batch, real, self.store.tokens, self.plan, here, weights=self.store.weights)
+        return batch
+
+    def _covered(self) -> tuple[int, int]:
+        tokens = num_bytes = 0
+        for batch in self:
+            real = batch["loss_weights"] > 0
+            tokens += int(real.sum())
+            num_bytes += int(self.store.token_bytes[batch["targets"][real]].sum())
+        return tokens, num_bytes
+
+
+def eval_batches(
+    store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1
+) -> EvalBatches:
+    """Return the held-out batches, all of them where `max_batches` is -1. They can be gone through again."""
+    return EvalBatches(store, data, batch_size=batch_size, max_batches=max_batches)
+
+
+def held_out_batches(
+    prepared: Prepared, data: DataConfig, *, batch_size: int, max_batches: int = -1
+) -> dict[str, EvalBatches]:
+    """Return the held-out batches of each component of a mixture by name; "" is a corpus alone."""
+    stores = _stores(prepared, "validation")
+    return {
+        name: EvalBatches(store, data, batch_size=batch_size, max_batches=max_batches)
+        for name, store in stores.items()
+    }
+
+
+class Prefetcher:
+    """A thread that makes batches ahead, from step `start` on, `depth` at most waiting.
+
+    `place` (such as a copy to devices) is applied in the thread. What the thread raises, `next` raises.
+    `stages`: the seconds that the thread spent on the batch of the last `next`, by stage.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        start: int,
+        depth: int = 2,
+        rows: Rows = None,
+        place: Callable[[Batch], Any] = lambda batch: batch,
+    ):
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self.stages: Seconds = {}
+        self._thread = threading.Thread(target=self._work, args=(loader, start, rows, place), daemon=True)
+        self._thread.start()
+
+    def _work(self, loader: Loader, step: int, rows: Rows, place: Callable[[Batch], Any]) -> None:
+        stages = Stages()
+        try:
+            while not self._closed.is_set():
+                with stages.watching():
+                    with copying(stages):
+                        batch = loader.batch(step, rows)
+                    with stage("place"):
+                        placed = place(batch)
+                self._put((placed, loader.state(), stages.take()))
+                step += 1
+        except (
+            BaseException
+        ) as error:  # whatever it is, the consumer must hear of it rather than wait for ever
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def next(self) -> tuple[Any, float, dict[str, Any]]:
+        """Return (batch, seconds waited for it, the loader's state after it)."""
+        began = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._queue.put(item)  # a second call must not wait for ever either
+            raise item
+        batch, state, self.stages = item
+        return batch, time.perf_counter() - began, state
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._closed.set()
+        self._thread.join()

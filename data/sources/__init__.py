@@ -1,0 +1,1 @@
+"""Where text comes from: folders, TFDS, Hugging Face, synthetic; each gives documents."""

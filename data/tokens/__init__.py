@@ -1,0 +1,1 @@
+"""From documents to token ids: tokenizers, chat templates, and the store of tokens on disk."""

@@ -1,0 +1,333 @@
+"""Chat templates: a conversation as text, and which of its characters the assistant wrote.
+
+A template is Hugging Face's: Jinja, rendered in a sandbox with `messages`, `tools`, `add_generation_prompt`,
+`bos_token` and `eos_token`. What an assistant wrote is what stands in its `{% generation %}` blocks; where it
+has none, it is what each assistant turn adds to the rendering of the turns before it.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.tokens.tokenizer import SEPARATOR, Tokenizer
+
+# For vocabularies whose one special token is the separator, `bpe` and `byte` among them: it closes each turn,
+# and a role is what follows it. No new token, so a pretrained model's table fits; no text can write one.
+DEFAULT = (
+    "{% for message in messages %}"
+    "{% if tools or message['tool_calls'] %}"
+    "{{ raise_exception('the default template has no tools; give one that has by tokenizer.chat_template') }}"
+    "{% endif %}"
+    "{{ message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+)
+# `strftime_now` says this day always, Llama 3's own default: a rendering must not depend on when it is made.
+TODAY = datetime.datetime(2024, 7, 26)
+# Unicode's noncharacters, never for interchange: marks inside a rendering, taken out again before anyone
+# sees it.
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+
+Message = dict[str, Any]
+
+
+class TemplateRefusal(Exception):
+    """What a template says of a conversation that it cannot render."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    pieces: the text, cut where a message spells a special token, so that each piece can be tokenized with
+    specials and none of a message's becomes one. spans: [start, end) of what the assistant wrote, in
+    characters of the whole text, in order.
+    """
+
+    pieces: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template in use. `specials` are the vocabulary's special tokens; `name` says where it comes from."""
+
+    text: str
+    name: str
+    bos_token: str
+    eos_token: str
+    specials: tuple[str, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_compiled"}  # it does not travel to workers
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What decides a rendering, json-able."""
+        return {"text": self.text, "bos_token": self.bos_token, "eos_token": self.eos_token}
+
+    def save(self, directory: Path) -> None:
+        """Write it as `tokenizer_config.json` has it."""
+        config = {"bos_token": self.bos_token, "eos_token": self.eos_token, "chat_template": self.text}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    def check(self) -> None:
+        """Raise DataError where the template is no Jinja, so that it is said before anything is read."""
+        assert self._compiled is not None
+        if any(mark in self.text for mark in MARKS):
+            raise DataError(f"tokenizer.chat_template: {self.name} holds a noncharacter U+FDD0..U+FDEF")
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _compile(self.text, self.name)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def render(self, conversation: Mapping[str, Any]) -> Rendered:
+        """Render a conversation `{"messages": [...], "tools": [...]?}`.
+
+        Raises TemplateRefusal with the template's own words, or where it does not show what the assistant
+        wrote.
+        """
+        marks = _free_marks(conversation)
+        defused = self._defuse(conversation, marks[0])
+        spans: list[tuple[int, int]] | None = None
+        if GENERATION.search(self.text):
+            marked = self._jinja(defused, marks)
+        else:
+            marked, spans = self._by_prefixes(defused, marks)
+        rendered = _unmark(marked, marks, spans)
+        if not rendered.spans:
+            raise TemplateRefusal(f"the chat template {self.name} shows nothing that the assistant wrote")
+        return rendered
+
+    def prompt(self, conversation: Mapping[str, Any]) -> Rendered:
+        """Render what a model answers to: all turns and the head of the next."""
+        marks = _free_marks(conversation)
+        defused = self._defuse(conversation, marks[0])
+        return _unmark(self._jinja(defused, marks, prompting=True), marks, None)
+
+    def _defuse(self, value: Any, mark: str) -> Any:
+        """Put a mark behind the first character of every special token that a text of the value spells."""
+        if isinstance(value, str):
+            pattern = self._special_pattern
+            return pattern.sub(lambda found: _broken(found[0], mark), value) if pattern else value
+        if isinstance(value, Mapping):
+            return {self._defuse(key, mark): self._defuse(item, mark) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._defuse(item, mark) for item in value]
+        return value
+
+    def _jinja(
+        self, conversation: Mapping[str, Any], marks: Sequence[str], *, prompting: bool = False
+    ) -> str:
+        import jinja2
+
+        try:
+            return self._compiled.render(
+                messages=conversation["messages"],
+                tools=conversation.get("tools"),
+                documents=None,
+                add_generation_prompt=prompting,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+                _open=marks[1],
+                _close=marks[2],
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise TemplateRefusal(f"the chat template {self.name} refuses it: {reason}") from None
+
+    def _by_prefixes(
+        self, conversation: Mapping[str, Any], marks: Sequence[str]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The rendering, marks and all, and what each assistant turn adds to that of the turns before it."""
+        messages = conversation["messages"]
+        whole = self._jinja(conversation, marks)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._jinja({**conversation, "messages": messages[:number]}, marks, prompting=True)
+            after = self._jinja({**conversation, "messages": messages[: number + 1]}, marks)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise TemplateRefusal(
+                    f"the chat template {self.name} does not render message {number + 1} as a continuation "
+                    "of those before it, so what the assistant wrote cannot be told; give one with "
+                    "{% generation %} blocks by tokenizer.chat_template=FILE"
+                )
+            spans.append((len(before), len(before) + self._learnt(after[len(before) :])))
+        return whole, spans
+
+    def _learnt(self, turn: str) -> int:
+        """Characters of a turn up to its end-of-turn token: the line break behind that, nobody generates."""
+        pattern = self._special_pattern
+        ends = [match.end() for match in pattern.finditer(turn)] if pattern else []
+        return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
+
+
+def _free_marks(conversation: Mapping[str, Any]) -> list[str]:
+    """Three marks that the conversation does not hold."""
+    said = json.dumps(conversation, ensure_ascii=False)
+    free = [mark for mark in MARKS if mark not in said][:3]
+    if len(free) < 3:
+        raise TemplateRefusal("it holds Unicode's noncharacters U+FDD0..U+FDEF; remove them")
+    return free
+
+
+def _broken(special: str, mark: str) -> str:
+    if len(special) == 1:
+        raise TemplateRefusal(f"it holds {special!r}, which is a special token; remove it")
+    return special[:1] + mark + special[1:]
+
+
+def _unmark(marked: str, marks: Sequence[str], spans: list[tuple[int, int]] | None) -> Rendered:
+    """Take the marks out; spans count the text without them."""
+    cut, opening, closing = marks
+    if spans is None:
+        starts = [i for i, char in enumerate(marked) if char == opening]
+        ends = [i for i, char in enumerate(marked) if char == closing]
+        spans = list(zip(starts, ends, strict=True))
+    all_marks = re.compile("[" + "".join(marks) + "]")
+    at = [match.start() for match in all_marks.finditer(marked)]
+
+    def shifted(place: int) -> int:
+        return place - sum(1 for mark in at if mark < place)
+
+    plain = marked.replace(opening, "").replace(closing, "")
+    kept = tuple((shifted(start), shifted(end)) for start, end in spans)
+    return Rendered(tuple(plain.split(cut)), tuple(span for span in kept if span[0] < span[1]))
+
+
+def _compile(text: str, name: str) -> Any:
+    """The template in the sandbox and with the functions that templates on the hub are written for."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}…{% endgeneration %}`: its output between the two marks."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            opening, closing = (jinja2.nodes.Name(name, "load", lineno=line) for name in ("_open", "_close"))
+            return [
+                jinja2.nodes.Output([opening], lineno=line),
+                *body,
+                jinja2.nodes.Output([closing], lineno=line),
+            ]
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)  # Jinja's own would escape < and >
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = TODAY.strftime
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"tokenizer.chat_template: {name} is no Jinja template (line {error.lineno}: {error.message}); "
+            "mend it or give another by tokenizer.chat_template=FILE"
+        ) from None
+
+
+def find_template(given: str | None, tokenizer_path: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that goes with a tokenizer.
+
+    In order: the file `given`; beside a tokenizer.json, `chat_template.jinja` or the `chat_template` of
+    `tokenizer_config.json`; ours, where the vocabulary has no other special token to end a turn with.
+    Raises DataError where there is none, or it cannot be read.
+    """
+    beside = Path(tokenizer_path).parent if tokenizer_path else None
+    config = _tokenizer_config(beside)
+    text, name = _template_text(given, beside, config)
+    bos, eos = (_token(config.get(key)) for key in ("bos_token", "eos_token"))
+    if text is None:
+        if tokenizer.token(tokenizer.eos_id) != SEPARATOR:
+            raise DataError(
+                f"tokenizer.path={tokenizer_path} has no chat template beside it (chat_template.jinja, or "
+                "chat_template in tokenizer_config.json); give one by tokenizer.chat_template=FILE"
+            )
+        text, name, bos, eos = DEFAULT, "default", None, None
+    template = ChatTemplate(
+        text,
+        name,
+        bos or tokenizer.token(tokenizer.bos_id),
+        eos or tokenizer.token(tokenizer.eos_id),
+        specials_of(tokenizer),
+    )
+    template.check()
+    return template
+
+
+def specials_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens of a vocabulary, as a template knows them."""
+    return tuple(sorted(tokenizer.specials_by_id.values()))
+
+
+def _template_text(
+    given: str | None, beside: Path | None, config: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    if given:
+        return _read(Path(given), f"tokenizer.chat_template={given}"), given
+    if beside is not None and (beside / "chat_template.jinja").is_file():
+        return _read(beside / "chat_template.jinja", "chat template"), str(beside / "chat_template.jinja")
+    text = config.get("chat_template")
+    if isinstance(text, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, Mapping)}
+        text = named.get("default")
+    return text if isinstance(text, str) else None, str(beside and beside / "tokenizer_config.json")
+
+
+def _read(path: Path, key: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{key}: {path} cannot be read ({error.strerror}); give a Jinja file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}: {path} is not UTF-8 at byte {error.start}; give a Jinja file") from None
+
+
+def _tokenizer_config(beside: Path | None) -> Mapping[str, Any]:
+    path = beside and beside / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer.path: {path} cannot be read ({error}); mend it or move it away") from None
+    return config if isinstance(config, Mapping) else {}
+
+
+def _token(value: Any) -> str | None:
+    """A special token as tokenizer_config.json has it: its text, or an object with it."""
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
