@@ -75,7 +75,7 @@ def measure(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     """One size: seconds of each part of a save, and of restores beside reads."""
     import jax
 
-    from training.checkpoint import Checkpoints
+    from artifacts.checkpoints.manager import Checkpoints
     from training.config import CheckpointConfig
 
     checkpoints = Checkpoints(directory, CheckpointConfig(keep=1))

@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
+from artifacts.metrics import MetricsLog
+from artifacts.tensorboard import TensorBoard
 from benchmarks.measure import summary, write_result
 from configs.schema import Config
 from data.loading.loader import Prefetcher
@@ -29,13 +31,11 @@ from training.config import TrainingConfig
 from training.feed import placing, rows_here
 from training.flops import training_flops
 from training.host_memory import keep_freed_memory
-from training.metrics import MetricsLog
 from training.program import Program, build_program
 from training.progress import Progress
 from training.recorder import Recorder
 from training.state import TrainState, shardings
 from training.step import BATCH_DTYPES, FlatStep, compile_train_step
-from training.tensorboard import TensorBoard
 
 PLACES = 24  # layers of one period: their parameters are not stacked, so that there are many leaves
 PAUSE = 0.005  # seconds, of a short step

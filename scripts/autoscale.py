@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 def main(argv: list[str]) -> int:
     """Print the number of nodes, or what a start would do; the exit status."""
+    from artifacts.directory import last_facts
     from parallel.autoscale import TooFew
-    from training.run_directory import last_facts
 
     parser = argparse.ArgumentParser(
         prog="python scripts/autoscale.py",

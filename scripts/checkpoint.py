@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from training.checkpoint import Checkpoints
+    from artifacts.checkpoints.manager import Checkpoints
 
 DIFFERENT = 3
 PART = 1 << 30  # bytes of arrays that are read at a time
@@ -63,9 +63,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def open_run(name: str) -> tuple[Path, "Checkpoints"]:
     """A run's directory and its checkpoints. Raises ValueError where there is neither."""
+    from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
+    from artifacts.checkpoints.remote import is_remote
     from scripts.generate import find_run
-    from training.checkpoint_place import as_stored, open_checkpoints_of, place
-    from training.checkpoint_remote import is_remote
     from training.config import CheckpointConfig
 
     run = find_run(name)
@@ -84,7 +84,7 @@ def chosen(checkpoints: "Checkpoints", step: int | None) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Name every bad file and array of the steps asked for; 1 where there is one."""
-    from training.checkpoint_inspect import bad_parts
+    from artifacts.checkpoints.inspect import bad_parts
 
     _, checkpoints = open_run(options.run)
     newest = chosen(checkpoints, options.step)
@@ -101,7 +101,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def show_list(options: argparse.Namespace) -> int:
     """A line a step; 1 where one is damaged."""
-    from training.checkpoint_inspect import overview
+    from artifacts.checkpoints.inspect import overview
 
     _, checkpoints = open_run(options.run)
     rows = overview(checkpoints, quick=options.quick)
@@ -116,7 +116,7 @@ def show_list(options: argparse.Namespace) -> int:
 
 def diff(options: argparse.Namespace) -> int:
     """A line for each array that is not the same in both; 3 where there is one."""
-    from training.checkpoint_inspect import differences
+    from artifacts.checkpoints.inspect import differences
 
     sides = []
     for word in (options.a, options.b):
@@ -134,7 +134,7 @@ def diff(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write the directory; what was written."""
-    from training.checkpoint_inspect import export_weights
+    from artifacts.checkpoints.inspect import export_weights
 
     run, checkpoints = open_run(options.run)
     step = chosen(checkpoints, options.step)
@@ -146,7 +146,7 @@ def export(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> int:
     """Make a run's directory from what its bucket has of it; its checkpoints come when it is started."""
-    from training.checkpoint_remote import Remote, is_remote
+    from artifacts.checkpoints.remote import Remote, is_remote
 
     target = Path(options.directory)
     if not is_remote(options.url):

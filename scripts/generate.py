@@ -29,8 +29,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from artifacts.checkpoints.manager import Checkpoints
     from configs.schema import Config
-    from training.checkpoint import Checkpoints
 
 WEIGHTS = ("raw", "ema", "mean")
 CHAT = ("auto", "true", "false")
@@ -203,8 +203,8 @@ def load_weights(directory: Path, config: "Config", model: Any, layout: Any, opt
     """The verified parameters that `weights` and `step` ask for, placed by the layout."""
     import jax
 
-    from training.checkpoint_place import open_checkpoints_of, place
-    from training.checkpoint_remote import is_remote
+    from artifacts.checkpoints.location import open_checkpoints_of, place
+    from artifacts.checkpoints.remote import is_remote
     from training.state import is_info
 
     where = config.checkpoint.directory

@@ -3,7 +3,7 @@
     RUN              a directory in runs/, or a path to one
     --runs DIR       where runs lie, runs/ by default
 
-Reads `ledger.jsonl` (`training/ledger.py`); nothing is written. Exit status: 0 done, 2 bad input.
+Reads `ledger.jsonl` (`artifacts/ledger.py`); nothing is written. Exit status: 0 done, 2 bad input.
 """
 
 import argparse
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.ledger import CATEGORIES, NAME, Start, account_of_run, last_step, read_starts
+from artifacts.ledger import CATEGORIES, NAME, Start, account_of_run, last_step, read_starts
 from training.progress import duration
 
 

@@ -166,7 +166,7 @@ Readable.add_representer(str, _text)
 
 def commit() -> str:
     """The commit of this code, `-dirty` where it was changed since; "unknown" outside of a checkout."""
-    from training.manifest import git_state
+    from artifacts.manifest import git_state
 
     state = git_state(ROOT)
     if state is None or state["sha"] is None:

@@ -36,11 +36,11 @@ if __name__ == "__main__":
 
 import yaml
 
+from artifacts.ledger import last_step
+from artifacts.manifest import git_state, is_flag
+from artifacts.metrics import MetricsLog
+from artifacts.reproduce_diff import Difference, compare, differences, first_config, repeatable
 from parallel.processes import free_port
-from training.differences import Difference, compare, differences, first_config, repeatable
-from training.ledger import last_step
-from training.manifest import git_state, is_flag
-from training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("loss", "grad_norm")
@@ -58,7 +58,7 @@ PROBE = (
     BEGIN
     + """
 import json
-from training.manifest import surroundings
+from artifacts.manifest import surroundings
 print(json.dumps(surroundings(), default=str))
 """
 )
@@ -146,8 +146,8 @@ def look_around(original: Original, root: Path) -> list[Difference]:
 
 def sources(original: Original) -> dict[str, Any]:
     """Digests of what the run was made from, as it is now; the reason in their place where it is not here."""
+    from artifacts.initial_weights import find_parent, tokenizer_config
     from data.pipeline import prepare
-    from training.parent import find_parent, tokenizer_config
 
     config = load(original.config)
     wanted = original.manifest["data"]["digest"]

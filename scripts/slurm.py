@@ -103,9 +103,9 @@ def prepare(
 
     swept: of each element the words that make it another run, and its name. Raises ConfigError.
     """
+    from artifacts.manifest import recorded_environment
     from configs.cli import job_config
     from configs.schema import ConfigError
-    from training.manifest import recorded_environment
 
     configs = [config] if not swept[0] else [job_config([*words, *own], own) for own in swept]
     for one in configs:

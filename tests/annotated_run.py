@@ -19,6 +19,7 @@ FILES = sorted((Path(__file__).parents[1] / "training").glob("[a-z]*.py"))
 TRAINING = [f"training.{file.stem}" for file in FILES if file.stem not in ABSTRACT]
 
 with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
+    from artifacts.checkpoints.digest import combined, digests
     from configs.schema import Config
     from data.config import DataConfig, TokenizerConfig
     from data.loading.loader import Loader
@@ -31,7 +32,6 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from serving.sample import Sampling, sample, sample_keys
     from serving.samples import complete
     from training.config import TrainingConfig
-    from training.digest import combined, digests
     from training.evaluate import evaluate
     from training.program import build_program, padded_vocab, trace
     from training.state import init_state, shardings

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
+    "artifacts",
     "benchmarks",
     "configs",
     "data",
@@ -104,6 +105,34 @@ def back_edges(source: str, module: str) -> list[str]:
 
 # Edges that still run upward, each until the code that makes it has moved.
 NOT_YET: set[str] = {
+    "artifacts.checkpoints.digest imports training.xla.needed_options",
+    "artifacts.checkpoints.errors imports training.errors.RunFault",
+    "artifacts.checkpoints.location imports training.config.CheckpointConfig",
+    "artifacts.checkpoints.location imports training.errors.RunFault",
+    "artifacts.checkpoints.manager imports training.config.CheckpointConfig",
+    "artifacts.checkpoints.manager imports training.errors.RunFault",
+    "artifacts.checkpoints.manager imports training.state.TrainState",
+    "artifacts.checkpoints.record imports training.state.TrainState",
+    "artifacts.checkpoints.remote imports training.errors.RunFault",
+    "artifacts.directory imports models.config.regrouped",
+    "artifacts.directory imports optim.config.AdamWConfig",
+    "artifacts.directory imports optim.config.LionConfig",
+    "artifacts.directory imports optim.config.MuonConfig",
+    "artifacts.directory imports optim.config.SGDConfig",
+    "artifacts.directory imports training.config.CheckpointConfig",
+    "artifacts.directory imports training.config.GuardConfig",
+    "artifacts.directory imports training.config.RunConfig",
+    "artifacts.directory imports training.config.TrainingConfig",
+    "artifacts.directory imports training.errors.RunFault",
+    "artifacts.exporter imports training.process.resident_bytes",
+    "artifacts.exporter imports training.recorder.Recorder",
+    "artifacts.manifest imports training.process.cpu_model",
+    "artifacts.metrics imports training.errors.RunFault",
+    "artifacts.plots imports training.progress.human",
+    "artifacts.summary imports training.config.CheckpointConfig",
+    "artifacts.summary imports training.progress.duration",
+    "artifacts.summary imports training.progress.human",
+    "artifacts.tensorboard imports training.errors.RunFault",
     "kernels.einsum_8bit imports models.ops.plain_einsum",
 }
 

@@ -22,15 +22,15 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import artifacts.directory
 import train
 import training.job
 import training.loop
-import training.run_directory
+from artifacts.metrics import MetricsLog
 from configs.cli import main
 from data.cache import verify
 from scripts import generate
 from training.errors import RunFault
-from training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -367,7 +367,7 @@ def test_a_disk_that_takes_no_run_leaves_none(code, remedy, place, typed, monkey
     def refuse(fd):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(training.run_directory.os, "fsync", refuse)
+    monkeypatch.setattr(artifacts.directory.os, "fsync", refuse)
     assert_one_line(typed(), 2, "cannot write", "runs/a", os.strerror(code), remedy, "run.dir=")
     assert list(place.path.iterdir()) == []
 

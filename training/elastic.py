@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 
+from artifacts.directory import RunDirectory
 from parallel import processes
 from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
 from training.config import inner_steps
 from training.errors import Requeue
-from training.run_directory import RunDirectory
 
 DEPTH = "CAMBRIAN_QUEUE_DEPTH"
 # What was decided before idle processes left, with the run that it is for: the queue may be another by now.

@@ -14,6 +14,14 @@ from typing import Any
 
 import jax
 
+from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.directory import RunDirectory
+from artifacts.initial_weights import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
+from artifacts.ledger import Ledger
+from artifacts.manifest import build_manifest
+from artifacts.metrics import MetricsLog
+from artifacts.tensorboard import TensorBoard
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -21,8 +29,6 @@ from data.prepared import Prepared
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
-from training.checkpoint import Checkpoints
-from training.checkpoint_place import open_checkpoints_of, refuse_occupied
 from training.compile_cache import CacheWatch
 from training.elastic import Scaled
 from training.errors import Requeue, RunFault
@@ -30,19 +36,13 @@ from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.guard import none_in_a_row, undone
 from training.input_watch import InputWatch
-from training.ledger import Ledger
-from training.manifest import build_manifest
-from training.metrics import MetricsLog
-from training.parent import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
 from training.plan.preflight import refuse_what_cannot_fit
 from training.precision import precision_row
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
 from training.recorder import Recorder, ignored
-from training.run_directory import RunDirectory
 from training.state import TrainState
 from training.step import FlatStep
-from training.tensorboard import TensorBoard
 from training.xla import check_options, deterministic_row, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).

@@ -10,31 +10,31 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.directory import RunDirectory, open_run_together
+from artifacts.exporter import Exporter, memory
+from artifacts.ledger import STEPPING, Ledger
+from artifacts.plots import plot_loss
+from artifacts.summary import print_summary, summarize
 from data.loading.loader import Prefetcher
 from kernels.backends import documents_of
 from parallel import processes
 from parallel.attention.cudnn import check_documents
-from training.checkpoint import Checkpoints
 from training.compile_cache import start_compile_cache
 from training.config import inner_steps
 from training.elastic import Rules, scale
 from training.errors import RunFault
 from training.evaluate import evaluate, weighed
-from training.exporter import Exporter, memory
 from training.feed import arrived, of_all_hosts, placing, rows_here
 from training.guard import Trouble, reason_of, trouble
 from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
-from training.ledger import STEPPING, Ledger
 from training.notice import Notices, Stopping
 from training.one_device import on_one_device
-from training.plots import plot_loss
 from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.replica_check import ReplicaCheck
 from training.rollback import ended_by, go_back, remedy
-from training.run_directory import RunDirectory, open_run_together
 from training.state import TrainState
-from training.summary import print_summary, summarize
 from training.watchdog import Watchdog
 
 Sampler = Callable[..., dict[str, Any]]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from artifacts.ledger import Ledger
+from artifacts.metrics import MetricsLog
 from training.errors import RunFault
 from training.flops import Flops
 from training.guard import reason_of
 from training.input_watch import InputWatch
-from training.ledger import Ledger
 from training.local_sgd import host_scalars
-from training.metrics import MetricsLog
 
 NOT_TIMED: Mapping[str, float] = {}
 
@@ -95,7 +95,7 @@ class Recorder:
     def aside(self, what: str) -> Iterator[None]:
         """Around what is no training step: the steps so far end before it, and its time is kept apart.
 
-        what: a category of `training.ledger`, in words.
+        what: a category of `artifacts.ledger`, in words.
         """
         self.flush()
         self.expect(what)

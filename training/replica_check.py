@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from artifacts.checkpoints.digest import leaf_digest
+from artifacts.checkpoints.manager import named_leaves
 from parallel import processes
-from training.checkpoint import named_leaves
-from training.digest import leaf_digest
 from training.errors import RunFault
 
 SHOWN = 4  # arrays and devices of a message

@@ -25,7 +25,7 @@ TICK = 0.5  # seconds between two looks
 BOUNDS = {
     "starting": 3600.0,  # restore or initialize, then the plan of the first epoch
     "evaluation": 7200.0,
-    "checkpoints": 5400.0,  # beyond SEND_SECONDS and SAVE_SECONDS of `training.checkpoint`, which raise
+    "checkpoints": 5400.0,  # beyond SEND_SECONDS and SAVE_SECONDS of the manager, which raise
     "profile": 1800.0,
     "rollback": 3600.0,
     "replica check": 1800.0,

@@ -65,7 +65,7 @@ def _beam() -> tuple[Any, Any]:
 def _findable() -> Iterator[None]:
     """Let the processes that a runner starts here find this project, in a clone that is not installed too."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), before)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), before)))
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from artifacts.directory import RunDirectory
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loading.loader import Loader
@@ -16,7 +17,6 @@ from data.tokens.store import TokenStore
 from scripts.prepare_data import run
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from training.job import prepare_together
-from training.run_directory import RunDirectory
 
 TEXTS = some_texts(40)
 BPE = TokenizerConfig(vocab_size=300)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from artifacts.checkpoints.files import LIST, list_files
+from artifacts.checkpoints.record import named_leaves
 from scripts.checkpoint import main
 from tests.training.ground import DROPPED
 from tests.training.states import flip, make_state, written
-from training.checkpoint_files import LIST, list_files
-from training.checkpoint_record import named_leaves
 
 pytestmark = DROPPED
 

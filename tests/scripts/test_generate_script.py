@@ -8,6 +8,7 @@ import optax
 import pytest
 import yaml
 
+from artifacts.checkpoints.manager import Checkpoints
 from configs.schema import Config
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import train_tokenizer
@@ -20,7 +21,6 @@ from parallel.mesh import build_layout
 from scripts.generate import Options, load_config, main, parse_options
 from serving.generate import generate
 from serving.samples import encode_prompt
-from training.checkpoint import Checkpoints
 from training.config import CheckpointConfig, RunConfig
 from training.guard import nothing_seen
 from training.state import TrainState, abstract_state, shardings

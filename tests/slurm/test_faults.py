@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from artifacts.checkpoints.record import state_digest
 from tests.slurm.jobs import STARTED, STEPS, client, submit
-from training.checkpoint_record import state_digest
 
 pytestmark = pytest.mark.slurm
 PAUSE = 0.06  # seconds a step, so that half a minute falls into the middle of a run

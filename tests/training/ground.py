@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.checkpoints.location import as_stored, open_checkpoints_of
+from artifacts.metrics import MetricsLog
 from configs.schema import Config
 from tests.configs.composing import config
-from training.checkpoint_place import as_stored, open_checkpoints_of
 from training.config import CheckpointConfig
-from training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over lazy dogs and returns to import a class of def".split()

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training.checkpoint import Checkpoints
-from training.checkpoint_record import named_leaves
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.record import named_leaves
 from training.config import CheckpointConfig
 from training.state import TrainState
 

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import training.checkpoint_record as record_module
+import artifacts.checkpoints.record as record_module
+from artifacts.checkpoints.digest import digests
+from artifacts.checkpoints.files import LIST
+from artifacts.checkpoints.manager import Checkpoints, CorruptCheckpoint
+from artifacts.checkpoints.record import named_leaves, state_digest
 from optim.config import AdamWConfig
 from optim.optimizers import make_optimizer
 from tests.training.ground import DROPPED
@@ -27,11 +31,7 @@ from tests.training.states import (
     pick,
     written,
 )
-from training.checkpoint import Checkpoints, CorruptCheckpoint
-from training.checkpoint_files import LIST
-from training.checkpoint_record import named_leaves, state_digest
 from training.config import CheckpointConfig
-from training.digest import digests
 from training.errors import RunFault
 from training.state import TrainState
 

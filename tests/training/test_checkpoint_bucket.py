@@ -10,14 +10,14 @@ import fsspec
 import numpy as np
 import pytest
 
-import training.checkpoint_remote as remote_module
+import artifacts.checkpoints.remote as remote_module
+from artifacts.checkpoints.errors import CorruptCheckpoint
+from artifacts.checkpoints.files import LIST
+from artifacts.checkpoints.location import refuse_occupied
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.remote import Remote
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, flip, make_state, written
-from training.checkpoint import Checkpoints
-from training.checkpoint_errors import CorruptCheckpoint
-from training.checkpoint_files import LIST
-from training.checkpoint_place import refuse_occupied
-from training.checkpoint_remote import Remote
 from training.config import CheckpointConfig
 from training.errors import RunFault
 

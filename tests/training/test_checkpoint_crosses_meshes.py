@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from artifacts.checkpoints.digest import differing, digests
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.record import flat, items_of
 from tests.parallel import small
 from tests.parallel.test_matrix import INTERLEAVED, MODELS
-from training.checkpoint import Checkpoints
-from training.checkpoint_record import flat, items_of
 from training.config import CheckpointConfig
-from training.digest import differing, digests
 
 CHAINS = {
     "dense": [

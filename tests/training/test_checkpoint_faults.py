@@ -17,13 +17,13 @@ import jax
 import numpy as np
 import pytest
 
+from artifacts.checkpoints.errors import CorruptCheckpoint
+from artifacts.checkpoints.files import LIST
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.remote import Remote
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, pick, written
 from tests.training.test_resume import assert_same_run, finish, kill_in_a_save, training_rows, wait_until
-from training.checkpoint import Checkpoints
-from training.checkpoint_errors import CorruptCheckpoint
-from training.checkpoint_files import LIST
-from training.checkpoint_remote import Remote
 from training.config import CheckpointConfig
 from training.errors import RunFault
 

@@ -6,12 +6,12 @@ import threading
 import numpy as np
 import pytest
 
-import training.checkpoint_care as care_module
+import artifacts.checkpoints.background as care_module
+from artifacts.checkpoints.errors import CorruptCheckpoint
+from artifacts.checkpoints.files import LIST, bad_files, files_of, list_files, read_list
+from artifacts.checkpoints.manager import Checkpoints
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, make_state, written
-from training.checkpoint import Checkpoints
-from training.checkpoint_errors import CorruptCheckpoint
-from training.checkpoint_files import LIST, bad_files, files_of, list_files, read_list
 from training.config import CheckpointConfig
 from training.errors import RunFault
 from training.loop import fit

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
+from artifacts.directory import RunDirectory
 from configs.legal import legal
 from data.loading.loader import Loader
 from data.pipeline import prepare
@@ -31,7 +32,6 @@ from training import elastic
 from training.elastic import DECIDED, DEPTH, Scaled, by_process, nodes_wanted, queue_depth, scale, settled
 from training.errors import Requeue
 from training.loop import fit
-from training.run_directory import RunDirectory
 
 # Eight rows, on eight devices one each; the full mesh is asked for at every start.
 ELASTIC = ("autoscale=nodes", "mesh.data=8", "eval.every=2000")

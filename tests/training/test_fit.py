@@ -11,17 +11,17 @@ import pytest
 import training.job
 import training.loop
 import training.program
+from artifacts.checkpoints.digest import digests
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.record import named_leaves
+from artifacts.metrics import MetricsLog
 from data.errors import DataError
 from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
-from training.checkpoint import Checkpoints
-from training.checkpoint_record import named_leaves
 from training.config import CheckpointConfig
-from training.digest import digests
 from training.errors import RunFault
 from training.loop import fit
-from training.metrics import MetricsLog
 from training.recorder import Recorder
 from training.xla import ONE_ORDER, needed_options
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import training.program
+from artifacts.checkpoints import record
 from data.loading.loader import Loader
 from optim.config import AdamWConfig, MuonConfig
 from parallel.schedules.accumulate import Plain
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.ground import ROOT
-from training import checkpoint_record
 from training.config import LocalSGDConfig
 from training.errors import RunFault
 from training.guard import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, nothing_seen
@@ -265,7 +265,7 @@ def test_rows_say_what_was_skipped_and_a_checkpoint_of_before_guards_goes_on(gro
     """Batches 5 and 6 are bad; the checkpoint at step 8 has no figures of the guard."""
     poison.update({5, 6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_record, "trees_of", without_guard(checkpoint_record.trees_of))
+        patch.setattr(record, "trees_of", without_guard(record.trees_of))
         assert fit(ground.config("skips", *RUN, "training.num_steps=8")) == 0
     rows = losses(ground, "skips")
     assert [step for step, row in rows.items() if row.get("skipped") == 1] == [6, 7]

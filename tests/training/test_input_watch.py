@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from artifacts.summary import _goodput
 from data.config import DataConfig
 from training.input_watch import FIRST, LIMIT, QUIET, WINDOW, InputWatch
 from training.recorder import Recorder
-from training.summary import _goodput
 
 CACHED, STREAMING = DataConfig(), DataConfig(mode="streaming")
 REMEDIES = {

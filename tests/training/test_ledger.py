@@ -9,10 +9,7 @@ import time
 
 import pytest
 
-from scripts import goodput
-from tests.training.ground import ROOT
-from tests.training.test_resume import assert_few_redone
-from training.ledger import (
+from artifacts.ledger import (
     CATEGORIES,
     NAME,
     STEPPING,
@@ -22,7 +19,10 @@ from training.ledger import (
     last_step,
     read_starts,
 )
-from training.metrics import MetricsLog
+from artifacts.metrics import MetricsLog
+from scripts import goodput
+from tests.training.ground import ROOT
+from tests.training.test_resume import assert_few_redone
 from training.process import process_began
 
 DEADLINE = 240  # seconds; only a hang takes so long
@@ -33,8 +33,8 @@ class Clock:
 
     def __init__(self, patch):
         self.now = 1e9
-        patch.setattr("training.ledger.time.time", lambda: self.now)
-        patch.setattr("training.ledger.time.perf_counter", lambda: self.now)
+        patch.setattr("artifacts.ledger.time.time", lambda: self.now)
+        patch.setattr("artifacts.ledger.time.perf_counter", lambda: self.now)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_what_a_full_disk_refuses_is_left_out_whole(tmp_path, monkeypatch):
     ledger = Ledger()
     ledger.open(tmp_path, 0)
     real = os.write
-    monkeypatch.setattr("training.ledger.os.write", lambda fd, line: real(fd, line[:9]))
+    monkeypatch.setattr("artifacts.ledger.os.write", lambda fd, line: real(fd, line[:9]))
     ledger.beat()
     monkeypatch.undo()
     ledger.leave(None, None, None)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from artifacts.checkpoints.manager import Checkpoints
 from models.config import MoEConfig
 from optim.config import AdamWConfig, SGDConfig
 from parallel.hlo import Reading, parse_module, read_hlo
 from tests.parallel import small
 from training import local_sgd
-from training.checkpoint import Checkpoints
 from training.config import CheckpointConfig, LocalSGDConfig
 from training.local_sgd import decode, encode, host_scalars
 from training.program import Program

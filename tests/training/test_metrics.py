@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
+from artifacts.metrics import MetricsLog, encode_row
 from training.errors import RunFault
-from training.metrics import MetricsLog, encode_row
 
 
 def _row(step):

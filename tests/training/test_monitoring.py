@@ -14,11 +14,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from artifacts.exporter import ADDRESS, ALL, OF_A_ROW, OF_AN_EVALUATION, PREFIX, Exporter, memory
+from artifacts.ledger import CATEGORIES, NAME, Ledger
+from artifacts.metrics import MetricsLog
 from tests.training.ground import ROOT
-from training.exporter import ADDRESS, ALL, OF_A_ROW, OF_AN_EVALUATION, PREFIX, Exporter, memory
-from training.ledger import CATEGORIES, NAME, Ledger
 from training.loop import fit
-from training.metrics import MetricsLog
 from training.recorder import Recorder
 
 PAGES = ROOT / "docs/monitoring"

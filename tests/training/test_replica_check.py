@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import training.replica_check
+from artifacts.checkpoints.manager import named_leaves
 from tests.parallel.small import make_config, make_program
 from tests.training.test_processes import finish, watched
-from training.checkpoint import named_leaves
 from training.errors import RunFault
 from training.loop import fit
 from training.replica_check import ReplicaCheck, odd_ones

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from training.metrics import MetricsLog, encode_row
-from training.plots import plot_loss, smoothed
+from artifacts.metrics import MetricsLog, encode_row
+from artifacts.plots import plot_loss, smoothed
+from artifacts.summary import print_summary, summarize, summary_text
 from training.progress import Progress, duration, human, startup_table
-from training.summary import print_summary, summarize, summary_text
 
 
 def _rows(n=300):

@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import yaml
 
+from artifacts.manifest import surroundings
+from artifacts.reproduce_diff import ABSENT, compare, differences, first_config, repeatable
 from scripts import reproduce
 from tests.training.ground import ROOT, Ground
-from training.differences import ABSENT, compare, differences, first_config, repeatable
 from training.loop import fit
-from training.manifest import surroundings
 
 WORDS = ("training.num_steps=8", "checkpoint.every=4", "eval.every=8", "schedule=constant")
 

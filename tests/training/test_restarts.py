@@ -5,9 +5,9 @@ import json
 import pytest
 
 import training.loop
+from artifacts.directory import RunDirectory
 from training.errors import RunFault
 from training.loop import fit
-from training.run_directory import RunDirectory
 
 RUN = (
     *("model.num_layers=1", "model.d_model=32", "model.d_ff=32", "schedule=constant", "eval.every=50"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.run_directory import open_run
+from artifacts.directory import open_run
 
 STEPS = 30
 LENGTH = (f"training.num_steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=8", "eval.every=6")

@@ -111,7 +111,7 @@ class Crash(Exception):
 
 
 def crash(patch, place):
-    from training.checkpoint import Checkpoints
+    from artifacts.checkpoints.manager import Checkpoints
 
     def fall(*args):
         raise Crash

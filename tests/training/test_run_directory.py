@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from training.manifest import build_manifest, git_state
-from training.run_directory import differing_keys, is_frozen, open_run
+from artifacts.directory import differing_keys, is_frozen, open_run
+from artifacts.manifest import build_manifest, git_state
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
@@ -342,7 +342,7 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     _make(path)
     code = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from training.run_directory import _lock\nfrom pathlib import Path\n"
+        "from artifacts.directory import _lock\nfrom pathlib import Path\n"
         "_lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

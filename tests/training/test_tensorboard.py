@@ -3,8 +3,8 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
+from artifacts.tensorboard import TensorBoard
 from training.errors import RunFault
-from training.tensorboard import TensorBoard
 
 
 def _read(directory):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from artifacts.checkpoints.location import refuse_occupied
 from tests.data.extras import require
 from tests.s3 import bucket
 from tests.training.ground import Ground, make_ground
@@ -20,7 +21,6 @@ from tests.training.test_checkpoint_bucket import (  # noqa: F401  (collected he
     test_what_a_killed_start_did_not_send_the_next_one_sends,
     test_what_is_there_in_part_is_no_checkpoint,
 )
-from training.checkpoint_place import refuse_occupied
 from training.config import CheckpointConfig
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from training.checkpoint import Checkpoints
-from training.checkpoint_remote import Remote, is_remote
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.remote import Remote, is_remote
 from training.config import CheckpointConfig
 from training.errors import RunFault
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from training.metrics import decode_row
+from artifacts.metrics import decode_row
 
 CATEGORIES = {
     "initialization": "imports, joining the other processes, devices, opening files, the first weights",

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from training.checkpoint_place import as_stored, place
+from artifacts.checkpoints.location import as_stored, place
+from artifacts.metrics import MetricsLog, json_value
 from training.config import CheckpointConfig
-from training.metrics import MetricsLog, json_value
 from training.progress import duration, human
 
 _SAMPLE_LINES = 6

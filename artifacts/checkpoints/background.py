@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training.checkpoint_files import LIST, list_files
+from artifacts.checkpoints.files import LIST, list_files
 
 POLL_SECONDS = 0.05
 

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from artifacts.checkpoints.errors import CorruptCheckpoint, first_line
+from artifacts.checkpoints.files import LIST, files_of, parsed
 from data.cache import file_digest
-from training.checkpoint_errors import CorruptCheckpoint, first_line
-from training.checkpoint_files import LIST, files_of, parsed
 from training.errors import RunFault
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.

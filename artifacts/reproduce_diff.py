@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.run_directory import DECIDES_BITS
+from artifacts.directory import DECIDES_BITS
 
 ABSENT = "(absent)"
 # What a resume may change without changing a bit of a step; everything else is another computation of it.

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.record import state_digest
+from artifacts.directory import RunDirectory
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
-from training.checkpoint import Checkpoints
-from training.checkpoint_place import as_stored, open_checkpoints_of, place
-from training.checkpoint_record import state_digest
-from training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

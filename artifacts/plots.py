@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.metrics import MetricsLog
+from artifacts.metrics import MetricsLog
 from training.progress import human
 
 if TYPE_CHECKING:

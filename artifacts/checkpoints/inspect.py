@@ -18,11 +18,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from training.checkpoint import Checkpoints
-from training.checkpoint_errors import CorruptCheckpoint
-from training.checkpoint_files import LIST, SMALL, bad_files, read_list
-from training.checkpoint_record import state_digest
-from training.digest import differing, digests
+from artifacts.checkpoints.digest import differing, digests
+from artifacts.checkpoints.errors import CorruptCheckpoint
+from artifacts.checkpoints.files import LIST, SMALL, bad_files, read_list
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.checkpoints.record import state_digest
 
 EXPORTED = ("config.yaml", "tokenizer.json", "tokenizer_config.json")
 _KINDS = {"float32": "F32", "bfloat16": "BF16"}

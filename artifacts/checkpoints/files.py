@@ -1,9 +1,9 @@
 """A sha256 of every file of a checkpoint, listed in the checkpoint: `STEP/FILES.sha256`.
 
 The list is what `sha256sum` writes, so `cd STEP && sha256sum -c FILES.sha256` checks a checkpoint anywhere.
-It is made after the commit, by the primary, in the background (`training.checkpoint_care`), and has its name
-only once it is whole. A checkpoint without it is one whose run ended in between: its arrays have their
-digests in the sealed record, and a restore that verifies those has the list made.
+It is made after the commit, by the primary, in the background (`artifacts.checkpoints.background`), and has
+its name only once it is whole. A checkpoint without it is one whose run ended in between: its arrays have
+their digests in the sealed record, and a restore that verifies those has the list made.
 """
 
 import os
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from artifacts.checkpoints.errors import CorruptCheckpoint
+from artifacts.metrics import sync_directory
 from data.cache import file_digest
-from training.checkpoint_errors import CorruptCheckpoint
-from training.metrics import sync_directory
 
 LIST = "FILES.sha256"
 SMALL = 4 << 20  # bytes: what holds no arrays to speak of, checked at every restore

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from training.checkpoint_errors import CorruptCheckpoint
-from training.digest import combined
+from artifacts.checkpoints.digest import combined
+from artifacts.checkpoints.errors import CorruptCheckpoint
 from training.state import TrainState
 
 Leaves = dict[str, Array]

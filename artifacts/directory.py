@@ -24,14 +24,14 @@ from typing import Any
 
 import yaml
 
+from artifacts.manifest import now
+from artifacts.metrics import sync_directory
 from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import processes
 from training.config import CheckpointConfig, GuardConfig, RunConfig, TrainingConfig
 from training.errors import RunFault
-from training.manifest import now
-from training.metrics import sync_directory
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (

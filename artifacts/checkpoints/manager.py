@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from parallel import processes
-from training.checkpoint_care import Care
-from training.checkpoint_errors import CorruptCheckpoint, corruption, faults, one_verdict
-from training.checkpoint_files import check_small_files
-from training.checkpoint_record import (
+from artifacts.checkpoints.background import Care
+from artifacts.checkpoints.digest import begun, differing, digests, numbers
+from artifacts.checkpoints.errors import CorruptCheckpoint, corruption, faults, one_verdict
+from artifacts.checkpoints.files import check_small_files
+from artifacts.checkpoints.record import (
     HOLE,
     LOCAL,
     OPTIONAL,
@@ -50,9 +50,9 @@ from training.checkpoint_record import (
     unseal,
     without_holes,
 )
-from training.checkpoint_remote import Remote
+from artifacts.checkpoints.remote import Remote
+from parallel import processes
 from training.config import CheckpointConfig
-from training.digest import begun, differing, digests, numbers
 from training.errors import RunFault
 from training.state import TrainState
 
