@@ -38,7 +38,7 @@ def train(config: Config) -> int:
     """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
     import jax
 
-    from serving.samples import write_samples
+    from serving.text import write_samples
     from training.loop import fit
 
     with processes.together("the configuration"):

@@ -22,10 +22,10 @@ from hydra import compose, initialize_config_dir
 from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.rooms import opened
-from parallel.described import compiler_options, described_devices
-from parallel.hlo import Buffer, Reading, read_hlo
-from parallel.hlo_text import shapes
 from parallel.mesh import build_layout
+from planner.described_devices import compiler_options, described_devices
+from planner.hlo.program import Buffer, Reading, read_hlo
+from planner.hlo.text import shapes
 from training.program import Program, build_program
 
 RESULTS = Path(__file__).parent / "results" / "described_gpu.json"

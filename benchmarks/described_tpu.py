@@ -20,10 +20,10 @@ from hydra import compose, initialize_config_dir
 from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.rooms import opened
-from parallel.described import described_devices
-from parallel.hlo import Reading, read_hlo
-from parallel.hlo_text import shapes
 from parallel.mesh import build_layout
+from planner.described_devices import described_devices
+from planner.hlo.program import Reading, read_hlo
+from planner.hlo.text import shapes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "described_tpu.json"
 LLAMA = (

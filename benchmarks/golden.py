@@ -22,7 +22,7 @@ from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.rooms import opened
 from parallel.hardware import machine_of
-from training.plan.compiled import Compiled, compile_step, with_vocabulary
+from planner.compiled import Compiled, compile_step, with_vocabulary
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 TOLERANCE = 0.02  # of temporaries: how buffers are packed is not worth an alarm

@@ -103,7 +103,7 @@ def count_both(devices: int, words: Sequence[str]) -> list[Row]:
 
 def counted(words: Sequence[str]) -> int:
     """Operations of one device in the compiled step, on as many devices as there are."""
-    from parallel.hlo import read_hlo
+    from planner.hlo.program import read_hlo
 
     program = build(words)
     reading = read_hlo(program.compile_train().as_text(), program.layout.mesh.shape)

@@ -64,7 +64,7 @@ def measure_case(words: Sequence[str], size: int, steps: int) -> dict[str, Any]:
     import jax
 
     from benchmarks.workload import prepare
-    from parallel.hlo import read_hlo
+    from planner.hlo.program import read_hlo
 
     configs: list[Any] = []
 

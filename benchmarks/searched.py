@@ -19,9 +19,9 @@ from configs.cli import CONFIG_DIR, options
 from configs.legal import legal
 from configs.rooms import opened
 from parallel.hardware import Machine, machine_of
-from training.plan.candidates import POLICIES, Candidate
-from training.plan.compiled import with_vocabulary
-from training.plan.search import Evaluated, compiled_work, evaluate, search
+from planner.candidates import POLICIES, Candidate
+from planner.compiled import with_vocabulary
+from planner.search import Evaluated, compiled_work, evaluate, search
 
 CASES = {
     "llama3_8b on 16 x H100": (

@@ -117,7 +117,7 @@ class Machine:
 
     @property
     def topology(self) -> str:
-        """As `parallel.described.described_devices` takes it."""
+        """As `planner.described_devices.described_devices` takes it."""
         if self.kind != "tpu":
             return f"{-(-self.devices // self.per_node)}x{min(self.devices, self.per_node)}"
         torus = "x".join(map(str, self.torus))

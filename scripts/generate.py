@@ -99,8 +99,8 @@ def generate_text(options: Options) -> list[str]:
     from models.transformer import build_model
     from parallel.config import MeshConfig
     from parallel.mesh import build_layout
-    from serving.generate import generate
-    from serving.samples import encode_prompt, shown, stop_id
+    from serving.generator import generate
+    from serving.text import encode_prompt, shown, stop_id
     from training.program import build_ops, padded_vocab
 
     tokenizer = load_run_tokenizer(directory, config)

@@ -23,8 +23,8 @@ from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
 if TYPE_CHECKING:
     from configs.schema import Config
     from parallel.hardware import Machine
-    from training.plan.report import Plan
-    from training.plan.search import Compile, Searched
+    from planner.report import Plan
+    from planner.search import Compile, Searched
 
 COMMAND = "python scripts/plan.py"
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiment"
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 def task(config: "Config", options: PlanConfig, words: Sequence[str]) -> int:
     """Plan, and search where that is asked."""
-    from training.plan.compiled import with_vocabulary
+    from planner.compiled import with_vocabulary
 
     config = with_vocabulary(config)
     config, machine, notes = settle(config)
@@ -108,10 +108,10 @@ def here(hardware: Any, devices: int) -> Any:
 
 def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> "Plan":
     """Compiled where that is asked and can be, else computed; which of both is said."""
-    from training.plan.analytic import attention_of, estimate
-    from training.plan.compiled import DoesNotFit, compile_step, model_flops
-    from training.plan.report import About, make_plan
-    from training.plan.shapes import model_of
+    from planner.analytic import attention_of, estimate
+    from planner.compiled import DoesNotFit, compile_step, model_flops
+    from planner.report import About, make_plan
+    from planner.shapes import model_of
 
     analytic = estimate(config, machine)
     compiled, refused = None, None
@@ -165,9 +165,9 @@ def compiler_name(kind: str) -> str:
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
     from configs.legal import legal
-    from training.plan.fixes import fixes
-    from training.plan.screen import refusal, screen
-    from training.plan.search import compiled_work
+    from planner.fixes import fixes
+    from planner.screen import refusal, screen
+    from planner.search import compiled_work
 
     print(screen(plan), flush=True)
     if options.output is not None:
@@ -194,8 +194,8 @@ def look_further(
 ) -> int:
     """Search, show the best plan, and write all that was found, a picture, and the winner."""
     from configs.legal import legal
-    from training.plan.pareto import draw
-    from training.plan.search import compiled_work, search
+    from planner.pareto import draw
+    from planner.search import compiled_work, search
     from training.progress import Counting
 
     compile: Compile | None = compiled_work
@@ -228,7 +228,7 @@ def look_further(
 
 def no_compiler(machine: "Machine", options: PlanConfig) -> str | None:
     """Why nothing is compiled; None where it can be. Raises ValueError where it was asked for."""
-    from parallel.described import described_devices
+    from planner.described_devices import described_devices
 
     if options.compile == "never":
         return "not compiled: plan.compile=never"

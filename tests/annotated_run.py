@@ -29,8 +29,8 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from models.config import ModelConfig, RopeScaling
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
-    from serving.sample import Sampling, sample, sample_keys
-    from serving.samples import complete
+    from serving.sampling import Sampling, sample, sample_keys
+    from serving.text import complete
     from training.config import TrainingConfig
     from training.evaluate import evaluate
     from training.program import build_program, padded_vocab, trace

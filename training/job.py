@@ -36,8 +36,8 @@ from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.guard import none_in_a_row, undone
 from training.input_watch import InputWatch
-from training.plan.preflight import refuse_what_cannot_fit
 from training.precision import precision_row
+from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
 from training.recorder import Recorder, ignored

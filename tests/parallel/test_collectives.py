@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import pytest
 
-from parallel.hlo import read_hlo
+from planner.hlo.program import read_hlo
 from tests.parallel import small
 from tests.parallel.test_matrix import MODELS
 

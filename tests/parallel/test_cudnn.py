@@ -19,8 +19,8 @@ from parallel.attention import cudnn
 from parallel.attention.context import context_attention
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
-from parallel.described import compiler_options, described_devices
-from parallel.hlo import read_hlo
+from planner.described_devices import compiler_options, described_devices
+from planner.hlo.program import read_hlo
 from tests.parallel import context_cases as cases
 
 ROWS = {

@@ -17,15 +17,9 @@ from configs.schema import Config
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
-from parallel.described import (
-    GPUS,
-    TPU_NAMES,
-    compiler_options,
-    described_devices,
-    gpu_topology,
-)
-from parallel.hlo import read_hlo
 from parallel.mesh import build_layout
+from planner.described_devices import GPUS, TPU_NAMES, compiler_options, described_devices, gpu_topology
+from planner.hlo.program import read_hlo
 from tests.compilers import skip_without
 from training import program
 from training.config import RunConfig, TrainingConfig

@@ -18,8 +18,8 @@ from models.transformer import build_model
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from parallel.experts import Axes, expert_dispatch
-from parallel.hlo import read_hlo
 from parallel.schedules.accumulate import Plain
+from planner.hlo.program import read_hlo
 from tests.models.decoders import lively, make_batch
 from tests.models.mixtures import mixture
 from training.state import is_info

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from configs.cli import CONFIG_DIR, options
-from parallel.described import GPUS
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig, default_torus, machine_of
+from planner.described_devices import GPUS
 
 
 def hardware(name, **changes):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from parallel.hlo import group_axes, read_hlo
-from parallel.hlo_text import parse_groups, parse_instruction, type_bytes
+from planner.hlo.program import group_axes, read_hlo
+from planner.hlo.text import parse_groups, parse_instruction, type_bytes
 
 AXES = {"fsdp": 2, "tensor": 4}
 P = PartitionSpec

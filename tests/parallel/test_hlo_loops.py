@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.hlo import read_hlo
+from planner.hlo.program import read_hlo
 
 LOOP = """
 HloModule looped

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.config import MoEConfig, MTPConfig
-from parallel.hlo import read_hlo
+from planner.hlo.program import read_hlo
 from tests.parallel import small
 from training.state import shardings
 

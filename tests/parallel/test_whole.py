@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from optim.config import AdamWConfig, MuonConfig
-from parallel.hlo import read_hlo
+from planner.hlo.program import read_hlo
 from tests.parallel import small
 from training.state import is_info, shardings
 

@@ -19,8 +19,8 @@ from optim.config import ConstantConfig, LionConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from scripts.generate import Options, load_config, main, parse_options
-from serving.generate import generate
-from serving.samples import encode_prompt
+from serving.generator import generate
+from serving.text import encode_prompt
 from training.config import CheckpointConfig, RunConfig
 from training.guard import nothing_seen
 from training.state import TrainState, abstract_state, shardings

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from planner import compiled
+from planner.compiled import DoesNotFit, with_vocabulary
+from planner.screen import screen
 from scripts.plan import plan_of, settle
 from scripts.plan_config import PlanConfig, split_words
 from tests.configs.composing import config
-from training.plan import compiled
-from training.plan.compiled import DoesNotFit, with_vocabulary
-from training.plan.screen import screen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIG = ("+experiment=llama3_70b", "hardware=h100", "plan.compile=never")

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
-from serving.generate import generate
+from serving.generator import generate
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64

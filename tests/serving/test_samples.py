@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
 from serving.python_share import parse_share
-from serving.samples import PYTHON_PROMPT, complete, encode_prompt, write_samples
+from serving.text import PYTHON_PROMPT, complete, encode_prompt, write_samples
 from training.config import RunConfig, SampleConfig, TrainingConfig
 
 STEP = 7

@@ -13,7 +13,7 @@ import pytest
 from artifacts.checkpoints.manager import Checkpoints
 from models.config import MoEConfig
 from optim.config import AdamWConfig, SGDConfig
-from parallel.hlo import Reading, parse_module, read_hlo
+from planner.hlo.program import Reading, parse_module, read_hlo
 from tests.parallel import small
 from training import local_sgd
 from training.config import CheckpointConfig, LocalSGDConfig

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from models.ops import Ops
-from parallel.described import GPUS
 from parallel.schedules.accumulate import POLICIES
+from planner.described_devices import GPUS
 from tests.parallel.small import distance, make_config, make_program, reference, run
 from training.config import TrainingConfig
 from training.precision import build_einsum, compute_dtype, precision_problem, precision_row

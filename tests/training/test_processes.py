@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from data.errors import DataError
 from data.loading.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
-from serving.samples import write_samples
+from serving.text import write_samples
 from tests.training.ground import ROOT
 from tests.training.test_resume import assert_few_redone
 from training.feed import placing, rows_here

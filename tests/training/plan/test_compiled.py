@@ -9,12 +9,12 @@ import pytest
 from configs.legal import legal
 from parallel.hardware import machine_of
 from parallel.mesh import build_layout
+from planner.analytic import estimate
+from planner.compiled import DoesNotFit, compile_step, planned_program, refused, with_vocabulary
+from planner.fixes import fixes
 from tests.compilers import skip_without
 from tests.configs.composing import config
 from tests.parallel.test_hardware import hardware
-from training.plan.analytic import estimate
-from training.plan.compiled import DoesNotFit, compile_step, planned_program, refused, with_vocabulary
-from training.plan.fixes import fixes
 from training.program import build_program
 
 MESHES = [

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from parallel.hardware import DeviceConfig, HardwareConfig
+from training import preflight
 from training.loop import fit
-from training.plan import preflight
-from training.plan.preflight import capacity
+from training.preflight import capacity
 
 KNOWN = HardwareConfig(name="h200", device=DeviceConfig(memory_gib=139.0))
 

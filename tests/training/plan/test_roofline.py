@@ -3,8 +3,8 @@
 import pytest
 
 from parallel.hardware import Link, Machine
-from training.plan.roofline import cost_of, members_within, predict, torus_dims
-from training.plan.work import Memory, Traffic, Work
+from planner.roofline import cost_of, members_within, predict, torus_dims
+from planner.work import Memory, Traffic, Work
 
 NEAR = Link("nvlink", 8, 400e9, 0.0)
 FAR = Link("infiniband", 0, 50e9, 0.0)

@@ -9,14 +9,14 @@ import pytest
 from configs.legal import legal
 from parallel.config import MESH_AXES, mesh_shape
 from parallel.hardware import machine_of
+from planner.analytic import estimate
+from planner.candidates import candidates
+from planner.compiled import DoesNotFit, with_vocabulary
+from planner.fixes import fixes
+from planner.pareto import draw, front
+from planner.search import compile_all, search
 from tests.configs.composing import config
 from tests.parallel.test_hardware import hardware
-from training.plan.analytic import estimate
-from training.plan.candidates import candidates
-from training.plan.compiled import DoesNotFit, with_vocabulary
-from training.plan.fixes import fixes
-from training.plan.pareto import draw, front
-from training.plan.search import compile_all, search
 
 WORDS = ("+experiment=llama3_8b", "hardware=h100", "training.global_batch_size=64")
 

@@ -7,8 +7,8 @@ allocator, on a cluster after its time in the queue.
 from typing import Any
 
 from parallel.hardware import GIB, HardwareConfig
-from training.plan.compiled import memory_of
-from training.plan.screen import refusal
+from planner.compiled import memory_of
+from planner.screen import refusal
 from training.program import Program
 
 OVERRIDE = "hardware.device.preflight=false starts all the same"

@@ -4,7 +4,7 @@ import html
 from collections.abc import Callable
 from pathlib import Path
 
-from training.plan.search import Evaluated, Searched
+from planner.search import Evaluated, Searched
 
 GIB = 2**30
 Scale = Callable[[float], float]  # to pixels

@@ -11,7 +11,7 @@
     bubble     of the schedule's own table (`parallel.schedules`): (P−1)/(M+P−1) for gpipe and 1f1b (Narayanan
                et al. 2021, arXiv:2104.04473)
 
-Memory: `training.plan.analytic_memory`; collectives: `training.plan.analytic_traffic`.
+Memory: `planner.analytic_memory`; collectives: `planner.analytic_traffic`.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ from typing import Any
 from kernels.backends import choose, wanted_of
 from kernels.einsum_8bit import PRODUCTS
 from parallel.config import mesh_shape
-from parallel.described import GPUS
 from parallel.hardware import Machine
-from training.plan.analytic_memory import memory_of
-from training.plan.analytic_traffic import traffic_of
-from training.plan.shapes import Parameter, parameters_of, part_of
-from training.plan.sizes import Sizes, sizes_of
-from training.plan.work import Work
+from planner.analytic_memory import memory_of
+from planner.analytic_traffic import traffic_of
+from planner.described_devices import GPUS
+from planner.shapes import Parameter, parameters_of, part_of
+from planner.sizes import Sizes, sizes_of
+from planner.work import Work
 from training.precision import compute_dtype
 
 HALVES = ("cudnn", "splash", "fused", "ring")  # compute only what a causal mask leaves

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.hardware import GIB, Machine
-from training.plan.analytic import estimate
-from training.plan.candidates import Candidate, Legal, candidates, changed
-from training.plan.search import Compile, Evaluated, compiled_work, evaluate
+from planner.analytic import estimate
+from planner.candidates import Candidate, Legal, candidates, changed
+from planner.search import Compile, Evaluated, compiled_work, evaluate
 
 MOST_TRIED = 12  # candidates that are compiled before giving up
 LEEWAY = 1.05  # of a device's memory by the analytic model: what it says of a candidate may be too much

@@ -1,6 +1,6 @@
 """Looking for the fastest plan: all legal candidates by the analytic model, the best of them by the compiler.
 
-A candidate's time is `training.plan.roofline.predict`'s. The analytic model ranks those that it says fit into
+A candidate's time is `planner.roofline.predict`'s. The analytic model ranks those that it says fit into
 MARGIN of a device's memory; the best are compiled side by side, each in a process of its own, and ranked
 again by what the compiler says. Where none of them fits, the search goes on down the list.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
-from training.plan.analytic import estimate
-from training.plan.candidates import Candidate, Legal, candidates
-from training.plan.compiled import compile_step, model_flops
-from training.plan.roofline import Prediction, predict
-from training.plan.shapes import model_of
-from training.plan.work import Work
+from planner.analytic import estimate
+from planner.candidates import Candidate, Legal, candidates
+from planner.compiled import compile_step, model_flops
+from planner.roofline import Prediction, predict
+from planner.shapes import model_of
+from planner.work import Work
 
 MARGIN = 0.92  # of a device's memory: the analytic model errs by a few per cent
 MOST_COMPILED = 4  # times as many as are asked for, at most

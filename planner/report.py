@@ -1,4 +1,4 @@
-"""A plan: everything that is said of one step on one cluster, as data. `training.plan.screen` shows it."""
+"""A plan: everything that is said of one step on one cluster, as data. `planner.screen` shows it."""
 
 import math
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
-from training.plan.roofline import Prediction, predict
-from training.plan.work import Work
+from planner.roofline import Prediction, predict
+from planner.work import Work
 
 
 @dataclass(frozen=True)

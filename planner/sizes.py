@@ -12,7 +12,7 @@ from models.transformer import Model
 from parallel.axes import Layout, kv_repeats
 from parallel.hardware import Machine
 from parallel.schedules.tables import Schedule, make_schedule
-from training.plan.shapes import Parameter, abstract_layout, model_of, parameters_of, part_of
+from planner.shapes import Parameter, abstract_layout, model_of, parameters_of, part_of
 
 
 @dataclass(frozen=True)

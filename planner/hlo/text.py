@@ -1,6 +1,6 @@
 """The text of a compiled program, taken apart: computations, instructions, types, groups of devices.
 
-`parallel.hlo` reads what the program does; here stands only how XLA writes it down.
+`planner.hlo.program` reads what the program does; here stands only how XLA writes it down.
 """
 
 import math

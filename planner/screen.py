@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from training.plan.report import Plan
-from training.plan.work import Memory
+from planner.report import Plan
+from planner.work import Memory
 from training.progress import duration, human
 
 GIB = 2**30

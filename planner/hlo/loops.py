@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.hlo_text import Instruction, root_of
+from planner.hlo.text import Instruction, root_of
 
 Computations = Mapping[str, Mapping[str, Instruction]]
 THROUGH = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "opt-barrier")

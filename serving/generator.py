@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from kernels.attention import reference_attention
 from kernels.grouped_experts import run_experts
 from models.ops import identity_constrain
-from serving.sample import Sampling, sample, sample_keys
+from serving.sampling import Sampling, sample, sample_keys
 
 PREFILL_STEP = 16  # prompts are prefilled in whole multiples of this, and texts padded to multiples of
 LENGTH_STEP = 64  # that: few shapes, so few compilations

@@ -20,9 +20,9 @@ differ between its compilers: they were fitted to 36 GPU and 9 TPU programs of L
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from training.plan.shapes import state_bytes
-from training.plan.sizes import Sizes
-from training.plan.work import Memory
+from planner.shapes import state_bytes
+from planner.sizes import Sizes
+from planner.work import Memory
 from training.step import BATCH_DTYPES
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serving.generate import generate
+from serving.generator import generate
 from serving.python_share import parse_share
 
 # After two blank lines, as a function at the top level stands in a file: at the very start of one the model
@@ -48,7 +48,7 @@ def complete(
 ) -> tuple[list[str], list[bool]]:
     """Each prompt with its continuation, and whether the model itself ended it.
 
-    numbers: of the samples, 0.. by default, see `serving.generate`.
+    numbers: of the samples, 0.. by default, see `serving.generator`.
     """
     heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     tails = generate(

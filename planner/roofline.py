@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from parallel.hardware import Link, Machine, strides
-from training.plan.work import Axes, Traffic, Work
+from planner.work import Axes, Traffic, Work
 
 HIDDEN = frozenset({"replica", "data", "fsdp"})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from parallel.config import MESH_AXES, divisors
 from parallel.hardware import Machine
-from training.plan.roofline import reach
+from planner.roofline import reach
 
 Legal = Callable[[Any, int | None], str | None]
 POLICIES = ("none", "dots", "attention", "full")

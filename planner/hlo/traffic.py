@@ -13,7 +13,7 @@ of its own in the text, moves nothing.
 import re
 from collections.abc import Mapping
 
-from parallel.hlo_text import Instruction, root_of, type_bytes
+from planner.hlo.text import Instruction, root_of, type_bytes
 
 Table = Mapping[str, Instruction]
 FREE = (

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.hlo_text import Instruction, shapes
+from planner.hlo.text import Instruction, shapes
 
 Table = Mapping[str, Instruction]
 CALLS = {

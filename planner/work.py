@@ -1,6 +1,6 @@
 """What one training step asks of one device, whether it was computed or read from a compiled program.
 
-`training.plan.analytic` and `training.plan.compiled` both answer with a `Work`; `training.plan.roofline`
+`planner.analytic` and `planner.compiled` both answer with a `Work`; `planner.roofline`
 turns one into seconds.
 """
 
@@ -32,7 +32,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over the same mesh axes; kinds as in `parallel.hlo.KINDS`.
+    """Collectives of one kind over the same mesh axes; kinds as in `planner.hlo.program.KINDS`.
 
     bytes: in all executions of a step together, of what one member of a group holds of the whole that is
     exchanged: of an all-gather its result, of every other kind the operands.

@@ -1,4 +1,4 @@
-"""A step's collectives by equations, as `parallel.hlo.Reading.totals` counts them in a compiled one.
+"""A step's collectives by equations, as `planner.hlo.program.Reading.totals` counts them in a compiled one.
 
 Parameters are gathered (compute dtype) for the forward and the backward pass, in a pipeline at every tick and
 once more, since it recomputes; their gradients are scattered (layers: compute dtype; tables: float32) or,
@@ -14,9 +14,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from training.plan.shapes import parameters_of, part_of
-from training.plan.sizes import Sizes, gathered_axes
-from training.plan.work import Axes, Traffic
+from planner.shapes import parameters_of, part_of
+from planner.sizes import Sizes, gathered_axes
+from planner.work import Axes, Traffic
 
 Found = Counter[tuple[str, Axes]]
 Add = Callable[[str, Axes, float, float], None]  # kind, axes, executions, bytes of each

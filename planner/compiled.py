@@ -1,7 +1,7 @@
 """The real train step, compiled for devices that need not be here, and what the program says of itself.
 
 `train.py` compiles the same: `build_program(config, layout).compile_train()`. Only the devices differ, which
-are described (`parallel.described`), and for GPUs the options that take the place of kernels chosen by
+are described (`planner.described_devices`), and for GPUs the options that take the place of kernels chosen by
 timing.
 """
 
@@ -17,14 +17,14 @@ import jax
 import numpy as np
 
 from kernels.grouped_experts import block_size
-from parallel.described import compiler_options, described_devices, quiet
 from parallel.hardware import GIB, Machine
-from parallel.hlo import Reading, read_hlo
-from parallel.hlo_text import Instruction, shapes
-from parallel.kernels import kernels_of
 from parallel.mesh import build_layout
+from planner.described_devices import compiler_options, described_devices, quiet
+from planner.hlo.kernel_names import kernels_of
+from planner.hlo.program import Reading, read_hlo
+from planner.hlo.text import Instruction, shapes
+from planner.work import Memory, Traffic, Work
 from training.flops import training_flops
-from training.plan.work import Memory, Traffic, Work
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
 

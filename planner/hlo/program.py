@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
-from parallel.hlo_loops import Scope, trip_count
-from parallel.hlo_text import Instruction, parse_groups, parse_module, type_bytes
-from parallel.hlo_traffic import moved_bytes
-from parallel.kernels import PALLAS, attention_flops, factor_type, product_flops
+from planner.hlo.kernel_names import PALLAS, attention_flops, factor_type, product_flops
+from planner.hlo.loops import Scope, trip_count
+from planner.hlo.text import Instruction, parse_groups, parse_module, type_bytes
+from planner.hlo.traffic import moved_bytes
 
 KINDS = (
     "all-gather",
@@ -67,7 +67,7 @@ class Reading:
     collectives: list[Collective] = field(default_factory=list)
     products: Counter[str] = field(default_factory=Counter)  # FLOPs of products, by type of the first factor
     attention: int = 0  # FLOPs of attention kernels, which `products` has not
-    moved_bytes: int = 0  # read from and written to memory: `parallel.hlo_traffic`
+    moved_bytes: int = 0  # read from and written to memory: `planner.hlo.traffic`
     custom_calls: Counter[str] = field(default_factory=Counter)  # executions by target
     kernels: Counter[str] = field(default_factory=Counter)  # executions of Pallas kernels on TPU by name
     buffers: list[Buffer] = field(default_factory=list)  # largest first

@@ -1,0 +1,1 @@
+"""Compiled programs read as text: collectives, loops, kernels, memory traffic."""
