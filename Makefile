@@ -58,7 +58,7 @@ test-faults: $(TEST)
 
 # Six nodes: jobs of two each go on side by side, since most of their time is waiting.
 test-slurm: $(TEST)
-	@JAX_PLATFORMS=cpu CAMBRIAN_REQUIRE_SLURM=1 $(BIN)/python scripts/local_slurm.py --nodes 6 -- \
+	@JAX_PLATFORMS=cpu CAMBRIAN_REQUIRE_SLURM=1 $(BIN)/python tests/slurm/local_slurm.py --nodes 6 -- \
 		$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.

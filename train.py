@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.cli import main
-from configs.legal import legal
 from configs.schema import Config, check
 from parallel import processes
 from training.errors import RunFault
 from training.host_memory import keep_freed_memory
 from training.host_threads import enough_threads
+from training.legal.nearest import legal
 from training.process import process_began
 
 HERE = Path(__file__).resolve().parent

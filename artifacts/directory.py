@@ -117,7 +117,7 @@ class RunDirectory:
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._lock: int | None = None
         self._manifest: dict[str, Any] = {}
-        self.rollbacks: list[dict[str, Any]] = []  # see `training.rollback`
+        self.rollbacks: list[dict[str, Any]] = []  # see `training.safety.rollback`
 
     def begin(self, manifest: dict[str, Any], *, resume_step: int = 0) -> None:
         """Make the directory (a new run), or note this start in its restarts; `manifest`: `build_manifest`.

@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from configs import schema
 from configs.cli import CONFIG_DIR
-from configs.rooms import opened
+from configs.optional_groups import opened
 from parallel.mesh import build_layout
 from planner.described_devices import described_devices
 from planner.hlo.program import Reading, read_hlo

@@ -28,7 +28,7 @@ from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from training.config import TrainingConfig
-from training.feed import placing, rows_here
+from training.device_batches import placing, rows_here
 from training.flops import training_flops
 from training.host_memory import keep_freed_memory
 from training.program import Program, build_program

@@ -203,7 +203,7 @@ def build(words: Sequence[str]) -> Any:
 
     from configs import schema
     from configs.cli import CONFIG_DIR
-    from configs.rooms import opened
+    from configs.optional_groups import opened
     from parallel.mesh import build_layout
     from training.program import build_program
 

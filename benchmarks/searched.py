@@ -16,12 +16,12 @@ from hydra import compose, initialize_config_dir
 from benchmarks import measure
 from configs import schema
 from configs.cli import CONFIG_DIR, options
-from configs.legal import legal
-from configs.rooms import opened
+from configs.optional_groups import opened
 from parallel.hardware import Machine, machine_of
 from planner.candidates import POLICIES, Candidate
 from planner.compiled import with_vocabulary
 from planner.search import Evaluated, compiled_work, evaluate, search
+from training.legal.nearest import legal
 
 CASES = {
     "llama3_8b on 16 x H100": (

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from configs.schema import check
 from parallel.mesh import build_layout
-from training.feed import placing, rows_here
+from training.device_batches import placing, rows_here
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
 

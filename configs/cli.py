@@ -124,7 +124,7 @@ def _launch(
 
     from configs import schema
     from configs.explain import check_overrides
-    from configs.rooms import opened
+    from configs.optional_groups import opened
     from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
 
     args = _parse(argv)
@@ -228,7 +228,7 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
     run.name is left out, and so is the experiment, whose name run.name already is unless it was given.
     """
-    from configs.rooms import GROUP
+    from configs.optional_groups import GROUP
 
     given = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     hidden = {GROUP, "run.name"} if "run.name" in given else {GROUP, "experiment"}
@@ -271,7 +271,7 @@ def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from configs.rooms import opened
+    from configs.optional_groups import opened
     from configs.schema import Config
 
     GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config

@@ -13,9 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from configs.case import known_sizes
-from configs.legal import refusal
-from configs.rooms import register_rooms
+from configs.optional_groups import register_rooms
 from data.config import DataConfig, TokenizerConfig, shards_problem
 from models.config import ModelConfig
 from optim.config import (
@@ -48,6 +46,8 @@ from training.config import (
     SampleConfig,
     TrainingConfig,
 )
+from training.legal.mesh_case import known_sizes
+from training.legal.nearest import refusal
 
 OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig, SGDConfig)
 SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)

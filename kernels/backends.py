@@ -1,8 +1,8 @@
 """Attention backends: one table of what each can do, one sentence for what it cannot, and the choice of one.
 
-Only numbers and names are compared: `configs.legal` asks before devices are known, `training.attention` when
-they are, and kernels by the shapes that reach them. Masks are exact for packed documents on every backend,
-in forward and gradient; the table says for which rows.
+Only numbers and names are compared: `training.legal.nearest` asks before devices are known,
+`training.attention` when they are, and kernels by the shapes that reach them. Masks are exact for packed
+documents on every backend, in forward and gradient; the table says for which rows.
 """
 
 from collections.abc import Mapping

@@ -115,7 +115,9 @@ class PipelineConfig:
     virtual_stages: int = 1  # chunks of layers a device holds (interleaved_1f1b: 2 or more)
 
     def __post_init__(self) -> None:
-        """Each value by itself; whether they make a schedule depends on mesh.pipeline: `configs.legal`."""
+        """Each value by itself; whether they make a schedule depends on mesh.pipeline:
+        `training.legal.nearest`.
+        """
         if self.schedule not in PIPELINE_SCHEDULES:
             raise ValueError(no_choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES))
         for key in ("microbatches", "virtual_stages"):

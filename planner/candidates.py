@@ -32,7 +32,7 @@ class Candidate:
 
 
 def candidates(config: Any, machine: Machine, legal: Legal) -> Iterator[Candidate]:
-    """The legal ones, in a fixed order; legal: `configs.legal.legal`."""
+    """The legal ones, in a fixed order; legal: `training.legal.nearest.legal`."""
     for sizes in meshes(config, machine):
         for changes in inside(config, sizes):
             candidate = changed(config, {f"mesh.{axis}": size for axis, size in sizes.items()} | changes)

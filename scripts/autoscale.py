@@ -23,7 +23,7 @@ if __name__ == "__main__":
 def main(argv: list[str]) -> int:
     """Print the number of nodes, or what a start would do; the exit status."""
     from artifacts.directory import last_facts
-    from parallel.autoscale import TooFew
+    from training.autoscale.policy import TooFew
 
     parser = argparse.ArgumentParser(
         prog="python scripts/autoscale.py",
@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
 
 def answer(asked: argparse.Namespace, last_facts: Any) -> int:
     """What was asked about the run, printed."""
-    from configs.legal import legal
     from scripts.generate import find_run, load_config
-    from training.elastic import nodes_wanted, settled
+    from training.autoscale.apply import nodes_wanted, settled
+    from training.legal.nearest import legal
 
     directory = find_run(asked.run)
     config = load_config(directory / "config.yaml")

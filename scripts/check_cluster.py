@@ -31,7 +31,7 @@ from parallel import processes
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from parallel.health import Report
+    from launch.check.verdict import Report
 
 HANGS = 120  # seconds beyond twice the budget, for compiling; then something hangs
 
@@ -112,7 +112,7 @@ def compose(words: list[str]) -> "Config":
 
     from configs.cli import CONFIG_DIR
     from configs.explain import check_overrides, explain
-    from configs.rooms import opened
+    from configs.optional_groups import opened
     from configs.schema import Config, from_hydra, register
 
     register()
@@ -131,10 +131,10 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
     """What all processes together have measured, the same on each."""
     import jax
 
-    from parallel.health import Link, Reading, Report, judge, medians
+    from launch.check.links import measure_collectives
+    from launch.check.probe import measure_devices
+    from launch.check.verdict import Link, Reading, Report, judge, medians
     from parallel.mesh import build_layout
-    from parallel.probe import measure_devices
-    from parallel.probe_links import measure_collectives
     from training.flops import datasheet
 
     with processes.together("the devices"):
@@ -168,7 +168,7 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
 
 def show(report: "Report", output: Path | None) -> None:
     """The table and the findings; raises OSError where the file cannot be written."""
-    from parallel.health import table
+    from launch.check.verdict import table
 
     print(table(report))
     for finding in report.findings:

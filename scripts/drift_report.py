@@ -202,7 +202,7 @@ def plain(value: Any) -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report and print the verdict; the exit status."""
-    from scripts.drift_page import page
+    from data.curation.drift_page import page
     from training.errors import RunFault
 
     options = parse(arguments)

@@ -21,9 +21,9 @@ if __name__ == "__main__":
 
 import yaml
 
-from scripts import kube_objects
-from scripts.kube_config import KubeConfig, check_job, job_name, metrics_port, parse_kube
-from scripts.kube_objects import Object, Request
+from launch.kubernetes import objects
+from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_port, parse_kube
+from launch.kubernetes.objects import Object, Request
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -33,29 +33,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS: tuple[tuple[str, Callable[[Request], list[Object]], str], ...] = (
     (
         "1-queue",
-        kube_objects.queue_objects,
+        objects.queue_objects,
         "The queue, made once by an administrator: which nodes, how much of them, and the door to it in this "
         "namespace. Leave it out where a queue of this name exists.",
     ),
     (
         "2-access",
-        kube_objects.access_objects,
+        objects.access_objects,
         "The account that the pods run as. It may look at pods in this namespace, and nothing else.",
     ),
     (
         "3-volume",
-        kube_objects.volume_objects,
+        objects.volume_objects,
         "The volume with runs/ and the caches. Every node writes to it; it outlives the job.",
     ),
     (
         "4-config",
-        kube_objects.config_objects,
+        objects.config_objects,
         "A record of what was asked for: train.py's words, the config that they compose, and the commit that "
         "composed it. Nothing reads it.",
     ),
     (
         "5-jobset",
-        kube_objects.job_objects,
+        objects.job_objects,
         "The job: one pod a node, one process a pod. A pod that exits 75 (saved at a notice to leave) or is "
         "evicted restarts all of them from the last checkpoint, as often as it happens; one that exits 2 "
         "(bad input) ends the job; any other failure restarts it, up to maxRestarts times.",
@@ -175,7 +175,9 @@ def commit() -> str:
 
 
 def key_table() -> str:
-    """Every key of `kube.*` with its default; its meaning stands on its line in scripts/kube_config.py."""
+    """Every key of `kube.*` with its default; its meaning stands on its line in
+    launch/kubernetes/config.py.
+    """
     shown = {item.name: getattr(KubeConfig(image="?"), item.name) for item in fields(KubeConfig)}
     shown["image"] = "IMAGE"
     words = [
@@ -185,7 +187,7 @@ def key_table() -> str:
         textwrap.fill(
             " ".join(words), 108, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
         )
-        + "\n  (scripts/kube_config.py says what each means)"
+        + "\n  (launch/kubernetes/config.py says what each means)"
     )
 
 

@@ -164,10 +164,10 @@ def compiler_name(kind: str) -> str:
 
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
-    from configs.legal import legal
     from planner.fixes import fixes
     from planner.screen import refusal, screen
     from planner.search import compiled_work
+    from training.legal.nearest import legal
 
     print(screen(plan), flush=True)
     if options.output is not None:
@@ -193,9 +193,9 @@ def look_further(
     config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...], words: Sequence[str]
 ) -> int:
     """Search, show the best plan, and write all that was found, a picture, and the winner."""
-    from configs.legal import legal
     from planner.pareto import draw
     from planner.search import compiled_work, search
+    from training.legal.nearest import legal
     from training.progress import Counting
 
     compile: Compile | None = compiled_work

@@ -18,10 +18,10 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too; and `slurm` is no module of its own.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts.slurm_config import SlurmConfig, check_devices, split_words
-from scripts.slurm_follow import client, follow
-from scripts.slurm_script import Element, Submission, render
-from scripts.snapshot import snapshot
+from launch.slurm.config import SlurmConfig, check_devices, split_words
+from launch.slurm.follow import client, follow
+from launch.slurm.script import Element, Submission, render
+from launch.slurm.snapshot import snapshot
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -7,8 +7,8 @@ from configs.cli import options
 from configs.schema import check
 from parallel.mesh import build_layout
 from tests.configs.composing import config
-from training.job import with_vocab
 from training.program import build_program, trace
+from training.setup import with_vocab
 
 BYTES = 257  # tokens of tokenizer=byte
 PARAMETERS = {  # what the name promises, in millions

@@ -24,8 +24,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import artifacts.directory
 import train
-import training.job
 import training.loop
+import training.setup
 from artifacts.metrics import MetricsLog
 from configs.cli import main
 from data.cache import verify
@@ -358,7 +358,7 @@ def test_a_read_only_directory_is_refused_before_any_work(place, typed, monkeypa
     (place.path / "runs").mkdir()
     refused = str(place.path / "runs")
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != refused and access(path, mode))
-    monkeypatch.setattr(training.job, "prepare", None)  # must not be reached
+    monkeypatch.setattr(training.setup, "prepare", None)  # must not be reached
     assert_one_line(typed(), 2, "here/runs cannot be written", "choose another run.dir=")
 
 
@@ -386,7 +386,7 @@ def disk_fills_up(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(moment: str, limit: int) -> None:
-        module = training.job if moment == "open_outputs" else training.loop
+        module = training.setup if moment == "open_outputs" else training.loop
         whole = getattr(module, moment)
 
         def limited(*args):

@@ -91,7 +91,7 @@ class LocalSGDConfig:
     exchange: str = "float32"  # float32 | bfloat16 | int8: what crosses the slow link
 
     def __post_init__(self) -> None:
-        """Each value by itself; what inner steps need of the rest is checked in `configs.legal`."""
+        """Each value by itself; what inner steps need of the rest is checked in `training.legal.nearest`."""
         _require(self.inner_steps >= 1, "local_sgd.inner_steps", self.inner_steps, "1 (synchronous) or more")
         rate = self.outer_learning_rate
         _require(rate > 0, "local_sgd.outer_learning_rate", rate, "above 0; DiLoCo has 0.7")

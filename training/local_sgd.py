@@ -32,7 +32,7 @@ from jaxtyping import Array
 from parallel.axes import Layout
 from parallel.schedules.stage_layout import without_axis
 from training.config import LocalSGDConfig, inner_steps
-from training.guard import IN_A_ROW, SKIPPED
+from training.safety.skip_updates import IN_A_ROW, SKIPPED
 from training.state import TrainState, shardings
 
 AXIS = "replica"

@@ -20,22 +20,22 @@ from data.loading.loader import Prefetcher
 from kernels.backends import documents_of
 from parallel import processes
 from parallel.attention.cudnn import check_documents
+from training.autoscale.apply import Rules, scale
 from training.compile_cache import start_compile_cache
 from training.config import inner_steps
-from training.elastic import Rules, scale
+from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.errors import RunFault
 from training.evaluate import evaluate, weighed
-from training.feed import arrived, of_all_hosts, placing, rows_here
-from training.guard import Trouble, reason_of, trouble
-from training.job import Job, before_the_first_step, compose, in_mid_run, say, start
-from training.notice import Notices, Stopping
-from training.one_device import on_one_device
+from training.gather_to_one import on_one_device
 from training.profiling import Profile, plan
 from training.recorder import Recorder
-from training.replica_check import ReplicaCheck
-from training.rollback import ended_by, go_back, remedy
+from training.safety.replica_check import ReplicaCheck
+from training.safety.rollback import ended_by, go_back, remedy
+from training.safety.signals import Notices, Stopping
+from training.safety.skip_updates import Trouble, reason_of, trouble
+from training.safety.watchdog import Watchdog
+from training.setup import Job, before_the_first_step, compose, in_mid_run, say, start
 from training.state import TrainState
-from training.watchdog import Watchdog
 
 Sampler = Callable[..., dict[str, Any]]
 

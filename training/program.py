@@ -32,11 +32,11 @@ from parallel.schedules.pipeline import Pipeline
 from parallel.schedules.stage_layout import Arrangement, main_segment
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from parallel.sharded_matrices import Parts
-from training.guard import Skipping, nothing_seen
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
-from training.notice import abstract_vote
 from training.precision import build_einsum, compute_dtype
+from training.safety.signals import abstract_vote
+from training.safety.skip_updates import Skipping, nothing_seen
 from training.state import (
     TrainState,
     abstract_state,

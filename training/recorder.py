@@ -10,9 +10,9 @@ from artifacts.ledger import Ledger
 from artifacts.metrics import MetricsLog
 from training.errors import RunFault
 from training.flops import Flops
-from training.guard import reason_of
 from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
+from training.safety.skip_updates import reason_of
 
 NOT_TIMED: Mapping[str, float] = {}
 
@@ -43,7 +43,7 @@ class Recorder:
     ):
         """`ledger`: of this start, from its beginning; one of its own where none is given.
 
-        `expect`: told what comes next, of what is no step (`training.watchdog`).
+        `expect`: told what comes next, of what is no step (`training.safety.watchdog`).
         """
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every = tokens, every

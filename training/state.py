@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from optim.muon import Matrix
 from parallel.axes import Layout
-from training.guard import nothing_seen
+from training.safety.skip_updates import nothing_seen
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +18,8 @@ from training.guard import nothing_seen
 class TrainState:
     """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept.
 
-    `local` is None unless replicas step alone (`training.local_sgd`). `guard`: see `training.guard`.
+    `local` is None unless replicas step alone (`training.local_sgd`). `guard`: see
+    `training.safety.skip_updates`.
     """
 
     step: Int[Array, ""]

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from parallel.axes import Layout
 from training.config import GuardConfig
-from training.guard import Kept, Skipping, judge, unless_skipped
+from training.safety.skip_updates import Kept, Skipping, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
@@ -23,7 +23,7 @@ BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "loss_weights": jnp.float32,
 }
-VOTE = "stop"  # beside the batch where several processes must stop together: see `training.notice`
+VOTE = "stop"  # beside the batch where several processes must stop together: see `training.safety.signals`
 
 
 def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
@@ -55,7 +55,8 @@ def make_train_step(
     `learning_rate`, `tokens` (positions with weight), and those of `router_metrics` and of the guard. Random
     keys are folded from (seed, step), so that neither mesh nor schedule changes them.
 
-    guard: what updates are skipped; None: none. skipping: how, see `training.guard.unless_skipped`.
+    guard: what updates are skipped; None: none. skipping: how, see
+    `training.safety.skip_updates.unless_skipped`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:

@@ -1,10 +1,11 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/guard                      what new updates are compared with (`training.guard`)
-    checkpoints/STEP/{momentum,replicas,guards} where replicas step alone (`training.local_sgd`)
-    checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of arrays, data position, tokens
-    checkpoints/STEP/FILES.sha256               of every file, made after the commit (`checkpoint_files`)
+    checkpoints/STEP/guard                      what new updates are compared with
+    (`training.safety.skip_updates`) checkpoints/STEP/{momentum,replicas,guards} where replicas step alone
+    (`training.local_sgd`) checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of
+    arrays, data position, tokens checkpoints/STEP/FILES.sha256               of every file, made after the
+    commit (`checkpoint_files`)
 
 A restore recomputes every array's digest and compares the small files with their sha256. A checkpoint that
 fails is moved to `quarantine/STEP` with its reason, and the newest one that passes is used: never a silent

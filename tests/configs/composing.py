@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from configs import schema
 from configs.cli import CONFIG_DIR
-from configs.rooms import opened
+from configs.optional_groups import opened
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import yaml
 import train
 from configs import schema
 from configs.cli import CONFIG_DIR, groups, main, options, override_suffix
-from configs.rooms import opened, optional_rooms
+from configs.optional_groups import opened, optional_rooms
 from models.config import MoEConfig, RopeScaling
 from tests.configs.composing import config
 

@@ -13,8 +13,6 @@ from jax.sharding import AbstractMesh
 
 from configs import schema
 from configs.cli import options
-from configs.legal import legal, nearest_meshes, overrides, refusal
-from configs.rules import main_segment
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model
@@ -26,6 +24,8 @@ from parallel.schedules.stage_layout import main_segment as widest
 from parallel.schedules.tables import check_schedule
 from tests.configs.composing import config
 from training.config import LocalSGDConfig
+from training.legal.nearest import legal, nearest_meshes, overrides, refusal
+from training.legal.rules import main_segment
 from training.state import is_info
 
 SHAPE = {

@@ -16,7 +16,7 @@ from data.prepared import Prepared
 from data.tokens.store import TokenStore
 from scripts.prepare_data import run
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
-from training.job import prepare_together
+from training.setup import prepare_together
 
 TEXTS = some_texts(40)
 BPE = TokenizerConfig(vocab_size=300)
@@ -182,7 +182,7 @@ def test_a_broken_record_of_generations_is_named(config, tmp_path):
 
 
 def test_a_run_that_goes_on_takes_its_generation_and_a_new_one_the_newest(config, tmp_path):
-    """By the digest that the run's manifest holds, as `training.job.compose` hands it on."""
+    """By the digest that the run's manifest holds, as `training.setup.compose` hands it on."""
     old = grow(config)
     add(tmp_path / "texts", TEXTS[20:], 20)
     new = grow(config, append=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import kube_objects
+from launch.kubernetes import objects
 from tests.docker.instructions import ROOT, context, filled, kept, pairs, stages, words
 
 TEXT = (ROOT / "Dockerfile").read_text("utf-8")
@@ -75,12 +75,12 @@ def test_bases_are_pinned_and_stages_known():
 
 
 def test_runs_as_nobody_in_particular_and_hears_signals():
-    assert steps("USER") == [f"{kube_objects.USER}:{kube_objects.USER}"]
+    assert steps("USER") == [f"{objects.USER}:{objects.USER}"]
     assert words(steps("ENTRYPOINT")[0]) == ["tini", "--", "python", "train.py"]
-    assert steps("WORKDIR")[-1] == str(kube_objects.HOME)
+    assert steps("WORKDIR")[-1] == str(objects.HOME)
     environment = pairs(steps("ENV")[-1])
     assert environment["CAMBRIAN_COMMIT"] == "${COMMIT}"
-    assert environment["XDG_CACHE_HOME"] == f"{kube_objects.HOME}/.cache"
+    assert environment["XDG_CACHE_HOME"] == f"{objects.HOME}/.cache"
 
 
 def test_the_image_has_what_is_installed_and_nothing_else():

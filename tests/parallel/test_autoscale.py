@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from parallel.autoscale import ELASTIC, Asked, TooFew, decide, numbers, target
 from parallel.config import MESH_AXES, AutoscaleConfig
+from training.autoscale.policy import ELASTIC, Asked, TooFew, decide, numbers, target
 
 BATCH_AXES = ("replica", "data", "fsdp", "expert")
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from parallel import probe, probe_links
-from parallel.health import MATMUL, Link, Reading, Report, judge, medians, table
+from launch.check import links as between_devices
+from launch.check import probe
+from launch.check.verdict import MATMUL, Link, Reading, Report, judge, medians, table
 
 FIGURES = {MATMUL: 700.0, "memory GB/s": 3000.0, "all-reduce data GB/s": 300.0}
 
@@ -125,12 +126,12 @@ def test_any_changed_element_of_a_product_shows_its_row_and_a_right_product_none
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_the_turns_of_a_ring_hold_each_link_once_and_no_device_twice(count):
-    turns = probe_links.ring_turns(count)
+    turns = between_devices.ring_turns(count)
     assert sorted(link for turn in turns for link in turn) == [(i, (i + 1) % count) for i in range(count)]
     for turn in turns:
         ends = [end for link in turn for end in link]
         assert len(set(ends)) == len(ends)
-    assert probe_links.ring_turns(1) == []
+    assert between_devices.ring_turns(1) == []
 
 
 def test_what_collectives_must_give_is_what_they_give():
@@ -139,10 +140,10 @@ def test_what_collectives_must_give_is_what_they_give():
     ring = Mesh(mesh.devices.reshape(-1), ("ring",))
     probes = [
         make(mesh, axis, 60)
-        for make in (probe_links.all_reduce, probe_links.all_gather)
+        for make in (between_devices.all_reduce, between_devices.all_gather)
         for axis in mesh.axis_names
     ]
-    for each in [*probes, probe_links.permute(ring, probe_links.ring_turns(6)[1], 60)]:
+    for each in [*probes, between_devices.permute(ring, between_devices.ring_turns(6)[1], 60)]:
         for shard in each.run(each.given).addressable_shards:
             got = np.asarray(shard.data).reshape(-1)
             np.testing.assert_array_equal(got, each.wanted(numbers[shard.device]))

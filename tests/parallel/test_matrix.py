@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from configs.legal import legal
 from models.config import MoEConfig
 from tests.parallel import small
+from training.legal.nearest import legal
 
 DENSE_AXES = ("replica", "pipeline", "data", "fsdp", "context", "tensor")
 MODELS: dict[str, dict[str, Any]] = {

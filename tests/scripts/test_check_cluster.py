@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from parallel import probe
+from launch.check import probe
 from scripts import check_cluster
 from tests.training.ground import ROOT
 
@@ -113,7 +113,8 @@ PLANTED = """
 import sys
 sys.path.insert(0, {root!r})
 import numpy as np
-from parallel import probe, processes
+from launch.check import probe
+from parallel import processes
 from scripts import check_cluster
 
 def fetched(device, what, value):

@@ -10,10 +10,10 @@ import pytest
 from data.config import TokenizerConfig
 from data.curation import drift
 from data.curation.drift import Sample, compare, findings, sample
+from data.curation.drift_page import page
 from data.errors import DataError
 from data.tokens.store import TokenStore
 from data.tokens.tokenizer import train_tokenizer
-from scripts.drift_page import page
 from scripts.drift_report import beginnings, main
 
 VOCABULARY = 60

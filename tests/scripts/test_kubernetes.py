@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from launch.kubernetes.config import KubeConfig, metrics_port, parse_kube
+from launch.kubernetes.objects import Request, times
 from parallel.processes import place_in
-from scripts.kube_config import KubeConfig, metrics_port, parse_kube
-from scripts.kube_objects import Request, times
 from scripts.kubernetes import PARTS, documents, run
 from tests.configs.composing import config as composed
 from tests.scripts.kubernetes_schemas import problems

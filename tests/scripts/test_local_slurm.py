@@ -1,6 +1,6 @@
 """What the Slurm for one command says where it cannot be had; that it works `make test-slurm` shows."""
 
-from scripts import local_slurm
+from tests.slurm import local_slurm
 
 
 def test_where_slurm_is_not_installed_the_command_that_does_is_said(monkeypatch, capsys):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs.schema import ConfigError
+from launch.slurm.config import SlurmConfig, seconds_of, slurm_config, split_words
+from launch.slurm.follow import State, follow
+from launch.slurm.snapshot import snapshot
 from scripts.slurm import elements_of, main, next_directory, prepare, purpose
-from scripts.slurm_config import SlurmConfig, seconds_of, slurm_config, split_words
-from scripts.slurm_follow import State, follow
-from scripts.snapshot import snapshot
 from tests.configs.composing import config
 
 DEBUG = ("+experiment=debug",)

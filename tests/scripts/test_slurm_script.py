@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm.config import SlurmConfig, split_words
+from launch.slurm.script import Element, Submission, render
 from scripts.slurm import prepare
-from scripts.slurm_config import SlurmConfig, split_words
-from scripts.slurm_script import Element, Submission, render
 from tests.configs.composing import config
 
 ROOT = Path(__file__).resolve().parents[2]

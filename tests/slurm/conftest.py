@@ -1,4 +1,4 @@
-"""A Slurm whose nodes are all this machine; `make test-slurm` starts it (`scripts/local_slurm.py`)."""
+"""A Slurm whose nodes are all this machine; `make test-slurm` starts it (`tests/slurm/local_slurm.py`)."""
 
 import os
 import shutil

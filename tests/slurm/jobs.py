@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.slurm_follow import states
+from launch.slurm.follow import states
 from tests.training.ground import ROOT, Ground
 
 DEADLINE = 420  # seconds; only a hang takes so long

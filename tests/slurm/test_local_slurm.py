@@ -25,7 +25,7 @@ exit 7
 
 
 def start(tmp_path: Path, seconds: str) -> subprocess.Popen:
-    local = [sys.executable, str(ROOT / "scripts/local_slurm.py"), "--nodes", "1", "--"]
+    local = [sys.executable, str(ROOT / "tests/slurm/local_slurm.py"), "--nodes", "1", "--"]
     return subprocess.Popen([*local, "bash", "-c", COMMAND, "bash", seconds], cwd=tmp_path)
 
 

@@ -20,17 +20,26 @@ import pytest
 import yaml
 
 from artifacts.directory import RunDirectory
-from configs.legal import legal
 from data.loading.loader import Loader
 from data.pipeline import prepare
-from parallel.autoscale import TooFew
 from scripts import autoscale as script
 from tests.training.ground import ROOT
 from tests.training.test_processes import SMALL, at_step, finish, newest, rank, steps_done
 from tests.training.test_resume import assert_few_redone
-from training import elastic
-from training.elastic import DECIDED, DEPTH, Scaled, by_process, nodes_wanted, queue_depth, scale, settled
+from training.autoscale import apply
+from training.autoscale.apply import (
+    DECIDED,
+    DEPTH,
+    Scaled,
+    by_process,
+    nodes_wanted,
+    queue_depth,
+    scale,
+    settled,
+)
+from training.autoscale.policy import TooFew
 from training.errors import Requeue
+from training.legal.nearest import legal
 from training.loop import fit
 
 # Eight rows, on eight devices one each; the full mesh is asked for at every start.
@@ -67,7 +76,7 @@ def test_meshes_are_legal_by_the_rules_of_every_config(ground, words, devices, m
     config = composed(ground, *words)
     made = settled(config, devices, legal, None)
     assert made.turns == turns and {a: made.sizes[a] for a in mesh} == mesh
-    there = elastic.applied(config, made)
+    there = apply.applied(config, made)
     assert legal(there, made.used) is None
     assert there.training.global_batch_size == config.training.global_batch_size
     # The rules that are asked are the config's: 32 wide, which 3 does not divide, nor 5 the four heads.
@@ -97,7 +106,7 @@ def test_slices_are_lost_and_found_whole(ground):
     for devices, replicas, turns in ((8, 4, 1), (6, 2, 2), (4, 2, 2), (2, 1, 4), (16, 4, 1)):
         made = settled(config, devices, legal, None, each=2)
         assert (made.sizes["replica"], made.sizes["fsdp"], made.turns) == (replicas, 2, turns)
-        there = elastic.applied(config, made)
+        there = apply.applied(config, made)
         assert there.mesh.dcn == ({"replica": replicas} if replicas > 1 else {})
         assert (
             settled(config, devices, legal, {**made.sizes}) == made

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-import training.job
 import training.loop
 import training.program
+import training.setup
 from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_loss_on_another(ground, 
     """And more steps than at first: the constant schedule is open-ended."""
     name = copy_run(ground, "half", f"half_on_{mesh.replace(' ', '_')}")
     if mesh == "one device":
-        monkeypatch.setattr(training.job, "build_layout", lambda m, _: build_layout(m, jax.devices()[:1]))
+        monkeypatch.setattr(training.setup, "build_layout", lambda m, _: build_layout(m, jax.devices()[:1]))
     assert fit(ground.config(name, *WORDS, *MESHES[mesh])) == 0
     rows, wanted = ([r for r in ground.rows(n) if "loss" in r] for n in (name, "sharded"))
     assert [r["step"] for r in rows] == list(range(1, 13))

@@ -17,9 +17,9 @@ from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.ground import ROOT
 from training.config import LocalSGDConfig
 from training.errors import RunFault
-from training.guard import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, nothing_seen
 from training.loop import fit
 from training.program import skipping
+from training.safety.skip_updates import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, nothing_seen
 
 TINY = {"num_layers": 2, "d_model": 32, "d_ff": 32, "num_heads": 4, "num_kv_heads": 4}
 FAULTS = (pytest.mark.faults, pytest.mark.slow)

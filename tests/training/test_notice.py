@@ -13,7 +13,7 @@ from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from tests.training.ground import ROOT
 from training.errors import Ended
-from training.notice import SIGNALS, Notices, Stopping
+from training.safety.signals import SIGNALS, Notices, Stopping
 from training.step import VOTE
 
 
@@ -41,7 +41,7 @@ def test_a_second_notice_ends_a_process_whose_main_thread_hangs(number):
     """The main thread is deaf, as it is inside of a collective that never ends."""
     code = f"""
 import os, signal, time
-from training.notice import SIGNALS, Notices
+from training.safety.signals import SIGNALS, Notices
 with Notices() as notices, notices.steps():
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.kill(os.getpid(), {int(number)})

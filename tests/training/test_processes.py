@@ -24,7 +24,7 @@ from data.pipeline import follow, prepare
 from serving.text import write_samples
 from tests.training.ground import ROOT
 from tests.training.test_resume import assert_few_redone
-from training.feed import placing, rows_here
+from training.device_batches import placing, rows_here
 from training.loop import fit
 
 SMALL = (

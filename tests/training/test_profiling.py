@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-import training.job
+import training.setup
 from parallel.mesh import build_layout
 from training.config import LoggingConfig
 from training.loop import fit
@@ -82,7 +82,7 @@ def test_profile_steps_are_two_in_order(steps):
 
 
 def test_a_run_leaves_a_trace_and_a_page_of_the_parts_of_the_model(ground, monkeypatch, capsys):
-    monkeypatch.setattr(training.job, "build_layout", lambda m, _: build_layout(m, jax.devices()[:1]))
+    monkeypatch.setattr(training.setup, "build_layout", lambda m, _: build_layout(m, jax.devices()[:1]))
     words = (
         "training.num_steps=3",
         "schedule.warmup_steps=1",

@@ -14,9 +14,9 @@ from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
 from tests.parallel.small import make_config, make_program
-from training.job import with_vocab
 from training.precision import compute_dtype
 from training.program import build_ops, padded_vocab
+from training.setup import with_vocab
 
 
 def layout_of(rules, **sizes):

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-import training.replica_check
+import training.safety.replica_check
 from artifacts.checkpoints.manager import named_leaves
 from tests.parallel.small import make_config, make_program
 from tests.training.test_processes import finish, watched
 from training.errors import RunFault
 from training.loop import fit
-from training.replica_check import ReplicaCheck, odd_ones
+from training.safety.replica_check import ReplicaCheck, odd_ones
 from training.step import FlatStep
 
 MESHES = {
@@ -52,7 +52,9 @@ def test_a_flipped_bit_in_one_copy_is_found_and_its_device_named(mesh):
         check.look(2, planted(program, leaves, TABLE, 5))
     message = str(fault.value)
     assert message.startswith("replica check at step 2: ") and "\n" not in message
-    assert f"device 5 of process 0 on {training.replica_check.socket.gethostname()} ({TABLE})" in message
+    assert (
+        f"device 5 of process 0 on {training.safety.replica_check.socket.gethostname()} ({TABLE})" in message
+    )
     others = [n for n in range(8) if n != 5 and f"device {n} of" in message]
     if mesh == MESHES["two alike"]:  # nobody can say which of two is right
         assert len(others) == 1 and "which is right is not known" in message
@@ -106,11 +108,11 @@ import os, runpy, sys
 from types import SimpleNamespace
 sys.path.insert(0, os.getcwd())
 import jax
-import training.replica_check
+import training.safety.replica_check
 from tests.training.test_replica_check import flipped
 from training.step import FlatStep
 process = os.environ["CAMBRIAN_PROCESS"]
-training.replica_check.socket = SimpleNamespace(gethostname=lambda: "host" + process)
+training.safety.replica_check.socket = SimpleNamespace(gethostname=lambda: "host" + process)
 real = FlatStep.on_leaves
 
 def on_leaves(self, leaves, batch):

@@ -10,9 +10,9 @@ from data.loading.loader import Loader
 from tests.training.ground import make_ground
 from tests.training.test_processes import finish, job
 from training.errors import RunFault
-from training.guard import undone
 from training.loop import fit
-from training.rollback import MOST, in_a_row
+from training.safety.rollback import MOST, in_a_row
+from training.safety.skip_updates import undone
 
 RUN = (
     *("model.num_layers=1", "model.d_model=32", "model.d_ff=32", "schedule=constant", "eval.every=50"),

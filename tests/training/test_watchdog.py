@@ -14,7 +14,7 @@ import pytest
 from tests.training.ground import ROOT
 from tests.training.test_processes import SMALL, at_step, finish, job, rank, steps_done
 from tests.training.test_resume import assert_few_redone, half_written, restarts, stop_in_a_save
-from training.watchdog import BOUNDS, Watchdog
+from training.safety.watchdog import BOUNDS, Watchdog
 
 LONG = ("training.num_steps=2000", "eval.every=2000", "checkpoint.every=5")
 HANGS = """
@@ -73,7 +73,7 @@ def test_a_process_that_was_stopped_itself_does_not_count_that_time(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from training.watchdog import Watchdog
+from training.safety.watchdog import Watchdog
 with Watchdog(1.5, Path({str(tmp_path)!r}), 0) as watchdog:
     watchdog.expect("step 1")
     print("ready", flush=True)

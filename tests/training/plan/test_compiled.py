@@ -6,7 +6,6 @@ import re
 import jax
 import pytest
 
-from configs.legal import legal
 from parallel.hardware import machine_of
 from parallel.mesh import build_layout
 from planner.analytic import estimate
@@ -15,6 +14,7 @@ from planner.fixes import fixes
 from tests.compilers import skip_without
 from tests.configs.composing import config
 from tests.parallel.test_hardware import hardware
+from training.legal.nearest import legal
 from training.program import build_program
 
 MESHES = [

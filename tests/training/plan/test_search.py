@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from configs.legal import legal
 from parallel.config import MESH_AXES, mesh_shape
 from parallel.hardware import machine_of
 from planner.analytic import estimate
@@ -17,6 +16,7 @@ from planner.pareto import draw, front
 from planner.search import compile_all, search
 from tests.configs.composing import config
 from tests.parallel.test_hardware import hardware
+from training.legal.nearest import legal
 
 WORDS = ("+experiment=llama3_8b", "hardware=h100", "training.global_batch_size=64")
 

@@ -5,8 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("benchmarks", "configs", "data", "models", "optim", "parallel", "scripts", "serving", "training")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def snapshot(target: Path, root: Path = ROOT) -> str:
@@ -24,16 +23,21 @@ def snapshot(target: Path, root: Path = ROOT) -> str:
     _git(target, "checkout", "--quiet", "--detach", commit)
     changed = _names(root, "diff", "--name-only", "--no-renames", "-z", "HEAD")
     others = _names(root, "ls-files", "--others", "--exclude-standard", "-z")
-    untracked = [name for name in others if "/" not in name or name.split("/")[0] in ROOMS]
+    untracked = [name for name in others if "/" not in name or name.split("/")[0] in rooms(root)]
     for name in changed + untracked:
         _lay_over(root / name, target / name)
     extra = f" with {len(changed + untracked)} files that are not committed" if changed + untracked else ""
     return f"commit {commit[:9]}{extra}"
 
 
+def rooms(root: Path) -> list[str]:
+    """The packages at the top of a checkout, by name."""
+    return sorted(path.parent.name for path in root.glob("*/__init__.py"))
+
+
 def _copy_rooms(target: Path, root: Path) -> str:
     target.mkdir(parents=True)
-    for room in ROOMS:
+    for room in rooms(root):
         shutil.copytree(root / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [root / "train.py", *root.glob("*.toml"), *root.glob("requirements*.lock")]:
         shutil.copy2(path, target)

@@ -19,9 +19,9 @@ import jax
 
 from artifacts.directory import RunDirectory
 from parallel import processes
-from parallel.autoscale import ELASTIC, Asked, Decision, TooFew, decide
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
+from training.autoscale.policy import ELASTIC, Asked, Decision, TooFew, decide
 from training.config import inner_steps
 from training.errors import Requeue
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from parallel import processes
 from training.errors import RunFault
-from training.guard import Trouble, none_in_a_row
-from training.job import Job, fresh_state, go_on_reading, new_loader, open_log, say
+from training.safety.skip_updates import Trouble, none_in_a_row
+from training.setup import Job, fresh_state, go_on_reading, new_loader, open_log, say
 from training.state import TrainState
 
 MOST = 3  # rollbacks in a row that get no further than the trouble before

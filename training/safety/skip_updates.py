@@ -151,7 +151,7 @@ def trouble(config: GuardConfig, step: int, metrics: Mapping[str, Any], last: in
     return Trouble(step, in_a_row, reason, f"{name}={float(metrics[name]):.6g}")
 
 
-# -- after a rollback (`training.rollback`) -----------------------------------------------------------------
+# -- after a rollback (`safety.rollback`) ------------------------------------------------------------------
 
 
 def undone(checkpoint: int, known: int, rollbacks: Sequence[Mapping[str, Any]]) -> bool:

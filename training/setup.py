@@ -29,18 +29,18 @@ from data.prepared import Prepared
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
+from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
-from training.elastic import Scaled
+from training.device_batches import rows_here
 from training.errors import Requeue, RunFault
-from training.feed import rows_here
 from training.flops import Flops, peak_flops, training_flops
-from training.guard import none_in_a_row, undone
 from training.input_watch import InputWatch
 from training.precision import precision_row
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, human, startup_table
 from training.recorder import Recorder, ignored
+from training.safety.skip_updates import none_in_a_row, undone
 from training.state import TrainState
 from training.step import FlatStep
 from training.xla import check_options, deterministic_row, options_line

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, for one command: `python scripts/local_slurm.py -- COMMAND...`.
+"""A Slurm of two nodes on this machine, for one command: `python tests/slurm/local_slurm.py -- COMMAND...`.
 
     --nodes N     nodes n1 to nN, two by default; all of them are this machine
     --logs DIR    where the daemons' logs are left; by default they go with the rest
@@ -29,7 +29,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.launch_local import DIE_WITH_PARENT
 
@@ -234,7 +234,7 @@ def run(command: Sequence[str], clients: dict[str, str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Exit status: the command's, or 2 for bad input and where Slurm is missing or does not start."""
     parser = argparse.ArgumentParser(
-        prog="python scripts/local_slurm.py",
+        prog="python tests/slurm/local_slurm.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--nodes N] [--logs DIR] -- COMMAND...",

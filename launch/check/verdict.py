@@ -1,4 +1,5 @@
-"""What measured numbers say of a cluster's devices: which is slow, which is wrong; `parallel.probe` measures.
+"""What measured numbers say of a cluster's devices: which is slow, which is wrong; `launch.check.probe`
+measures.
 
 A device is slow where one of its figures is below `slow` times the median of the devices of its kind, and a
 link below that of links that cross as much. What is wrong needs no threshold: a product, a copy, a memory

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from configs.case import Case, around, remedy, values
 from kernels.backends import problem as backend_problem
 from kernels.backends import wanted_of
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
+from training.legal.mesh_case import Case, around, remedy, values
 
 VOCAB_MULTIPLE = 128  # to which a vocabulary of -1 is rounded up
 # What an axis does is written for one logical axis and this rule.

@@ -1,6 +1,6 @@
 """Legal or not: one answer for a config on so many devices, and the meshes nearest to one that is not.
 
-The rules are `configs.rules`; here is the question, and the search among meshes.
+The rules are `training.legal.rules`; here is the question, and the search among meshes.
 """
 
 import itertools
@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from configs.case import Case, known_sizes
-from configs.rules import broken_rule
 from parallel.config import MESH_AXES, MeshConfig, divisors
+from training.legal.mesh_case import Case, known_sizes
+from training.legal.rules import broken_rule
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from scripts.slurm_config import SlurmConfig
+from launch.slurm.config import SlurmConfig
 
 # Seconds that tasks have to come to the same end once one has ended: as long as a dead one is waited for.
 ENDING_SECONDS = 60

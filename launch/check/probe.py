@@ -3,7 +3,7 @@
 All numbers that go in are whole and small, so each result is exact in any order of summation and any
 precision, and the host knows it to the bit: another result is the device's fault. A rate is that of the best
 repetition, so that a moment's disturbance does not count against a device. What devices do together is in
-`parallel.probe_links`.
+`launch.check.links`.
 """
 
 import math
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parallel.health import MATMUL, Reading
+from launch.check.verdict import MATMUL, Reading
 
 PATTERNS = (0x00000000, 0xFFFFFFFF, 0xAAAAAAAA, 0x55555555)
 LARGEST = 31  # of whole numbers in a product: sums of 8192 squares stay exact in float32

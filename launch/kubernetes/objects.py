@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from launch.kubernetes.config import TASK, KubeConfig, parse_toleration
 from parallel.processes import COORDINATOR, JOIN, PROCESS, PROCESSES
-from scripts.kube_config import TASK, KubeConfig, parse_toleration
 
 HOME = PurePosixPath("/cambrian")  # the code in the image, and its working directory
 USER = 10001  # whom the image runs as

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parallel import probe, processes
-from parallel.health import Link
-from parallel.probe import Say, Sizes
+from launch.check import probe
+from launch.check.probe import Say, Sizes
+from launch.check.verdict import Link
+from parallel import processes
 
 PATIENCE = 0.005  # seconds of asking without a pause whether a result is there
 

@@ -1,0 +1,1 @@
+"""Is a device slow, or wrong?"""

@@ -1,0 +1,1 @@
+"""A run on as many devices as there are."""

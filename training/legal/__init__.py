@@ -1,0 +1,1 @@
+"""What cannot be had, and the nearest mesh that can."""
