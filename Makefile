@@ -20,7 +20,7 @@ TESTS ?= tests
 # Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
 JOBS ?= 2
 MATRIX := tests/parallel/test_matrix.py tests/parallel/test_pipeline.py tests/parallel/test_collectives.py \
-	tests/training/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py
+	tests/artifacts/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -32,8 +32,8 @@ TEST := $(VENV)/.installed-test
 TORCH := .venv-torch/.installed
 DATA := .venv-data/.installed
 PLAN := .venv-plan/.installed
-PLANS := tests/training/plan tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
-	tests/parallel/test_described.py
+PLANS := tests/planner tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
+	tests/planner/test_described.py
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
@@ -63,7 +63,7 @@ test-slurm: $(TEST)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
-	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/training/extras $(ARGS)
+	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/artifacts/extras $(ARGS)
 
 # An environment of its own: the compilers for NVIDIA GPUs and TPUs, which need neither, are 5 GB.
 test-plan: $(PLAN)

@@ -13,14 +13,12 @@ import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
+from common.errors import RunFault
+from common.host import enough_threads, keep_freed_memory, process_began
 from configs.cli import main
 from configs.schema import Config, check
 from parallel import processes
-from training.errors import RunFault
-from training.host_memory import keep_freed_memory
-from training.host_threads import enough_threads
 from training.legal.nearest import legal
-from training.process import process_began
 
 HERE = Path(__file__).resolve().parent
 STATUS: list[int] = []  # of this process, at its end
@@ -41,7 +39,7 @@ def train(config: Config) -> int:
     from serving.text import write_samples
     from training.loop import fit
 
-    with processes.together("the configuration"):
+    with processes.all_or_none("the configuration"):
         # Once more, now that the machine is known; under autoscale the run decides what of it is used.
         check(config, jax.device_count() if config.autoscale is None else None)
     return fit(config, write_samples, legal, began=BEGAN.pop() if BEGAN else None)
@@ -66,10 +64,10 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         faults = (RunFault, processes.ClusterFault)
-        status = main(train, faults=faults, join=processes.initialize, speaks=processes.speaks)
+        status = main(train, faults=faults, join=processes.initialize, prints_error=processes.prints_error)
     except Exception:  # a defect: the traceback, and no waiting for processes that will not come
         traceback.print_exc()
         status = 1
     STATUS.append(status)
-    processes.pronounce(status)
+    processes.write_verdict(status)
     processes.leave(status)

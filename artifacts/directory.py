@@ -26,12 +26,12 @@ import yaml
 
 from artifacts.manifest import now
 from artifacts.metrics import sync_directory
+from common.errors import RunFault
 from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import processes
 from training.config import CheckpointConfig, GuardConfig, RunConfig, TrainingConfig
-from training.errors import RunFault
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from training.process import resident_bytes
+from common.host import resident_bytes
 
 if TYPE_CHECKING:
     from training.recorder import Recorder
@@ -67,7 +67,7 @@ OF_A_RUN = (
 )
 ALL = (*OF_A_ROW.values(), *OF_AN_EVALUATION.values(), *OF_A_RUN)
 
-Sample = tuple[Series, str | None, float | None]  # series, value of its label, value; None: nobody tells
+Point = tuple[Series, str | None, float | None]  # series, value of its label, value; None: nobody tells
 
 
 def memory() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def memory() -> dict[str, Any]:
     }
 
 
-def samples(recorder: "Recorder", num_steps: int) -> Iterator[Sample]:
+def samples(recorder: "Recorder", num_steps: int) -> Iterator[Point]:
     """What a scrape answers with."""
     yield from _of_row(OF_A_ROW, recorder.last)
     yield from _of_row(OF_AN_EVALUATION, recorder.last_event)
@@ -109,7 +109,7 @@ def samples(recorder: "Recorder", num_steps: int) -> Iterator[Sample]:
             yield series, device, number
 
 
-def _of_row(table: Mapping[str, Series], row: Mapping[str, Any]) -> Iterator[Sample]:
+def _of_row(table: Mapping[str, Series], row: Mapping[str, Any]) -> Iterator[Point]:
     for key, series in table.items():
         if key in row:
             yield series, key.removeprefix(f"{series.name}_") if series.label else None, float(row[key])

@@ -13,7 +13,7 @@ from pathlib import Path
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from training.errors import RunFault
+from common.errors import RunFault
 
 
 class TensorBoard:

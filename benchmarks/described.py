@@ -36,7 +36,7 @@ FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 
 
 @dataclass(frozen=True)
-class Row:
+class GpuStep:
     """One compiled step. Counts are executions a step; buffers are results of instructions, in bytes."""
 
     experiment: str
@@ -84,7 +84,7 @@ def compile_for(config: schema.Config, device: str = DEVICE) -> tuple[Program, A
     return program, replace(program, compiler_options=options).compile_train()
 
 
-def describe(config: schema.Config, experiment: str) -> tuple[Row, Reading]:
+def describe(config: schema.Config, experiment: str) -> tuple[GpuStep, Reading]:
     """Compile and read."""
     rows, seq_len = config.training.global_batch_size, config.data.seq_len
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def describe(config: schema.Config, experiment: str) -> tuple[Row, Reading]:
     assert not reading.uncounted_loops
     memory = compiled.memory_analysis()
     calls = reading.custom_calls
-    return Row(
+    return GpuStep(
         experiment=experiment,
         precision=config.training.precision,
         rows=rows,
@@ -149,7 +149,7 @@ def entry_and_loops(text: str) -> str:
     return "\n".join(b for b in blocks if not b.startswith("%fused_") and not b.startswith("%wrapped_"))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[GpuStep]) -> str:
     """As Markdown."""
     heads = ("step", "precision", "attention", "cuBLASLt", "of these fp8", "kernels", "logits", "T x T")
     lines = [f"| {' | '.join(heads)} | temporaries |", "|---" * (len(heads) + 1) + "|"]

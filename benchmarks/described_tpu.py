@@ -37,7 +37,7 @@ CASES = (("v5p", "2x2x2"), ("v6e", "4x4"))
 
 
 @dataclass(frozen=True)
-class Row:
+class TpuStep:
     """What the compiler says of one step on one device; sizes in bytes, times in seconds.
 
     kernels: executions of Pallas kernels by name. quadratic: buffers with two dims of a row's length; logits:
@@ -75,7 +75,7 @@ class Row:
         return "; ".join(parts)
 
 
-def describe_step(overrides: Sequence[str], hardware: str, topology: str) -> Row:
+def describe_step(overrides: Sequence[str], hardware: str, topology: str) -> TpuStep:
     """Compile the train step of these overrides for TPUs that are not here, and read the result.
 
     Raises ImportError, with the install command, where libtpu is missing, and ValueError for a config that
@@ -92,7 +92,7 @@ def describe_step(overrides: Sequence[str], hardware: str, topology: str) -> Row
 
 def describe_config(
     config: schema.Config, devices: list[Any], hardware: str, topology: str, overrides: Sequence[str] = ()
-) -> Row:
+) -> TpuStep:
     """The same for a config that is composed already, its vocabulary known."""
     from training.program import build_program
 
@@ -106,7 +106,7 @@ def describe_config(
     predicted = float(costs.get("optimal_seconds", -1.0))
     vocabulary = config.model.vocab_size
     tokens = config.training.global_batch_size // layout.ways("batch") * config.data.seq_len
-    return Row(
+    return TpuStep(
         hardware=hardware,
         topology=topology,
         overrides=tuple(overrides),
@@ -140,7 +140,7 @@ def types(reading: Reading, which: Callable[[tuple[int, ...]], bool]) -> list[st
 def main() -> None:
     """Every case, a row each, and all of them as JSON, which grows case by case."""
     made_by = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
-    rows: list[Row] = []
+    rows: list[TpuStep] = []
     for hardware, topology in CASES:
         rows.append(describe_step(LLAMA, hardware, topology))
         print(rows[-1].line(), flush=True)

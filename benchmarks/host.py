@@ -21,6 +21,7 @@ from rich.console import Console
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from benchmarks.measure import summary, write_result
+from common.host import keep_freed_memory
 from configs.schema import Config
 from data.loading.loader import Prefetcher
 from models.config import ModelConfig
@@ -30,7 +31,6 @@ from parallel.mesh import build_layout
 from training.config import TrainingConfig
 from training.device_batches import placing, rows_here
 from training.flops import training_flops
-from training.host_memory import keep_freed_memory
 from training.program import Program, build_program
 from training.progress import Progress
 from training.recorder import Recorder

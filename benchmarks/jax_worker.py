@@ -21,9 +21,9 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 import numpy as np
 
 from benchmarks import measure
+from common.host import keep_freed_memory
 from configs.cli import main
 from models.config import ModelConfig
-from training.host_memory import keep_freed_memory
 
 SHARED = (
     "num_layers",
@@ -123,7 +123,7 @@ def initial_weights(config: Any) -> dict[str, np.ndarray]:
 
 
 def load(config: Any, tokens: np.ndarray, devices: Any = None) -> Any:
-    """The compiled step of a config on the tokens of a job, as `benchmarks.workload.Work`."""
+    """The compiled step of a config on the tokens of a job, as `benchmarks.workload.Workload`."""
     from benchmarks.workload import resolve, whole_batch, with_batches
     from parallel.mesh import build_layout
     from training.program import build_program

@@ -18,12 +18,12 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from training.host_memory import keep_freed_memory
+from common.host import keep_freed_memory
 
-Case = Callable[[], float]  # seconds of one call
+Timed = Callable[[], float]  # seconds of one call
 
 
-def ready(function: Callable[..., Any], *arguments: Any) -> Case:
+def ready(function: Callable[..., Any], *arguments: Any) -> Timed:
     """Compile, run once, and give a function that times one call."""
     import jax
 
@@ -32,7 +32,7 @@ def ready(function: Callable[..., Any], *arguments: Any) -> Case:
     return lambda: measure.timed(lambda: jax.block_until_ready(compiled(*arguments)))
 
 
-def attention_cases(asked: argparse.Namespace) -> tuple[dict[str, Case], dict[str, str]]:
+def attention_cases(asked: argparse.Namespace) -> tuple[dict[str, Timed], dict[str, str]]:
     """Forward and gradient of every backend that `training.attention` names, and why others are left out."""
     from training.config import ATTENTION
 
@@ -45,7 +45,7 @@ def attention_cases(asked: argparse.Namespace) -> tuple[dict[str, Case], dict[st
     return cases, refused
 
 
-def attention_case(name: str, asked: argparse.Namespace) -> Case:
+def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     """One backend as the step would call it. Raises ValueError where it cannot do this."""
     import jax
     import jax.numpy as jnp
@@ -98,12 +98,12 @@ def attention_flops(asked: argparse.Namespace) -> float:
     return 6.0 * asked.rows * asked.heads * asked.size * asked.length**2
 
 
-def matmul_cases(asked: argparse.Namespace, platform: str) -> tuple[dict[str, Case], dict[str, float]]:
+def matmul_cases(asked: argparse.Namespace, platform: str) -> tuple[dict[str, Timed], dict[str, float]]:
     """Square products by dtype, form and result, and the operations of each."""
     from benchmarks.peak import FORMS, product, results_of
 
     edge = asked.edge or (1024 if platform == "cpu" else 8192)
-    cases: dict[str, Case] = {}
+    cases: dict[str, Timed] = {}
     for dtype in ("float32", "bfloat16"):
         for form in FORMS:
             for out in results_of(dtype):
@@ -111,7 +111,7 @@ def matmul_cases(asked: argparse.Namespace, platform: str) -> tuple[dict[str, Ca
     return cases, dict.fromkeys(cases, 2.0 * edge**3)
 
 
-def loss_cases(asked: argparse.Namespace) -> dict[str, Case]:
+def loss_cases(asked: argparse.Namespace) -> dict[str, Timed]:
     """The loss with its gradients: ours by chunks, and the plain one that holds all logits."""
     import jax
     import jax.numpy as jnp

@@ -19,13 +19,13 @@ from typing import Any
 
 from benchmarks.measure import alternate, ratio, summary, timed, write_result
 from benchmarks.versus_torch import COMMON, SHAPES
-from training.host_memory import keep_freed_memory
+from common.host import keep_freed_memory
 
 PARTS = ("count", "optimizers", "accumulation")
 QUICKSTART = ("+experiment=quickstart", "model.vocab_size=4096")
 ELEVEN = (*COMMON, *SHAPES["cpu"], "+experiment=quickstart")  # 11M parameters, as beside PyTorch
 LLAMA = ("+experiment=llama_1b", "mesh=fsdp", "training.global_batch_size=128", "data.seq_len=4096")
-Row = dict[str, Any]
+Figures = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.counted:
         print(counted([*asked.count, f"optim={asked.counted}"]))
         return 0
-    results: dict[str, list[Row]] = {}
+    results: dict[str, list[Figures]] = {}
     if "count" in asked.parts:
         results["count"] = count_both(asked.devices, asked.count)
         show("count", results)
@@ -73,7 +73,7 @@ def command(asked: argparse.Namespace) -> str:
     return f"python -m benchmarks.optimizer {words} --count {' '.join(asked.count)}"
 
 
-def show(part: str, results: dict[str, list[Row]]) -> None:
+def show(part: str, results: dict[str, list[Figures]]) -> None:
     """A part's rows, a line each."""
     for row in results[part]:
         words = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float))]
@@ -83,7 +83,7 @@ def show(part: str, results: dict[str, list[Row]]) -> None:
 # -- counted -----------------------------------------------------------------------------------------------
 
 
-def count_both(devices: int, words: Sequence[str]) -> list[Row]:
+def count_both(devices: int, words: Sequence[str]) -> list[Figures]:
     """Operations a device with Muon and with AdamW, each compiled in a process with so many CPU devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -115,13 +115,13 @@ def counted(words: Sequence[str]) -> int:
 # -- measured ----------------------------------------------------------------------------------------------
 
 
-def optimizers(rows: int, rounds: int) -> list[Row]:
+def optimizers(rows: int, rounds: int) -> list[Figures]:
     """Seconds of quickstart's step with each optimizer."""
     cases = {name: [*QUICKSTART, batch(rows), f"optim={name}"] for name in ("adamw", "muon")}
     return compare(f"seconds a step, quickstart, {rows} x 256 tokens", cases, rounds)
 
 
-def accumulation(name: str, words: Sequence[str], rounds: int) -> list[Row]:
+def accumulation(name: str, words: Sequence[str], rounds: int) -> list[Figures]:
     """Seconds of a step in one batch and in four parts."""
     cases = {
         f"accumulation_steps={n}": [*words, "optim=adamw", f"training.accumulation_steps={n}"] for n in (1, 4)
@@ -134,7 +134,7 @@ def batch(rows: int) -> str:
     return f"training.global_batch_size={rows}"
 
 
-def compare(what: str, cases: dict[str, list[str]], rounds: int) -> list[Row]:
+def compare(what: str, cases: dict[str, list[str]], rounds: int) -> list[Figures]:
     """A row a case: seconds of a step, and their ratio to the first case's, round by round.
 
     `speed` is the inverse, which `benchmarks/gate.py` watches. `cpu`: seconds that its threads worked, which
@@ -147,7 +147,7 @@ def compare(what: str, cases: dict[str, list[str]], rounds: int) -> list[Row]:
     table = []
     for name, seconds in samples.items():
         found, cost = summary(seconds), ratio(samples[first], seconds)
-        row: Row = {"case": f"{what}, {name}", "value": found["median"], "of the first": cost["median"]}
+        row: Figures = {"case": f"{what}, {name}", "value": found["median"], "of the first": cost["median"]}
         row |= {"q1": found["q1"], "q3": found["q3"], "least": found["min"], "rounds": rounds}
         row |= {"cost q1": cost["q1"], "cost q3": cost["q3"], "speed": ratio(seconds, samples[first])}
         row |= {

@@ -16,9 +16,8 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from common.host import enough_threads, keep_freed_memory
 from configs.cli import main
-from training.host_memory import keep_freed_memory
-from training.host_threads import enough_threads
 
 GIB = 2**30
 

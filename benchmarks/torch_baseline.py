@@ -28,7 +28,7 @@ from torch import Tensor, nn
 LAYERS = "segments/0/0/"  # where ours keeps the stack of all layers
 
 
-class Block(nn.Module):
+class TorchBlock(nn.Module):
     """One decoder layer."""
 
     def __init__(self, model: dict[str, Any]):
@@ -63,7 +63,7 @@ class Llama(nn.Module):
         super().__init__()
         self.eps = model["norm_eps"]
         self.table = nn.Parameter(torch.empty(model["vocab_size"], model["d_model"]))
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model["num_layers"]))
+        self.blocks = nn.ModuleList(TorchBlock(model) for _ in range(model["num_layers"]))
         self.final_norm = nn.Parameter(torch.ones(model["d_model"]))
         self.head = None if model["tie_embeddings"] else nn.Parameter(torch.empty_like(self.table))
         self.register_buffer("cos", angles.cos(), persistent=False)

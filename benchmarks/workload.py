@@ -24,7 +24,7 @@ ZIPF_SHIFT = 2.7  # Mandelbrot's: the commonest words are less common than Zipf'
 
 
 @dataclass
-class Work:
+class Workload:
     """A compiled step and its state, ready to run. `run` gives metrics that are still being computed."""
 
     program: Program
@@ -59,7 +59,7 @@ def resolve(config: Any) -> Any:
     return replace(config, model=replace(config.model, vocab_size=padded_vocab(sizes[config.tokenizer.kind])))
 
 
-def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None) -> Work:
+def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None) -> Workload:
     """Compile the step of a config on these devices (all by default), and make its state and batches."""
     config = resolve(config)
     check(config, len(devices) if devices is not None else jax.device_count())
@@ -70,7 +70,7 @@ def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[An
     return with_batches(program, config.seed, made)
 
 
-def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.ndarray]]) -> Work:
+def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.ndarray]]) -> Workload:
     """The same for a program and batches [B, T] that are there."""
     start = time.perf_counter()
     compiled = program.compile_train()
@@ -78,7 +78,7 @@ def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.
     rows = rows_here(program.batch)
     place = placing(program.batch, rows)
     placed = [place({name: array[rows] for name, array in batch.items()}) for batch in batches]
-    return Work(program, compiled, seconds, program.init_state(seed), placed)
+    return Workload(program, compiled, seconds, program.init_state(seed), placed)
 
 
 def synthetic_batch(

@@ -52,7 +52,7 @@ def main(
     purpose: str = PURPOSE,
     faults: tuple[type[Exception], ...] = (),
     join: Callable[[], None] | None = None,
-    speaks: Callable[[str], bool] = lambda line: True,
+    prints_error: Callable[[str], bool] = lambda line: True,
 ) -> int:
     """Run `task(config)` for what the command line asks and return the exit status.
 
@@ -60,8 +60,8 @@ def main(
     `faults` are one line and their own `status`, else 1; anything else is a defect of ours and keeps its
     traceback.
 
-    Where several processes run one command, `join` unites them before anything is read, and `speaks(line)`
-    says whether this one prints the line.
+    Where several processes run one command, `join` unites them before anything is read, and
+    `prints_error(line)` says whether this one prints the line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -70,7 +70,7 @@ def main(
     trace = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
     def report(message: str, status: int) -> int:
-        return _report(message, status, trace, speaks)
+        return _report(message, status, trace, prints_error)
 
     def guard(action: Callable[[], int]) -> int:
         return _guarded(action, faults, report)
@@ -103,10 +103,10 @@ def _guarded(
         return report(str(error), 2)
 
 
-def _report(message: str, status: int, trace: bool, speaks: Callable[[str], bool]) -> int:
+def _report(message: str, status: int, trace: bool, prints_error: Callable[[str], bool]) -> int:
     if trace:
         traceback.print_exc()
-    if speaks(message):
+    if prints_error(message):
         line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
         word = "stopped: " if status == REQUEUE else "error: "
         print(word + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr, flush=True)

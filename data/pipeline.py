@@ -24,7 +24,7 @@ from data.tokens.chat import FORMAT as CHAT_FORMAT
 from data.tokens.chat import ChatEncoder, ChatEncoding, plain_text
 from data.tokens.chat_template import ChatTemplate, find_template, specials_of
 from data.tokens.encoding import Encoding, TextEncoding
-from data.tokens.generations import Files, Generation, Ledger, Part
+from data.tokens.generations import Files, Generation, GenerationIndex, Part
 from data.tokens.shards import Engine
 from data.tokens.store import TokenStore, write_store
 from data.tokens.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -214,7 +214,7 @@ class _Preparation:
         if documents is not None:
             documents.read([0, len(documents) - 1])  # a copy that broke off shows now, not after hours
         for part in self.parts:
-            part.hold()
+            part.freeze()
         self.skipped = dict(sum((Counter(part.skipped()) for part in self.parts), Counter[str]()))
         if self.skipped:
             self._say(f"left out {in_words(self.skipped)} bad records (data.on_bad_record=skip)")
@@ -236,7 +236,7 @@ class _Preparation:
             self._describe(train, validation, directory / "tokenizer.json", tokenizer, digest),
         )
 
-    def _grow(self, append: bool, wanted: str | None) -> tuple[Ledger | None, tuple[Files, ...]]:
+    def _grow(self, append: bool, wanted: str | None) -> tuple[GenerationIndex | None, tuple[Files, ...]]:
         """Find of which generations the corpus consists; only folders read in cached mode have several."""
         data, corpus = self.data, self.corpus
         if data.source != "folder" or data.mode != "cached" or isinstance(corpus, OptimizedCorpus):
@@ -247,7 +247,7 @@ class _Preparation:
                     f"{data.source} and {data.mode} {steps}; put the new documents into a folder"
                 )
             return None, ()
-        ledger = Ledger(self.root, corpus, self._tokenizer_inputs(corpus=False))
+        ledger = GenerationIndex(self.root, corpus, self._tokenizer_inputs(corpus=False))
         groups = ledger.grown() if append else ledger.current(wanted, self.data.generation)
         if len(groups) > 1 or groups[0] != ledger.files:
             self.parts = [Part(corpus, files) for files in groups]

@@ -24,12 +24,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention import attention_mask, join_length, largest_divisor, split_length
-from kernels.einsum_cpu import once
+from kernels.einsum_cpu import materialize
 
 F32 = jnp.float32
 UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have
 TINY = 1e-30
-SAVED = "ring_attention"  # the checkpoint name by which policies know what attention's backward needs
+ATTENTION_OUTPUT = (
+    "ring_attention"  # the checkpoint name by which policies know what attention's backward needs
+)
 BLOCKS = 8  # of a row at most: each is compiled by itself
 LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
 
@@ -113,7 +115,7 @@ class Spec:
         for end in range(self.block, first.shape[0] + 1, self.block):
             low = jnp.tile(first[None, end - self.block : end].astype(F32), (groups, 1))
             high = np.tile(np.arange(end - self.block, end, dtype=np.float32), groups)
-            yield end, once(low).reshape(rows), high
+            yield end, materialize(low).reshape(rows), high
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """A product added up in float32."""
@@ -159,7 +161,7 @@ def _attend(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Array:
 def _forward(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Any:
     out, stats = _row_by_row(partial(_forward_row, spec), q, k, v, first)
     # Named, so that a policy of rematerialization can keep them: the forward is then not run again.
-    out, stats = (checkpoint_name(x, SAVED) for x in (out, stats))
+    out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in (out, stats))
     return out, (q, k, v, first, out, stats)
 
 

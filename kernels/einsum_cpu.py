@@ -91,7 +91,7 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=F32)
 
 
-def once(x: Array) -> Array:
+def materialize(x: Array) -> Array:
     """`x` as an array of its own: XLA:CPU fuses sines into every loop that reads them, but no product.
 
     x: float32, at least one dim. A product with the identity is exact.

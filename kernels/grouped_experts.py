@@ -4,7 +4,7 @@ B rows, T position, n = B*T tokens, k choices of a token, D model, E experts, C 
 F width inside an expert, R places in a buffer, W devices that experts are split over. A choice is a token and
 one of its k.
 
-`run_experts` is written for the part of a batch and of the experts that a device holds; a `Neighbours` says
+`run_experts` is written for the part of a batch and of the experts that a device holds; a `ExpertMesh` says
 how to reach the other parts. With the default one it is the whole computation on one device.
 """
 
@@ -44,7 +44,7 @@ class ExpertSpec:
 
 
 @runtime_checkable  # so that a test can hold calls to their annotations
-class Neighbours(Protocol):
+class ExpertMesh(Protocol):
     """The other devices, as the part of a batch on this one sees them."""
 
     ways: int  # devices that the experts are split over
@@ -62,7 +62,7 @@ class Neighbours(Protocol):
         """The inverse: this device's positions."""
 
 
-class Alone:
+class OneDevice:
     """One device that holds everything."""
 
     ways = 1
@@ -99,7 +99,7 @@ def run_experts(
     real: Bool[Array, "B T"],
     order: Int[Array, "B T"] | None = None,
     spec: ExpertSpec,
-    others: Neighbours | None = None,
+    others: ExpertMesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
     """Sum over a token's choices of gate times expert(x), and the share of its choices that was dropped.
 
@@ -107,7 +107,7 @@ def run_experts(
     which gives zeros and takes no place. order: index of a position in its row's text; absent: as they
     lie, in rows that are whole here.
     """
-    others = others or Alone()
+    others = others or OneDevice()
     if spec.capacity is None:
         return dropless(x, experts, gates, up, down, real, spec, others), jnp.zeros(x.shape[:2], jnp.float32)
     order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=INT), x.shape[:2]) if order is None else order
@@ -122,7 +122,7 @@ def dropless(
     down: Array,
     real: Array,
     spec: ExpertSpec,
-    others: Neighbours,
+    others: ExpertMesh,
 ) -> Array:
     """Every choice is computed, whatever the load.
 
@@ -156,7 +156,7 @@ def with_capacity(
     real: Array,
     order: Array,
     spec: ExpertSpec,
-    others: Neighbours,
+    others: ExpertMesh,
 ) -> tuple[Array, Array]:
     """An expert takes the first `capacity` tokens of each row that choose it, in the order of the text.
 

@@ -125,7 +125,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
             frequencies, amplitude = rope_frequencies(self.config, spec)
-            q, k = rotate((q, k), positions, frequencies, amplitude, ops.once)
+            q, k = rotate((q, k), positions, frequencies, amplitude, ops.materialize)
         return q, k, v
 
 
@@ -227,7 +227,7 @@ class LatentAttention(nnx.Module):
         k_rope = ops.einsum("BTD,DH->BTH", x, self.k_rope[...])
         frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
         turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
-        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.once)
+        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.materialize)
         q = jnp.concatenate([q[..., : mla.qk_nope_head_dim], q_rope], axis=-1)
         return ops.constrain(q, HEADS), latent, k_rope[:, :, 0]
 
@@ -364,7 +364,7 @@ class Head(nnx.Module):
         self.table = param(rngs, shape, ("vocab", "embed"), normal(config.init_std), role="head")
 
 
-class FurtherToken(nnx.Module):
+class MTPBlock(nnx.Module):
     """DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2): one layer for one token further.
 
     h' = W [norm(h); norm(embedding of the token that the layer before predicts)], then a decoder layer; table

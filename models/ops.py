@@ -33,8 +33,8 @@ class Ops:
     contract_rows: `(x [M, K], y [M, N]) -> x^T y [K, N]` in float32, for the head's gradient by its table
     where one device holds all rows; None: an einsum.
     factor_dtype: what the factors of the head's products are rounded to; None: the compute dtype.
-    once: `x -> x`, for what many read and is dear to make: held as an array where a compiler would make it
-    anew for each of them.
+    materialize: `x -> x`, for what many read and is dear to make: held as an array where a compiler would
+    make it anew for each of them.
     constrain: `(x, logical axes, one a dim) -> x`.
     loss_chunk: tokens whose logits exist at once. parts: devices that rows and positions are split over.
     z_loss: weight of log²(sum exp logits).
@@ -46,7 +46,7 @@ class Ops:
     einsum: Callable[[str, Array, Array], Array] = plain_einsum
     contract_rows: Callable[[Array, Array], Array] | None = None
     factor_dtype: Any = None
-    once: Callable[[Array], Array] = lambda x: x
+    materialize: Callable[[Array], Array] = lambda x: x
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = identity_constrain
     compute_dtype: Any = jnp.float32
     loss_chunk: int = 512

@@ -57,14 +57,14 @@ def rotate(
     positions: Int[Array, "B T"],
     frequencies: np.ndarray,
     amplitude: float,
-    once: Callable[[Array], Array] = lambda x: x,
+    materialize: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, "B T _ H"], ...]:
     """Turn plane i, made of elements i and i + H/2, by position * frequency_i; computed in float32.
 
-    `once` may hold sines and cosines [B, T, H/2] fast, see `models.ops.Ops`.
+    `materialize` may hold sines and cosines [B, T, H/2] fast, see `models.ops.Ops`.
     """
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = (once(wave(angles) * amplitude)[:, :, None] for wave in (jnp.cos, jnp.sin))
+    cos, sin = (materialize(wave(angles) * amplitude)[:, :, None] for wave in (jnp.cos, jnp.sin))
 
     def turn(x: Array) -> Array:
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, softcap_logits
 from models.config import ModelConfig, check_model
-from models.layers import WHOLE, Block, Embedding, FurtherToken, Head, Norm
+from models.layers import WHOLE, Block, Embedding, Head, MTPBlock, Norm
 from models.moe import LOAD
 from models.mtp import next_targets
 from models.ops import Ops
@@ -49,7 +49,7 @@ def build_model(config: ModelConfig) -> "Model":
     if config.moe is not None:
         parts[block_name(True)] = partial(Block, config, True)
     if config.mtp_depth:
-        parts["mtp"] = partial(FurtherToken, config)
+        parts["mtp"] = partial(MTPBlock, config)
     graphs, info = {}, {}
     for name, make in parts.items():
         graphs[name], info[name] = describe(make)
@@ -148,7 +148,7 @@ class Model:
         loss, sums = self._loss(params, normed, batch["targets"], batch["loss_weights"], ops, ops.z_loss)
         if not self.config.mtp_depth:
             return loss, sums
-        further, reports = self._further_tokens(params, x, batch, ops)
+        further, reports = self._mtp_loss(params, x, batch, ops)
         return loss + further, {**sums, **reports}
 
     def _loss(
@@ -168,7 +168,7 @@ class Model:
             dtype=ops.factor_dtype,
         )
 
-    def _further_tokens(
+    def _mtp_loss(
         self, params: Tree, x: Array, batch: dict[str, Array], ops: Ops
     ) -> tuple[Array, dict[str, Array]]:
         """mtp_weight times the mean loss over depths d of predicting token t+1+d, and what to report.

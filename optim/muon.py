@@ -1,8 +1,8 @@
 """Muon's direction: momentum whose matrices are made nearly orthogonal, many at once.
 
 Matrices of one shape, over all leaves and layers, are one stack [L, m, n] with m <= n. Where they lie in
-parts on many devices, `Parts` gives each device some of them whole, so that the iteration is shared out and
-needs no communication of its own. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
+parts on many devices, `MatrixSharing` gives each device some of them whole, so that the iteration is shared
+out and needs no communication of its own. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
 networks".
 """
 
@@ -44,7 +44,7 @@ class Matrix(NamedTuple):
 
 
 @runtime_checkable  # so that a test can hold calls to their annotations
-class Parts(Protocol):
+class MatrixSharing(Protocol):
     """How devices that hold parts of arrays work on whole matrices (`parallel.sharded_matrices`)."""
 
     def map(self, function: Callable[..., Any], specs: Sequence[Any]) -> Callable[..., Any]:
@@ -54,7 +54,7 @@ class Parts(Protocol):
         """`function` of whole matrices, inside `map`: the stack is [L, rows, columns], its dims split so."""
 
 
-class Whole:
+class Unsharded:
     """One device, or an array that the compiler may split as it likes."""
 
     def map(self, function: Callable[..., Any], specs: Sequence[Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ def _product(spec: str, left: Array, right: Array) -> Array:
 
 
 def on_matrices(
-    function: OnStack, leaves: Sequence[Array], matrices: Sequence[Matrix], parts: Parts
+    function: OnStack, leaves: Sequence[Array], matrices: Sequence[Matrix], parts: MatrixSharing
 ) -> list[Array]:
     """`function` of stacks [L, m, n] on every matrix of all leaves: one call for each shape and placement.
 
@@ -146,7 +146,7 @@ def on_matrices(
 
 
 def scale_by_muon(
-    matrices: Any, *, momentum: float, nesterov: bool, steps: int, dtype: Any, parts: Parts
+    matrices: Any, *, momentum: float, nesterov: bool, steps: int, dtype: Any, parts: MatrixSharing
 ) -> optax.GradientTransformation:
     """Gradients to directions: an exponential mean, corrected for its start, then `orthogonalize`.
 

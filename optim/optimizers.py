@@ -14,7 +14,7 @@ import optax
 
 from optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig, SGDConfig
 from optim.moments import keep_in_bfloat16
-from optim.muon import Matrix, Parts, Whole, scale_by_muon
+from optim.muon import Matrix, MatrixSharing, Unsharded, scale_by_muon
 
 EVEN = 1e-5  # of the layer's largest imbalance: what counts as none
 
@@ -27,7 +27,7 @@ def make_optimizer(
     matrices: Any,
     balance: Any = None,
     balance_rate: float = 0.0,
-    parts: Parts | None = None,
+    parts: MatrixSharing | None = None,
     muon_dtype: Any = jnp.float32,
     seed: int = 0,
 ) -> optax.GradientTransformation:
@@ -46,7 +46,7 @@ def make_optimizer(
     if config.weight_decay > 0:
         decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     if isinstance(config, MuonConfig):
-        direction, learning_rate = _muon(config, matrices, parts or Whole(), muon_dtype)
+        direction, learning_rate = _muon(config, matrices, parts or Unsharded(), muon_dtype)
     else:
         direction, learning_rate = _elementwise(config), optax.scale(-config.learning_rate)
     chain = optax.named_chain(
@@ -97,7 +97,7 @@ def _elementwise(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _muon(
-    config: MuonConfig, matrices: Any, parts: Parts, dtype: Any
+    config: MuonConfig, matrices: Any, parts: MatrixSharing, dtype: Any
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Direction and learning rate, each split between Muon's matrices and AdamW's rest."""
     labels = _map_matrices(lambda dims: "adamw" if dims is None else "muon", matrices)

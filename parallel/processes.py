@@ -5,7 +5,7 @@ machine, or Slurm, Open MPI and Cloud TPU through JAX's own detection. Alone, ev
 
 Three rules keep a job from hanging or from half-happening:
 
-* Work that can fail before the first step stands in `together` or `from_primary`: all processes go on past
+* Work that can fail before the first step stands in `all_or_none` or `from_primary`: all processes go on past
   it, or all raise, with one status. Such blocks follow each other and are never nested: a process that fails
   skips what is inside, where others would wait for it.
 * Every wait has a name and a limit, and says both when it is over.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 COORDINATOR, PROCESSES, PROCESS = "CAMBRIAN_COORDINATOR", "CAMBRIAN_PROCESSES", "CAMBRIAN_PROCESS"
-VERDICT = "CAMBRIAN_VERDICT"  # a file, see `pronounce`
+VERDICT = "CAMBRIAN_VERDICT"  # a file, see `write_verdict`
 JOIN = "CAMBRIAN_JOIN_SECONDS"  # how long a start waits for the others
 
 JOIN_SECONDS = 300
@@ -40,7 +40,7 @@ class ClusterFault(RuntimeError):
     """Another process is gone, late, or met a fault: nothing that this command line can mend."""
 
 
-class Elsewhere(ClusterFault):
+class PeerFault(ClusterFault):
     """A fault that another process met in a block that all go through together."""
 
 
@@ -257,7 +257,7 @@ def exchange(name: str, value: Any, seconds: float = WAIT_SECONDS) -> list[Any]:
 
 
 @contextlib.contextmanager
-def together(name: str, seconds: float = WAIT_SECONDS) -> Iterator[None]:
+def all_or_none(name: str, seconds: float = WAIT_SECONDS) -> Iterator[None]:
     """All processes go on past this block, or none: what the first one met, all raise.
 
     ValueError and OSError count as bad input, everything else as a fault; the others raise ValueError and
@@ -278,7 +278,7 @@ def _said(error: Exception | None) -> list[str] | None:
     if error is None:
         return None
     kind = "input" if isinstance(error, ValueError | OSError) else "fault"
-    if isinstance(error, ClusterFault) and not isinstance(error, Elsewhere):
+    if isinstance(error, ClusterFault) and not isinstance(error, PeerFault):
         kind = "cluster"
     defect = isinstance(error, AssertionError | TypeError | LookupError | AttributeError)
     return [kind, f"{type(error).__name__}: {error}" if defect else str(error)]
@@ -292,7 +292,7 @@ def _compare(said: list[Any], mine: Exception | None) -> None:
     _agreed.add(line)
     if mine is not None and first == process_index():
         raise mine
-    raise {"input": ValueError, "fault": Elsewhere, "cluster": ClusterFault}[kind](line) from mine
+    raise {"input": ValueError, "fault": PeerFault, "cluster": ClusterFault}[kind](line) from mine
 
 
 def from_primary(name: str, make: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
@@ -322,7 +322,7 @@ def same(name: str, value: Any, remedy: str) -> None:
         raise ValueError(line)
 
 
-def speaks(line: str) -> bool:
+def prints_error(line: str) -> bool:
     """Whether this process is the one that prints `line`, the last of a job that ends badly.
 
     An error that all have agreed on is the primary's to say. Of others, those who come to the same end within
@@ -340,7 +340,7 @@ def speaks(line: str) -> bool:
         return True
 
 
-def pronounce(status: int) -> None:
+def write_verdict(status: int) -> None:
     """Write a status that a person should see, 1 or 2, to the file that $CAMBRIAN_VERDICT names, if it does.
 
     Others of the job may be killed or abort for want of this process, and a launcher that hears of the
@@ -374,7 +374,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def go_on_as(count: int, variables: Mapping[str, str]) -> NoReturn:
+def restart_as(count: int, variables: Mapping[str, str]) -> NoReturn:
     """The first `count` processes start their command again as a job of their own; the others end, status 0.
 
     All call it together, before the first step. A process that has no device in a mesh cannot follow the

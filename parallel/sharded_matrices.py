@@ -19,7 +19,7 @@ Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Parts:
+class ShardedMatrices:
     """The devices of a mesh, as those share work who hold parts of the same arrays.
 
     axes: the mesh axes along which they do; along any other they work for themselves.

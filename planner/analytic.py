@@ -25,20 +25,20 @@ from planner.analytic_traffic import traffic_of
 from planner.described_devices import GPUS
 from planner.shapes import Parameter, parameters_of, part_of
 from planner.sizes import Sizes, sizes_of
-from planner.work import Work
+from planner.work import StepCost
 from training.precision import compute_dtype
 
 HALVES = ("cudnn", "splash", "fused", "ring")  # compute only what a causal mask leaves
 OPTIMIZER_PASSES = 7  # parameter, two moments: read and written; gradient: read
 
 
-def estimate(config: Any, machine: Machine) -> Work:
+def estimate(config: Any, machine: Machine) -> StepCost:
     """What one step asks of one device. config: with its vocabulary known; see `compiled.with_vocabulary`.
 
     Raises ValueError where mesh and sizes do not divide, or attention that was asked for cannot be had.
     """
     sizes = sizes_of(config, machine, attention_of(config, machine)[0])
-    return Work(
+    return StepCost(
         how="analytic",
         memory=memory_of(sizes),
         flops=flops_of(sizes),

@@ -18,14 +18,14 @@ from planner.shapes import parameters_of, part_of
 from planner.sizes import Sizes, gathered_axes
 from planner.work import Axes, Traffic
 
-Found = Counter[tuple[str, Axes]]
+TrafficCount = Counter[tuple[str, Axes]]
 Add = Callable[[str, Axes, float, float], None]  # kind, axes, executions, bytes of each
 
 
 def traffic_of(sizes: Sizes) -> tuple[Traffic, ...]:
     """All collectives of one step, groups of one left out."""
-    times: Found = Counter()
-    size: Found = Counter()
+    times: TrafficCount = Counter()
+    size: TrafficCount = Counter()
 
     def add(kind: str, axes: Axes, count: float, each: float) -> None:
         mesh = sizes.layout.mesh.shape

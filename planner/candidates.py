@@ -16,7 +16,7 @@ from parallel.config import MESH_AXES, divisors
 from parallel.hardware import Machine
 from planner.roofline import reach
 
-Legal = Callable[[Any, int | None], str | None]
+Refusal = Callable[[Any, int | None], str | None]
 POLICIES = ("none", "dots", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 LONG = 8192  # positions on a device, above which a row may be worth splitting
@@ -31,7 +31,7 @@ class Candidate:
     words: tuple[str, ...]
 
 
-def candidates(config: Any, machine: Machine, legal: Legal) -> Iterator[Candidate]:
+def candidates(config: Any, machine: Machine, legal: Refusal) -> Iterator[Candidate]:
     """The legal ones, in a fixed order; legal: `training.legal.nearest.legal`."""
     for sizes in meshes(config, machine):
         for changes in inside(config, sizes):

@@ -23,7 +23,7 @@ from planner.described_devices import compiler_options, described_devices, quiet
 from planner.hlo.kernel_names import kernels_of
 from planner.hlo.program import Reading, read_hlo
 from planner.hlo.text import Instruction, shapes
-from planner.work import Memory, Traffic, Work
+from planner.work import Memory, StepCost, Traffic
 from training.flops import training_flops
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
@@ -35,7 +35,7 @@ AMOUNT = r"([\d.]+[KMGT]?)"
 class Compiled:
     """A step that was compiled for described devices, and what was read in it."""
 
-    work: Work
+    work: StepCost
     program: Program
     reading: Reading
     compile_seconds: float
@@ -146,9 +146,9 @@ def even_load(config: Any) -> Callable[[Instruction], int | None]:
     return trips
 
 
-def work_of(program: Program, reading: Reading, analysis: Any, machine: Machine) -> Work:
+def work_of(program: Program, reading: Reading, analysis: Any, machine: Machine) -> StepCost:
     """What the compiler's program and its account of memory say."""
-    return Work(
+    return StepCost(
         how="compiled",
         memory=memory_of(program, analysis.temp_size_in_bytes),
         flops=flops_of(reading, machine),

@@ -8,7 +8,7 @@ from typing import Any
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from planner.roofline import Prediction, predict
-from planner.work import Work
+from planner.work import StepCost
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Plan:
     parameters: int
     model_flops_per_token: Mapping[str, float]  # forward and backward: causal, full
     capacity: int  # bytes of a device that a program may fill
-    work: Work
-    beside: Work | None
+    work: StepCost
+    beside: StepCost | None
     prediction: Prediction
     steps: int
     budget_tokens: int
@@ -72,12 +72,12 @@ class About:
 def make_plan(
     config: Any,
     machine: Machine,
-    work: Work,
+    work: StepCost,
     *,
     parameters: int,
     per_token: Mapping[str, float],
     about: About,
-    beside: Work | None = None,
+    beside: StepCost | None = None,
     price: float | None = None,
     budget_tokens: int | None = None,
     notes: tuple[str, ...] = (),

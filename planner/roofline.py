@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from parallel.hardware import Link, Machine, strides
-from planner.work import Axes, Traffic, Work
+from planner.work import Axes, StepCost, Traffic
 
 HIDDEN = frozenset({"replica", "data", "fsdp"})
 
@@ -68,7 +68,7 @@ class Prediction:
 
 
 def predict(
-    work: Work,
+    work: StepCost,
     machine: Machine,
     mesh: Mapping[str, int],
     *,

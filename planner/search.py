@@ -17,15 +17,15 @@ from typing import Any
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from planner.analytic import estimate
-from planner.candidates import Candidate, Legal, candidates
+from planner.candidates import Candidate, Refusal, candidates
 from planner.compiled import compile_step, model_flops
 from planner.roofline import Prediction, predict
 from planner.shapes import model_of
-from planner.work import Work
+from planner.work import StepCost
 
 MARGIN = 0.92  # of a device's memory: the analytic model errs by a few per cent
 MOST_COMPILED = 4  # times as many as are asked for, at most
-Compile = Callable[[Any, Machine], Work]
+Compile = Callable[[Any, Machine], StepCost]
 Tell = Callable[[int, int], None]
 
 
@@ -34,7 +34,7 @@ class Evaluated:
     """A candidate's work and time, computed or compiled; fault: why it could not be compiled."""
 
     candidate: Candidate
-    work: Work
+    work: StepCost
     prediction: Prediction
     fault: str | None = None
 
@@ -82,7 +82,7 @@ class Searched:
         }
 
 
-def evaluate(candidate: Candidate, machine: Machine, work: Work, fault: str | None = None) -> Evaluated:
+def evaluate(candidate: Candidate, machine: Machine, work: StepCost, fault: str | None = None) -> Evaluated:
     """The time of a candidate's work."""
     config = candidate.config
     flops = model_flops(model_of(config.model), config.data.seq_len)
@@ -97,7 +97,7 @@ def evaluate(candidate: Candidate, machine: Machine, work: Work, fault: str | No
     return Evaluated(candidate, work, found, fault)
 
 
-def compiled_work(config: Any, machine: Machine) -> Work:
+def compiled_work(config: Any, machine: Machine) -> StepCost:
     """What the compiler says. Raises as `compile_step` does."""
     return compile_step(config, machine).work
 
@@ -105,7 +105,7 @@ def compiled_work(config: Any, machine: Machine) -> Work:
 def search(
     config: Any,
     machine: Machine,
-    legal: Legal,
+    legal: Refusal,
     *,
     top: int = 8,
     jobs: int = 2,
@@ -162,7 +162,7 @@ def compile_all(
             yield _compiled(futures[future], machine, future.result)
 
 
-def _compiled(one: Evaluated, machine: Machine, result: Callable[[], Work]) -> Evaluated:
+def _compiled(one: Evaluated, machine: Machine, result: Callable[[], StepCost]) -> Evaluated:
     try:
         return evaluate(one.candidate, machine, result())
     except BrokenProcessPool:

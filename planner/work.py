@@ -1,6 +1,6 @@
 """What one training step asks of one device, whether it was computed or read from a compiled program.
 
-`planner.analytic` and `planner.compiled` both answer with a `Work`; `planner.roofline`
+`planner.analytic` and `planner.compiled` both answer with a `StepCost`; `planner.roofline`
 turns one into seconds.
 """
 
@@ -45,7 +45,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """One step on one device.
 
     how: "compiled" or "analytic". flops: executed, what is made again included, by the precision that they

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     """Measure, print, and say whether all is fine: the exit status."""
     try:
         processes.initialize()
-        with processes.together("the command line"):
+        with processes.all_or_none("the command line"):
             options, config = parse(argv)
         report = check(options, config)
         if processes.is_primary():
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _say(line: str, status: int) -> int:
-    if processes.speaks(line):
+    if processes.prints_error(line):
         print(f"error: {line}", file=sys.stderr)
     return status
 
@@ -133,11 +133,11 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
 
     from launch.check.links import measure_collectives
     from launch.check.probe import measure_devices
-    from launch.check.verdict import Link, Reading, Report, judge, medians
+    from launch.check.verdict import DeviceReading, LinkReading, Report, judge, medians
     from parallel.mesh import build_layout
     from training.flops import datasheet
 
-    with processes.together("the devices"):
+    with processes.all_or_none("the devices"):
         mesh = build_layout(config.mesh).mesh
     devices = list(mesh.devices.flat)
     with Watch(2 * options.seconds + HANGS) as watch:
@@ -152,8 +152,8 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
         said = processes.exchange(
             "the figures", [[asdict(r) for r in mine], [asdict(link) for link in links]]
         )
-    readings = sorted((Reading(**r) for of, _ in said for r in of), key=lambda r: r.device)
-    links = sorted((Link(**link) for _, of in said for link in of), key=lambda link: link.source)
+    readings = sorted((DeviceReading(**r) for of, _ in said for r in of), key=lambda r: r.device)
+    links = sorted((LinkReading(**link) for _, of in said for link in of), key=lambda link: link.source)
     peak = config.hardware.peak_tflops or datasheet(devices[0].device_kind)
     findings = judge(readings, links, slow=options.slow, peak_tflops=peak)
     settings: dict[str, Any] = {

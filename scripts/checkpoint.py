@@ -175,7 +175,7 @@ VERBS: dict[str, Any] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Do what is asked; the exit status."""
-    from training.errors import RunFault
+    from common.errors import RunFault
 
     options = parse(arguments)
     try:

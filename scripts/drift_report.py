@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from data.curation.drift import Sample
+    from data.curation.drift import StoreSample
     from data.tokens.store import TokenStore
     from data.tokens.tokenizer import Tokenizer
 
@@ -124,7 +124,7 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     return store
 
 
-def losses(options: argparse.Namespace, old: "Sample", new: "Sample") -> dict[str, Any]:
+def losses(options: argparse.Namespace, old: "StoreSample", new: "StoreSample") -> dict[str, Any]:
     """Mean loss of the run's newest checkpoint on the beginnings of some documents of each, and its spread.
 
     The interval holds 95 % of the differences of resampled documents (Efron's percentile bootstrap).
@@ -134,8 +134,8 @@ def losses(options: argparse.Namespace, old: "Sample", new: "Sample") -> dict[st
     from models.transformer import build_model
     from parallel.config import MeshConfig
     from parallel.mesh import build_layout
-    from parallel.schedules.accumulate import Plain
-    from scripts.generate import Options, find_run, load_config, load_run_tokenizer, load_weights
+    from parallel.schedules.accumulate import GradientAccumulation
+    from scripts.generate import GenerateOptions, find_run, load_config, load_run_tokenizer, load_weights
     from training.evaluate import row_losses
     from training.program import build_ops, padded_vocab
 
@@ -150,11 +150,13 @@ def losses(options: argparse.Namespace, old: "Sample", new: "Sample") -> dict[st
         config.model.vocab_size = padded_vocab(tokenizer.vocab_size)
     layout = build_layout(MeshConfig(data=1, rules=config.mesh.rules), jax.devices()[:1])
     model, ops = build_model(config.model), build_ops(config, layout)
-    params = load_weights(directory, config, model, layout, Options(run=options.run))
+    params = load_weights(directory, config, model, layout, GenerateOptions(run=options.run))
 
-    def of(one: "Sample") -> tuple[np.ndarray, np.ndarray]:
+    def of(one: "StoreSample") -> tuple[np.ndarray, np.ndarray]:
         rows = beginnings(one, options.rows, config.data.seq_len)
-        nll, weight = row_losses(lambda p, b: Plain().evaluate(model, p, b, ops), params, [rows])
+        nll, weight = row_losses(
+            lambda p, b: GradientAccumulation().evaluate(model, p, b, ops), params, [rows]
+        )
         return nll[weight > 0], weight[weight > 0]
 
     a, b = of(old), of(new)
@@ -177,16 +179,16 @@ def _resampled(rows: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) ->
     return float(rows[0][chosen].sum() / rows[1][chosen].sum())
 
 
-def beginnings(one: "Sample", rows: int, seq_len: int) -> dict[str, np.ndarray]:
+def beginnings(one: "StoreSample", rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch of the first `seq_len` tokens of some documents, one a row."""
-    from data.loading.packing import Plan, empty_batch, fill
+    from data.loading.packing import PackingPlan, empty_batch, fill
 
     store, index = (
         one.store,
         one.index[np.linspace(0, len(one.index) - 1, min(rows, len(one.index))).astype(int)],
     )
     lengths = np.minimum(store.lengths[index], seq_len)
-    plan = Plan(store.starts[index], lengths, np.arange(len(index) + 1))
+    plan = PackingPlan(store.starts[index], lengths, np.arange(len(index) + 1))
     batch = empty_batch(len(index), seq_len)
     everything = np.arange(len(index))
     fill(batch, everything, store.tokens, plan, everything, weights=store.weights)
@@ -202,8 +204,8 @@ def plain(value: Any) -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report and print the verdict; the exit status."""
+    from common.errors import RunFault
     from data.curation.drift_page import page
-    from training.errors import RunFault
 
     options = parse(arguments)
     try:

@@ -37,7 +37,7 @@ CHAT = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """The command line, each key with its type; see the module's docstring."""
 
     run: str
@@ -54,11 +54,11 @@ class Options:
     tensor: int = 1
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
+def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     """`key=value` words to Options. ValueError, in one line, for anything else."""
     from configs.schema import did_you_mean
 
-    types = {item.name: item.type for item in fields(Options)}
+    types = {item.name: item.type for item in fields(GenerateOptions)}
     values: dict[str, Any] = {}
     for word in arguments:
         key, equals, text = word.partition("=")
@@ -69,7 +69,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         values[key] = _value(key, text, types[key])
     if not values.get("run"):
         raise ValueError("run= is missing; give the name of a run, as in run=quickstart")
-    options = Options(**values)
+    options = GenerateOptions(**values)
     for key in ("samples", "tensor", "max_new_tokens"):
         if getattr(options, key) < 1:
             raise ValueError(f"{key}={getattr(options, key)} is out of range; it must be at least 1")
@@ -90,7 +90,7 @@ def _value(key: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{key}={text} is not {a_number}") from None
 
 
-def generate_text(options: Options) -> list[str]:
+def generate_text(options: GenerateOptions) -> list[str]:
     """The texts, each with its prompt. ValueError for bad input, RunFault for a corrupt checkpoint."""
     # Said once more below, but before JAX and Orbax take their seconds.
     directory = find_run(options.run)
@@ -199,7 +199,7 @@ def _devices(count: int) -> list[Any]:
     return jax.devices()[:count]
 
 
-def load_weights(directory: Path, config: "Config", model: Any, layout: Any, options: Options) -> Any:
+def load_weights(directory: Path, config: "Config", model: Any, layout: Any, options: GenerateOptions) -> Any:
     """The verified parameters that `weights` and `step` ask for, placed by the layout."""
     import jax
 
@@ -241,7 +241,7 @@ def wanted_steps(checkpoints: "Checkpoints", step: str) -> list[int]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the texts; the exit status."""
-    from training.errors import RunFault
+    from common.errors import RunFault
 
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, end="")

@@ -41,7 +41,7 @@ _FORCED = re.compile(r"--xla_force_host_platform_device_count=\S+\s*")
 
 
 @dataclass(frozen=True)
-class Options:
+class LaunchOptions:
     """The command line of this script; `words` are train.py's."""
 
     processes: int
@@ -51,7 +51,7 @@ class Options:
     script: Path = TRAIN
 
 
-def parse(arguments: Sequence[str]) -> Options:
+def parse(arguments: Sequence[str]) -> LaunchOptions:
     """ValueError, in one line, for what is out of range or missing."""
     values: dict[str, str] = {}
     words: list[str] = []
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> Options:
     script = Path(values.get("--script", TRAIN))
     if not script.is_file():
         raise ValueError(f"--script={script} is no file; give one, such as scripts/check_cluster.py")
-    return Options(processes, _whole("--devices-per-process", each, 1024), grace, words, script)
+    return LaunchOptions(processes, _whole("--devices-per-process", each, 1024), grace, words, script)
 
 
 def _whole(name: str, text: str, most: int) -> int:
@@ -80,7 +80,7 @@ def _whole(name: str, text: str, most: int) -> int:
     return int(text)
 
 
-def environment(options: Options, rank: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
+def environment(options: LaunchOptions, rank: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
     """What one process finds: its place, and CPU devices of its own."""
     flags = _FORCED.sub("", base.get("XLA_FLAGS", ""))
     return {
@@ -104,10 +104,10 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-class Job:
+class LocalJob:
     """The processes, from the first start to the last end."""
 
-    def __init__(self, options: Options, command: Sequence[str]):
+    def __init__(self, options: LaunchOptions, command: Sequence[str]):
         self.options, self.command = options, list(command)
         self.processes: list[subprocess.Popen] = []
         self.readers: list[threading.Thread] = []
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return Job(options, [sys.executable, str(options.script), *options.words]).run()
+    return LocalJob(options, [sys.executable, str(options.script), *options.words]).run()
 
 
 if __name__ == "__main__":

@@ -66,13 +66,13 @@ RERUN = (
     BEGIN
     + """
 from pathlib import Path
-from training.host_memory import keep_freed_memory
-from training.host_threads import enough_threads
+from common.host import keep_freed_memory
+from common.host import enough_threads
 keep_freed_memory()
 enough_threads()
 from parallel import processes
 from scripts.generate import load_config
-from training.errors import RunFault
+from common.errors import RunFault
 import train
 try:
     processes.initialize()

@@ -5,6 +5,7 @@ and where JAX still can, fusions go to LLVM at once and not through MLIR: each h
 Bitwise equality is tested in runs of `train.py` itself, which are compiled as anybody's.
 """
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -41,6 +42,21 @@ def endpoint():
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    """One ground for all end-to-end tests, so that data and executables are made once."""
+    from tests.training.ground import make_ground
+
+    return make_ground(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.fixture
+def dropped_reads():
+    """What Orbax leaves behind at a failed read is collected here, where its complaint is expected."""
+    yield
+    gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "artifacts",
     "benchmarks",
+    "common",
     "configs",
     "data",
     "kernels",
@@ -108,14 +109,10 @@ def back_edges(source: str, module: str) -> list[str]:
 # Edges that still run upward, each until the code that makes it has moved.
 NOT_YET: set[str] = {
     "artifacts.checkpoints.digest imports training.xla.needed_options",
-    "artifacts.checkpoints.errors imports training.errors.RunFault",
     "artifacts.checkpoints.location imports training.config.CheckpointConfig",
-    "artifacts.checkpoints.location imports training.errors.RunFault",
     "artifacts.checkpoints.manager imports training.config.CheckpointConfig",
-    "artifacts.checkpoints.manager imports training.errors.RunFault",
     "artifacts.checkpoints.manager imports training.state.TrainState",
     "artifacts.checkpoints.record imports training.state.TrainState",
-    "artifacts.checkpoints.remote imports training.errors.RunFault",
     "artifacts.directory imports models.config.regrouped",
     "artifacts.directory imports optim.config.AdamWConfig",
     "artifacts.directory imports optim.config.LionConfig",
@@ -125,16 +122,11 @@ NOT_YET: set[str] = {
     "artifacts.directory imports training.config.GuardConfig",
     "artifacts.directory imports training.config.RunConfig",
     "artifacts.directory imports training.config.TrainingConfig",
-    "artifacts.directory imports training.errors.RunFault",
-    "artifacts.exporter imports training.process.resident_bytes",
     "artifacts.exporter imports training.recorder.Recorder",
-    "artifacts.manifest imports training.process.cpu_model",
-    "artifacts.metrics imports training.errors.RunFault",
     "artifacts.plots imports training.progress.human",
     "artifacts.summary imports training.config.CheckpointConfig",
     "artifacts.summary imports training.progress.duration",
     "artifacts.summary imports training.progress.human",
-    "artifacts.tensorboard imports training.errors.RunFault",
     "kernels.einsum_8bit imports models.ops.plain_einsum",
     "launch.kubernetes.config imports configs.schema.Config",
     "launch.kubernetes.config imports configs.schema.ConfigError",
@@ -166,10 +158,10 @@ def test_layers_import_only_downward():
         ("optim.optimizers", "from parallel import mesh"),
         ("kernels.attention", "from parallel.mesh import make_mesh"),
         ("kernels.attention", "from parallel import mesh"),
-        ("training.loop", "from ..serving import generate"),
+        ("training.loop", "from ..planner import search"),
         ("training.loop", "import configs.schema"),
         ("serving.generator", "from data.loading.loader import Loader"),
-        ("configs.schema", "from training.loop import fit"),
+        ("configs.schema", "from serving import text"),
         ("parallel.schedules.accumulate", "import importlib\nimportlib.import_module('models.ops')"),
     ],
 )
@@ -178,7 +170,7 @@ def test_a_back_edge_is_seen(module, source):
 
 
 def test_forward_edges_pass():
-    assert not back_edges("from parallel.axes import partition_spec\nimport models.ops", "kernels.attention")
+    assert not back_edges("from kernels.names import NAMES\nimport models.ops", "models.layers")
     assert not back_edges("from data.tokens.tokenizer import load_tokenizer", "serving.generator")
     assert not back_edges("from training.config import RunConfig\nimport dataclasses", "configs.schema")
 

@@ -27,10 +27,10 @@ import train
 import training.loop
 import training.setup
 from artifacts.metrics import MetricsLog
+from common.errors import RunFault
 from configs.cli import main
 from data.cache import verify
 from scripts import generate
-from training.errors import RunFault
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (

@@ -37,7 +37,7 @@ from training.state import TrainState, shardings
 
 AXIS = "replica"
 LEVELS = 127  # of int8 to either side of zero
-Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+StepFunction = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 def steps_alone(config: LocalSGDConfig | None, mesh: Mesh) -> bool:
@@ -133,7 +133,7 @@ class Replicas:
 
     # -- steps -----------------------------------------------------------------------------------------
 
-    def train_step(self, inner: Step, *, ema_decay: float | None, seed: int) -> Step:
+    def train_step(self, inner: StepFunction, *, ema_decay: float | None, seed: int) -> StepFunction:
         """`inner`, the step of one replica, by all; and the outer step after every `inner_steps` of them.
 
         The batch is [B, T], metrics are [R]. An average of the weights moves with the outer steps, as far as
@@ -157,7 +157,7 @@ class Replicas:
         return train_step
 
     def step_alone(
-        self, inner: Step, state: TrainState, batch: dict[str, Array]
+        self, inner: StepFunction, state: TrainState, batch: dict[str, Array]
     ) -> tuple[Any, Any, Any, Any]:
         """Parameters, optimizer states, guards and metrics of all replicas after one step of each."""
 

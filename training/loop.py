@@ -16,6 +16,7 @@ from artifacts.exporter import Exporter, memory
 from artifacts.ledger import STEPPING, Ledger
 from artifacts.plots import plot_loss
 from artifacts.summary import print_summary, summarize
+from common.errors import RunFault
 from data.loading.loader import Prefetcher
 from kernels.backends import documents_of
 from parallel import processes
@@ -24,7 +25,6 @@ from training.autoscale.apply import Rules, scale
 from training.compile_cache import start_compile_cache
 from training.config import inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
-from training.errors import RunFault
 from training.evaluate import evaluate, weighed
 from training.gather_to_one import on_one_device
 from training.profiling import Profile, plan
@@ -70,7 +70,7 @@ def fit(
             job = compose(scaled.config, run, watch, ledger, scaled)
             watchdog = Watchdog(config.guard.stall_seconds, run.path, processes.process_index())
             stack.enter_context(watchdog)
-            state, first = start(job, stack, watchdog.expect)
+            state, first = start(job, stack, watchdog.announce)
         if exporter is not None:
             exporter.show(job.recorder, config.training.num_steps)
         with in_mid_run(job):
@@ -83,7 +83,7 @@ def open_exporter(config: Any, stack: ExitStack) -> Exporter | None:
     """The endpoint that logging.prometheus_port asks for, by the primary; nothing has been written yet."""
     if config.logging.prometheus_port is None:
         return None
-    with processes.together("the port for Prometheus"):
+    with processes.all_or_none("the port for Prometheus"):
         if not processes.is_primary():
             return None
         exporter = Exporter(config.logging.prometheus_port, config.run.name)
@@ -103,7 +103,7 @@ def train_to_the_end(job: Job, state: TrainState, first: int, notices: Notices) 
         if not job.config.guard.rollback_batches:
             raise ended_by(job, ended)
         del state  # or two of them would lie on the devices
-        with job.recorder.aside("rollback"):
+        with job.recorder.outside_steps("rollback"):
             state, first = go_back(job, ended)
 
 
@@ -135,9 +135,9 @@ def train(
     recorder.start_clock()
     for step in range(first + 1, last + 1):
         if step > first + 1:  # the first batch may take an epoch's plan
-            recorder.expect(f"step {step}")
+            recorder.announce(f"step {step}")
         if profile.begins(step):
-            with recorder.aside("profile"):
+            with recorder.outside_steps("profile"):
                 profile.start()
 
         batch, wait, job.position = feed.next()
@@ -150,11 +150,11 @@ def train(
             return stuck
 
         if profile.ends(step):
-            with recorder.aside("profile"):
+            with recorder.outside_steps("profile"):
                 say(f"profile: {profile.stop(job.train_step.as_text() or '')}")
 
         if every(config.eval.every, step, last):
-            with recorder.aside("evaluation"):
+            with recorder.outside_steps("evaluation"):
                 figures = held_out_figures(job, job.train_step.state_of(leaves)) | read_so_far(job, step)
                 check_finite(job, step, figures)
                 recorder.event(step, figures)
@@ -162,11 +162,11 @@ def train(
 
         saving = leaving or postponed or every(config.checkpoint.every, step, last)
         if replicas is not None and (saving or every(config.guard.replica_every, step, last)):
-            with recorder.aside("replica check"):
+            with recorder.outside_steps("replica check"):
                 replicas.look(step, leaves)
 
         if saving:
-            with recorder.aside("checkpoints"):
+            with recorder.outside_steps("checkpoints"):
                 # Those from before a trouble must not make room for those from within.
                 postponed = not leaving and step < last and may_wait(job)
                 if not postponed:
@@ -175,10 +175,10 @@ def train(
                     checkpoints.save(step, job.program.to_canonical(state), record_of(job, recorder))
                     job.ledger.save_began(step)
         if leaving:
-            with recorder.aside("checkpoints"):
+            with recorder.outside_steps("checkpoints"):
                 checkpoints.wait()
             raise stopping.said(step)
-    with recorder.aside("checkpoints"):
+    with recorder.outside_steps("checkpoints"):
         checkpoints.wait(sent=True)  # what fails behind the loop must not come after the summary
     return job.train_step.state_of(leaves)
 
@@ -286,19 +286,19 @@ def finish(job: Job, state: TrainState, sample: Sampler | None) -> int:
     assert recorder is not None and checkpoints is not None
     recorder.progress.close()
     job.ledger.enter("samples")  # the averages, the plot and the summary are with them
-    with recorder.aside("evaluation"):
+    with recorder.outside_steps("evaluation"):
         figures = final_figures(job, state, checkpoints)
     program, params = job.program, state.params
     if sample is not None and program.layout.mesh.size > 1:
         program, params = on_one_device(job.program, config, params)
-    recorder.expect("the end")
+    recorder.announce("the end")
 
     def write() -> None:
         written = {}
         if sample is not None and params is not None:
-            recorder.expect("samples")
+            recorder.announce("samples")
             written = sample(program, params, job.prepared.tokenizer, config, job.run.path)
-            recorder.expect("the end")
+            recorder.announce("the end")
         show(report(job, recorder, figures | written))
 
     processes.from_primary("the samples and the summary", write, CLOSING_SECONDS)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice
 from kernels.einsum_8bit import QuantizedEinsum
-from kernels.einsum_cpu import contract_rows, fast_einsum, once
+from kernels.einsum_cpu import contract_rows, fast_einsum, materialize
 from kernels.grouped_experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
@@ -27,11 +27,11 @@ from parallel.attention.choose import build_attention, choose_attention
 from parallel.attention.context import Zigzag, uses_zigzag
 from parallel.axes import Layout, kv_repeats
 from parallel.experts import expert_dispatch
-from parallel.schedules.accumulate import Plain, check_remat
+from parallel.schedules.accumulate import GradientAccumulation, check_remat
 from parallel.schedules.pipeline import Pipeline
 from parallel.schedules.stage_layout import Arrangement, main_segment
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
-from parallel.sharded_matrices import Parts
+from parallel.sharded_matrices import ShardedMatrices
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
@@ -77,7 +77,7 @@ class Program:
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     compiler_options: Mapping[str, Any]
-    born: "Born"
+    born: "ParamLayout"
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
     attention: Choice  # the backend behind `ops.attention`, and why
     replicas: Replicas | None = None  # where they step alone
@@ -142,7 +142,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Born:
+class ParamLayout:
     """Parameters as they lie in memory: their certificates and how they are made."""
 
     model: Model
@@ -174,21 +174,21 @@ class Born:
         return self.model.init(key, self.arrangement.layers)
 
 
-def arrange(config: Any, model: Model, layout: Layout) -> Born:
+def arrange(config: Any, model: Model, layout: Layout) -> ParamLayout:
     """Layers in stages where mesh.pipeline asks for them."""
     stages = layout.mesh.shape["pipeline"]
     if stages == 1:
-        return Born(model, None)
+        return ParamLayout(model, None)
     main = str(main_segment(model.segments))
-    return Born(model, Arrangement(stages, config.pipeline.virtual_stages, main))
+    return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main))
 
 
-def build_strategy(config: Any, born: Born, layout: Layout) -> Plain | Pipeline:
+def build_strategy(config: Any, born: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
     """In what order layers and microbatches are worked through."""
     training = config.training
     if born.arrangement is None:
         placed = layout.tree(born.info, is_info) if layout.mesh.size > 1 else None
-        return Plain(training.accumulation_steps, training.remat, training.scan_layers, placed)
+        return GradientAccumulation(training.accumulation_steps, training.remat, training.scan_layers, placed)
     schedule = make_pipeline_schedule(
         config.pipeline.schedule,
         stages=born.arrangement.stages,
@@ -199,7 +199,7 @@ def build_strategy(config: Any, born: Born, layout: Layout) -> Plain | Pipeline:
     return Pipeline(layout, schedule, specs, training.remat, training.scan_layers)
 
 
-def in_order(config: Any, strategy: Plain | Pipeline, layout: Layout) -> Any:
+def in_order(config: Any, strategy: GradientAccumulation | Pipeline, layout: Layout) -> Any:
     """The strategy on batches whose positions lie as attention across devices wants them."""
     split = layout.mesh.shape["context"] > 1
     zigzag = split and uses_zigzag(config.context.attention, config.context.zigzag)
@@ -216,10 +216,10 @@ def muon_dtype(precision: str, platform: str) -> Any:
     return jnp.dtype("float32" if platform == "cpu" or precision == "float32" else "bfloat16")
 
 
-def sharing(layout: Layout, *, alone: bool) -> Parts | None:
+def sharing(layout: Layout, *, alone: bool) -> ShardedMatrices | None:
     """All devices share Muon's matrices, whatever axis they lie along; replicas that step alone do not."""
     axes = tuple(a for a in layout.mesh.axis_names if not (alone and a == REPLICA))
-    return Parts(layout.mesh, axes) if layout.mesh.size > 1 else None
+    return ShardedMatrices(layout.mesh, axes) if layout.mesh.size > 1 else None
 
 
 def skipping(platform: str, *, alone: bool) -> Skipping:
@@ -258,7 +258,7 @@ def cpu_ops(ops: Ops) -> Ops:
         attention=partial(fused_attention, dtype=dtype) if attention is fused_attention else attention,
         einsum=replace(ops.einsum, plain=einsum) if isinstance(ops.einsum, QuantizedEinsum) else einsum,
         contract_rows=partial(contract_rows, dtype=dtype),
-        once=once,
+        materialize=materialize,
         compute_dtype=jnp.dtype("float32"),
         factor_dtype=dtype,
     )
@@ -341,12 +341,12 @@ def build_program(config: Any, layout: Layout) -> Program:
     )
 
 
-def order_of_work(config: Any, born: Born, layout: Layout) -> tuple[Any, Ops]:
+def order_of_work(config: Any, born: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
     """The strategy and the operations of a step over all rows that this layout splits."""
     return in_order(config, build_strategy(config, born, layout), layout), build_ops(config, layout)
 
 
-def canonical_state(born: Born, state: TrainState, layout: Layout) -> TrainState:
+def canonical_state(born: ParamLayout, state: TrainState, layout: Layout) -> TrainState:
     """The abstract state that checkpoints hold, placed on this mesh."""
     if born.arrangement is None:
         return state

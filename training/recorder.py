@@ -8,7 +8,7 @@ from typing import Any
 
 from artifacts.ledger import Ledger
 from artifacts.metrics import MetricsLog
-from training.errors import RunFault
+from common.errors import RunFault
 from training.flops import Flops
 from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
@@ -39,16 +39,16 @@ class Recorder:
         every: int,
         ledger: Ledger | None = None,
         input_watch: InputWatch | None = None,
-        expect: Callable[[str], None] = ignored,
+        announce: Callable[[str], None] = ignored,
     ):
         """`ledger`: of this start, from its beginning; one of its own where none is given.
 
-        `expect`: told what comes next, of what is no step (`training.safety.watchdog`).
+        `announce`: told what comes next, of what is no step (`training.safety.watchdog`).
         """
         self.log, self.flops, self.progress, self.board = log, flops, progress, board
         self.tokens, self.every = tokens, every
         self.ledger = ledger or Ledger()
-        self.input_watch, self.expect = input_watch, expect
+        self.input_watch, self.announce = input_watch, announce
         self._pending: tuple[int, Mapping[str, Any], float, Mapping[str, float]] | None = None
         self._mark = time.perf_counter()
         self.seconds = 0.0  # of steps alone, without evaluation and saving
@@ -92,16 +92,16 @@ class Recorder:
         self._mark = time.perf_counter()
 
     @contextmanager
-    def aside(self, what: str) -> Iterator[None]:
+    def outside_steps(self, what: str) -> Iterator[None]:
         """Around what is no training step: the steps so far end before it, and its time is kept apart.
 
         what: a category of `artifacts.ledger`, in words.
         """
         self.flush()
-        self.expect(what)
+        self.announce(what)
         with self.ledger.during(what.replace(" ", "_")):
             yield
-        self.expect("the next step")
+        self.announce("the next step")
         self.start_clock()
 
     def goodput(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
+from common.errors import Requeue, RunFault
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -32,7 +33,6 @@ from parallel.mesh import build_layout
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
 from training.device_batches import rows_here
-from training.errors import Requeue, RunFault
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
 from training.precision import precision_row
@@ -90,7 +90,7 @@ def in_mid_run(job: "Job") -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise RunFault(str(error)) from error
-    except processes.Elsewhere:
+    except processes.PeerFault:
         raise
     except processes.ClusterFault as error:
         raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
@@ -129,7 +129,7 @@ class Job:
 
 def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
-    with processes.together("the devices"), before_the_first_step():
+    with processes.all_or_none("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
         parent = None if run.resuming else find_parent(config)
         if processes.is_primary() and not run.resuming:
@@ -137,7 +137,7 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, s
         tokenizer = tokenizer_config(config, run, parent)
     with ledger.during("data_preparation"):
         prepared = prepare_together(config, tokenizer, run.data_digest)
-    with processes.together("the program"), before_the_first_step():
+    with processes.all_or_none("the program"), before_the_first_step():
         return build_job(config, run, watch, ledger, layout, parent, prepared, scaled)
 
 
@@ -153,7 +153,7 @@ def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None
         return mine[0].facts()
 
     facts = processes.from_primary("the data", make, PREPARE_SECONDS)
-    with processes.together("the data's files"):
+    with processes.all_or_none("the data's files"):
         return mine[0] if mine else follow(facts)
 
 
@@ -223,7 +223,7 @@ def new_loader(config: Any, prepared: Prepared) -> Loader:
     )
 
 
-def start(job: Job, stack: ExitStack, expect: Callable[[str], None] = ignored) -> tuple[TrainState, int]:
+def start(job: Job, stack: ExitStack, announce: Callable[[str], None] = ignored) -> tuple[TrainState, int]:
     """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
     config, run, program = job.config, job.run, job.program
     first, tokens = 0, 0
@@ -266,7 +266,7 @@ def start(job: Job, stack: ExitStack, expect: Callable[[str], None] = ignored) -
             f"may not be either; python scripts/reproduce.py {config.run.name} names them"
         )
     with in_mid_run(job):
-        open_outputs(job, first, tokens, stack, expect)
+        open_outputs(job, first, tokens, stack, announce)
     return state, first
 
 
@@ -313,7 +313,9 @@ def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
     )
 
 
-def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack, expect: Callable[[str], None]) -> None:
+def open_outputs(
+    job: Job, first: int, tokens: int, stack: ExitStack, announce: Callable[[str], None]
+) -> None:
     """What the run writes to, continued behind step `first` or begun."""
     config, run = job.config, job.run
     if not run.resuming:
@@ -343,7 +345,7 @@ def open_outputs(job: Job, first: int, tokens: int, stack: ExitStack, expect: Ca
         every=config.logging.every,
         ledger=job.ledger,
         input_watch=InputWatch(config.data),
-        expect=expect,
+        announce=announce,
     )
 
 
@@ -375,7 +377,7 @@ def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
 def fresh_state(job: Job) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
     program = job.program
-    with processes.together("the first state"), before_the_first_step():
+    with processes.all_or_none("the first state"), before_the_first_step():
         state = program.init_state(job.config.seed)
         jax.block_until_ready(state)  # so that too little memory is said before anything is written
         parent = same_parent(job.config, job.run) if job.run.resuming else job.parent

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from parallel.axes import Layout
 from training.config import GuardConfig
-from training.safety.skip_updates import Kept, Skipping, judge, unless_skipped
+from training.safety.skip_updates import Skipping, Updated, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
@@ -65,7 +65,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(weights_only(model.info, grads))
 
-        def update(kept: Kept) -> Kept:
+        def update(kept: Updated) -> Updated:
             params, opt_state, ema = kept
             scaled = grads
             # Balance biases take their sign alone, so that scaling them does nothing.

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from parallel.config import XLA_PROFILES
 from training.state import is_info
 
-Options = dict[str, Any]
+XlaOptions = dict[str, Any]
 
 # One order for independent collectives, and a schedule that keeps less alive: on one CPU a fifth less memory
 # at the same speed.
@@ -78,7 +78,7 @@ def resolve_profile(name: str, platform: str, devices: int) -> str:
     return name
 
 
-def profile_options(profile: str, *, layer_bytes: int = 0) -> Options:
+def profile_options(profile: str, *, layer_bytes: int = 0) -> XlaOptions:
     """The options of a resolved profile.
 
     layer_bytes: float32 parameters of the largest layer: collectives of one layer are combined into one.
@@ -92,7 +92,7 @@ def profile_options(profile: str, *, layer_bytes: int = 0) -> Options:
     return {}  # none; and gpu and tpu, because XLA's defaults are made for them
 
 
-def needed_options(deterministic: bool, platform: str, devices: int = 1) -> Options:
+def needed_options(deterministic: bool, platform: str, devices: int = 1) -> XlaOptions:
     """What a program must be compiled with, whatever the profile.
 
     On several CPU devices XLA's default scheduler (jaxlib 0.10) lets them reach independent collectives in

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from common.errors import RunFault
 from parallel import processes
-from training.errors import RunFault
 
 
 class CorruptCheckpoint(RunFault):
@@ -22,9 +22,9 @@ class CorruptCheckpoint(RunFault):
 def one_verdict(name: str) -> Iterator[None]:
     """Where one process finds a checkpoint damaged, all do, and none is left waiting in a collective."""
     try:
-        with processes.together(name):
+        with processes.all_or_none(name):
             yield
-    except processes.Elsewhere as error:
+    except processes.PeerFault as error:
         raise CorruptCheckpoint(str(error)) from error
 
 

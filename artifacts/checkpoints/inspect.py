@@ -80,7 +80,7 @@ def num_bytes(kind: str) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class Listing:
     """A checkpoint in a listing; `tokens` is None where the record cannot be read."""
 
     step: int
@@ -91,19 +91,19 @@ class Row:
     damaged: bool = False
 
 
-def overview(checkpoints: Checkpoints, *, quick: bool = False) -> list[Row]:
+def overview(checkpoints: Checkpoints, *, quick: bool = False) -> list[Listing]:
     """Every step, oldest first, those in quarantine after them; `quick` leaves large files unread."""
     there = checkpoints.remote.steps() if checkpoints.remote is not None else []
     here = checkpoints.local_steps()
     rows = [_row(checkpoints, step, quick, step in there) for step in here]
     alone = "in the bucket alone; verify reads it"
-    rows += [Row(step, 0, "", None, alone) for step in there if step not in here]
+    rows += [Listing(step, 0, "", None, alone) for step in there if step not in here]
     quarantine = checkpoints.quarantine
     apart = sorted(quarantine.iterdir()) if quarantine.is_dir() else []
     return sorted(rows, key=lambda row: row.step) + [_apart(path) for path in apart if path.name.isdecimal()]
 
 
-def _row(checkpoints: Checkpoints, step: int, quick: bool, sent: bool) -> Row:
+def _row(checkpoints: Checkpoints, step: int, quick: bool, sent: bool) -> Listing:
     directory = checkpoints.directory / str(step)
     tokens = None
     try:
@@ -117,13 +117,13 @@ def _row(checkpoints: Checkpoints, step: int, quick: bool, sent: bool) -> Row:
     except CorruptCheckpoint as error:
         bad, state = {"record": str(error)}, f"DAMAGED: {error}"
     state += ", also in the bucket" if sent else ""
-    return Row(step, *_size_and_date(directory), tokens, state, bool(bad))
+    return Listing(step, *_size_and_date(directory), tokens, state, bool(bad))
 
 
-def _apart(path: Path) -> Row:
+def _apart(path: Path) -> Listing:
     reason = path / "REASON"
     said = reason.read_text().strip() if reason.exists() else "no reason given"
-    return Row(int(path.name), *_size_and_date(path), None, f"quarantined: {said}")
+    return Listing(int(path.name), *_size_and_date(path), None, f"quarantined: {said}")
 
 
 def _size_and_date(directory: Path) -> tuple[int, str]:

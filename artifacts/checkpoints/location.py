@@ -7,8 +7,8 @@ import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.remote import Remote, is_remote
+from common.errors import RunFault
 from training.config import CheckpointConfig
-from training.errors import RunFault
 
 
 def place(run: Path, directory: str | None) -> Path:

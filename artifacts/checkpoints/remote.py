@@ -20,8 +20,8 @@ from typing import Any
 
 from artifacts.checkpoints.errors import CorruptCheckpoint, first_line
 from artifacts.checkpoints.files import LIST, files_of, parsed
+from common.errors import RunFault
 from data.cache import file_digest
-from training.errors import RunFault
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
 SCHEMES = {

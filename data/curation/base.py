@@ -37,7 +37,7 @@ class LocalStep(Protocol):
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DocumentTable:
     """All documents that reach a global step, validation first: row i of everything is document i."""
 
     signatures: UInt64[np.ndarray, "N K"]
@@ -46,7 +46,7 @@ class Corpus:
 
 
 @dataclass
-class Decision:
+class Verdict:
     """Which documents a global step keeps, and why not the others.
 
     `reason` is an index into `reasons` of each document that is dropped. `details` is json-able and goes into
@@ -76,7 +76,7 @@ class GlobalStep(Protocol):
     def sign(self, texts: list[str], values: list[str]) -> UInt64[np.ndarray, "N K"]:
         """Return a row for each text; `values` are the fields of their records."""
 
-    def decide(self, corpus: Corpus) -> Decision:
+    def decide(self, corpus: DocumentTable) -> Verdict:
         """Look at all documents."""
 
 

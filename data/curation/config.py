@@ -97,7 +97,7 @@ def _ordered(low: str, least: Number | None, high: str, most: Number | None) -> 
 
 
 @dataclass(frozen=True)
-class Sample:
+class StratifiedSample:
     """Keep a share of the train documents, chosen by content, of every stratum alike."""
 
     step: ClassVar[str] = "sample"
@@ -297,7 +297,7 @@ class Shard:
 
 
 Step = (
-    Sample
+    StratifiedSample
     | DedupExact
     | DedupMinhash
     | FilterLength

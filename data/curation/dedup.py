@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from data.curation.base import Corpus, Decision
+from data.curation.base import DocumentTable, Verdict
 from data.curation.config import DedupExact, DedupMinhash
 from data.errors import DataError
 
@@ -52,7 +52,7 @@ class DedupExactStep:
         raw = b"".join(hashlib.sha256(text.encode()).digest()[:16] for text in chosen)
         return np.frombuffer(raw, dtype="<u8").astype(np.uint64).reshape(-1, 2)
 
-    def decide(self, corpus: Corpus) -> Decision:
+    def decide(self, corpus: DocumentTable) -> Verdict:
         """Keep the first document of each digest."""
         order = np.lexsort(corpus.signatures.T)  # stable: equal ones stay in the order of the corpus
         ordered = corpus.signatures[order]
@@ -91,7 +91,7 @@ class DedupMinhashStep:
         signature = np.array(digests, dtype=np.uint64).reshape(len(texts), self.bands, self.rows)
         return _mixed(signature)
 
-    def decide(self, corpus: Corpus) -> Decision:
+    def decide(self, corpus: DocumentTable) -> Verdict:
         """Cluster the documents and keep the first of each cluster."""
         seen = _Shingles(lambda row: self._hashes(corpus.read(row)))
         clusters = Clusters(len(corpus.signatures), self.config.threshold, seen.jaccard)
@@ -229,7 +229,7 @@ class Clusters:
         members[first] = members.pop(root, []) + members.pop(own, [])
 
 
-def _keep_first(first: Int[np.ndarray, " N"], corpus: Corpus, reason: str, details: dict) -> Decision:
+def _keep_first(first: Int[np.ndarray, " N"], corpus: DocumentTable, reason: str, details: dict) -> Verdict:
     """Drop every document that is not the first of its cluster; say which of train repeat a held-out one."""
     keep = first == np.arange(len(first))
     contaminated = corpus.is_train & ~corpus.is_train[first] & ~keep
@@ -238,4 +238,4 @@ def _keep_first(first: Int[np.ndarray, " N"], corpus: Corpus, reason: str, detai
         "train_documents_like_validation": int(contaminated.sum()),
     }
     reasons = (reason, f"{reason}_of_validation")
-    return Decision(keep, reasons, contaminated.astype(np.int64), details | counts)
+    return Verdict(keep, reasons, contaminated.astype(np.int64), details | counts)

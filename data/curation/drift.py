@@ -26,7 +26,7 @@ LIMITS = {"js_bits": 0.01, "ks": 0.1, "psi": 0.1, "bytes_per_token": 0.05, "new_
 
 
 @dataclass(frozen=True)
-class Sample:
+class StoreSample:
     """Some of a store's documents: counts by document and token, and features of each document."""
 
     store: TokenStore
@@ -42,7 +42,7 @@ class Sample:
         return self.store.document(int(document))[1:]
 
 
-def features(sample: Sample) -> dict[str, Float[np.ndarray, " D"]]:
+def features(sample: StoreSample) -> dict[str, Float[np.ndarray, " D"]]:
     """Of each document: tokens, bytes a token, the share of different tokens, and of its commonest one."""
     store, rows = sample.store, []
     for document in sample.index:
@@ -124,14 +124,14 @@ def stability_index(old: Float[np.ndarray, " N"], new: Float[np.ndarray, " M"]) 
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def sample(store: TokenStore, documents: int, seed: int) -> Sample:
+def sample(store: TokenStore, documents: int, seed: int) -> StoreSample:
     """At most `documents` of a store's documents, drawn without replacement."""
     if store.num_documents < SMALLEST:
         raise DataError(
             f"{store.path} has {store.num_documents} documents; a comparison needs {SMALLEST} or more"
         )
     drawn = np.random.default_rng(seed).permutation(store.num_documents)[:documents]
-    return Sample(store, np.sort(drawn))
+    return StoreSample(store, np.sort(drawn))
 
 
 def against_floor(
@@ -158,7 +158,7 @@ def against_floor(
     }
 
 
-def compare(old: Sample, new: Sample, *, seed: int = 0, top: int = 20) -> dict[str, Any]:
+def compare(old: StoreSample, new: StoreSample, *, seed: int = 0, top: int = 20) -> dict[str, Any]:
     """Everything that two samples of the same tokenizer tell, json-able but for the features' arrays.
 
     tokens: js and kl with floors, movers; features: of each, the means, ks and psi with floors; coverage:
@@ -205,7 +205,7 @@ def _movers(chosen: np.ndarray, scores: np.ndarray, old: np.ndarray, new: np.nda
     ]
 
 
-def _compare_features(old: Sample, new: Sample, sizes: tuple[int, int, int]) -> dict[str, Any]:
+def _compare_features(old: StoreSample, new: StoreSample, sizes: tuple[int, int, int]) -> dict[str, Any]:
     a, b = features(old), features(new)
     found = {}
     for name in a:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt64
 
-from data.curation.base import Corpus, Decision, Edges, Outcome, hash64
+from data.curation.base import DocumentTable, Edges, Outcome, Verdict, hash64
 from data.curation.config import FEATURES, FilterLearned
 from data.curation.quality import features
 from data.errors import DataError
@@ -118,7 +118,7 @@ class KeepBestStep:
         scores = np.array([self.model.score(text) for text in texts], dtype=np.float64)
         return scores.view(np.uint64).reshape(-1, 1)
 
-    def decide(self, corpus: Corpus) -> Decision:
+    def decide(self, corpus: DocumentTable) -> Verdict:
         """Keep what reaches the score of the last train document within the share."""
         scores = np.ascontiguousarray(corpus.signatures[:, 0]).view(np.float64)
         train_scores = np.sort(scores[corpus.is_train])[::-1]
@@ -126,7 +126,7 @@ class KeepBestStep:
             float(train_scores[max(1, round(self.share * len(train_scores))) - 1]) if len(train_scores) else 0
         )
         keep = scores >= least
-        return Decision(
+        return Verdict(
             keep,
             ("below_share",),
             np.zeros(len(keep), np.int64),

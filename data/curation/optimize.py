@@ -25,13 +25,13 @@ from data.curation.config import (
     FilterLength,
     FilterQuality,
     MaskPII,
-    Sample,
     Shard,
     Step,
+    StratifiedSample,
 )
 from data.curation.length import EDGES as LENGTHS
 from data.curation.parse import as_dict, parse_steps
-from data.curation.passes import WHOLE, Pass, Source, decide, run_pass
+from data.curation.passes import WHOLE, BothSplits, Pass, decide, run_pass
 from data.curation.report import check_report, line_of, step_entry, whole_entry
 from data.curation.tally import Tally
 from data.curation.write import NAME, VERSION, CorpusWriter, file_bytes
@@ -87,9 +87,9 @@ class OptimizedCorpus:
     def plan(self) -> None:
         """Say nothing: `ensure` says what it does."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Take note that the source is whole, as `Corpus` does."""
-        self.source.hold()
+        self.source.freeze()
 
     def skipped(self) -> dict[str, int]:
         """Return how many bad records the source left out, by kind."""
@@ -141,7 +141,7 @@ def _made(step: Step) -> Any:
     from data.curation import dedup, language, learned, length, pii, quality, sample
 
     match step:
-        case Sample():
+        case StratifiedSample():
             return sample.SampleStep(step)
         case DedupExact():
             return dedup.DedupExactStep(step)
@@ -167,7 +167,7 @@ class _Building:
         self.corpus, self.aside, self.about = corpus, aside, about
         self.steps = corpus.steps
         self.working = {number: _made(step) for number, step in enumerate(self.steps) if not _of_writer(step)}
-        self.source = Source({split: corpus.source.split(split) for split in SPLITS})
+        self.source = BothSplits({split: corpus.source.split(split) for split in SPLITS})
         self.tallies: dict[int, Tally] = {}
         self.details: dict[int, dict[str, Any]] = {}
 

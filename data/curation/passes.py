@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from data.curation.base import SPLITS, Corpus, Decision, GlobalStep, LocalStep
+from data.curation.base import SPLITS, DocumentTable, GlobalStep, LocalStep, Verdict
 from data.curation.length import EDGES as LENGTHS
 from data.curation.tally import EXAMPLES, Tally, rank_of, shortened
 from data.errors import DataError
@@ -31,7 +31,7 @@ WHOLE = -1  # the tally of the corpus as a whole
 
 
 @dataclass(frozen=True)
-class Source:
+class BothSplits:
     """Both splits as one row of documents, validation first. Picklable."""
 
     splits: dict[str, Documents]
@@ -89,7 +89,7 @@ def path_of(record: dict[str, Any], split: str, index: int) -> str:
     return text_of(record.get("path")) or f"{split}:{index}"
 
 
-def run_job(source: Source, what: Pass, split: str, numbers: Int[np.ndarray, " N"]) -> Done:
+def run_job(source: BothSplits, what: Pass, split: str, numbers: Int[np.ndarray, " N"]) -> Done:
     """Read the documents of those numbers and put them through the steps of a pass."""
     records = source.read(split, numbers)
     texts = [record[""] for record in records]
@@ -170,7 +170,7 @@ def hidden(text: str, masks: list[LocalStep]) -> str:
 
 
 def decide(
-    what: Pass, source: Source, numbers: Int[np.ndarray, " N"], signatures: UInt64[np.ndarray, "N K"]
+    what: Pass, source: BothSplits, numbers: Int[np.ndarray, " N"], signatures: UInt64[np.ndarray, "N K"]
 ) -> tuple[Int[np.ndarray, " M"], Tally, dict[str, Any]]:
     """Let the step that ends a pass decide; return what is left, what it counted, and its details."""
     assert what.last is not None
@@ -184,7 +184,7 @@ def decide(
         return text
 
     sizes = signatures[:, 0].astype(np.int64)
-    decision = what.last[1].decide(Corpus(signatures[:, 1:], is_train, read))
+    decision = what.last[1].decide(DocumentTable(signatures[:, 1:], is_train, read))
     return (
         numbers[decision.keep],
         _of_decision(decision, numbers, is_train, sizes, read, what),
@@ -193,7 +193,7 @@ def decide(
 
 
 def _of_decision(
-    decision: Decision,
+    decision: Verdict,
     numbers: Int[np.ndarray, " N"],
     is_train: Bool[np.ndarray, " N"],
     sizes: Int[np.ndarray, " N"],
@@ -225,7 +225,7 @@ def _of_decision(
     return tally
 
 
-def jobs_of(source: Source, numbers: Int[np.ndarray, " N"]) -> list[tuple[str, np.ndarray]]:
+def jobs_of(source: BothSplits, numbers: Int[np.ndarray, " N"]) -> list[tuple[str, np.ndarray]]:
     """Cut documents into runs of one split and about JOB_BYTES: by their numbers alone, not by workers."""
     total = sum(documents.num_bytes for documents in source.splits.values())
     size = max(1, min(1024, len(source) * JOB_BYTES // max(total, 1)))
@@ -237,7 +237,7 @@ def jobs_of(source: Source, numbers: Int[np.ndarray, " N"]) -> list[tuple[str, n
 
 
 def run_pass(
-    source: Source, what: Pass, numbers: Int[np.ndarray, " N"], workers: int
+    source: BothSplits, what: Pass, numbers: Int[np.ndarray, " N"], workers: int
 ) -> Iterator[tuple[str, Done]]:
     """Yield (split, what came of it) of each job, in the order of the corpus, a few jobs ahead at most."""
     jobs = jobs_of(source, numbers)
@@ -271,10 +271,10 @@ def run_pass(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: tuple[Source, Pass]
+_worker: tuple[BothSplits, Pass]
 
 
-def _start_worker(source: Source, what: Pass) -> None:
+def _start_worker(source: BothSplits, what: Pass) -> None:
     global _worker
     as_worker()
     _worker = (source, what)

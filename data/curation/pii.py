@@ -12,7 +12,7 @@ from collections.abc import Callable
 from data.curation.base import Edges, Outcome
 from data.curation.config import MaskPII
 
-Found = Callable[[re.Match[str]], str | None]
+Recognizer = Callable[[re.Match[str]], str | None]
 
 EMAIL = re.compile(
     r"(?<![\w.%+@-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-]|\.\w|@)", re.ASCII
@@ -141,7 +141,7 @@ def _phone(match: re.Match[str]) -> str | None:
 
 
 # In this order: a URL's password may look like the beginning of an address, a card like a telephone.
-PATTERNS: dict[str, tuple[tuple[re.Pattern[str], Found], ...]] = {
+PATTERNS: dict[str, tuple[tuple[re.Pattern[str], Recognizer], ...]] = {
     "credentials": ((CREDENTIALS, lambda match: f"{match[1]}<CREDENTIALS>@"),),
     "secret": ((SECRET, lambda match: "<SECRET>"),),
     "email": ((EMAIL, lambda match: "<EMAIL>"),),
@@ -176,7 +176,7 @@ def mask(text: str, kind: str) -> tuple[str, int]:
     found = 0
     for pattern, decide in PATTERNS[kind]:
 
-        def replace(match: re.Match[str], decide: Found = decide) -> str:
+        def replace(match: re.Match[str], decide: Recognizer = decide) -> str:
             nonlocal found
             placeholder = decide(match)
             found += placeholder is not None

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from data.curation.base import Corpus, Decision, hash64
-from data.curation.config import Sample
+from data.curation.base import DocumentTable, Verdict, hash64
+from data.curation.config import StratifiedSample
 
 SHOWN = 100  # strata that the report lists; it counts the rest
 
@@ -12,7 +12,7 @@ SHOWN = 100  # strata that the report lists; it counts the rest
 class SampleStep:
     """Ranks documents by a hash of (seed, text): the choice stays when others come and go."""
 
-    def __init__(self, config: Sample):
+    def __init__(self, config: StratifiedSample):
         self.config = config
         self.names: dict[int, str] = {}
 
@@ -35,7 +35,7 @@ class SampleStep:
             return value
         return "/".join(value.split("/")[: self.config.depth])
 
-    def decide(self, corpus: Corpus) -> Decision:
+    def decide(self, corpus: DocumentTable) -> Verdict:
         """Keep validation whole and the lowest ranks of each stratum of train."""
         keep = ~corpus.is_train
         rows = np.flatnonzero(corpus.is_train)
@@ -46,7 +46,7 @@ class SampleStep:
         largest = np.argsort(-sizes, kind="stable")[:SHOWN]
         named = {self.names.get(int(keys[s]), ""): [int(sizes[s]), int(quotas[s])] for s in largest}
         details = {"strata": named, "strata_in_all": len(sizes)}
-        return Decision(keep, ("not_sampled",), np.zeros(len(keep), np.int64), details)
+        return Verdict(keep, ("not_sampled",), np.zeros(len(keep), np.int64), details)
 
 
 def _quotas(sizes: Int[np.ndarray, " S"], fraction: float) -> Int[np.ndarray, " S"]:

@@ -24,7 +24,7 @@ _here = threading.local()
 Seconds = dict[str, float]
 
 
-class Stages:
+class InputTiming:
     """Seconds by stage since `take` was last called, of the thread that is within `watching`."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -82,7 +82,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def copying(stages: Stages) -> Iterator[None]:
+def copying(stages: InputTiming) -> Iterator[None]:
     """The stage `fill`; waiting for pages of a mapped file that had to come from the disk is `read`."""
     faults, busy, began = _major_faults(), time.thread_time(), time.perf_counter()
     with stages._stage("fill"):

@@ -17,9 +17,9 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.loading.ahead import Ahead
 from data.loading.curriculum import cut_pieces, longest_piece
-from data.loading.input_timing import Seconds, Stages, copying, stage
+from data.loading.input_timing import InputTiming, Seconds, copying, stage
 from data.loading.mixture import Interleaving, components
-from data.loading.packing import FITS, Plan, empty_batch, fill, make_plan, permutation
+from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan, permutation
 from data.loading.plan_cache import kept_plan
 from data.loading.streaming import Shards, Stream, open_stream
 from data.prepared import Prepared
@@ -246,12 +246,12 @@ class _Epochs:
 
     def __init__(self, store: TokenStore, data: DataConfig, seed: int):
         self.store, self.data, self.seed = store, data, seed
-        self.kept: dict[int, tuple[Plan, np.ndarray]] = {}
+        self.kept: dict[int, tuple[PackingPlan, np.ndarray]] = {}
         self.ends: list[int] = []  # global rows at each epoch's end, as far as known
-        self.ahead = Ahead[tuple[Plan, np.ndarray]]()
+        self.ahead = Ahead[tuple[PackingPlan, np.ndarray]]()
         self.least_rows = -(-store.num_tokens // data.seq_len)  # of any epoch, however it is packed
 
-    def containing(self, row: int) -> tuple[Plan, np.ndarray, int, int]:
+    def containing(self, row: int) -> tuple[PackingPlan, np.ndarray, int, int]:
         """Return (plan, order of its rows, first global row, end) of the epoch that holds a global row."""
         while not self.ends or self.ends[-1] <= row:
             self._extend(row)
@@ -283,7 +283,7 @@ class _Epochs:
         more = (row - first) // rows + 1
         self.ends += [first + rows * (i + 1) for i in range(more)]
 
-    def _plan(self, epoch: int) -> tuple[Plan, np.ndarray]:
+    def _plan(self, epoch: int) -> tuple[PackingPlan, np.ndarray]:
         if epoch not in self.kept:
             with stage("plan"):
                 made = self.ahead.take(epoch) or self._made(epoch)
@@ -292,12 +292,12 @@ class _Epochs:
             self.kept[epoch] = made
         return self.kept[epoch]
 
-    def _made(self, epoch: int) -> tuple[Plan, np.ndarray]:
+    def _made(self, epoch: int) -> tuple[PackingPlan, np.ndarray]:
         key = (self.seed, epoch, self.data.packing, self.data.seq_len)
         plan = kept_plan(self.store, self.data.cache_dir, key, lambda: self._packed(epoch))
         return plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
 
-    def _packed(self, epoch: int) -> Plan:
+    def _packed(self, epoch: int) -> PackingPlan:
         order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
         starts, lengths = self.store.starts[order], self.store.lengths[order]
         return make_plan(self.data.packing, starts, lengths, self.data.seq_len)
@@ -399,7 +399,7 @@ class Prefetcher:
         self._thread.start()
 
     def _work(self, loader: Loader, step: int, rows: Rows, place: Callable[[Batch], Any]) -> None:
-        stages = Stages()
+        stages = InputTiming()
         try:
             while not self._closed.is_set():
                 with stages.watching():

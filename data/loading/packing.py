@@ -22,7 +22,7 @@ KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Pieces in the order of their rows; row r has the pieces [row_offsets[r], row_offsets[r + 1])."""
 
     starts: Int[np.ndarray, " P"]
@@ -54,7 +54,7 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> PackingPlan:
     """Pack documents, given in visiting order, into rows of `seq_len`.
 
     `concat`, `best_fit`, `first_fit`, or `none`: every piece in a row of its own.
@@ -65,11 +65,11 @@ def make_plan(packing: str, starts: np.ndarray, lengths: np.ndarray, seq_len: in
         return _fitted(starts, lengths, seq_len, FITS[packing])
     if packing == "none":
         starts, lengths = _pieces(starts, lengths, seq_len)
-        return Plan(starts, lengths, np.arange(len(starts) + 1))
+        return PackingPlan(starts, lengths, np.arange(len(starts) + 1))
     raise DataError(f"data.packing={packing} is not known; use concat, best_fit, first_fit or none")
 
 
-def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> PackingPlan:
     """One long stream, cut every `seq_len`: only the last row is padded."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
@@ -77,7 +77,7 @@ def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
     counts = -(-ends // seq_len) - first
     row = _ranges(first, counts)
     cuts = np.maximum(row * seq_len, np.repeat(begins, counts))
-    return Plan(
+    return PackingPlan(
         starts=np.repeat(starts - begins, counts) + cuts,
         lengths=np.diff(cuts, append=ends[-1]),
         row_offsets=np.searchsorted(row, np.arange(row[-1] + 2)),
@@ -92,7 +92,7 @@ def _pieces(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.n
     return np.repeat(starts, counts) + skipped, np.minimum(np.repeat(lengths, counts) - skipped, seq_len)
 
 
-def _fitted(starts: np.ndarray, lengths: np.ndarray, seq_len: int, fit: Fit) -> Plan:
+def _fitted(starts: np.ndarray, lengths: np.ndarray, seq_len: int, fit: Fit) -> PackingPlan:
     """Fit pieces within windows of the visiting order: only what exceeds a row is cut."""
     starts, lengths = _pieces(starts, lengths, seq_len)
     row_of = np.empty(len(starts), dtype=np.int64)
@@ -102,7 +102,7 @@ def _fitted(starts: np.ndarray, lengths: np.ndarray, seq_len: int, fit: Fit) -> 
         row_of[window] = fit(lengths[window], seq_len) + num_rows
         num_rows = int(row_of[window].max()) + 1
     order = np.argsort(row_of, kind="stable")
-    return Plan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(num_rows + 1)))
+    return PackingPlan(starts[order], lengths[order], np.searchsorted(row_of[order], np.arange(num_rows + 1)))
 
 
 def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -116,7 +116,7 @@ def fill(
     batch: dict[str, np.ndarray],
     where: np.ndarray,
     tokens: Entries,
-    plan: Plan,
+    plan: PackingPlan,
     rows: np.ndarray,
     *,
     weights: Entries | None = None,

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import MANIFEST, digest_of
-from data.loading.packing import WINDOW, Plan
+from data.loading.packing import WINDOW, PackingPlan
 from data.tokens.store import TokenStore
 
 FORMAT = 1
@@ -24,7 +24,9 @@ SECONDS = 1.0  # a plan made faster than this is not worth a file
 STALE = 3600  # seconds after which a file in the making was left by a killed process
 
 
-def kept_plan(store: TokenStore, root: str, key: tuple[int, int, str, int], make: Callable[[], Plan]) -> Plan:
+def kept_plan(
+    store: TokenStore, root: str, key: tuple[int, int, str, int], make: Callable[[], PackingPlan]
+) -> PackingPlan:
     """Return the plan of `key`: (seed, epoch, packing, row length), read where `root` keeps it, else made.
 
     A cache that cannot be written costs the making again at the next start, and nothing else.
@@ -53,19 +55,19 @@ def _path(store: TokenStore, root: str, key: tuple[int, int, str, int]) -> Path 
     return Path(root) / "plans" / f"{name[:32]}.plan"
 
 
-def _read(path: Path) -> Plan | None:
+def _read(path: Path) -> PackingPlan | None:
     try:
         with path.open("rb") as file:
             about = json.loads(file.readline())
             if 8 * sum(about["counts"]) != path.stat().st_size - file.tell():
                 return None
             arrays = [np.fromfile(file, np.int64, count) for count in about["counts"]]
-        return Plan(*arrays) if about["sha256"] == _digest(arrays) else None
+        return PackingPlan(*arrays) if about["sha256"] == _digest(arrays) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, plan: Plan) -> None:
+def _write(path: Path, plan: PackingPlan) -> None:
     """Whole or not at all: several hosts may write the same plan at once, each to a name of its own."""
     path.parent.mkdir(exist_ok=True)
     for left in path.parent.glob(".making-*"):

@@ -48,7 +48,7 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise DataError where records that are read only while training are not sound."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Take note that all is well: a change from now on is a fault."""
 
     def build(self, aside: Path) -> dict[str, int]:
@@ -85,7 +85,7 @@ class FolderSource:
     def check(self) -> None:
         """Nothing: every record is read when it is built."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Nothing: what was built is held to its manifest."""
 
     def build(self, aside: Path) -> dict[str, int]:
@@ -222,9 +222,9 @@ class Corpus:
             raise DataError(f"data.{split}_split={name} is empty; name a split that has documents")
         return found
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Take note that what was prepared is whole: from now on, a change in place is a fault."""
-        self.source.hold()
+        self.source.freeze()
 
     def plan(self) -> str | None:
         """Say in a line what `ensure` is going to build; None where it is there already."""

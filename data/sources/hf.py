@@ -63,7 +63,7 @@ class HfSource:
     def check(self) -> None:
         """Nothing: every record is read when it is written."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Nothing: what was built is held to its manifest."""
 
     def build(self, aside: Path) -> dict[str, int]:

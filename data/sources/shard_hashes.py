@@ -46,17 +46,17 @@ class ShardRecord:
             shards[name] = [*stat, digest]
         self._save()
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Hold the shards to their sha256 from now on: something was made from them, or is read from them."""
         if not self._known["prepared"]:
             self._known["prepared"] = True
             self._save()
 
-    def was_read(self, split: str) -> bool:
+    def is_verified(self, split: str) -> bool:
         """Say whether `read(split)` was said of these shards as they are."""
         return split in self._known["read"]
 
-    def read(self, split: str) -> None:
+    def mark_verified(self, split: str) -> None:
         """Remember that every record of a split has been read and found sound."""
         self._known["read"].append(split)
         self._save()

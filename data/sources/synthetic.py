@@ -41,7 +41,7 @@ class SyntheticSource:
     def check(self) -> None:
         """Nothing: what is made here is sound."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Nothing: what was built is held to its manifest."""
 
     def build(self, aside: Path) -> dict[str, int]:

@@ -69,18 +69,18 @@ class TfdsSource:
         if self.config.mode != "streaming" or self.directory is None:
             return  # in cached mode, and where they are copied, every record is read before the first batch
         what = f"{self.config.train_split}/{self.config.text_key}"
-        if not self.shards.was_read(what):
+        if not self.shards.is_verified(what):
             documents = Documents(self.prepared, self.config.train_split, self.config.text_key)
             self.say(
                 f"reading the {len(documents)} documents of {self.config.train_split} through, this once"
             )
             for first in range(0, len(documents), 64):
                 documents.read(range(first, min(first + 64, len(documents))))
-            self.shards.read(what)
+            self.shards.mark_verified(what)
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Hold the shards to what they are now."""
-        self.shards.hold()
+        self.shards.freeze()
 
     def build(self, aside: Path) -> dict[str, int]:
         """Copy the splits in use, record by record, as ArrayRecord."""

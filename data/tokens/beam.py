@@ -15,7 +15,7 @@ from typing import Any
 from data.cache import Stopped
 from data.errors import DataError
 from data.tokens.encoding import Encoder
-from data.tokens.shards import Engine, Record, Work, record_of, write_shard
+from data.tokens.shards import Engine, Record, ShardTask, record_of, write_shard
 
 
 def beam_engine(options: Sequence[str]) -> Engine:
@@ -25,7 +25,7 @@ def beam_engine(options: Sequence[str]) -> Engine:
     """
     beam, pipeline_options = _beam()
 
-    def make(work: Work, shards: dict[int, range]) -> Iterator[Record]:
+    def make(work: ShardTask, shards: dict[int, range]) -> Iterator[Record]:
         try:
             parsed = pipeline_options.PipelineOptions(list(options))
             with _findable(), beam.Pipeline(options=parsed) as pipeline:
@@ -74,7 +74,7 @@ def _findable() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def _writer(beam: Any, work: Work) -> Any:
+def _writer(beam: Any, work: ShardTask) -> Any:
     """Return the function that Beam sends to its workers: each opens the encoder once."""
 
     class WriteShard(beam.DoFn):

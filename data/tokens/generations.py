@@ -47,7 +47,7 @@ class Part(Corpus):
         self.source.names = frozenset(files)  # type: ignore[attr-defined]  # only folders grow
 
 
-class Ledger:
+class GenerationIndex:
     """What has been prepared from folders with these options, in this cache.
 
     A folder is known by its files, not by its place, as everything in the cache is.

@@ -34,7 +34,7 @@ Record = dict[str, Any]  # number, documents, entries, num_bytes, files: {kind: 
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardTask:
     """What a worker needs to make any shard: picklable. `block` documents are read at a time."""
 
     directory: Path
@@ -44,7 +44,7 @@ class Work:
 
 
 # Makes the given shards {number: documents}, yielding each one's record as it is finished, in any order.
-Engine = Callable[[Work, dict[int, range]], Iterator[Record]]
+Engine = Callable[[ShardTask, dict[int, range]], Iterator[Record]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,7 +57,7 @@ def path_of(directory: Path, number: int, kind: str) -> Path:
     return directory / f"{number:05d}.{kind}"
 
 
-def write_shard(work: Work, encoder: Encoder, number: int, documents: range) -> Record:
+def write_shard(work: ShardTask, encoder: Encoder, number: int, documents: range) -> Record:
     """Tokenize a run of documents into the shard's files; return its record, written last of all."""
     kinds = ("tokens", "lengths", "weights") if encoder.weighted else ("tokens", "lengths")
     files = {kind: _Durable(path_of(work.directory, number, kind)) for kind in kinds}
@@ -120,7 +120,7 @@ class _Durable:
 
 
 def make_shards(
-    work: Work,
+    work: ShardTask,
     cut: list[range],
     inputs: dict[str, Any],
     engine: Engine,
@@ -186,7 +186,7 @@ def lengths_of(directory: Path, record: Record) -> Int[np.ndarray, " D"]:
 def local_engine(workers: int) -> Engine:
     """Return the engine that works on this machine: in this process, or in `workers` spawned ones."""
 
-    def make(work: Work, shards: dict[int, range]) -> Iterator[Record]:
+    def make(work: ShardTask, shards: dict[int, range]) -> Iterator[Record]:
         if workers == 1 or len(shards) == 1:
             encoder = work.encoding.open()
             for number, documents in shards.items():
@@ -197,7 +197,7 @@ def local_engine(workers: int) -> Engine:
     return make
 
 
-def _spawned(work: Work, shards: dict[int, range], workers: int) -> Iterator[Record]:
+def _spawned(work: ShardTask, shards: dict[int, range], workers: int) -> Iterator[Record]:
     # Spawned, never forked: JAX and the tokenizer have threads by now, and a forked child would inherit their
     # locks. A spawned child imports the main script anew, so a script that gets here needs
     # `if __name__ == "__main__":`.
@@ -219,10 +219,10 @@ def _spawned(work: Work, shards: dict[int, range], workers: int) -> Iterator[Rec
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: tuple[Work, Encoder]
+_worker: tuple[ShardTask, Encoder]
 
 
-def _start_worker(work: Work) -> None:
+def _start_worker(work: ShardTask) -> None:
     global _worker
     as_worker()
     # As many processes as there are to be used, so none needs the library's threads as well.

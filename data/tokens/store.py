@@ -30,7 +30,7 @@ from data.tokens.shards import (
     JOURNAL,
     Engine,
     Record,
-    Work,
+    ShardTask,
     lengths_of,
     local_engine,
     make_shards,
@@ -190,7 +190,7 @@ def write_store(
     encoder = encoding.open()
     dtype = token_dtype(encoder.vocab_size)
     cut = _jobs(documents)
-    work = Work(directory / JOURNAL, documents, encoding, _block(documents))
+    work = ShardTask(directory / JOURNAL, documents, encoding, _block(documents))
     inputs = {**about, "dtype": dtype.str, "weighted": encoder.weighted}
     engine = engine or local_engine(workers)
     records = make_shards(work, cut, inputs, engine, workers=workers, advance=advance)

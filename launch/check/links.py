@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch.check import probe
-from launch.check.probe import Say, Sizes
-from launch.check.verdict import Link
+from launch.check.probe import ProbeSizes, Say
+from launch.check.verdict import LinkReading
 from parallel import processes
 
 PATIENCE = 0.005  # seconds of asking without a pause whether a result is there
@@ -25,7 +25,7 @@ Faults = dict[int, list[str]]
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveProbe:
     """One collective on all devices: what goes in, and what must come out at each."""
 
     name: str
@@ -35,13 +35,13 @@ class Collective:
     moved: float  # bytes that cross a device's links
 
 
-def measure_collectives(mesh: Mesh, seconds: float, say: Say) -> tuple[Rates, Faults, list[Link]]:
+def measure_collectives(mesh: Mesh, seconds: float, say: Say) -> tuple[Rates, Faults, list[LinkReading]]:
     """(figures and faults of this process's devices by number, links into them).
 
     All-reduce and all-gather along every axis of more than one device, then each link of the ring of all.
     """
     numbers = {device: i for i, device in enumerate(mesh.devices.flat)}
-    words = Sizes.on(mesh.devices.flat[0].platform).collective // 4
+    words = ProbeSizes.on(mesh.devices.flat[0].platform).collective // 4
     rates: Rates = {i: {} for d, i in numbers.items() if d.process_index == jax.process_index()}
     faults: Faults = {i: [] for i in rates}
     axes = [axis for axis, size in mesh.shape.items() if size > 1]
@@ -58,12 +58,12 @@ def measure_collectives(mesh: Mesh, seconds: float, say: Say) -> tuple[Rates, Fa
         say(f"links {turn[0][0]} to {turn[0][1]} and every other")
         made = permute(ring, turn, words)
         took_by = run_collective(made, numbers, faults, each)
-        links += [Link(a, b, made.moved / took_by[b] / 1e9) for a, b in turn if b in took_by]
+        links += [LinkReading(a, b, made.moved / took_by[b] / 1e9) for a, b in turn if b in took_by]
     return rates, faults, links
 
 
 def run_collective(
-    made: Collective, numbers: Mapping[Any, int], faults: Faults, seconds: float
+    made: CollectiveProbe, numbers: Mapping[Any, int], faults: Faults, seconds: float
 ) -> dict[int, float]:
     """Seconds of the best repetition by device of this process; what came out wrong goes into `faults`."""
     took = timed_on_each(made, numbers)  # compiles
@@ -82,7 +82,7 @@ def run_collective(
     return {number: probe.elapsed(by_number[number], made.name, seconds) for number, seconds in took.items()}
 
 
-def timed_on_each(made: Collective, numbers: Mapping[Any, int]) -> dict[int, float]:
+def timed_on_each(made: CollectiveProbe, numbers: Mapping[Any, int]) -> dict[int, float]:
     """Seconds until each device of this process has its result."""
     took: dict[int, float] = {}
     start = time.perf_counter()
@@ -126,7 +126,7 @@ def _group(mesh: Mesh, axis: str, number: int) -> list[int]:
     return [int(i) for i in grid[tuple(place)]]
 
 
-def all_reduce(mesh: Mesh, axis: str, words: int) -> Collective:
+def all_reduce(mesh: Mesh, axis: str, words: int) -> CollectiveProbe:
     """The sum over an axis; 2 (n - 1) / n of the bytes cross each device's links, as nccl-tests counts."""
     n = mesh.shape[axis]
 
@@ -135,12 +135,12 @@ def all_reduce(mesh: Mesh, axis: str, words: int) -> Collective:
         return np.asarray(total).astype(np.int32)
 
     run = _on_each(mesh, lambda x: jax.lax.psum(x, axis))
-    return Collective(
+    return CollectiveProbe(
         f"all-reduce {axis} GB/s", run, spread(mesh, words), wanted, 2 * (n - 1) / n * 4 * words
     )
 
 
-def all_gather(mesh: Mesh, axis: str, words: int) -> Collective:
+def all_gather(mesh: Mesh, axis: str, words: int) -> CollectiveProbe:
     """Everybody's words along an axis, of `words` in all; (n - 1) / n of them cross each device's links."""
     n = mesh.shape[axis]
     part = max(1, words // n)
@@ -149,10 +149,10 @@ def all_gather(mesh: Mesh, axis: str, words: int) -> Collective:
         return np.concatenate([content(i, part) for i in _group(mesh, axis, number)])
 
     run = _on_each(mesh, lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True))
-    return Collective(f"all-gather {axis} GB/s", run, spread(mesh, part), wanted, (n - 1) * part * 4)
+    return CollectiveProbe(f"all-gather {axis} GB/s", run, spread(mesh, part), wanted, (n - 1) * part * 4)
 
 
-def permute(ring: Mesh, pairs: Sequence[tuple[int, int]], words: int) -> Collective:
+def permute(ring: Mesh, pairs: Sequence[tuple[int, int]], words: int) -> CollectiveProbe:
     """Words of the first of each pair at its second; those that are sent nothing get zeros."""
     sources = {target: source for source, target in pairs}
 
@@ -162,7 +162,7 @@ def permute(ring: Mesh, pairs: Sequence[tuple[int, int]], words: int) -> Collect
         return np.zeros(words, np.int32)
 
     run = _on_each(ring, lambda x: jax.lax.ppermute(x, "ring", list(pairs)))
-    return Collective("link", run, spread(ring, words), wanted, 4 * words)
+    return CollectiveProbe("link", run, spread(ring, words), wanted, 4 * words)
 
 
 def ring_turns(n: int) -> list[list[tuple[int, int]]]:

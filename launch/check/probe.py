@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.check.verdict import MATMUL, Reading
+from launch.check.verdict import MATMUL, DeviceReading
 
 PATTERNS = (0x00000000, 0xFFFFFFFF, 0xAAAAAAAA, 0x55555555)
 LARGEST = 31  # of whole numbers in a product: sums of 8192 squares stay exact in float32
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ProbeSizes:
     """Of what is measured: rows of a square product, bytes of the others."""
 
     product: int
@@ -40,7 +40,7 @@ class Sizes:
     block: int  # of a memory test
 
     @classmethod
-    def on(cls, platform: str) -> "Sizes":
+    def on(cls, platform: str) -> "ProbeSizes":
         """Large enough to be limited by what is measured."""
         if platform == "cpu":
             return cls(product=512, stream=16 * MIB, copy=8 * MIB, collective=MIB, block=8 * MIB)
@@ -68,11 +68,11 @@ def best_of(device: Any, what: str, run: Callable[[], Any], seconds: float) -> f
     return elapsed(device, what, best)
 
 
-def measure_devices(devices: Sequence[Any], seconds: float, memory: float, say: Say) -> list[Reading]:
+def measure_devices(devices: Sequence[Any], seconds: float, memory: float, say: Say) -> list[DeviceReading]:
     """The devices of this process, one after another; `memory`: share of a device's free memory to test."""
     numbers = {device: i for i, device in enumerate(devices)}
     here = [device for device in devices if device.process_index == jax.process_index()]
-    sizes = Sizes.on(here[0].platform)
+    sizes = ProbeSizes.on(here[0].platform)
     factors = _factors(sizes.product)
     each = seconds / (5 * len(here))
     return [measure(device, numbers[device], sizes, factors, each, memory, say) for device in here]
@@ -81,12 +81,12 @@ def measure_devices(devices: Sequence[Any], seconds: float, memory: float, say: 
 def measure(
     device: Any,
     number: int,
-    sizes: Sizes,
+    sizes: ProbeSizes,
     factors: tuple[np.ndarray, np.ndarray],
     seconds: float,
     memory: float,
     say: Say,
-) -> Reading:
+) -> DeviceReading:
     """Everything that one device does alone, about `seconds` for each of five probes."""
     figures: dict[str, float] = {}
     wrong: list[str] = []
@@ -105,7 +105,7 @@ def measure(
     tested, fault = patterns(device, sizes.block, memory, seconds)
     wrong += fault
     stats = device.memory_stats() or {}
-    return Reading(
+    return DeviceReading(
         number,
         f"{device.platform}:{device.local_hardware_id if device.platform != 'cpu' else device.id}",
         device.device_kind,

@@ -18,7 +18,7 @@ MEMORY_SHARE = 0.95  # of the median: less is a device that has lost memory, or 
 
 
 @dataclass(frozen=True)
-class Reading:
+class DeviceReading:
     """One device: figures by name, of which more is better; `wrong` names what came out with other bits."""
 
     device: int  # its place among all
@@ -38,7 +38,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkReading:
     """What went from one device to the next in the ring, GB/s, the other pairs of its turn beside it."""
 
     source: int
@@ -59,15 +59,19 @@ class Finding:
 class Report:
     """Everything that was measured and what it means, JSON-able by `dataclasses.asdict`."""
 
-    readings: list[Reading]
-    links: list[Link]
+    readings: list[DeviceReading]
+    links: list[LinkReading]
     medians: dict[str, float]
     findings: list[Finding]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def judge(
-    readings: Sequence[Reading], links: Sequence[Link], *, slow: float, peak_tflops: float | None = None
+    readings: Sequence[DeviceReading],
+    links: Sequence[LinkReading],
+    *,
+    slow: float,
+    peak_tflops: float | None = None,
 ) -> list[Finding]:
     """Findings, the wrong first. `slow`: share of the median below which a figure is slow; 0 judges no speed.
 
@@ -85,7 +89,7 @@ def judge(
     return found
 
 
-def medians(readings: Iterable[Reading]) -> dict[str, float]:
+def medians(readings: Iterable[DeviceReading]) -> dict[str, float]:
     """Of each figure, over all devices that have it."""
     values: dict[str, list[float]] = {}
     for reading in readings:
@@ -94,7 +98,7 @@ def medians(readings: Iterable[Reading]) -> dict[str, float]:
     return {name: statistics.median(of) for name, of in values.items()}
 
 
-def _missing(readings: Sequence[Reading]) -> list[Finding]:
+def _missing(readings: Sequence[DeviceReading]) -> list[Finding]:
     """Processes with fewer devices than most have, and devices with less memory."""
     counts = Counter(reading.process for reading in readings)
     usual = statistics.mode(counts.values())
@@ -114,11 +118,11 @@ def _missing(readings: Sequence[Reading]) -> list[Finding]:
     return found
 
 
-def _kinds(readings: Iterable[Reading]) -> list[str]:
+def _kinds(readings: Iterable[DeviceReading]) -> list[str]:
     return sorted({reading.kind for reading in readings})
 
 
-def _slow_devices(readings: Sequence[Reading], slow: float) -> list[Finding]:
+def _slow_devices(readings: Sequence[DeviceReading], slow: float) -> list[Finding]:
     found = []
     for kind in _kinds(readings):
         alike = [reading for reading in readings if reading.kind == kind]
@@ -135,12 +139,14 @@ def _compared(name: str, value: float, middle: float) -> str:
     return f"{name} {value:.3g}, {value / middle:.0%} of the median {middle:.3g}"
 
 
-def _slow_links(readings: Sequence[Reading], links: Sequence[Link], slow: float) -> list[Finding]:
+def _slow_links(
+    readings: Sequence[DeviceReading], links: Sequence[LinkReading], slow: float
+) -> list[Finding]:
     """Links inside a process, between processes of a host, and between hosts are three kinds of wire."""
     by_number = {reading.device: reading for reading in readings}
     found = []
 
-    def crosses(link: Link) -> tuple[bool, bool]:
+    def crosses(link: LinkReading) -> tuple[bool, bool]:
         a, b = by_number[link.source], by_number[link.target]
         return a.host != b.host, a.process != b.process
 
@@ -155,7 +161,7 @@ def _slow_links(readings: Sequence[Reading], links: Sequence[Link], slow: float)
     return found
 
 
-def _below_peak(readings: Sequence[Reading], peak: float) -> list[Finding]:
+def _below_peak(readings: Sequence[DeviceReading], peak: float) -> list[Finding]:
     """Against the datasheet, which also shows where all devices are equally slow."""
     found = []
     for reading in readings:

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from parallel.attention.ring import AXIS, SAVED, Ring
+from parallel.attention.ring import ATTENTION_OUTPUT, AXIS, Ring
 from parallel.axes import Layout
 from parallel.config import CONTEXT_ATTENTION
 
@@ -255,7 +255,7 @@ def ring_attention(
 
     def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
         walk = place.map(ring.forward, place.arguments, (place.out, place.lse))
-        out, lse = (checkpoint_name(x, SAVED) for x in walk(*args))
+        out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in walk(*args))
         return out, (*args, out, lse)
 
     def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:

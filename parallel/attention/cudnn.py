@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.backends import ELSE, Wanted, facts_of, problem
 from parallel.attention.context import HEADS, TOKENS, Placement, split_heads
-from parallel.attention.ring import SAVED
+from parallel.attention.ring import ATTENTION_OUTPUT
 from parallel.axes import Layout
 
 
@@ -133,7 +133,7 @@ def _differentiable(
 
     def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
         # Named, so that a policy can keep them: the kernel is then not run again in the backward pass.
-        out, stats = (checkpoint_name(x, SAVED) for x in forward(*args))
+        out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward(*args))
         return out, (*args, out, stats)
 
     def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
@@ -144,7 +144,7 @@ def _differentiable(
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentRanges:
     """Rows as cuDNN is told of them: the documents of all rows in one list, unused places at its end.
 
     starts: index of the first token among all B*T, B*T where unused. lengths: 0 where unused. Where M is 1 a
@@ -157,7 +157,7 @@ class Documents:
     exact: Bool[Array, " B"]
     real: Bool[Array, "B T"]
 
-    def told(
+    def lengths_and_offsets(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]
     ) -> tuple[Array, Array, Array, Array]:
         """Lengths and offsets of queries, then of keys, as the kernel takes them.
@@ -177,7 +177,7 @@ class Documents:
 
 def find_documents(
     positions: Int[Array, "B T"], segments: Int[Array, "B T"], max_documents: int
-) -> Documents:
+) -> DocumentRanges:
     """Documents of rows: runs of one segment, of numbers that grow, in which positions grow by one.
 
     Where they start to count is free: a document that was cut goes on where it stopped. Rows with more than
@@ -191,10 +191,10 @@ def find_documents(
     exact = in_order(positions, segments) & (counts <= max_documents) & told
     if max_documents == 1:
         lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
-        return Documents(jnp.zeros_like(lengths), lengths, exact & (real[:, 0] | (counts == 0)), real)
+        return DocumentRanges(jnp.zeros_like(lengths), lengths, exact & (real[:, 0] | (counts == 0)), real)
     starts, stops = (nth_true(x.reshape(-1), counts.size * max_documents) for x in (begins, ends))
     lengths = jnp.where(starts < real.size, stops - starts + 1, 0)
-    return Documents(starts, lengths, exact, real)
+    return DocumentRanges(starts, lengths, exact, real)
 
 
 def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -235,18 +235,18 @@ class Kernel:
 
     def _forward(self, q: Array, k: Array, v: Array, *masks: Array) -> tuple[Array, Array]:
         documents = self._documents(q, masks)
-        out, stats = fused_forward(q, k, v, *documents.told(q, k), self.scale, self._window(q))
+        out, stats = fused_forward(q, k, v, *documents.lengths_and_offsets(q, k), self.scale, self._window(q))
         return only_exact(out, documents), stats.reshape(q.shape[0], -1, *stats.shape[1:])
 
     def _backward(self, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:
         *masks, out, stats, cotangent = rest
         documents = self._documents(q, masks)
-        told = documents.told(q, k)
+        told = documents.lengths_and_offsets(q, k)
         stats = stats.reshape(-1, *stats.shape[2:])
         grads = fused_backward(q, k, v, *told, stats, out, cotangent, self.scale, self._window(q))
         return tuple(only_exact(grad, documents) for grad in grads)
 
-    def _documents(self, q: Array, masks: Sequence[Array]) -> Documents:
+    def _documents(self, q: Array, masks: Sequence[Array]) -> DocumentRanges:
         q_positions, kv_positions, q_segments, kv_segments = masks
         if q.size >= 2**31:
             raise ValueError(
@@ -261,7 +261,7 @@ class Kernel:
         return None if self.window is None or self.window >= q.shape[1] else self.window
 
 
-def only_exact(x: Float[Array, "B T N H"], documents: Documents) -> Float[Array, "B T N H"]:
+def only_exact(x: Float[Array, "B T N H"], documents: DocumentRanges) -> Float[Array, "B T N H"]:
     """Zeros at padding, where the kernel writes nothing; nan in rows that it was not told of rightly."""
     x = jnp.where(documents.real[:, :, None, None], x, 0)
     return jnp.where(documents.exact[:, None, None, None], x, jnp.nan)

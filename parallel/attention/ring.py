@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 AXIS = "context"
-SAVED = "ring_attention"  # checkpoint name of what ring's backward needs: a policy may keep it
+ATTENTION_OUTPUT = "ring_attention"  # checkpoint name of what ring's backward needs: a policy may keep it
 TILE = 512  # queries whose scores exist at once
 HIDDEN = -1e30  # finite: the score of a key that a query does not see, before its weight is set to zero
 
-Block = tuple[Array, Array, Array, Array]  # keys, values, their positions and segments: what travels
+KeyBlock = tuple[Array, Array, Array, Array]  # keys, values, their positions and segments: what travels
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Ring:
         length = q.shape[3]
         tile = self._tile(length)
 
-        def visit(state: Any, block: Block, step: Any) -> Any:
+        def visit(state: Any, block: KeyBlock, step: Any) -> Any:
             def body(state: Any, index: Array) -> tuple[Any, None]:
                 start = index[0] * tile
                 keys, values, mask = self._meet(queries, block, index, tile)
@@ -91,7 +91,7 @@ class Ring:
         # What every score of a query loses because its weights sum to one.
         shared = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
 
-        def visit(state: Any, block: Block, step: Any) -> Any:
+        def visit(state: Any, block: KeyBlock, step: Any) -> Any:
             dq, travelling = state
             if travelling is not None:
                 # Waits for nothing that follows, so that the transfer hides behind the tiles.
@@ -116,7 +116,7 @@ class Ring:
         dq, dk, dv = _heads_last(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
         return dq.astype(dtypes[0]), dk.astype(dtypes[1]), dv.astype(dtypes[2])
 
-    def _walk(self, visit: Callable[..., Any], state: Any, block: Block, length: int) -> Any:
+    def _walk(self, visit: Callable[..., Any], state: Any, block: KeyBlock, length: int) -> Any:
         """Visit the own block and then those of earlier devices, each sent on before it is worked on."""
         steps = self._steps(length)
         if steps == 1:
@@ -166,7 +166,7 @@ class Ring:
         return jnp.concatenate(rows)
 
     def _meet(
-        self, queries: tuple[Array, Array], block: Block, index: Array, tile: int
+        self, queries: tuple[Array, Array], block: KeyBlock, index: Array, tile: int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S W"], Bool[Array, "B 1 1 T S"]]:
         """The keys and values of a tile, and which of its queries see which of them."""
         keys, values, kv_positions, kv_segments = block

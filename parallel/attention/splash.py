@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from kernels.backends import LANES, Wanted, problem
 from parallel.attention.context import HEADS, TOKENS, Placement, differentiable, split_heads
 from parallel.attention.cudnn import in_order
-from parallel.attention.ring import AXIS, SAVED
+from parallel.attention.ring import ATTENTION_OUTPUT, AXIS
 from parallel.axes import Layout
 
 BLOCK = 512  # positions of a tile; lowered to a divisor of the row
@@ -191,7 +191,7 @@ def kernel(
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=SAVED,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
         mask_function=seen_by(window),
         interpret=INTERPRET,
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from parallel.attention.ring import SAVED
+from parallel.attention.ring import ATTENTION_OUTPUT
 
 # Checkpoint names that models give: what attention's kernel takes, and the wide hidden layer's products.
 ATTENTION_INPUTS = ("attention_q", "attention_k", "attention_v")
@@ -26,7 +26,7 @@ Sums = dict[str, Array]
 
 
 @runtime_checkable  # so that a test can hold calls to their annotations
-class Model(Protocol):
+class LayeredModel(Protocol):
     """What a schedule needs of a model: pure functions over its parameter tree."""
 
     @property
@@ -51,7 +51,10 @@ class Model(Protocol):
         """The sum over tokens of what is minimized, and sums to report."""
 
 
-KEPT = (SAVED, "projection")  # attention's output; a quantized product, and the scales of its operands
+KEPT = (
+    ATTENTION_OUTPUT,
+    "projection",
+)  # attention's output; a quantized product, and the scales of its operands
 
 
 def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +121,7 @@ def check_remat(remat: str, devices: Iterable[Any]) -> None:
 class LayerScan:
     """A stretch of layers in order: one loop over the repetitions of a period."""
 
-    model: Model
+    model: LayeredModel
     period: tuple[Any, ...]
     batch: Batch
     key: Array
@@ -156,7 +159,7 @@ class LayerScan:
 
 
 @dataclass(frozen=True)
-class Plain:
+class GradientAccumulation:
     """Layers in order on every device; `unroll` trades compile time for speed on CPU."""
 
     accumulation_steps: int = 1
@@ -164,7 +167,9 @@ class Plain:
     scan_layers: bool = True
     shardings: Any = None  # of the parameters: gradients are scattered to them as soon as they are there
 
-    def forward(self, model: Model, params: Params, batch: Batch, key: Array, ops: Any) -> tuple[Array, Sums]:
+    def forward(
+        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+    ) -> tuple[Array, Sums]:
         """(sum of what is minimized, sums to report) of one microbatch, every array [B, T]."""
         x = model.embed(params, batch, ops)
         layers_before = 0
@@ -179,7 +184,7 @@ class Plain:
         return loss + totals.get("loss", 0.0), add_sums(totals, sums)
 
     def value_and_grad(
-        self, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
     ) -> tuple[Sums, Params]:
         """Means over the batch's total weight, and gradients of `objective` among them.
 
@@ -212,7 +217,7 @@ class Plain:
         (means, grads), _ = jax.lax.scan(add, zeros, micros)
         return means, grads
 
-    def evaluate(self, model: Model, params: Params, batch: Batch, ops: Any) -> Sums:
+    def evaluate(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Sums:
         """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
         _, sums = self.forward(model, params, batch, jax.random.key(0), ops)
         return {"nll": sums["nll"], "weight": jnp.sum(batch["loss_weights"])}

@@ -20,13 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from parallel.axes import Layout
-from parallel.schedules.accumulate import Batch, LayerScan, Model, Params, Sums, add_sums
+from parallel.schedules.accumulate import Batch, LayeredModel, LayerScan, Params, Sums, add_sums
 from parallel.schedules.split_backward import Taps, defer, replay, tap_shapes
 from parallel.schedules.stage_layout import AXIS, main_segment
 from parallel.schedules.stages import RESIDUAL, Stages
 from parallel.schedules.tables import IDLE, Run, Schedule, fold_runs
 
-Row = dict[str, Array]
+TableRow = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Pipeline:
     scan_layers: bool = True
 
     def value_and_grad(
-        self, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
     ) -> tuple[Sums, Params]:
         """Means over the batch's total weight, and gradients of `objective` among them."""
         program = StageProgram(self, model, params, batch, key, ops)
         state = program.run(self.schedule.runs, program.start())
         return program.finish(state)
 
-    def evaluate(self, model: Model, params: Params, batch: Batch, ops: Any) -> Sums:
+    def evaluate(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Sums:
         """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
         program = StageProgram(self, model, params, batch, jax.random.key(0), ops)
         state = program.run(self.schedule.forward_runs, program.start(gradients=False))
@@ -61,7 +61,7 @@ class StageProgram:
     """One step's ticks over one batch; the state that goes from tick to tick is a dict of arrays."""
 
     def __init__(
-        self, plan: Pipeline, model: Model, params: Params, batch: Batch, key: Array, ops: Any
+        self, plan: Pipeline, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
     ) -> None:
         self.layout, self.schedule, self.plan = plan.layout, plan.schedule, plan
         self.model, self.key, self.ops = model, key, ops
@@ -201,7 +201,7 @@ class StageProgram:
             length = sum(run.count for run in pattern)
             rows = self.rows(pattern[0].start, length * repeats)
 
-            def group(state: Any, rows: Row, pattern: tuple[Run, ...] = pattern) -> tuple[Any, None]:
+            def group(state: Any, rows: TableRow, pattern: tuple[Run, ...] = pattern) -> tuple[Any, None]:
                 at = 0
                 for run in pattern:
                     part = jax.tree.map(lambda r, a=at, n=run.count: r[a : a + n], rows)
@@ -216,7 +216,7 @@ class StageProgram:
                 state, _ = jax.lax.scan(group, state, rows)
         return state
 
-    def rows(self, start: int, count: int) -> Row:
+    def rows(self, start: int, count: int) -> TableRow:
         """The table's rows of these ticks, each [ticks, P]."""
         table = {
             "forward": self.schedule.forward,
@@ -229,7 +229,7 @@ class StageProgram:
             table |= {"weight": self.schedule.weight, "leave": leave, "fetch": fetch}
         return {name: jnp.asarray(grid[start : start + count], jnp.int32) for name, grid in table.items()}
 
-    def tick(self, run: Run, state: dict[str, Any], row: Row) -> tuple[dict[str, Any], None]:
+    def tick(self, run: Run, state: dict[str, Any], row: TableRow) -> tuple[dict[str, Any], None]:
         """One tick: forward of one unit a stage, then backward of another, then weights of a third."""
         state = dict(state)
         if run.work.forward:
@@ -242,7 +242,7 @@ class StageProgram:
             self.weights(state, row)
         return state, None
 
-    def forward(self, state: dict[str, Any], row: Row) -> Array:
+    def forward(self, state: dict[str, Any], row: TableRow) -> Array:
         """Each stage passes a microbatch through a chunk and hands the result to the next."""
         unit, micro, chunk = self.units(row["forward"])
         begins = (self.stage_ids == 0) & (chunk == 0)
@@ -255,13 +255,13 @@ class StageProgram:
         state["x"] = self.at.shift(y, 1)
         return y
 
-    def evaluate_end(self, state: dict[str, Any], y: Array, row: Row) -> None:
+    def evaluate_end(self, state: dict[str, Any], y: Array, row: TableRow) -> None:
         """Forward only: the sums of the microbatch that leaves the last stage."""
         _, micro, _ = self.units(row["forward"])
         loss, sums = self.end(self.rest, self.at.of_stage(y, -1), self.micro(micro[-1]))
         state["sums"] = add_sums(state["sums"], {"objective": loss, **sums})
 
-    def backward(self, state: dict[str, Any], row: Row, *, head: bool) -> None:
+    def backward(self, state: dict[str, Any], row: TableRow, *, head: bool) -> None:
         """Each stage recomputes a chunk from its kept input and hands the gradient to the one before."""
         unit, micro, chunk = self.units(row["backward"])
         busy, params, mine = unit != IDLE, self.at.chunk(self.params, chunk), self.micro(micro)
@@ -295,7 +295,7 @@ class StageProgram:
         self.pull_begin(state, jnp.where(begins, self.at.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
         state["dx"] = self.at.shift(dx, -1)
 
-    def weights(self, state: dict[str, Any], row: Row) -> None:
+    def weights(self, state: dict[str, Any], row: TableRow) -> None:
         """Gradients by weights of units whose backward is behind them, on all stages the same microbatch."""
         unit, micro, chunk = self.units(row["weight"])
         busy = unit != IDLE

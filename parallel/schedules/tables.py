@@ -20,7 +20,7 @@ Grid = Int[np.ndarray, "ticks P"]
 
 
 @dataclass(frozen=True)
-class Work:
+class TickWork:
     """What the program does in a tick on every stage; `head` is the end of the model, on the last stage's."""
 
     forward: bool = False
@@ -37,7 +37,7 @@ class Work:
 class Run:
     """`count` ticks from `start` on that all do the same work."""
 
-    work: Work
+    work: TickWork
     start: int
     count: int
 
@@ -73,13 +73,13 @@ class Schedule:
         return allocate(self.backward, self.weight)
 
     @cached_property
-    def work(self) -> tuple[Work, ...]:
+    def work(self) -> tuple[TickWork, ...]:
         """Of every tick."""
         last = self.backward[:, -1]
         ends = (last != IDLE) & (last % self.chunks == self.chunks - 1)
         busy = [(grid != IDLE).any(axis=1) for grid in (self.forward, self.backward, self.weight)]
         return tuple(
-            Work(bool(f), bool(b), bool(head), bool(w)) for f, b, w, head in zip(*busy, ends, strict=True)
+            TickWork(bool(f), bool(b), bool(head), bool(w)) for f, b, w, head in zip(*busy, ends, strict=True)
         )
 
     @cached_property
@@ -92,7 +92,7 @@ class Schedule:
         """The forward-only twin, for evaluation: the same units until the last has left the last stage."""
         last = self.forward[: self.microbatches * self.chunks + self.stages - 1, -1]
         ends = (last != IDLE) & (last % self.chunks == self.chunks - 1)
-        return group_ticks([Work(forward=True, head=bool(end)) for end in ends])
+        return group_ticks([TickWork(forward=True, head=bool(end)) for end in ends])
 
     @property
     def cost(self) -> int:
@@ -165,7 +165,7 @@ def check_schedule(name: str, stages: int, microbatches: int, virtual_stages: in
         )
 
 
-def group_ticks(work: Sequence[Work]) -> tuple[Run, ...]:
+def group_ticks(work: Sequence[TickWork]) -> tuple[Run, ...]:
     """Runs of equal work."""
     starts = [t for t, w in enumerate(work) if t == 0 or w != work[t - 1]]
     return tuple(Run(work[a], a, b - a) for a, b in zip(starts, [*starts[1:], len(work)], strict=True))

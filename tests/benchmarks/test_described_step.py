@@ -12,7 +12,7 @@ from kernels.token_losses import chunked_cross_entropy
 from tests.compilers import skip_without
 
 COMMITTED = json.loads(described.RESULTS.read_text("utf-8"))
-ROWS = [described.Row(**row) for row in COMMITTED["rows"]]
+ROWS = [described.GpuStep(**row) for row in COMMITTED["rows"]]
 SMALL = (
     *("model.num_layers=3", "model.d_model=256", "model.num_heads=4", "model.num_kv_heads=2"),
     *("model.head_dim=64", "model.d_ff=768", "model.vocab_size=4096", "training.loss_chunk=1024"),

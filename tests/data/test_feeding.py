@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data.loading.ahead import Ahead
-from data.loading.input_timing import Stages, copying, stage
+from data.loading.input_timing import InputTiming, copying, stage
 from data.loading.loader import Loader, Prefetcher
 from tests.data.test_loader import cached, same, streaming
 
@@ -49,7 +49,7 @@ def test_depth_bounds_how_far_ahead_batches_are_made_and_placed():
 
 def test_a_stage_within_another_counts_for_itself_alone():
     ticks = iter([0.0, 1.0, 3.0, 7.0])
-    stages = Stages(clock=lambda: next(ticks))
+    stages = InputTiming(clock=lambda: next(ticks))
     with stages.watching(), stage("fill"), stage("plan"):
         pass
     assert stages.take() == {"fill": 1.0 + 4.0, "plan": 2.0}
@@ -60,7 +60,7 @@ def test_a_stage_within_another_counts_for_itself_alone():
 
 
 def test_waiting_for_pages_of_the_disk_is_reading(monkeypatch):
-    stages, faults = Stages(), iter([5, 6])
+    stages, faults = InputTiming(), iter([5, 6])
     monkeypatch.setattr("data.loading.input_timing._major_faults", lambda: next(faults))
     with copying(stages):
         time.sleep(SLOW)

@@ -5,7 +5,7 @@ import data.loading.plan_cache as plans
 from data.config import DataConfig
 from data.loading.bin_packing import best_fit, first_fit
 from data.loading.loader import Loader
-from data.loading.packing import Plan
+from data.loading.packing import PackingPlan
 from data.tokens.store import TokenStore
 from tests.data.numbered import BATCH, SEQ_LEN, write_numbered
 
@@ -75,7 +75,7 @@ def test_plans_of_other_epochs_seeds_lengths_packings_and_stores_lie_apart(tmp_p
     keys = [(0, 0, "none", 8), (0, 1, "none", 8), (1, 0, "none", 8), (0, 0, "none", 9), (0, 0, "concat", 8)]
     cases = [*((store, key) for key in keys), (other, keys[0])]
     for number, (of, key) in enumerate(cases):
-        made = Plan(*(np.full(3, number) for _ in range(3)))
+        made = PackingPlan(*(np.full(3, number) for _ in range(3)))
         assert plans.kept_plan(of, str(tmp_path), key, lambda made=made: made) is made
     for number, (of, key) in enumerate(cases):
         assert plans.kept_plan(of, str(tmp_path), key, lambda: None).starts.tolist() == [number] * 3

@@ -16,8 +16,8 @@ import data.curation.passes as passes
 from configs.cli import main
 from data.cache import verify
 from data.config import DataConfig
-from data.curation.base import Corpus as Seen
-from data.curation.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, Sample
+from data.curation.base import DocumentTable as Seen
+from data.curation.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, StratifiedSample
 from data.curation.dedup import Clusters, DedupExactStep, chance, choose_bands, normalized
 from data.curation.optimize import OptimizedCorpus
 from data.curation.page import page
@@ -309,7 +309,7 @@ def test_the_errand_prints_the_table_and_where_the_page_lies(tmp_path, monkeypat
 @pytest.mark.parametrize("fraction", [0.013, 0.25, 0.5, 0.999, 1.0])
 def test_each_stratum_keeps_its_share_to_within_one_document(fraction):
     sizes = {"en": 700, "de": 199, "tiny": 1, "pair/a": 2, "pair/b": 3}
-    step = SampleStep(Sample(fraction=fraction, by="source"))
+    step = SampleStep(StratifiedSample(fraction=fraction, by="source"))
     values = [name for name, size in sizes.items() for _ in range(size)]
     texts = [f"document {n}" for n in range(len(values))]
     decision = step.decide(seen(step.sign(texts, values), [True] * len(texts)))
@@ -322,7 +322,7 @@ def test_a_sample_is_the_same_whatever_the_order_and_another_with_another_seed()
     texts = [f"document {n}" for n in range(500)]
 
     def kept(texts: list[str], seed: int) -> set[str]:
-        step = SampleStep(Sample(fraction=0.2, seed=seed))
+        step = SampleStep(StratifiedSample(fraction=0.2, seed=seed))
         decision = step.decide(seen(step.sign(texts, [""] * len(texts)), [True] * len(texts)))
         return {text for text, keep in zip(texts, decision.keep, strict=True) if keep}
 

@@ -11,7 +11,7 @@ from kernels.attention import chunked_attention, reference_attention
 from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.schedules.accumulate import Plain
+from parallel.schedules.accumulate import GradientAccumulation
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import LoopMixture, latent
 
@@ -27,7 +27,7 @@ def test_latent_attention_equals_loops_in_loss_and_gradient(name):
     model, loops = build_model(LATENTS[name]), LoopMixture(LATENTS[name])
     params, batch = lively(model), make_batch(PACKED, 12)
     ops = Ops(attention=partial(chunked_attention, block=4))
-    run = jax.jit(lambda p: Plain().value_and_grad(model, p, batch, jax.random.key(0), ops))
+    run = jax.jit(lambda p: GradientAccumulation().value_and_grad(model, p, batch, jax.random.key(0), ops))
     means, grads = run(params)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     weight = batch["loss_weights"].sum()

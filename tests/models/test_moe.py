@@ -24,7 +24,7 @@ from models.transformer import build_model
 from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
-from parallel.schedules.accumulate import Plain
+from parallel.schedules.accumulate import GradientAccumulation
 from tests.configs.composing import config
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import DEEPSEEK, MIXTURES, LoopMixture, loop_route, mixture
@@ -38,7 +38,9 @@ KEY = jax.random.key(0)
 def gradient(model, ops=None, **how):
     """Jitted (params, batch) -> (means, gradients)."""
     ops = ops or Ops(loss_chunk=7)
-    return jax.jit(lambda params, batch: Plain(**how).value_and_grad(model, params, batch, KEY, ops))
+    return jax.jit(
+        lambda params, batch: GradientAccumulation(**how).value_and_grad(model, params, batch, KEY, ops)
+    )
 
 
 # -- routing ---------------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def test_biases_even_out_the_load_and_stay_out_of_the_norm():
     step = make_train_step(
         model,
         tx,
-        Plain(),
+        GradientAccumulation(),
         Ops(),
         learning_rate=lambda count: jnp.asarray(0.0),
         grad_clip=1e-3,

@@ -10,7 +10,7 @@ from models.config import MTPConfig
 from models.mtp import next_targets
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.schedules.accumulate import Plain
+from parallel.schedules.accumulate import GradientAccumulation
 from tests.models.decoders import family, lively, make_batch
 
 PACKED = [[5, 7], [3, 1, 6]]
@@ -37,7 +37,7 @@ def test_the_next_target_is_of_the_same_document():
 def test_the_order_of_positions_changes_neither_loss_nor_gradients():
     model = build_model(family(num_layers=1, mtp=MTPConfig(2)))
     params, batch = lively(model), make_batch(PACKED, 12)
-    run = jax.jit(lambda p, b: Plain().value_and_grad(model, p, b, jax.random.key(0), Ops()))
+    run = jax.jit(lambda p, b: GradientAccumulation().value_and_grad(model, p, b, jax.random.key(0), Ops()))
     (means, grads), (others, slopes) = run(params, batch), run(params, moved(batch))
     assert means["mtp_nll"] > 1 and means["objective"] > means["nll"]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), others, means)
@@ -70,5 +70,5 @@ def test_evaluation_reports_the_next_token_alone():
     plain, model = (build_model(family(num_layers=1, mtp=mtp)) for mtp in (None, MTPConfig()))
     params, batch = lively(model), make_batch(PACKED, 12)
     own = {name: leaf for name, leaf in params.items() if name != "mtp"}
-    evaluate = jax.jit(lambda m, p: Plain().evaluate(m, p, batch, Ops()), static_argnums=0)
+    evaluate = jax.jit(lambda m, p: GradientAccumulation().evaluate(m, p, batch, Ops()), static_argnums=0)
     jax.tree.map(np.testing.assert_array_equal, evaluate(model, params), evaluate(plain, own))

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from optim.muon import NEWTON_SCHULZ, Matrix, Whole, on_matrices, orthogonalize, scale_by_muon
-from parallel.sharded_matrices import Parts
+from optim.muon import NEWTON_SCHULZ, Matrix, Unsharded, on_matrices, orthogonalize, scale_by_muon
+from parallel.sharded_matrices import ShardedMatrices
 
 # (shape, reduction, output, placed): a square of heads and its inverse, pairs, a wide one, its transpose.
 LEAVES = {
@@ -35,7 +35,7 @@ def random_leaves(seed, names=tuple(LEAVES)):
 
 
 def ours(matrices, dtype=jnp.float32):
-    return scale_by_muon(matrices, momentum=0.9, nesterov=True, steps=5, dtype=dtype, parts=Whole())
+    return scale_by_muon(matrices, momentum=0.9, nesterov=True, steps=5, dtype=dtype, parts=Unsharded())
 
 
 def distance(found, wanted):
@@ -66,7 +66,7 @@ def test_matrices_of_one_shape_are_one_stack():
 
     leaves = random_leaves(0)
     unplaced = [m._replace(placed=None) for m in MATRICES.values()]
-    back = on_matrices(record, list(leaves.values()), unplaced, Whole())
+    back = on_matrices(record, list(leaves.values()), unplaced, Unsharded())
     # q and o; kv; gate twice, down, staged and single.
     assert sorted(seen) == [(6, 4, 8), (6, 8, 8), (6 + 3 + 12 + 1, 8, 16)]
     for x, y in zip(leaves.values(), back, strict=True):
@@ -101,10 +101,10 @@ def test_devices_that_share_the_work_get_what_one_gets(axes):
         return orthogonalize(stack, 5)
 
     def run(leaves):
-        return on_matrices(record, leaves, list(MATRICES.values()), Parts(mesh, axes))
+        return on_matrices(record, leaves, list(MATRICES.values()), ShardedMatrices(mesh, axes))
 
     def alone(leaves):
-        return on_matrices(lambda x: orthogonalize(x, 5), leaves, list(MATRICES.values()), Whole())
+        return on_matrices(lambda x: orthogonalize(x, 5), leaves, list(MATRICES.values()), Unsharded())
 
     leaves = list(random_leaves(1).values())
     placed = [NamedSharding(mesh, PartitionSpec(*m.placed)) for m in MATRICES.values()]

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from parallel.attention.context import (
-    SAVED,
+    ATTENTION_OUTPUT,
     causal_work,
     check_context,
     context_attention,
@@ -264,7 +264,7 @@ def test_remat_may_keep_what_the_backward_ring_needs():
 
     # Two products forward and five backward (scores again); without the name, the two once more.
     policies = jax.checkpoint_policies
-    kept, nothing = work(policies.save_only_these_names(SAVED)), work(policies.nothing_saveable)
+    kept, nothing = work(policies.save_only_these_names(ATTENTION_OUTPUT)), work(policies.nothing_saveable)
     assert 9 * kept == 7 * nothing
 
 

@@ -227,7 +227,7 @@ def test_offsets_count_elements_of_their_own_array():
     positions, segments = cases.make_masks([[20, 12], [5, 27]], LENGTH)
     documents = cudnn.find_documents(jnp.asarray(positions), jnp.asarray(segments), 3)
     q, k = jnp.zeros((2, LENGTH, 8, 16)), jnp.zeros((2, LENGTH, 2, 16))
-    lengths, _, q_offsets, kv_offsets = documents.told(q, k)
+    lengths, _, q_offsets, kv_offsets = documents.lengths_and_offsets(q, k)
     assert lengths.shape == (2, 3) and q_offsets.shape == kv_offsets.shape == (2, 4)
     np.testing.assert_array_equal(lengths.ravel(), [20, 12, 5, 27, 0, 0])
     starts = np.array([0, 20, 32, 37, 64, 64, 64, 64])

@@ -18,7 +18,7 @@ from models.transformer import build_model
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from parallel.experts import Axes, expert_dispatch
-from parallel.schedules.accumulate import Plain
+from parallel.schedules.accumulate import GradientAccumulation
 from planner.hlo.program import read_hlo
 from tests.models.decoders import lively, make_batch
 from tests.models.mixtures import mixture
@@ -75,7 +75,11 @@ def small(dispatch: str) -> ModelConfig:
 def expected(dispatch: str):
     model: Any = build_model(small(dispatch))
     params, batch = lively(model, spread=0.2), make_batch(ROWS, 12)
-    step = jax.jit(lambda params, batch: Plain(remat="full").value_and_grad(model, params, batch, KEY, Ops()))
+    step = jax.jit(
+        lambda params, batch: GradientAccumulation(remat="full").value_and_grad(
+            model, params, batch, KEY, Ops()
+        )
+    )
     return model, params, batch, step(params, batch)
 
 
@@ -97,7 +101,11 @@ def test_experts_on_a_mesh_equal_one_device(sizes, dispatch):
     model, params, batch, (means, grads) = expected(dispatch)
     place = layout(**sizes)
     ops = Ops(constrain=place.constrain, experts=expert_dispatch(place, run_experts), parts=parts_of(place))
-    step = jax.jit(lambda params, batch: Plain(remat="full").value_and_grad(model, params, batch, KEY, ops))
+    step = jax.jit(
+        lambda params, batch: GradientAccumulation(remat="full").value_and_grad(
+            model, params, batch, KEY, ops
+        )
+    )
     spread = {n: jax.device_put(x, place.sharding(("batch", "length"), x.shape)) for n, x in batch.items()}
     got, slopes = step(jax.device_put(params, place.tree(model.info, is_info)), spread)
     assert (means["moe/dropped"] > 0.1) == (dispatch == "capacity")

@@ -9,7 +9,7 @@ import pytest
 
 from data.config import TokenizerConfig
 from data.curation import drift
-from data.curation.drift import Sample, compare, findings, sample
+from data.curation.drift import StoreSample, compare, findings, sample
 from data.curation.drift_page import page
 from data.errors import DataError
 from data.tokens.store import TokenStore
@@ -34,7 +34,7 @@ def store(seed, documents=240, *, tilt=0.0, longer=1.0, path="corpus"):
     return TokenStore(Path(path), tokens, offsets, sizes, num_bytes, VOCABULARY, VOCABULARY)
 
 
-def everything(one) -> Sample:
+def everything(one) -> StoreSample:
     return sample(one, one.num_documents, 0)
 
 

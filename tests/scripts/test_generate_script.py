@@ -18,7 +18,7 @@ from models.transformer import build_model
 from optim.config import ConstantConfig, LionConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
-from scripts.generate import Options, load_config, main, parse_options
+from scripts.generate import GenerateOptions, load_config, main, parse_options
 from serving.generator import generate
 from serving.text import encode_prompt
 from training.config import CheckpointConfig, RunConfig
@@ -130,7 +130,7 @@ def test_a_config_comes_back_from_its_file_as_it_was(run):
 
 
 def test_a_prompt_may_hold_an_equals_sign():
-    assert parse_options(["run=a", "prompt=x = 1"]) == Options(run="a", prompt="x = 1")
+    assert parse_options(["run=a", "prompt=x = 1"]) == GenerateOptions(run="a", prompt="x = 1")
 
 
 @pytest.mark.parametrize(

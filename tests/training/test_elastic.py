@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from artifacts.directory import RunDirectory
+from common.errors import Requeue
 from data.loading.loader import Loader
 from data.pipeline import prepare
 from scripts import autoscale as script
@@ -38,7 +39,6 @@ from training.autoscale.apply import (
     settled,
 )
 from training.autoscale.policy import TooFew
-from training.errors import Requeue
 from training.legal.nearest import legal
 from training.loop import fit
 

@@ -8,9 +8,9 @@ import pytest
 
 import training.safety.replica_check
 from artifacts.checkpoints.manager import named_leaves
+from common.errors import RunFault
 from tests.parallel.small import make_config, make_program
 from tests.training.test_processes import finish, watched
-from training.errors import RunFault
 from training.loop import fit
 from training.safety.replica_check import ReplicaCheck, odd_ones
 from training.step import FlatStep

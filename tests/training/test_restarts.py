@@ -6,7 +6,7 @@ import pytest
 
 import training.loop
 from artifacts.directory import RunDirectory
-from training.errors import RunFault
+from common.errors import RunFault
 from training.loop import fit
 
 RUN = (

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import training.loop
+from common.errors import RunFault
 from data.loading.loader import Loader
 from tests.training.ground import make_ground
 from tests.training.test_processes import finish, job
-from training.errors import RunFault
 from training.loop import fit
 from training.safety.rollback import MOST, in_a_row
 from training.safety.skip_updates import undone

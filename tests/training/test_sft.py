@@ -15,7 +15,7 @@ from data.pipeline import prepare
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
-from parallel.schedules.accumulate import Plain
+from parallel.schedules.accumulate import GradientAccumulation
 from scripts.generate import main as generate
 from training.evaluate import evaluate
 from training.loop import fit
@@ -56,7 +56,7 @@ def gradients():
 
     @cache
     def compiled(steps):
-        plain = Plain(accumulation_steps=steps)
+        plain = GradientAccumulation(accumulation_steps=steps)
         return jax.jit(lambda b: plain.value_and_grad(model, params, b, jax.random.key(0), Ops()))
 
     def of(batch, steps=1):
@@ -95,7 +95,7 @@ def test_microbatches_of_unequal_weight_add_up_and_none_is_nan(batch, gradients)
 
 def test_evaluation_divides_by_the_weight_of_all_batches(batch, gradients):
     model, params, _ = gradients
-    step = jax.jit(lambda p, b: Plain().evaluate(model, p, b, Ops()))
+    step = jax.jit(lambda p, b: GradientAccumulation().evaluate(model, p, b, Ops()))
     silent = {**batch, "loss_weights": np.zeros_like(batch["loss_weights"])}
     one, two = (evaluate(step, params, batches, 100) for batches in ([batch], [silent, batch]))
     assert one == two and math.isfinite(one["eval/loss"])

@@ -29,7 +29,7 @@ training.loop.in_trouble = stall
 from configs.cli import main
 import train
 from parallel import processes
-from training.errors import RunFault
+from common.errors import RunFault
 sys.exit(main(train.train, sys.argv[1:], faults=(RunFault,)))
 """
 
@@ -43,7 +43,7 @@ def test_silence_beyond_the_bound_saves_the_stacks_and_leaves_with_75(tmp_path, 
         left.set()
 
     with Watchdog(0.2, tmp_path, 3, leave=leave) as watchdog:
-        watchdog.expect("step 7")
+        watchdog.announce("step 7")
         assert left.wait(20)
     assert statuses == [75]
     text = (tmp_path / "stacks/process3.txt").read_text()
@@ -57,12 +57,12 @@ def test_progress_and_what_may_take_longer_are_no_silence(tmp_path):
     statuses = []
     with Watchdog(0.4, tmp_path, 0, leave=statuses.append) as watchdog:
         for step in range(20):
-            watchdog.expect(f"step {step}")
+            watchdog.announce(f"step {step}")
             time.sleep(0.05)
-        watchdog.expect("evaluation")
+        watchdog.announce("evaluation")
         time.sleep(0.8)
     with Watchdog(None, tmp_path, 0, leave=statuses.append) as watchdog:
-        watchdog.expect("step 1")
+        watchdog.announce("step 1")
         time.sleep(0.1)
     assert not statuses and not (tmp_path / "stacks").exists()
     assert Watchdog(9000, tmp_path, 0)._bound("evaluation") == 9000 > BOUNDS["evaluation"]
@@ -75,7 +75,7 @@ import time
 from pathlib import Path
 from training.safety.watchdog import Watchdog
 with Watchdog(1.5, Path({str(tmp_path)!r}), 0) as watchdog:
-    watchdog.expect("step 1")
+    watchdog.announce("step 1")
     print("ready", flush=True)
     input()
 print("alive", flush=True)

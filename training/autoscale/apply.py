@@ -18,12 +18,12 @@ from typing import Any
 import jax
 
 from artifacts.directory import RunDirectory
+from common.errors import Requeue
 from parallel import processes
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
-from training.autoscale.policy import ELASTIC, Asked, Decision, TooFew, decide
+from training.autoscale.policy import ELASTIC, Asked, MeshDecision, TooFew, decide
 from training.config import inner_steps
-from training.errors import Requeue
 
 DEPTH = "CAMBRIAN_QUEUE_DEPTH"
 # What was decided before idle processes left, with the run that it is for: the queue may be another by now.
@@ -38,7 +38,7 @@ class Scaled:
     """A config with the mesh and accumulation of this start; without autoscale there is no `decision`."""
 
     config: Any
-    decision: Decision | None = None
+    decision: MeshDecision | None = None
 
     def devices(self) -> list[Any] | None:
         """Those in the mesh; None for all."""
@@ -69,7 +69,7 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     """The config for the devices at hand; without `autoscale` it is the one that was asked for.
 
     Raises ValueError where no mesh is legal, Requeue where there are too few devices: there may be more
-    later. Where whole processes stay idle this does not return: see `processes.go_on_as`.
+    later. Where whole processes stay idle this does not return: see `processes.restart_as`.
     """
     if config.autoscale is None:
         return Scaled(config)
@@ -89,10 +89,10 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
     found = processes.from_primary("the mesh for these devices", settle)
     if "too_few" in found:
         raise Requeue(found["too_few"])
-    decision = Decision(**{**found, "lines": tuple(found["lines"])})
+    decision = MeshDecision(**{**found, "lines": tuple(found["lines"])})
     needed = len(by_process([device.process_index for device in devices], decision.used))
     if needed < processes.process_count():
-        processes.go_on_as(needed, {DECIDED: json.dumps({"run": str(run.path), "decision": found})})
+        processes.restart_as(needed, {DECIDED: json.dumps({"run": str(run.path), "decision": found})})
     return Scaled(applied(config, decision), decision)
 
 
@@ -103,7 +103,7 @@ def settled(
     last: dict[str, int] | None,
     pending: int | None = None,
     each: int | None = None,
-) -> Decision:
+) -> MeshDecision:
     """What a start of `config` that finds `available` devices does.
 
     last: the mesh of the run's last start; pending: instead of what `autoscale.queue` says; each: devices of
@@ -120,7 +120,7 @@ def settled(
 
 def nodes_wanted(
     config: Any, per_node: int, legal: Rules, last: dict[str, int] | None = None, pending: int | None = None
-) -> tuple[int, Decision]:
+) -> tuple[int, MeshDecision]:
     """Nodes of `per_node` devices to ask a scheduler for, and the mesh that the policy would make of them.
 
     Raises what `settled` raises, and ValueError where nothing says how many devices the full size has.
@@ -214,7 +214,7 @@ def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
     return ask
 
 
-def applied(config: Any, decision: Decision) -> Any:
+def applied(config: Any, decision: MeshDecision) -> Any:
     """The config with what was decided."""
     return with_mesh(config, decision.sizes, decision.turns, decision.turns_key)
 

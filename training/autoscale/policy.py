@@ -27,7 +27,7 @@ ELASTIC = ("replica", "data", "fsdp")  # axes that may shrink and grow
 SHOWN = 8  # numbers of devices in a message
 
 # (sizes by axis, turns) -> why such a mesh cannot run the config, or None.
-Legal = Callable[[Mapping[str, int], int], str | None]
+MeshRefusal = Callable[[Mapping[str, int], int], str | None]
 
 
 class TooFew(Exception):
@@ -94,7 +94,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Decision:
+class MeshDecision:
     """A mesh for the devices at hand, JSON-able. `lines` explain it, the first in one sentence."""
 
     sizes: dict[str, int]
@@ -108,8 +108,8 @@ class Decision:
 
 
 def decide(
-    asked: Asked, available: int, legal: Legal, *, pending: int | None = None, last: int | None = None
-) -> Decision:
+    asked: Asked, available: int, legal: MeshRefusal, *, pending: int | None = None, last: int | None = None
+) -> MeshDecision:
     """The mesh for `available` devices.
 
     legal: the rules that every config goes through; pending: jobs that wait (policy queue); last: devices
@@ -135,7 +135,7 @@ def decide(
         )
     rows = asked.rows // (asked.ways(sizes) * turns)
     lines = _explain(asked, search, available, limit, used, sizes, turns, why)
-    return Decision(sizes, turns, asked.turns_key, used, available, rows, pending, lines)
+    return MeshDecision(sizes, turns, asked.turns_key, used, available, rows, pending, lines)
 
 
 def target(
@@ -161,7 +161,7 @@ def target(
     return min(last, most), f"{between}: as at the last start, {last} devices"
 
 
-def numbers(asked: Asked, most: int, legal: Legal) -> list[int]:
+def numbers(asked: Asked, most: int, legal: MeshRefusal) -> list[int]:
     """Every number of devices, up to `most` and the full size, of which none would stay idle."""
     search, most = _Search(asked, legal), min(most, asked.most or most)
     counts = sorted({used for _, used, _ in search.ordered(most)})
@@ -171,7 +171,7 @@ def numbers(asked: Asked, most: int, legal: Legal) -> list[int]:
 class _Search:
     """Meshes in their order of preference; what is legal is asked once each."""
 
-    def __init__(self, asked: Asked, legal: Legal):
+    def __init__(self, asked: Asked, legal: MeshRefusal):
         self.asked, self.legal = asked, legal
         self.turns: dict[tuple[int, ...], int | None] = {}
         self.reason: str | None = None  # why the first that was tried is none

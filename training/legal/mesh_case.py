@@ -29,7 +29,7 @@ def known_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | 
 
 
 @dataclass(frozen=True)
-class Case:
+class MeshCase:
     """A config with its mesh's sizes filled in."""
 
     config: "Config"
@@ -67,7 +67,7 @@ class Case:
             divisors(self.device_count) if self.device_count else range(1, 2 * max(4, self.sizes[axis]) + 1)
         )
 
-    def sized(self, **sizes: int) -> "Case":
+    def sized(self, **sizes: int) -> "MeshCase":
         """The same with other sizes."""
         return replace(self, sizes=self.sizes | sizes)
 

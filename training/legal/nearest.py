@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from parallel.config import MESH_AXES, MeshConfig, divisors
-from training.legal.mesh_case import Case, known_sizes
+from training.legal.mesh_case import MeshCase, known_sizes
 from training.legal.rules import broken_rule
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def legal(config: "Config", device_count: int | None) -> str | None:
         sizes = known_sizes(config.mesh, device_count)
     except ValueError as error:
         return str(error)
-    return None if sizes is None else broken_rule(Case(config, sizes, device_count))
+    return None if sizes is None else broken_rule(MeshCase(config, sizes, device_count))
 
 
 def refusal(config: "Config", device_count: int | None) -> str | None:
@@ -56,7 +56,7 @@ def nearest_meshes(config: "Config", device_count: int, limit: int = 5) -> list[
         if len(found) >= limit or (found and changes > 3):
             break
         for sizes in sorted(_meshes(asked, free, changes, device_count), key=lambda s: _distance(asked, s)):
-            if broken_rule(Case(config, sizes, device_count)) is None:
+            if broken_rule(MeshCase(config, sizes, device_count)) is None:
                 found.append(replace(config.mesh, **sizes))  # type: ignore[arg-type]
     return found[:limit]
 

@@ -15,7 +15,7 @@ from kernels.backends import problem as backend_problem
 from kernels.backends import wanted_of
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
-from training.legal.mesh_case import Case, around, remedy, values
+from training.legal.mesh_case import MeshCase, around, remedy, values
 
 VOCAB_MULTIPLE = 128  # to which a vocabulary of -1 is rounded up
 # What an axis does is written for one logical axis and this rule.
@@ -36,7 +36,7 @@ TENSORS = (
 )
 
 
-def broken_rule(case: Case) -> str | None:
+def broken_rule(case: MeshCase) -> str | None:
     """What the first rule that this case breaks says, or None."""
     for rule in RULES:
         if (reason := rule(case)) is not None:
@@ -44,11 +44,11 @@ def broken_rule(case: Case) -> str | None:
     return None
 
 
-def _slices(case: Case) -> str | None:
+def _slices(case: MeshCase) -> str | None:
     return dcn_problem(case.config.mesh.dcn, case.sizes)
 
 
-def _rules(case: Case) -> str | None:
+def _rules(case: MeshCase) -> str | None:
     rules = case.config.mesh.rules
     for axis, name in NEEDED_RULES.items():
         if case.sizes[axis] > 1 and list(rules.get(name, ())) != [axis]:
@@ -78,7 +78,7 @@ def _plain(names: Iterable[str]) -> str:
 # -- stages --------------------------------------------------------------------------------------------------
 
 
-def _schedule(case: Case) -> str | None:
+def _schedule(case: MeshCase) -> str | None:
     p, stages = case.config.pipeline, case.sizes["pipeline"]
     if stages == 1:
         return None
@@ -109,7 +109,7 @@ def _schedule(case: Case) -> str | None:
     return None
 
 
-def _not_interleaved(case: Case) -> str:
+def _not_interleaved(case: MeshCase) -> str:
     p, stages = case.config.pipeline, case.sizes["pipeline"]
     could = p.microbatches % stages == 0 and _layers_split(case)
     return (
@@ -119,7 +119,7 @@ def _not_interleaved(case: Case) -> str:
     )
 
 
-def _layers(case: Case) -> str | None:
+def _layers(case: MeshCase) -> str | None:
     model, p, stages = case.config.model, case.config.pipeline, case.sizes["pipeline"]
     if stages == 1 or _layers_split(case):
         return None
@@ -139,7 +139,7 @@ def _layers(case: Case) -> str | None:
 
 
 def _layers_split(
-    case: Case, stages: int | None = None, chunks: int | None = None, layers: int | None = None
+    case: MeshCase, stages: int | None = None, chunks: int | None = None, layers: int | None = None
 ) -> bool:
     """Whether the largest segment divides into the stages' chunks."""
     ways = (stages or case.sizes["pipeline"]) * (chunks or case.config.pipeline.virtual_stages)
@@ -181,7 +181,7 @@ def _fold(kinds: list[str]) -> tuple[int, int]:
 # -- rows and positions --------------------------------------------------------------------------------------
 
 
-def _batch(case: Case) -> str | None:
+def _batch(case: MeshCase) -> str | None:
     rows, ways = case.config.training.global_batch_size, case.ways("batch")
     count, key = _turns(case)
     total = ways * count
@@ -198,14 +198,14 @@ def _batch(case: Case) -> str | None:
     )
 
 
-def _turns(case: Case) -> tuple[int, str]:
+def _turns(case: MeshCase) -> tuple[int, str]:
     """Parts of the batch that are computed one after another, and the key that says so."""
     if case.sizes["pipeline"] > 1:
         return case.config.pipeline.microbatches, "pipeline.microbatches"
     return case.config.training.accumulation_steps, "training.accumulation_steps"
 
 
-def _legal_turns(case: Case) -> list[int]:
+def _legal_turns(case: MeshCase) -> list[int]:
     """Numbers of microbatches that the batch and the schedule allow."""
     rows, ways = case.config.training.global_batch_size, case.ways("batch")
     grouped = case.sizes["pipeline"] > 1 and case.config.pipeline.schedule == "interleaved_1f1b"
@@ -213,7 +213,7 @@ def _legal_turns(case: Case) -> list[int]:
     return [m for m in divisors(rows // ways) if m % step == 0] if rows % ways == 0 else []
 
 
-def _length(case: Case) -> str | None:
+def _length(case: MeshCase) -> str | None:
     length, model = case.config.data.seq_len, case.config.model
     name = next((name for name in ("length", "act_length") if length % _parts(case, name)), None)
     if name is None:
@@ -231,19 +231,19 @@ def _length(case: Case) -> str | None:
     )
 
 
-def _parts(case: Case, name: str) -> int:
+def _parts(case: MeshCase, name: str) -> int:
     """Into how many a row is cut: two a device of mesh.context where it is in zigzag order."""
     zigzag = name == "length" and case.sizes["context"] > 1 and case.config.context.zigzags
     return case.ways(name) * (2 if zigzag else 1)
 
 
-def _length_splits(case: Case, length: int, axis: str | None = None, size: int = 1) -> bool:
+def _length_splits(case: MeshCase, length: int, axis: str | None = None, size: int = 1) -> bool:
     if axis is not None:
         case = case.sized(**{axis: size})
     return length % _parts(case, "length") == 0 and length % _parts(case, "act_length") == 0
 
 
-def _ulysses(case: Case) -> str | None:
+def _ulysses(case: MeshCase) -> str | None:
     config = case.config
     heads = config.model.num_heads
     if case.sizes["context"] == 1 or config.context.attention != "ulysses":
@@ -263,7 +263,7 @@ def _ulysses(case: Case) -> str | None:
 # -- tensors -------------------------------------------------------------------------------------------------
 
 
-def _experts(case: Case) -> str | None:
+def _experts(case: MeshCase) -> str | None:
     if case.sizes["expert"] == 1 or case.config.model.moe is not None:
         return None
     return (
@@ -272,7 +272,7 @@ def _experts(case: Case) -> str | None:
     )
 
 
-def _splits(case: Case) -> str | None:
+def _splits(case: MeshCase) -> str | None:
     m = case.config.model
     moe = m.moe
     dims = [
@@ -304,13 +304,13 @@ def _divides(key: str, size: int, ways: int) -> bool:
     return size % ways == 0 or (key == "model.num_kv_heads" and ways % size == 0)
 
 
-def _no_split(case: Case, key: str, size: int, name: str) -> str:
+def _no_split(case: MeshCase, key: str, size: int, name: str) -> str:
     axes = case.axes(name)
     fits = case.options(axes, lambda n: _divides(key, size, n))
     return f"{key}={size} cannot be split over {case.by(axes)}{remedy(*fits)}"
 
 
-def _vocabulary(case: Case) -> str | None:
+def _vocabulary(case: MeshCase) -> str | None:
     size, tokenizer = case.config.model.vocab_size, case.config.tokenizer
     known = size if size > 0 else VOCAB_MULTIPLE
     for name in ("vocab", "act_vocab"):
@@ -331,7 +331,7 @@ def _vocabulary(case: Case) -> str | None:
 # -- replicas that step alone --------------------------------------------------------------------------------
 
 
-def _local_sgd(case: Case) -> str | None:
+def _local_sgd(case: MeshCase) -> str | None:
     config, inner = case.config, inner_steps(case.config.local_sgd)
     if inner == 1:
         return None
@@ -355,7 +355,7 @@ def _local_sgd(case: Case) -> str | None:
     return None
 
 
-def _kernel(case: Case) -> str | None:
+def _kernel(case: MeshCase) -> str | None:
     training = case.config.training
     if training.attention == "auto":
         return None

@@ -23,8 +23,8 @@ from jaxtyping import Array
 
 from artifacts.checkpoints.digest import leaf_digest
 from artifacts.checkpoints.manager import named_leaves
+from common.errors import RunFault
 from parallel import processes
-from training.errors import RunFault
 
 SHOWN = 4  # arrays and devices of a message
 

@@ -11,8 +11,8 @@ rows of the steps that they undid, whatever a crash has left of these. Checkpoin
 
 from typing import Any
 
+from common.errors import RunFault
 from parallel import processes
-from training.errors import RunFault
 from training.safety.skip_updates import Trouble, none_in_a_row
 from training.setup import Job, fresh_state, go_on_reading, new_loader, open_log, say
 from training.state import TrainState

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from common.errors import RunFault
 from training.config import GuardConfig
-from training.errors import RunFault
 
 WINDOW = 128  # updates that a new one is compared with
 ENOUGH = WINDOW // 2  # of them, before anything counts as a spike
@@ -30,7 +30,7 @@ SKIPPED, IN_A_ROW = "skipped", "skips_in_a_row"  # a step's metrics: index into 
 
 # -- in the step -------------------------------------------------------------------------------------------
 
-Kept = tuple[Any, Any, Any]  # parameters, the optimizer's state, the average of the weights (or None)
+Updated = tuple[Any, Any, Any]  # parameters, the optimizer's state, the average of the weights (or None)
 Skipping = Literal["branch", "choose", "apart"]
 Watched = dict[str, Array]  # of `TrainState.guard`: last [2, WINDOW] losses and norms, counts [2]
 
@@ -72,8 +72,8 @@ def limits(last: Float[Array, "2 W"], count: Int[Array, ""], sigma: float) -> Fl
 
 
 def unless_skipped(
-    taken: Bool[Array, ""], update: Callable[[Kept], Kept], kept: Kept, *, how: Skipping
-) -> Kept:
+    taken: Bool[Array, ""], update: Callable[[Updated], Updated], kept: Updated, *, how: Skipping
+) -> Updated:
     """`update(kept)` where it is taken, else `kept`; but the schedule's counter, which counts steps, goes on.
 
     "branch": the update is not even computed, and one that is compiles to what it was without a guard. GPUs
@@ -95,7 +95,7 @@ def unless_skipped(
     return params, opt_state, ema
 
 
-def skip(kept: Kept) -> Kept:
+def skip(kept: Updated) -> Updated:
     """All as it was, one step further in the schedule."""
     params, opt_state, ema = kept
 

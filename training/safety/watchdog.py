@@ -1,7 +1,7 @@
 """A thread that ends a process which makes no progress: stacks of all threads, then exit status 75.
 
 A collective whose other side is gone, a file system that hangs, a deadlock: none of them raises, and a job
-that waits in one holds its machines for ever. The loop says what it goes on to (`expect`), and where it has
+that waits in one holds its machines for ever. The loop says what it goes on to (`announce`), and where it has
 not said anything new within the bound of that, the stacks go to stderr and to `stacks/` in the run's
 directory, and the process ends at once, to be started again from its last checkpoint. Every process of a job
 watches itself.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from training.errors import Requeue
+from common.errors import Requeue
 
 TICK = 0.5  # seconds between two looks
 # What takes longer than a step may; `guard.stall_seconds`, where it is more.
@@ -36,7 +36,7 @@ FLUSH_SECONDS = 2.0
 
 
 class Watchdog:
-    """Watches from `with` on; `expect` is progress.
+    """Watches from `with` on; `announce` is progress.
 
     seconds: None or 0 for none. folder: of the run, which need not be there yet. process: its number.
     """
@@ -66,7 +66,7 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
 
-    def expect(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         """What was expected has come; `what` comes next, within its bound."""
         with self._lock:
             self._what, self._left = what, self._bound(what)

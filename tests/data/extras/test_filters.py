@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.curation.base import Corpus as Seen
+from data.curation.base import DocumentTable as Seen
 from data.curation.config import DedupMinhash, FilterLanguage, FilterLearned
 from data.curation.optimize import OptimizedCorpus
 from data.errors import DataError

@@ -1,0 +1,1 @@
+"""The ground that every room stands on: checks, files, text, this host. Imports nothing of ours."""
