@@ -16,8 +16,9 @@ from pathlib import Path
 from common.errors import RunFault
 from common.host import enough_threads, keep_freed_memory, process_began
 from configs.cli import main
-from configs.schema import Config, check
 from parallel import processes
+from training.config import Config
+from training.legal.check import check
 from training.legal.nearest import legal
 
 HERE = Path(__file__).resolve().parent

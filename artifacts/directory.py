@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from artifacts.config import CheckpointConfig, RunConfig
 from artifacts.manifest import now
 from artifacts.metrics import sync_directory
 from common.errors import RunFault
@@ -31,7 +32,7 @@ from data.config import DataConfig, TokenizerConfig
 from models.config import regrouped
 from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import processes
-from training.config import CheckpointConfig, GuardConfig, RunConfig, TrainingConfig
+from training.config import GuardConfig, TrainingConfig
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (

@@ -14,8 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from artifacts.checkpoints.location import as_stored, place
+from artifacts.config import CheckpointConfig
 from artifacts.metrics import MetricsLog, json_value
-from training.config import CheckpointConfig
 from training.progress import duration, human
 
 _SAMPLE_LINES = 6

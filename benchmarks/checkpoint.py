@@ -76,7 +76,7 @@ def measure(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     import jax
 
     from artifacts.checkpoints.manager import Checkpoints
-    from training.config import CheckpointConfig
+    from artifacts.config import CheckpointConfig
 
     checkpoints = Checkpoints(directory, CheckpointConfig(keep=1))
     seconds: dict[str, list[float]] = {"blocked": [], "committed": [], "hashed": []}

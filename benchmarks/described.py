@@ -26,6 +26,7 @@ from parallel.mesh import build_layout
 from planner.described_devices import compiler_options, described_devices
 from planner.hlo.program import Buffer, Reading, read_hlo
 from planner.hlo.text import shapes
+from training.config import Config
 from training.program import Program, build_program
 
 RESULTS = Path(__file__).parent / "results" / "described_gpu.json"
@@ -61,7 +62,7 @@ class GpuStep:
     compile_seconds: float
 
 
-def compose_config(experiment: str, precision: str, rows: int, seq_len: int, *changes: str) -> schema.Config:
+def compose_config(experiment: str, precision: str, rows: int, seq_len: int, *changes: str) -> Config:
     """The experiment at this size, for one GPU."""
     words = (
         f"+experiment={experiment}",
@@ -73,10 +74,10 @@ def compose_config(experiment: str, precision: str, rows: int, seq_len: int, *ch
     )
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return schema.from_hydra(compose("config", overrides=opened(words, schema.Config)))
+        return schema.from_hydra(compose("config", overrides=opened(words, Config)))
 
 
-def compile_for(config: schema.Config, device: str = DEVICE) -> tuple[Program, Any]:
+def compile_for(config: Config, device: str = DEVICE) -> tuple[Program, Any]:
     """The step as a run on this device would have it, compiled. ImportError where the compiler is missing."""
     devices = described_devices(device, 1)
     program = build_program(config, build_layout(config.mesh, devices))
@@ -84,7 +85,7 @@ def compile_for(config: schema.Config, device: str = DEVICE) -> tuple[Program, A
     return program, replace(program, compiler_options=options).compile_train()
 
 
-def describe(config: schema.Config, experiment: str) -> tuple[GpuStep, Reading]:
+def describe(config: Config, experiment: str) -> tuple[GpuStep, Reading]:
     """Compile and read."""
     rows, seq_len = config.training.global_batch_size, config.data.seq_len
     start = time.perf_counter()
@@ -119,19 +120,19 @@ def describe(config: schema.Config, experiment: str) -> tuple[GpuStep, Reading]:
     ), reading
 
 
-def again_flops(config: schema.Config) -> int:
+def again_flops(config: Config) -> int:
     """Under `training.remat=dots`: the projection behind attention, forward, in every layer."""
     model, tokens = config.model, config.training.global_batch_size * config.data.seq_len
     return 2 * tokens * model.num_layers * model.num_heads * model.head_dim * model.d_model
 
 
-def is_logits(dims: tuple[int, ...], config: schema.Config) -> bool:
+def is_logits(dims: tuple[int, ...], config: Config) -> bool:
     """Whether an array may hold a logit for each of several tokens: V, and no D."""
     sizes = (config.model.vocab_size, config.model.d_model)
     return sizes[0] in dims and sizes[1] not in dims
 
 
-def scores_bytes(reading: Reading, config: schema.Config) -> int | None:
+def scores_bytes(reading: Reading, config: Config) -> int | None:
     """Of the largest buffer that is quadratic in T; None where T is also the width of the stream."""
     if config.data.seq_len == config.model.d_model:
         return None

@@ -24,6 +24,8 @@ from parallel.mesh import build_layout
 from planner.described_devices import described_devices
 from planner.hlo.program import Reading, read_hlo
 from planner.hlo.text import shapes
+from training.config import Config
+from training.legal.check import check
 
 RESULTS = Path(__file__).resolve().parent / "results" / "described_tpu.json"
 LLAMA = (
@@ -84,14 +86,14 @@ def describe_step(overrides: Sequence[str], hardware: str, topology: str) -> Tpu
     devices = described_devices(hardware, topology)
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        words = opened(["run.name=described", *overrides], schema.Config)
+        words = opened(["run.name=described", *overrides], Config)
         config = schema.from_hydra(compose("config", overrides=words))
-    schema.check(config, len(devices))
+    check(config, len(devices))
     return describe_config(config, devices, hardware, topology, overrides)
 
 
 def describe_config(
-    config: schema.Config, devices: list[Any], hardware: str, topology: str, overrides: Sequence[str] = ()
+    config: Config, devices: list[Any], hardware: str, topology: str, overrides: Sequence[str] = ()
 ) -> TpuStep:
     """The same for a config that is composed already, its vocabulary known."""
     from training.program import build_program
@@ -125,7 +127,7 @@ def describe_config(
     )
 
 
-def is_quadratic(sizes: tuple[int, ...], config: schema.Config) -> bool:
+def is_quadratic(sizes: tuple[int, ...], config: Config) -> bool:
     """Whether two dims are positions of a row, or those of all query heads that share a key head."""
     length, model = config.data.seq_len, config.model
     positions = {length, length * model.num_heads // model.num_kv_heads}

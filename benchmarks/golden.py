@@ -23,6 +23,8 @@ from configs.cli import CONFIG_DIR
 from configs.optional_groups import opened
 from parallel.hardware import machine_of
 from planner.compiled import Compiled, compile_step, with_vocabulary
+from training.config import Config
+from training.legal.check import check
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 TOLERANCE = 0.02  # of temporaries: how buffers are packed is not worth an alarm
@@ -58,10 +60,10 @@ def compile_case(words: tuple[str, ...]) -> Compiled:
     """Raises ImportError, with the install command, where its compiler is missing."""
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("config", overrides=opened(["run.name=golden", *words], schema.Config))
+        composed = compose("config", overrides=opened(["run.name=golden", *words], Config))
     config = with_vocabulary(schema.from_hydra(composed))
     machine = machine_of(config.hardware)
-    schema.check(config, machine.devices)
+    check(config, machine.devices)
     return compile_step(config, machine)
 
 

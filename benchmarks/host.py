@@ -22,13 +22,12 @@ from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from benchmarks.measure import summary, write_result
 from common.host import keep_freed_memory
-from configs.schema import Config
 from data.loading.loader import Prefetcher
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
-from training.config import TrainingConfig
+from training.config import Config, TrainingConfig
 from training.device_batches import placing, rows_here
 from training.flops import training_flops
 from training.program import Program, build_program

@@ -51,10 +51,9 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     import jax.numpy as jnp
 
     from benchmarks.workload import synthetic_batch
-    from configs.schema import Config
     from parallel.attention.choose import build_attention, choose_attention
     from parallel.mesh import build_layout
-    from training.config import TrainingConfig
+    from training.config import Config, TrainingConfig
 
     rows, length, size = asked.rows, asked.length, asked.size
     batch = synthetic_batch(rows, length, 128, seed=0, packed=True)

@@ -205,12 +205,14 @@ def build(words: Sequence[str]) -> Any:
     from configs.cli import CONFIG_DIR
     from configs.optional_groups import opened
     from parallel.mesh import build_layout
+    from training.config import Config
+    from training.legal.check import check
     from training.program import build_program
 
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = schema.from_hydra(compose("config", overrides=opened(words, schema.Config)))
-    schema.check(config, jax.device_count())
+        config = schema.from_hydra(compose("config", overrides=opened(words, Config)))
+    check(config, jax.device_count())
     return build_program(config, build_layout(config.mesh))
 
 

@@ -21,6 +21,7 @@ from parallel.hardware import Machine, machine_of
 from planner.candidates import POLICIES, Candidate
 from planner.compiled import with_vocabulary
 from planner.search import Evaluated, compiled_work, evaluate, search
+from training.config import Config
 from training.legal.nearest import legal
 
 CASES = {
@@ -36,7 +37,7 @@ CASES = {
 def config_of(*words: str) -> Any:
     """Composed, its vocabulary known."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("config", overrides=opened(["run.name=searched", *words], schema.Config))
+        composed = compose("config", overrides=opened(["run.name=searched", *words], Config))
     return with_vocabulary(schema.from_hydra(composed))
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from configs.schema import check
 from parallel.mesh import build_layout
 from training.device_batches import placing, rows_here
+from training.legal.check import check
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
 

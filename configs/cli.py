@@ -126,6 +126,7 @@ def _launch(
     from configs.explain import check_overrides
     from configs.optional_groups import opened
     from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
+    from training.config import Config
 
     args = _parse(argv)
     schema.register()
@@ -133,7 +134,7 @@ def _launch(
         # Another config directory may bring groups and options that these files do not list.
         check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
     # Hydra's parser takes all overrides in one piece, after the flags.
-    argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, schema.Config)
+    argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, Config)
     check_launcher(args.overrides)
     if args.multirun:
         _check_sweep(args.overrides)
@@ -178,7 +179,7 @@ def _joined(join: Callable[[], None] | None, task: Task, cfg: Any) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    from configs.schema import ConfigError
+    from training.legal.check import ConfigError
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists what there is")
@@ -213,7 +214,8 @@ def _configure(cfg: Any) -> Any:
 
 def _finish(cfg: Any, overrides: list[str]) -> Any:
     """The checked Config of one job; a job of a sweep, which has overrides, takes them into its name."""
-    from configs.schema import check, from_hydra
+    from configs.schema import from_hydra
+    from training.legal.check import check
 
     suffix = override_suffix(overrides)
     if suffix and cfg.run.name is not None:
@@ -243,7 +245,7 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
 def _check_sweep(overrides: list[str]) -> None:
     """Refuse a sweep before it starts where a job is malformed or two would share a directory."""
-    from configs.schema import ConfigError
+    from training.legal.check import ConfigError
 
     words = [word.lstrip("+") for word in overrides]
     if any(word.startswith(("hydra/sweeper", "hydra.sweeper", "hydra.mode")) for word in words):
@@ -272,7 +274,7 @@ def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
     from hydra.core.global_hydra import GlobalHydra
 
     from configs.optional_groups import opened
-    from configs.schema import Config
+    from training.config import Config
 
     GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

@@ -1,115 +1,20 @@
-"""The root of the configuration and the checks that need more than one value.
+"""Hydra's side of the configuration: which schema each file inherits from, and a composed config made plain.
 
-A config passes three gates: each value by itself (`__post_init__` beside its consumer), values against each
-other (here), and tensors against the mesh (`parallel.axes`). Past `from_hydra` there is no OmegaConf.
+Past `from_hydra` there is no OmegaConf. The root dataclass stands in `training.config`, what several of its
+values must agree on in `training.legal`.
 """
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from configs.optional_groups import register_rooms
-from data.config import DataConfig, TokenizerConfig, shards_problem
-from models.config import ModelConfig
-from optim.config import (
-    AdamWConfig,
-    ConstantConfig,
-    CosineConfig,
-    LinearConfig,
-    LionConfig,
-    MuonConfig,
-    OptimConfig,
-    ScheduleConfig,
-    SGDConfig,
-    WSDConfig,
-)
-from parallel.config import (
-    MESH_AXES,
-    AutoscaleConfig,
-    ContextConfig,
-    MeshConfig,
-    PipelineConfig,
-)
-from parallel.hardware import HardwareConfig
-from training.config import (
-    CheckpointConfig,
-    EvalConfig,
-    GuardConfig,
-    LocalSGDConfig,
-    LoggingConfig,
-    RunConfig,
-    SampleConfig,
-    TrainingConfig,
-)
-from training.legal.mesh_case import known_sizes
-from training.legal.nearest import refusal
-
-OPTIMIZERS = (AdamWConfig, MuonConfig, LionConfig, SGDConfig)
-SCHEDULES = (ConstantConfig, CosineConfig, LinearConfig, WSDConfig)
-
-# Every name a rule may have: parameters' dims, then activations' dims.
-LOGICAL_AXES = (
-    "stages",
-    "layers",
-    "embed",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "mlp",
-    "experts",
-    "expert_embed",
-    "vocab",
-    "positions",
-) + (
-    "batch",
-    "length",
-    "act_length",
-    "act_embed",
-    "act_heads",
-    "act_kv_heads",
-    "act_mlp",
-    "act_vocab",
-)
-
-
-INT32 = 2**31 - 1
-
-
-class ConfigError(ValueError):
-    """The person who typed the command can put it right; the message is one line."""
-
-
-@dataclass
-class Config:
-    """Everything that decides a run."""
-
-    run: RunConfig = field(default_factory=RunConfig)  # its name and directory
-    seed: int = 0  # of initial weights, data order and samples
-    deterministic: bool = False  # equal bits from equal runs, at a cost on GPUs, or the run is refused
-    profile: bool = False  # trace the steps of logging.profile_steps
-    init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
-    model: ModelConfig = field(default_factory=ModelConfig)  # what is computed
-    data: DataConfig = field(default_factory=DataConfig)  # from what text
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces
-    mesh: MeshConfig = field(default_factory=MeshConfig)  # on which devices
-    autoscale: AutoscaleConfig | None = None  # which of them when some are missing; null: the mesh as it is
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # in what order stages work
-    context: ContextConfig = field(default_factory=ContextConfig)  # how attention crosses devices
-    local_sgd: LocalSGDConfig | None = None  # how often replicas meet; null: at every step
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
-    optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
-    training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
-    guard: GuardConfig = field(default_factory=GuardConfig)  # what it does when something goes wrong
-    eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
-    sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
-    logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way
+from optim.config import OPTIMIZERS, SCHEDULES
+from training.config import Config
+from training.legal.check import INT32, ConfigError
 
 
 def register() -> None:
@@ -149,123 +54,3 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option most like `word`, by the whole or by its last part (`num_layers` → `model.num_layers`)."""
-    options = list(options)
-    if close := difflib.get_close_matches(word, options, n=1):
-        return close[0]
-    last = {option.rsplit(".", 1)[-1]: option for option in options}
-    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)
-    return last[close[0]] if close else None
-
-
-def check(config: Config, device_count: int | None) -> None:
-    """Raise ConfigError where two values cannot both be had; `device_count=None` before devices are known."""
-    if config.seed < 0:
-        _refuse(f"seed={config.seed} is negative; use 0 to {INT32}")
-    _check_model(config)
-    _check_vocabulary(config)
-    _check_steps(config)
-    _check_rollback(config)
-    _check_rules(config.mesh)
-    if reason := shards_problem(config.data.virtual_shards, config.training.global_batch_size):
-        _refuse(reason)
-    if reason := refusal(config, device_count):
-        _refuse(reason)
-
-
-def _refuse(message: str) -> None:
-    raise ConfigError(message)
-
-
-def _check_model(config: Config) -> None:
-    m = config.model
-    if m.window is not None and "local" not in m.window_pattern:
-        _refuse(
-            f"model.window={m.window} has no effect: no layer of model.window_pattern={m.window_pattern} "
-            "is local; add local to the pattern or set model.window=null"
-        )
-    if m.position == "learned" and config.data.seq_len > m.max_seq_len:
-        _refuse(
-            f"data.seq_len={config.data.seq_len} is longer than the learned position table, "
-            f"model.max_seq_len={m.max_seq_len}; lower the one or raise the other"
-        )
-    if m.rope_scaling is not None and m.position != "rope":
-        _refuse(f"model.rope_scaling.kind={m.rope_scaling.kind} needs model.position=rope, not {m.position}")
-
-
-def _check_vocabulary(config: Config) -> None:
-    t, m = config.tokenizer, config.model
-    if t.kind == "inherit" and config.init_from is None:
-        _refuse(
-            "tokenizer.kind=inherit takes the tokenizer of another run; give init_from=RUN, or tokenizer=bpe"
-        )
-    if t.chat_template is not None and config.data.format != "chat":
-        _refuse(
-            f"tokenizer.chat_template={t.chat_template} has no effect on data.format={config.data.format}; "
-            "set data.format=chat, or tokenizer.chat_template=null"
-        )
-    least = {"bpe": t.vocab_size, "byte": 257}.get(t.kind, 0)
-    if 0 < m.vocab_size < least:
-        _refuse(
-            f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {least}; "
-            f"use {-(-least // 128) * 128}, or -1 to take it from the tokenizer"
-        )
-
-
-def _check_steps(config: Config) -> None:
-    steps, schedule = config.training.num_steps, config.schedule
-    if schedule.warmup_steps > steps:
-        _refuse(
-            f"schedule.warmup_steps={schedule.warmup_steps} is more than training.num_steps={steps}; "
-            f"use at most {steps}"
-        )
-    # In steps, not shares: the shortest warm-up of a long run and the longest decay may still meet.
-    decay = getattr(schedule, "decay_fraction", 0.0) * steps
-    if schedule.warmup_steps + decay > steps:
-        _refuse(
-            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_fraction="
-            f"{schedule.decay_fraction} of training.num_steps={steps} overlap; "  # type: ignore[attr-defined]
-            f"use at most {int(steps - decay)} warm-up steps"
-        )
-
-
-def _check_rollback(config: Config) -> None:
-    batches, least = config.guard.rollback_batches, config.checkpoint.every + config.guard.max_skips
-    if 0 < batches < least:
-        _refuse(
-            f"guard.rollback_batches={batches} may not reach past the batches that were skipped: with "
-            f"checkpoint.every={config.checkpoint.every} and guard.max_skips={config.guard.max_skips} use "
-            f"{least} or more, or 0 (the run ends)"
-        )
-
-
-def _check_rules(mesh: MeshConfig) -> None:
-    for axis, targets in mesh.rules.items():
-        if axis not in LOGICAL_AXES:
-            _refuse(f"mesh.rules.{axis} is no logical axis; {did_you_mean(axis, LOGICAL_AXES)}")
-        for target in targets:
-            if target not in MESH_AXES:
-                _refuse(f"mesh.rules.{axis} names {target}; {did_you_mean(target, MESH_AXES)}")
-        if len(set(targets)) < len(targets):
-            _refuse(f"mesh.rules.{axis}={targets} names an axis twice; name each once")
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """The remedy for a word that is not among the options: the nearest, or all of them."""
-    options = list(options)
-    near = nearest(word, options)
-    return f"did you mean {near}?" if near else f"use one of {', '.join(options)}"
-
-
-def mesh_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | None:
-    """Devices along each mesh axis, -1 filled in; None where that needs the device count and it is not known.
-
-    Raises ConfigError where the sizes and the devices do not multiply out.
-    """
-    try:
-        return known_sizes(mesh, device_count)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

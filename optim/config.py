@@ -191,3 +191,8 @@ class WSDConfig(ScheduleConfig):
         super().__post_init__()
         _check_fraction("schedule.decay_fraction", self.decay_fraction)
         _check_fraction("schedule.final_fraction", self.final_fraction)
+
+
+# What optim=NAME and schedule=NAME may name: a class above is all that a new one needs here.
+OPTIMIZERS: tuple[type[OptimConfig], ...] = tuple(OptimConfig.__subclasses__())
+SCHEDULES: tuple[type[ScheduleConfig], ...] = tuple(ScheduleConfig.__subclasses__())

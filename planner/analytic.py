@@ -14,8 +14,6 @@
 Memory: `planner.analytic_memory`; collectives: `planner.analytic_traffic`.
 """
 
-from typing import Any
-
 from kernels.backends import choose, wanted_of
 from kernels.einsum_8bit import PRODUCTS
 from parallel.config import mesh_shape
@@ -26,13 +24,14 @@ from planner.described_devices import GPUS
 from planner.shapes import Parameter, parameters_of, part_of
 from planner.sizes import Sizes, sizes_of
 from planner.work import StepCost
+from training.config import Config
 from training.precision import compute_dtype
 
 HALVES = ("cudnn", "splash", "fused", "ring")  # compute only what a causal mask leaves
 OPTIMIZER_PASSES = 7  # parameter, two moments: read and written; gradient: read
 
 
-def estimate(config: Any, machine: Machine) -> StepCost:
+def estimate(config: Config, machine: Machine) -> StepCost:
     """What one step asks of one device. config: with its vocabulary known; see `compiled.with_vocabulary`.
 
     Raises ValueError where mesh and sizes do not divide, or attention that was asked for cannot be had.
@@ -48,7 +47,7 @@ def estimate(config: Any, machine: Machine) -> StepCost:
     )
 
 
-def attention_of(config: Any, machine: Machine) -> tuple[str, str]:
+def attention_of(config: Config, machine: Machine) -> tuple[str, str]:
     """The backend that a run on these devices would choose, and why."""
     gpu = GPUS.get(machine.name)
     facts = {

@@ -15,6 +15,7 @@ from typing import Any
 from parallel.config import MESH_AXES, divisors
 from parallel.hardware import Machine
 from planner.roofline import reach
+from training.config import Config
 
 Refusal = Callable[[Any, int | None], str | None]
 POLICIES = ("none", "dots", "attention", "full")
@@ -27,11 +28,11 @@ MOST_STAGES = 16
 class Candidate:
     """A config and the words that make it from the one that was asked for."""
 
-    config: Any
+    config: Config
     words: tuple[str, ...]
 
 
-def candidates(config: Any, machine: Machine, legal: Refusal) -> Iterator[Candidate]:
+def candidates(config: Config, machine: Machine, legal: Refusal) -> Iterator[Candidate]:
     """The legal ones, in a fixed order; legal: `training.legal.nearest.legal`."""
     for sizes in meshes(config, machine):
         for changes in inside(config, sizes):
@@ -40,7 +41,7 @@ def candidates(config: Any, machine: Machine, legal: Refusal) -> Iterator[Candid
                 yield candidate
 
 
-def meshes(config: Any, machine: Machine) -> Iterator[dict[str, int]]:
+def meshes(config: Config, machine: Machine) -> Iterator[dict[str, int]]:
     """Sizes of all axes, whose product is the number of devices and whose rows divide the batch."""
     model = config.model
     near = min(reach(machine), model.num_heads)
@@ -66,7 +67,7 @@ def meshes(config: Any, machine: Machine) -> Iterator[dict[str, int]]:
             }
 
 
-def inside(config: Any, sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
+def inside(config: Config, sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
     """What may change within a mesh: microbatches and their schedule, and what layers keep."""
     rows = config.training.global_batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     counts = [n for n in MICROBATCHES if rows % n == 0]
@@ -95,7 +96,7 @@ def schedule(name: str, microbatches: int, chunks: int) -> dict[str, Any]:
     }
 
 
-def changed(config: Any, values: dict[str, Any]) -> Candidate:
+def changed(config: Config, values: dict[str, Any]) -> Candidate:
     """The config with other values, by dotted key, and the words for those that differ.
 
     A mesh axis of -1 stays so: it takes what the others leave.

@@ -24,6 +24,7 @@ from planner.hlo.kernel_names import kernels_of
 from planner.hlo.program import Reading, read_hlo
 from planner.hlo.text import Instruction, shapes
 from planner.work import Memory, StepCost, Traffic
+from training.config import Config
 from training.flops import training_flops
 from training.program import Program, build_program, padded_vocab
 from training.state import TrainState
@@ -41,7 +42,7 @@ class Compiled:
     compile_seconds: float
 
 
-def with_vocabulary(config: Any) -> Any:
+def with_vocabulary(config: Config) -> Config:
     """The config with `model.vocab_size` known: the tokenizer's, as far as the config says it.
 
     Raises ValueError where it is only in the tokenizer's file.
@@ -75,7 +76,7 @@ class DoesNotFit(ValueError):
         return type(self), (self.needed, self.limit, self.name)
 
 
-def compile_step(config: Any, machine: Machine, devices: Sequence[Any] | None = None) -> Compiled:
+def compile_step(config: Config, machine: Machine, devices: Sequence[Any] | None = None) -> Compiled:
     """Compile for the machine's devices, or for these. config: with its vocabulary known.
 
     Raises ImportError, with the install command, where the compiler for these devices is missing, ValueError
@@ -97,7 +98,7 @@ def compile_step(config: Any, machine: Machine, devices: Sequence[Any] | None = 
     return Compiled(work, program, reading, seconds)
 
 
-def planned_program(config: Any, devices: Sequence[Any]) -> Program:
+def planned_program(config: Config, devices: Sequence[Any]) -> Program:
     """The program of `train.py` on these devices, and what compiling it takes where they are described."""
     program = build_program(config, build_layout(config.mesh, devices))
     options = {**program.compiler_options, **compiler_options(list(devices))}
@@ -125,7 +126,7 @@ def _bytes(text: str) -> int:
     return round(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
-def even_load(config: Any) -> Callable[[Instruction], int | None]:
+def even_load(config: Config) -> Callable[[Instruction], int | None]:
     """How often the loop over blocks of experts runs, where every expert is chosen alike.
 
     What a router chooses is in the data, so the program's own text cannot tell. The loop's state can, how

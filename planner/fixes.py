@@ -6,12 +6,12 @@ Batch, length, model, optimizer and precision are the experiment: a change of th
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from parallel.hardware import GIB, Machine
 from planner.analytic import estimate
 from planner.candidates import Candidate, Refusal, candidates, changed
 from planner.search import Compile, Evaluated, compiled_work, evaluate
+from training.config import Config
 
 MOST_TRIED = 12  # candidates that are compiled before giving up
 LEEWAY = 1.05  # of a device's memory by the analytic model: what it says of a candidate may be too much
@@ -39,7 +39,7 @@ class Fix:
 
 
 def fixes(
-    config: Any,
+    config: Config,
     machine: Machine,
     legal: Refusal,
     *,
@@ -73,7 +73,7 @@ def fixes(
     return sorted(found, key=lambda fix: fix.slower)
 
 
-def options(config: Any, machine: Machine, legal: Refusal) -> list[Evaluated]:
+def options(config: Config, machine: Machine, legal: Refusal) -> list[Evaluated]:
     """What may fit, the cheapest first; of equals the one with the fewest words."""
     made = (*small_changes(config, machine, legal), *candidates(config, machine, legal))
     near = {c.words: c for c in made if c.words}
@@ -83,7 +83,7 @@ def options(config: Any, machine: Machine, legal: Refusal) -> list[Evaluated]:
     return sorted(fitting, key=lambda e: (e.seconds * (1 + 0.02 * len(e.candidate.words)), e.candidate.words))
 
 
-def small_changes(config: Any, machine: Machine, legal: Refusal) -> list[Candidate]:
+def small_changes(config: Config, machine: Machine, legal: Refusal) -> list[Candidate]:
     """Of the mesh that was asked for: a smaller chunk of the loss."""
     chunk = config.training.loss_chunk
     made = [

@@ -9,6 +9,7 @@ from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from planner.roofline import Prediction, predict
 from planner.work import StepCost
+from training.config import Config
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class About:
 
 
 def make_plan(
-    config: Any,
+    config: Config,
     machine: Machine,
     work: StepCost,
     *,

@@ -22,6 +22,7 @@ from planner.compiled import compile_step, model_flops
 from planner.roofline import Prediction, predict
 from planner.shapes import model_of
 from planner.work import StepCost
+from training.config import Config
 
 MARGIN = 0.92  # of a device's memory: the analytic model errs by a few per cent
 MOST_COMPILED = 4  # times as many as are asked for, at most
@@ -97,13 +98,13 @@ def evaluate(candidate: Candidate, machine: Machine, work: StepCost, fault: str 
     return Evaluated(candidate, work, found, fault)
 
 
-def compiled_work(config: Any, machine: Machine) -> StepCost:
+def compiled_work(config: Config, machine: Machine) -> StepCost:
     """What the compiler says. Raises as `compile_step` does."""
     return compile_step(config, machine).work
 
 
 def search(
-    config: Any,
+    config: Config,
     machine: Machine,
     legal: Refusal,
     *,

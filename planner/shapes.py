@@ -13,12 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from models.config import ModelConfig
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.axes import Layout
 from parallel.config import MeshConfig, mesh_shape
 from parallel.schedules.stage_layout import main_segment
+from training.config import Config
 from training.state import balance_mask, decay_mask, is_info, make_state, matrix_dims
 
 Path = tuple[str, ...]
@@ -61,8 +63,8 @@ def kept(make: Callable[[], Any], *configs: Any) -> Any:
     return _KEPT[key]
 
 
-def model_of(config: Any) -> Model:
-    """Of a `ModelConfig`."""
+def model_of(config: ModelConfig) -> Model:
+    """The model of these values, built once a process."""
     return kept(lambda: build_model(config), config)
 
 
@@ -82,7 +84,7 @@ def parameters_of(model: Model) -> tuple[Parameter, ...]:
     return kept(read, model.config)
 
 
-def stored_of(config: Any, model: Model) -> tuple[Stored, ...]:
+def stored_of(config: Config, model: Model) -> tuple[Stored, ...]:
     """Moments, average, counters and the guard's figures."""
 
     def read() -> tuple[Stored, ...]:
@@ -132,7 +134,7 @@ def part_of(parameter: Parameter, layout: Layout, leave: tuple[str, ...] = ()) -
     return parameter.size // ways
 
 
-def state_bytes(config: Any, model: Model, layout: Layout) -> tuple[int, int]:
+def state_bytes(config: Config, model: Model, layout: Layout) -> tuple[int, int]:
     """(parameters, all else of the state) on one device."""
     parts: Mapping[Path, tuple[int, int]] = {
         p.path: (p.size, part_of(p, layout)) for p in parameters_of(model)

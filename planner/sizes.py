@@ -4,7 +4,6 @@ B rows, T position, D model, N query and K key heads, H their size, F feed-forwa
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from kernels.attention import QUERY_BLOCK
 from kernels.backends import documents_of
@@ -13,6 +12,7 @@ from parallel.axes import Layout, kv_repeats
 from parallel.hardware import Machine
 from parallel.schedules.tables import Schedule, make_schedule
 from planner.shapes import Parameter, abstract_layout, model_of, parameters_of, part_of
+from training.config import Config
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sizes:
     the loss.
     """
 
-    config: Any
+    config: Config
     machine: Machine
     model: Model
     layout: Layout
@@ -58,7 +58,7 @@ class Sizes:
         return self.layout.mesh.shape["pipeline"]
 
 
-def sizes_of(config: Any, machine: Machine, attention: str) -> Sizes:
+def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
     """Of a config with its vocabulary known. attention: the backend. ValueError where sizes do not fit."""
     model, layout = model_of(config.model), abstract_layout(config.mesh, machine.devices)
     m, training, mesh = config.model, config.training, layout.mesh.shape
@@ -71,7 +71,7 @@ def sizes_of(config: Any, machine: Machine, attention: str) -> Sizes:
     keys = m.num_kv_heads * kv_repeats(m.num_kv_heads, layout) / layout.ways("act_kv_heads")
     value = m.head_dim if m.mla is None else m.mla.v_head_dim
     places = documents_of(config) if attention == "cudnn" else 1
-    choices, width = 1, m.d_ff
+    choices, width = 1, float(m.d_ff)
     if m.moe is not None:
         choices, width = m.moe.experts_per_token, m.moe.d_expert
         width += m.moe.d_expert * m.moe.num_shared_experts / choices

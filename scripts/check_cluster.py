@@ -30,8 +30,8 @@ if __name__ == "__main__":
 from parallel import processes
 
 if TYPE_CHECKING:
-    from configs.schema import Config
     from launch.check.verdict import Report
+    from training.config import Config
 
 HANGS = 120  # seconds beyond twice the budget, for compiling; then something hangs
 
@@ -113,7 +113,8 @@ def compose(words: list[str]) -> "Config":
     from configs.cli import CONFIG_DIR
     from configs.explain import check_overrides, explain
     from configs.optional_groups import opened
-    from configs.schema import Config, from_hydra, register
+    from configs.schema import from_hydra, register
+    from training.config import Config
 
     register()
     check_overrides(words, CONFIG_DIR, strict=True)

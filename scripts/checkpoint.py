@@ -65,8 +65,8 @@ def open_run(name: str) -> tuple[Path, "Checkpoints"]:
     """A run's directory and its checkpoints. Raises ValueError where there is neither."""
     from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
     from artifacts.checkpoints.remote import is_remote
+    from artifacts.config import CheckpointConfig
     from scripts.generate import find_run
-    from training.config import CheckpointConfig
 
     run = find_run(name)
     config = as_stored(run, CheckpointConfig())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from training.config import Config
 
 PURPOSE = """\
 Print what each of data.steps did: documents and bytes before and after it, and where the page with plots,

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 if TYPE_CHECKING:
     from artifacts.checkpoints.manager import Checkpoints
-    from configs.schema import Config
+    from training.config import Config
 
 WEIGHTS = ("raw", "ema", "mean")
 CHAT = ("auto", "true", "false")
@@ -56,7 +56,7 @@ class GenerateOptions:
 
 def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     """`key=value` words to Options. ValueError, in one line, for anything else."""
-    from configs.schema import did_you_mean
+    from training.legal.check import did_you_mean
 
     types = {item.name: item.type for item in fields(GenerateOptions)}
     values: dict[str, Any] = {}
@@ -144,8 +144,10 @@ def load_config(path: Path) -> "Config":
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from configs.schema import OPTIMIZERS, SCHEDULES, Config, from_hydra
+    from configs.schema import from_hydra
     from models.config import regrouped
+    from optim.config import OPTIMIZERS, SCHEDULES
+    from training.config import Config
 
     try:
         stored = OmegaConf.load(path)

@@ -26,7 +26,7 @@ from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_po
 from launch.kubernetes.objects import Object, Request
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from training.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 # File, what makes its objects, and what a person who reads it should know.

@@ -21,10 +21,10 @@ if __name__ == "__main__":
 from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
 
 if TYPE_CHECKING:
-    from configs.schema import Config
     from parallel.hardware import Machine
     from planner.report import Plan
     from planner.search import Compile, Searched
+    from training.config import Config
 
 COMMAND = "python scripts/plan.py"
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiment"
@@ -73,8 +73,8 @@ def task(config: "Config", options: PlanConfig, words: Sequence[str]) -> int:
 
 def settle(config: "Config") -> tuple["Config", "Machine", tuple[str, ...]]:
     """The cluster, the config checked against it, and what was taken for granted."""
-    from configs.schema import check, mesh_sizes
     from parallel.hardware import machine_of
+    from training.legal.check import check, mesh_sizes
 
     hardware = config.hardware
     sizes = mesh_sizes(config.mesh, None)

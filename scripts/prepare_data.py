@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from configs.schema import Config
     from data.prepared import Prepared
+    from training.config import Config
 
 PURPOSE = """\
 Make an experiment's token stores (data.cache_dir) before training it, for instance on another machine.

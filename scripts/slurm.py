@@ -24,7 +24,7 @@ from launch.slurm.script import Element, Submission, render
 from launch.slurm.snapshot import snapshot
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from training.config import Config
 
 ON_THE_NODE = ("CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")  # Slurm's to say; and Hydra's, while it calls us
 COMMAND = ("python", "scripts/slurm.py")
@@ -105,7 +105,7 @@ def prepare(
     """
     from artifacts.manifest import recorded_environment
     from configs.cli import job_config
-    from configs.schema import ConfigError
+    from training.legal.check import ConfigError
 
     configs = [config] if not swept[0] else [job_config([*words, *own], own) for own in swept]
     for one in configs:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from kernels.attention import reference_attention
 from kernels.grouped_experts import run_experts
+from models.config import ModelConfig
 from models.ops import identity_constrain
 from serving.sampling import Sampling, sample, sample_keys
 
@@ -64,7 +65,7 @@ def generate(
 
 
 def _pack(
-    config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompts at the left of int32[B, L], with room for what is to come, and their lengths int32[B]."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -80,7 +81,7 @@ def _pack(
     return tokens, lengths
 
 
-def _room(config: Any, shortest: int, longest: int, max_new_tokens: int) -> int:
+def _room(config: ModelConfig, shortest: int, longest: int, max_new_tokens: int) -> int:
     """Tokens that the longest text may come to, rounded up."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is out of range; it must be at least 1")

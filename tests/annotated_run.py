@@ -20,7 +20,6 @@ TRAINING = [f"training.{file.stem}" for file in FILES if file.stem not in ABSTRA
 
 with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from artifacts.checkpoints.digest import combined, digests
-    from configs.schema import Config
     from data.config import DataConfig, TokenizerConfig
     from data.loading.loader import Loader
     from data.tokens.store import TokenStore
@@ -31,7 +30,7 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from parallel.mesh import build_layout
     from serving.sampling import Sampling, sample, sample_keys
     from serving.text import complete
-    from training.config import TrainingConfig
+    from training.config import Config, TrainingConfig
     from training.evaluate import evaluate
     from training.program import build_program, padded_vocab, trace
     from training.state import init_state, shardings

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from configs.cli import options
-from configs.schema import check
 from parallel.mesh import build_layout
 from tests.configs.composing import config
+from training.legal.check import check
 from training.program import build_program, trace
 from training.setup import with_vocab
 

@@ -1,16 +1,21 @@
-"""How long, in what batches and precision, and what is written down on the way."""
+"""The root of a run's configuration, and what training itself is told: how long, in what precision."""
 
 import difflib
-import re
 from dataclasses import dataclass, field
 
+from artifacts.config import CheckpointConfig, RunConfig
+from data.config import DataConfig, TokenizerConfig
 from kernels.backends import BACKENDS
 from kernels.names import NAMES
+from models.config import ModelConfig
+from optim.config import OptimConfig, ScheduleConfig
+from parallel.config import AutoscaleConfig, ContextConfig, MeshConfig, PipelineConfig
+from parallel.hardware import HardwareConfig
+from serving.config import SampleConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
-SCHEMES = ("s3", "gs", "file")  # where checkpoints can be sent to
 EXCHANGES = ("float32", "bfloat16", "int8")
 
 
@@ -25,25 +30,6 @@ def _require(ok: bool, key: str, value: object, limit: str) -> None:
     # `ok` is False for nan as well: every comparison with it is.
     if not ok:
         raise ValueError(f"{key}={value} must be {limit}")
-
-
-@dataclass
-class RunConfig:
-    """One run, one directory, found again by name."""
-
-    name: str = "???"  # the directory under runs/; the same name resumes
-    dir: str = "runs/${run.name}"  # where everything the run writes goes
-    compile_cache: str | None = ".cache/xla"  # null turns the persistent compile cache off
-    max_restarts: int = 5  # starts in a row that get no further, after which the run refuses
-
-    def __post_init__(self) -> None:
-        """A name that is one directory, on every file system, and a limit that is one."""
-        _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "0 or more")
-        if self.name == "???":  # not given yet: Hydra's own mark
-            return
-        ok = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@-]{0,199}", self.name) is not None
-        limit = "a directory name: at most 200 of letters, digits and _ . , = + @ -, not starting with . or -"
-        _require(ok, "run.name", repr(self.name), limit)
 
 
 @dataclass
@@ -106,26 +92,6 @@ def inner_steps(config: LocalSGDConfig | None) -> int:
 
 
 @dataclass
-class CheckpointConfig:
-    """Steps between saves (`every`) and how many to `keep`; `average_last=K` adds the mean of the last K."""
-
-    every: int = 200  # steps
-    keep: int = 3  # newest checkpoints on disk
-    average_last: int = 0  # 0: off
-    directory: str | None = None  # null: checkpoints/ of the run; else a path, or s3://, gs:// to send to
-
-    def __post_init__(self) -> None:
-        """Each value by itself."""
-        _require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
-        _require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
-        scheme, url, below = (self.directory or "").partition("://")
-        ok = self.directory is None or (bool(scheme) and (not url or (scheme in SCHEMES and bool(below))))
-        limit = f"null, a path, or a URL of {', '.join(SCHEMES)} such as s3://bucket/run"
-        _require(ok, "checkpoint.directory", self.directory, limit)
-
-
-@dataclass
 class GuardConfig:
     """Updates that are skipped, how a run goes back, when it counts as stuck, and replicas that differ."""
 
@@ -183,17 +149,28 @@ class LoggingConfig:
 
 
 @dataclass
-class SampleConfig:
-    """Text generated at the end of the run; of `parse_snippets` snippets, the share that is valid Python."""
+class Config:
+    """Everything that decides a run."""
 
-    prompts: list[str] = field(default_factory=list)  # empty: no samples
-    max_new_tokens: int = 128  # for each prompt
-    temperature: float = 0.8  # 0: the likeliest token each time
-    top_k: int = 0  # draw from the k likeliest tokens; 0: all
-    parse_snippets: int = 0  # 0: do not count
-
-    def __post_init__(self) -> None:
-        """Each value by itself."""
-        _require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "1 or more")
-        for key in ("temperature", "top_k", "parse_snippets"):
-            _require(getattr(self, key) >= 0, f"sample.{key}", getattr(self, key), "0 or more")
+    run: RunConfig = field(default_factory=RunConfig)  # its name and directory
+    seed: int = 0  # of initial weights, data order and samples
+    deterministic: bool = False  # equal bits from equal runs, at a cost on GPUs, or the run is refused
+    profile: bool = False  # trace the steps of logging.profile_steps
+    init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
+    model: ModelConfig = field(default_factory=ModelConfig)  # what is computed
+    data: DataConfig = field(default_factory=DataConfig)  # from what text
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # on which devices
+    autoscale: AutoscaleConfig | None = None  # which of them when some are missing; null: the mesh as it is
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # in what order stages work
+    context: ContextConfig = field(default_factory=ContextConfig)  # how attention crosses devices
+    local_sgd: LocalSGDConfig | None = None  # how often replicas meet; null: at every step
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
+    optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what it does when something goes wrong
+    eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
+    logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way

@@ -13,12 +13,13 @@ import numpy as np
 from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
+from training.config import Config
 from training.program import Program, build_program
 
 ROOM = 0.8  # of what is free on a device; the rest is for the caches of generation
 
 
-def on_one_device(program: Program, config: Any, params: Any) -> tuple[Program, Any]:
+def on_one_device(program: Program, config: Config, params: Any) -> tuple[Program, Any]:
     """(program, parameters) on the primary's first device; the parameters are None elsewhere.
 
     All processes call it together. None everywhere, and a line that says so, where the device is too small.
@@ -43,7 +44,7 @@ def on_one_device(program: Program, config: Any, params: Any) -> tuple[Program, 
     return single(config, device), gathered
 
 
-def single(config: Any, device: Any) -> Program:
+def single(config: Config, device: Any) -> Program:
     """The same model's program on one device, layers as checkpoints have them."""
     mesh = MeshConfig(data=1, rules=config.mesh.rules)
     return build_program(replace(config, mesh=mesh), build_layout(mesh, [device]))

@@ -23,7 +23,7 @@ from parallel import processes
 from parallel.attention.cudnn import check_documents
 from training.autoscale.apply import Rules, scale
 from training.compile_cache import start_compile_cache
-from training.config import inner_steps
+from training.config import Config, inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.evaluate import evaluate, weighed
 from training.gather_to_one import on_one_device
@@ -43,7 +43,7 @@ CLOSING_SECONDS = 3600  # the others wait so long while the primary writes sampl
 
 
 def fit(
-    config: Any, sample: Sampler | None = None, legal: Rules | None = None, *, began: float | None = None
+    config: Config, sample: Sampler | None = None, legal: Rules | None = None, *, began: float | None = None
 ) -> int:
     """Train as `config` (the root Config) says, or go on where an earlier start of the same run stopped.
 
@@ -79,7 +79,7 @@ def fit(
             return finish(job, state, sample)
 
 
-def open_exporter(config: Any, stack: ExitStack) -> Exporter | None:
+def open_exporter(config: Config, stack: ExitStack) -> Exporter | None:
     """The endpoint that logging.prometheus_port asks for, by the primary; nothing has been written yet."""
     if config.logging.prometheus_port is None:
         return None
@@ -357,7 +357,7 @@ def packing_figures(job: Job) -> dict[str, Any]:
     return figures | ({"mixture": shares} if shares else {})
 
 
-def finished(run: RunDirectory, config: Any) -> dict[str, Any] | None:
+def finished(run: RunDirectory, config: Config) -> dict[str, Any] | None:
     """The summary of a run that has reached its last step; None where there is work to do."""
     summary = run.summary
     return summary if summary and summary.get("step") == config.training.num_steps else None

@@ -32,6 +32,7 @@ from parallel.schedules.pipeline import Pipeline
 from parallel.schedules.stage_layout import Arrangement, main_segment
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from parallel.sharded_matrices import ShardedMatrices
+from training.config import Config
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
@@ -174,7 +175,7 @@ class ParamLayout:
         return self.model.init(key, self.arrangement.layers)
 
 
-def arrange(config: Any, model: Model, layout: Layout) -> ParamLayout:
+def arrange(config: Config, model: Model, layout: Layout) -> ParamLayout:
     """Layers in stages where mesh.pipeline asks for them."""
     stages = layout.mesh.shape["pipeline"]
     if stages == 1:
@@ -183,7 +184,7 @@ def arrange(config: Any, model: Model, layout: Layout) -> ParamLayout:
     return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main))
 
 
-def build_strategy(config: Any, born: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
+def build_strategy(config: Config, born: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
     """In what order layers and microbatches are worked through."""
     training = config.training
     if born.arrangement is None:
@@ -199,7 +200,7 @@ def build_strategy(config: Any, born: ParamLayout, layout: Layout) -> GradientAc
     return Pipeline(layout, schedule, specs, training.remat, training.scan_layers)
 
 
-def in_order(config: Any, strategy: GradientAccumulation | Pipeline, layout: Layout) -> Any:
+def in_order(config: Config, strategy: GradientAccumulation | Pipeline, layout: Layout) -> Any:
     """The strategy on batches whose positions lie as attention across devices wants them."""
     split = layout.mesh.shape["context"] > 1
     zigzag = split and uses_zigzag(config.context.attention, config.context.zigzag)
@@ -229,7 +230,7 @@ def skipping(platform: str, *, alone: bool) -> Skipping:
     return "choose" if platform in ("gpu", "cuda", "rocm") else "branch"
 
 
-def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any]:
+def compiler_options(config: Config, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
     layer = largest_layer_bytes(model.info["segments"]) // layout.mesh.shape["tensor"]
@@ -238,7 +239,7 @@ def compiler_options(config: Any, model: Model, layout: Layout) -> dict[str, Any
     return {**options, **needed_options(config.deterministic, platform, devices)}
 
 
-def build_ops(config: Any, layout: Layout) -> Ops:
+def build_ops(config: Config, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
     device = layout.mesh.devices.flat[0]
     ops = common_ops(config, layout, device)
@@ -264,7 +265,7 @@ def cpu_ops(ops: Ops) -> Ops:
     )
 
 
-def common_ops(config: Any, layout: Layout, device: Any) -> Ops:
+def common_ops(config: Config, layout: Layout, device: Any) -> Ops:
     """The same on any device."""
     dtype = compute_dtype(config.training.precision, device.platform)
     return Ops(
@@ -280,7 +281,7 @@ def common_ops(config: Any, layout: Layout, device: Any) -> Ops:
     )
 
 
-def build_program(config: Any, layout: Layout) -> Program:
+def build_program(config: Config, layout: Layout) -> Program:
     """Compose the step for a resolved config (`model.vocab_size` known).
 
     config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
@@ -318,6 +319,7 @@ def build_program(config: Any, layout: Layout) -> Program:
     state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
     canonical, replicas = canonical_state(born, state, seen), None
     if alone:
+        assert config.local_sgd is not None  # or they would not step alone
         replicas = Replicas(config.local_sgd, seen, state, canonical, born.chunks)
         step = replicas.train_step(step, ema_decay=training.ema_decay, seed=config.seed)
         state, canonical = replicas.state, replicas.canonical
@@ -341,7 +343,7 @@ def build_program(config: Any, layout: Layout) -> Program:
     )
 
 
-def order_of_work(config: Any, born: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
+def order_of_work(config: Config, born: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
     """The strategy and the operations of a step over all rows that this layout splits."""
     return in_order(config, build_strategy(config, born, layout), layout), build_ops(config, layout)
 

@@ -1,6 +1,7 @@
 """A job before its first step: what a config asks for, composed, checked and opened.
 
 `compose` makes data, program and executables while nothing has been written; `start` finds the state to go on
+from training.config import Config
 from and opens what the run writes to. The loop that goes on from there is `training.loop`.
 """
 
@@ -32,6 +33,7 @@ from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
+from training.config import Config
 from training.device_batches import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
@@ -106,7 +108,7 @@ def in_mid_run(job: "Job") -> Iterator[None]:
 class Job:
     """What one call of `fit` works with; the state is not here, it is handed on."""
 
-    config: Any
+    config: Config
     run: RunDirectory
     prepared: Prepared
     program: Program
@@ -127,7 +129,7 @@ class Job:
     outputs: ExitStack = field(default_factory=ExitStack)  # what rows and curves are written to
 
 
-def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
+def compose(config: Config, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     with processes.all_or_none("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
@@ -141,7 +143,7 @@ def compose(config: Any, run: RunDirectory, watch: CacheWatch, ledger: Ledger, s
         return build_job(config, run, watch, ledger, layout, parent, prepared, scaled)
 
 
-def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
+def prepare_together(config: Config, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
     """The primary makes or checks the data, and the others open what it has found.
 
     `wanted`: the digest of what a run began with; of a corpus that has grown since, that generation is taken.
@@ -158,7 +160,7 @@ def prepare_together(config: Any, tokenizer: TokenizerConfig, wanted: str | None
 
 
 def build_job(
-    config: Any,
+    config: Config,
     run: RunDirectory,
     watch: CacheWatch,
     ledger: Ledger,
@@ -212,7 +214,7 @@ def build_job(
     )
 
 
-def new_loader(config: Any, prepared: Prepared) -> Loader:
+def new_loader(config: Config, prepared: Prepared) -> Loader:
     """Batches from the first on."""
     return Loader(
         prepared,
@@ -387,7 +389,7 @@ def fresh_state(job: Job) -> TrainState:
     return program.with_params(state, program.from_canonical(params))
 
 
-def with_vocab(config: Any, tokenizer_size: int) -> Any:
+def with_vocab(config: Config, tokenizer_size: int) -> Config:
     """`model.vocab_size=-1` becomes the tokenizer's padded size; a given one must hold every token."""
     size = config.model.vocab_size
     if size == -1:
@@ -401,7 +403,7 @@ def with_vocab(config: Any, tokenizer_size: int) -> Any:
 
 
 def describe(
-    config: Any, run: RunDirectory, program: Program, loader: Loader, peak: str
+    config: Config, run: RunDirectory, program: Program, loader: Loader, peak: str
 ) -> list[tuple[str, str, str]]:
     """The start-up table: what was chosen, and why."""
     mesh = {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1}
@@ -414,9 +416,8 @@ def describe(
     free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
     replicas = "step together"
     if program.replicas is not None:
-        replicas = (
-            f"step alone, exchange {config.local_sgd.exchange} every {config.local_sgd.inner_steps} steps"
-        )
+        alone = program.replicas.config
+        replicas = f"step alone, exchange {alone.exchange} every {alone.inner_steps} steps"
     again = []
     if config.deterministic:
         again = [("deterministic", deterministic_row(devices.flat[0].platform), "deterministic=true")]

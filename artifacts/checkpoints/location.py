@@ -7,8 +7,8 @@ import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.remote import Remote, is_remote
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
-from training.config import CheckpointConfig
 
 
 def place(run: Path, directory: str | None) -> Path:

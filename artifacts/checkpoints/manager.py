@@ -52,9 +52,9 @@ from artifacts.checkpoints.record import (
     without_holes,
 )
 from artifacts.checkpoints.remote import Remote
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from parallel import processes
-from training.config import CheckpointConfig
 from training.state import TrainState
 
 FORMAT = 1

@@ -4,10 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from configs.schema import Config
+from training.config import Config
 
 KINDS = ("gpu", "tpu", "cpu")
 DEVICES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}  # as which resource they are asked for
@@ -120,7 +119,7 @@ def _require(ok: bool, key: str, value: object, limit: str) -> None:
 
 
 def _choice(key: str, value: str, options: Sequence[str]) -> None:
-    from configs.schema import did_you_mean
+    from training.legal.check import did_you_mean
 
     if value not in options:
         raise ValueError(
@@ -146,7 +145,7 @@ def parse_kube(words: Sequence[str]) -> KubeConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from configs.schema import did_you_mean
+    from training.legal.check import did_you_mean
 
     types = {item.name: item.type for item in fields(KubeConfig)}
     config = OmegaConf.structured(KubeConfig(image="?"))
@@ -185,7 +184,7 @@ def _value(text: str) -> Any:
     return None if value in ("null", "~") else value or ""
 
 
-def job_name(config: "Config", kube: KubeConfig) -> str:
+def job_name(config: Config, kube: KubeConfig) -> str:
     """The JobSet's name: kube.name, or run.name in small letters with - for what DNS has not.
 
     Raises ValueError where the longest name that is made of it, a pod's, would not fit.
@@ -203,9 +202,9 @@ def job_name(config: "Config", kube: KubeConfig) -> str:
     return name
 
 
-def check_job(config: "Config", kube: KubeConfig) -> None:
+def check_job(config: Config, kube: KubeConfig) -> None:
     """Raise ValueError where the run and the cluster do not fit each other: devices, slices, what is kept."""
-    from configs.schema import ConfigError, check
+    from training.legal.check import ConfigError, check
 
     _check_tpu(config, kube)
     factors = {
@@ -221,7 +220,7 @@ def check_job(config: "Config", kube: KubeConfig) -> None:
     _check_kept(config, kube)
 
 
-def _check_tpu(config: "Config", kube: KubeConfig) -> None:
+def _check_tpu(config: Config, kube: KubeConfig) -> None:
     if kube.kind == "cpu" and kube.accelerator is not None:
         raise ValueError(f"kube.accelerator={kube.accelerator}, but kube.kind=cpu has none; leave it out")
     if kube.kind != "tpu":
@@ -254,7 +253,7 @@ def _check_tpu(config: "Config", kube: KubeConfig) -> None:
         )
 
 
-def _check_kept(config: "Config", kube: KubeConfig) -> None:
+def _check_kept(config: Config, kube: KubeConfig) -> None:
     """Pods come and go with all that they hold: what a run goes on from lies on a volume that all nodes see.
 
     A URL as checkpoint.directory gets copies of the checkpoints; they are written in the run's directory.
@@ -272,7 +271,7 @@ def _check_kept(config: "Config", kube: KubeConfig) -> None:
             raise ValueError(f"{key}={path} lies outside of the volume; keep it below {room}/")
 
 
-def metrics_port(config: "Config", kube: KubeConfig) -> int | None:
+def metrics_port(config: Config, kube: KubeConfig) -> int | None:
     """Where the run answers Prometheus; None where it does not. ValueError where nobody could find it."""
     port: int | None = getattr(config.logging, "prometheus_port", None)
     if port in (0, kube.port):

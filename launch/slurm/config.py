@@ -4,10 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from configs.schema import Config
+from training.config import Config
 
 PREFIX = "slurm."
 LARGEST_SIGNAL = 65535  # seconds, of sbatch --signal
@@ -132,7 +131,7 @@ def slurm_config(words: Sequence[str]) -> SlurmConfig:
 def _value(key: str, given: Any) -> Any:
     """Text or, from a file, a list of texts, as the key's type. ValueError where it is of another."""
     if key not in KINDS:
-        from configs.schema import did_you_mean
+        from training.legal.check import did_you_mean
 
         raise ValueError(f"slurm.{key} is not a key; {did_you_mean(key, KINDS)}")
     kind, *null = KINDS[key].split(" | ")
@@ -177,9 +176,9 @@ def _from_file(name: str | None) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def check_devices(config: "Config", slurm: SlurmConfig) -> None:
+def check_devices(config: Config, slurm: SlurmConfig) -> None:
     """ConfigError where the run's mesh is not that of the job's devices; both products are in the line."""
-    from configs.schema import ConfigError, check
+    from training.legal.check import ConfigError, check
 
     try:
         check(config, slurm.devices)

@@ -18,6 +18,7 @@ from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.files import LIST
 from artifacts.checkpoints.manager import Checkpoints, CorruptCheckpoint
 from artifacts.checkpoints.record import named_leaves, state_digest
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from optim.config import AdamWConfig
 from optim.optimizers import make_optimizer
@@ -32,7 +33,6 @@ from tests.training.states import (
     pick,
     written,
 )
-from training.config import CheckpointConfig
 from training.state import TrainState
 
 FLIPS = 200

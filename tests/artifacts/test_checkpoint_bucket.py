@@ -16,10 +16,10 @@ from artifacts.checkpoints.files import LIST
 from artifacts.checkpoints.location import refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.remote import Remote
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, flip, make_state, written
-from training.config import CheckpointConfig
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from artifacts.checkpoints.digest import differing, digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import flat, items_of
+from artifacts.config import CheckpointConfig
 from tests.parallel import small
 from tests.parallel.test_matrix import INTERLEAVED, MODELS
-from training.config import CheckpointConfig
 
 CHAINS = {
     "dense": [

@@ -21,11 +21,11 @@ from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.remote import Remote
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, pick, written
 from tests.training.test_resume import assert_same_run, finish, kill_in_a_save, training_rows, wait_until
-from training.config import CheckpointConfig
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 FLIPS = int(os.environ.get("CAMBRIAN_FLIPS", "1000"))

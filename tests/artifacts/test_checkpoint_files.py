@@ -10,10 +10,10 @@ import artifacts.checkpoints.background as care_module
 from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST, bad_files, files_of, list_files, read_list
 from artifacts.checkpoints.manager import Checkpoints
+from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from tests.training.ground import DROPPED
 from tests.training.states import RECORD, abstract, assert_equal, few_leaves, flip, make_state, written
-from training.config import CheckpointConfig
 from training.loop import fit
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.measure import write_result
-from configs.schema import check
 from parallel.config import MESH_AXES
 from tests.configs.composing import config
+from training.legal.check import check
 
 
 @pytest.mark.parametrize("axis", scaling.AXES)

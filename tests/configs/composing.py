@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from configs import schema
 from configs.cli import CONFIG_DIR
 from configs.optional_groups import opened
+from training.config import Config
 
 
 @contextlib.contextmanager
@@ -20,8 +21,8 @@ def composer() -> Iterator[None]:
 
 def raw(*overrides: str) -> DictConfig:
     with composer():
-        return compose("config", overrides=opened(overrides, schema.Config))
+        return compose("config", overrides=opened(overrides, Config))
 
 
-def config(*overrides: str) -> schema.Config:
+def config(*overrides: str) -> Config:
     return schema.from_hydra(raw(*overrides))

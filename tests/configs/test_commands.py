@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 import train
-from configs import schema
 from configs.cli import CONFIG_DIR, groups, main, options, override_suffix
 from configs.optional_groups import opened, optional_rooms
 from models.config import MoEConfig, RopeScaling
 from tests.configs.composing import config
+from training.config import Config
+from training.legal.check import ConfigError, check, mesh_sizes
 
 HEAVY = "jax flax optax orbax numpy tensorflow_datasets tokenizers matplotlib rich".split()
 
@@ -76,7 +77,7 @@ def test_a_run_gets_its_config_and_gives_its_status(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(task, ["+experiment=debug", "optim=muon", "optim.ns_steps=3"]) == 75
     (made,) = seen
-    assert isinstance(made, schema.Config)
+    assert isinstance(made, Config)
     assert made == config("+experiment=debug", "optim=muon", "optim.ns_steps=3")
     assert list(tmp_path.iterdir()) == []  # the run's directory is training's to make
 
@@ -139,7 +140,7 @@ def test_another_package_named_data_is_noticed(monkeypatch):
     ],
 )
 def test_a_free_axis_takes_what_is_left(mesh, devices, sizes):
-    made = schema.mesh_sizes(config("+experiment=debug", *mesh).mesh, devices)
+    made = mesh_sizes(config("+experiment=debug", *mesh).mesh, devices)
     assert made is not None
     assert {axis: size for axis, size in made.items() if size > 1} == sizes
 
@@ -155,23 +156,23 @@ def test_a_free_axis_takes_what_is_left(mesh, devices, sizes):
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, message):
     made = config("+experiment=debug", *mesh)
-    with pytest.raises(schema.ConfigError, match=message):
-        schema.check(made, devices)
+    with pytest.raises(ConfigError, match=message):
+        check(made, devices)
 
 
 @pytest.mark.parametrize("tensor", [4, 8])
 def test_fewer_kv_heads_than_tensor_devices_are_legal(tensor):
     made = config("+experiment=debug", "mesh.data=1", f"mesh.tensor={tensor}")
     assert made.model.num_kv_heads == 4
-    schema.check(made, tensor)
+    check(made, tensor)
 
 
 def test_a_part_that_is_null_opens_with_its_defaults_where_a_word_sets_something_in_it():
-    rooms = list(optional_rooms(schema.Config))
+    rooms = list(optional_rooms(Config))
     assert {"model.moe", "model.mla", "model.mtp", "model.rope_scaling"} <= set(rooms)
     for room in rooms:  # every one, whatever comes to be
-        assert opened([f"{room}.x=1"], schema.Config) == [f"+_room=[{room}]", f"{room}.x=1"]
-        assert opened([f"{room}=null"], schema.Config) == [f"{room}=null"]
+        assert opened([f"{room}.x=1"], Config) == [f"+_room=[{room}]", f"{room}.x=1"]
+        assert opened([f"{room}=null"], Config) == [f"{room}=null"]
     assert config("+experiment=debug").model.moe is None
     words = ("model.moe.num_experts=4", "model.rope_scaling={kind: yarn}")
     model = config("+experiment=debug", *words).model

@@ -13,7 +13,10 @@ from omegaconf import OmegaConf
 from configs import schema
 from configs.cli import CONFIG_DIR, groups, options
 from configs.explain import known_keys
+from optim.config import OPTIMIZERS, SCHEDULES
 from tests.configs.composing import composer, config, raw
+from training.config import Config
+from training.legal.check import check
 
 EXPERIMENTS = options("experiment")
 # A group's file that has no value of its own to stand on, and the value that a person gives with it.
@@ -36,14 +39,12 @@ def test_the_experiments_are_those_that_the_readme_promises():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_into_checked_dataclasses_under_its_own_name(name):
     made = config(f"+experiment={name}")
-    schema.check(made, None)
-    schema.check(
-        made, made.training.global_batch_size
-    )  # the most devices that plain data parallelism can use
+    check(made, None)
+    check(made, made.training.global_batch_size)  # the most devices that plain data parallelism can use
     assert made.run.name == name
     assert made.run.dir == f"runs/{name}"
-    assert type(made.optim) in schema.OPTIMIZERS
-    assert type(made.schedule) in schema.SCHEDULES
+    assert type(made.optim) in OPTIMIZERS
+    assert type(made.schedule) in SCHEDULES
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -52,7 +53,7 @@ def test_experiment_composes_with_every_optimizer_and_schedule(name):
         for optim, schedule in itertools.product(options("optim"), options("schedule")):
             words = [f"+experiment={name}", f"optim={optim}", f"schedule={schedule}"]
             made = schema.from_hydra(compose("config", overrides=words))
-            schema.check(made, None)
+            check(made, None)
             assert (made.optim.name, made.schedule.name) == (optim.split("_")[0], schedule)
 
 
@@ -80,7 +81,7 @@ def test_every_option_of_a_group_composes(group):
             words = ["run.name=any", f"{group}={name}"]
             if extra := NEEDS.get(f"{group}={name}"):
                 words.append(extra)
-            schema.check(schema.from_hydra(compose("config", overrides=words)), None)
+            check(schema.from_hydra(compose("config", overrides=words)), None)
 
 
 @pytest.mark.parametrize("optim", options("optim"))
@@ -91,8 +92,8 @@ def test_a_run_has_at_most_150_keys(optim):
 
 def schemas():
     """Every dataclass that holds keys."""
-    rooms = [type(value) for value in vars(schema.Config()).values() if dataclasses.is_dataclass(value)]
-    return [schema.Config, *rooms, *schema.OPTIMIZERS, *schema.SCHEDULES]
+    rooms = [type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value)]
+    return [Config, *rooms, *OPTIMIZERS, *SCHEDULES]
 
 
 @pytest.mark.parametrize("kind", schemas(), ids=lambda kind: kind.__name__)

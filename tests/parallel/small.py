@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import yaml
 
-from configs.schema import Config
+from artifacts.config import RunConfig
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MESH_AXES, ContextConfig, MeshConfig, PipelineConfig
 from parallel.mesh import build_layout
-from training.config import RunConfig, TrainingConfig
+from training.config import Config, TrainingConfig
 from training.program import Program, build_program
 from training.state import shardings
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.schema import Config
+from artifacts.config import RunConfig
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig, LionConfig, MuonConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
-from training.config import RunConfig, TrainingConfig
+from training.config import Config, TrainingConfig
 from training.program import build_program
 from training.state import init_state, shardings, state_bytes_per_device
 

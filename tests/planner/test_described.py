@@ -12,8 +12,8 @@ import yaml
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from artifacts.config import RunConfig
 from benchmarks.described_tpu import describe_config
-from configs.schema import Config
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
@@ -22,7 +22,7 @@ from planner.described_devices import GPUS, TPU_NAMES, compiler_options, describ
 from planner.hlo.program import read_hlo
 from tests.compilers import skip_without
 from training import program
-from training.config import RunConfig, TrainingConfig
+from training.config import Config, TrainingConfig
 
 
 @pytest.mark.parametrize(

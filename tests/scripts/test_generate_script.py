@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
-from configs.schema import Config
+from artifacts.config import CheckpointConfig, RunConfig
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import train_tokenizer
 from models.config import ModelConfig
@@ -21,7 +21,7 @@ from parallel.mesh import build_layout
 from scripts.generate import GenerateOptions, load_config, main, parse_options
 from serving.generator import generate
 from serving.text import encode_prompt
-from training.config import CheckpointConfig, RunConfig
+from training.config import Config
 from training.safety.skip_updates import nothing_seen
 from training.state import TrainState, abstract_state, shardings
 

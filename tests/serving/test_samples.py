@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs.schema import Config
+from artifacts.config import RunConfig
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import train_tokenizer
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
+from serving.config import SampleConfig
 from serving.python_share import parse_share
 from serving.text import PYTHON_PROMPT, complete, encode_prompt, write_samples
-from training.config import RunConfig, SampleConfig, TrainingConfig
+from training.config import Config, TrainingConfig
 
 STEP = 7
 VOCAB = 384  # padded: the last 127 rows are nobody's token

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from artifacts.checkpoints.location import as_stored, open_checkpoints_of
+from artifacts.config import CheckpointConfig
 from artifacts.metrics import MetricsLog
-from configs.schema import Config
 from tests.configs.composing import config
-from training.config import CheckpointConfig
+from training.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over lazy dogs and returns to import a class of def".split()

@@ -6,7 +6,7 @@ import numpy as np
 
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
-from training.config import CheckpointConfig
+from artifacts.config import CheckpointConfig
 from training.state import TrainState
 
 RECORD = {"data": {"mode": "cached", "step": 3}, "tokens": 96}

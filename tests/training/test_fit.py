@@ -14,13 +14,13 @@ import training.setup
 from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
+from artifacts.config import CheckpointConfig
 from artifacts.metrics import MetricsLog
 from common.errors import RunFault
 from data.errors import DataError
 from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
-from training.config import CheckpointConfig
 from training.loop import fit
 from training.recorder import Recorder
 from training.xla import ONE_ORDER, needed_options

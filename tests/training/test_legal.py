@@ -11,7 +11,6 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs import schema
 from configs.cli import options
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
@@ -24,6 +23,7 @@ from parallel.schedules.stage_layout import main_segment as widest
 from parallel.schedules.tables import check_schedule
 from tests.configs.composing import config
 from training.config import LocalSGDConfig
+from training.legal.check import LOGICAL_AXES, ConfigError, check, mesh_sizes
 from training.legal.nearest import legal, nearest_meshes, overrides, refusal
 from training.legal.rules import main_segment
 from training.state import is_info
@@ -334,8 +334,8 @@ def test_the_illegal_is_refused_in_a_sentence_whose_every_remedy_is_legal(case, 
     assert "\n" not in reason and not reason.endswith("."), reason
     for fragment in fragments:
         assert fragment in reason, reason
-    with pytest.raises(schema.ConfigError) as error:
-        schema.check(made, 8)
+    with pytest.raises(ConfigError) as error:
+        check(made, 8)
     assert str(error.value).startswith(reason)
     if case in (
         "product",
@@ -385,8 +385,8 @@ def test_the_nearest_mesh_changes_the_least(base):
 def test_before_the_devices_are_known_what_is_left_is_taken_as_legal(base):
     assert legal(changed(base, {"mesh.data": -1, "mesh.tensor": 3}), None) is None
     assert "mesh.tensor=3" in legal(changed(base, {"mesh.data": 1, "mesh.tensor": 3}), None)
-    with pytest.raises(schema.ConfigError, match="only one axis"):
-        schema.check(changed(base, {"mesh.data": -1, "mesh.fsdp": -1}), None)
+    with pytest.raises(ConfigError, match="only one axis"):
+        check(changed(base, {"mesh.data": -1, "mesh.fsdp": -1}), None)
 
 
 def test_keys_of_a_pipeline_are_free_where_there_is_none(base):
@@ -413,7 +413,7 @@ def test_every_mesh_table_is_legal_on_eight_devices(name):
     )
     devices = 1 if name == "single" else 8
     assert legal(made, devices) is None
-    sizes = schema.mesh_sizes(made.mesh, devices)
+    sizes = mesh_sizes(made.mesh, devices)
     used = {axis for axis, size in sizes.items() if size > 1}
     assert used == TABLES[name]
 
@@ -441,7 +441,7 @@ def test_sequence_parallelism_differs_from_the_other_tables_in_one_rule():
     special = tables.pop("tensor_sequence")
     assert all(rules == tables["data"] for rules in tables.values())
     assert special == {**tables["data"], "act_length": ["context", "tensor"]}
-    assert all(set(rules) <= set(schema.LOGICAL_AXES) for rules in tables.values())
+    assert all(set(rules) <= set(LOGICAL_AXES) for rules in tables.values())
 
 
 PATTERNS = (["global"], ["local", "global"], ["local"] * 5 + ["global"], ["global", "global"])

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from artifacts.checkpoints.manager import Checkpoints
+from artifacts.config import CheckpointConfig
 from models.config import MoEConfig
 from optim.config import AdamWConfig, SGDConfig
 from planner.hlo.program import Reading, parse_module, read_hlo
 from tests.parallel import small
 from training import local_sgd
-from training.config import CheckpointConfig, LocalSGDConfig
+from training.config import LocalSGDConfig
 from training.local_sgd import decode, encode, host_scalars
 from training.program import Program
 from training.state import TrainState, shardings

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from parallel import processes
 from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
 from training.autoscale.policy import ELASTIC, Asked, MeshDecision, TooFew, decide
-from training.config import inner_steps
+from training.config import Config, inner_steps
 
 DEPTH = "CAMBRIAN_QUEUE_DEPTH"
 # What was decided before idle processes left, with the run that it is for: the queue may be another by now.
@@ -37,7 +37,7 @@ Rules = Callable[[Any, int | None], str | None]  # (config, devices) -> why it c
 class Scaled:
     """A config with the mesh and accumulation of this start; without autoscale there is no `decision`."""
 
-    config: Any
+    config: Config
     decision: MeshDecision | None = None
 
     def devices(self) -> list[Any] | None:
@@ -57,6 +57,7 @@ class Scaled:
         """What the start-up table says of it."""
         if self.decision is None:
             return []
+        assert self.config.autoscale is not None  # nothing is decided without it
         policy = self.config.autoscale.policy
         return [("autoscale", "; ".join(self.decision.lines), f"autoscale.policy={policy}")]
 
@@ -65,7 +66,7 @@ class Scaled:
         return {} if self.decision is None else {"autoscale": asdict(self.decision)}
 
 
-def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
+def scale(config: Config, run: RunDirectory, legal: Rules | None) -> Scaled:
     """The config for the devices at hand; without `autoscale` it is the one that was asked for.
 
     Raises ValueError where no mesh is legal, Requeue where there are too few devices: there may be more
@@ -97,7 +98,7 @@ def scale(config: Any, run: RunDirectory, legal: Rules | None) -> Scaled:
 
 
 def settled(
-    config: Any,
+    config: Config,
     available: int,
     legal: Rules,
     last: dict[str, int] | None,
@@ -111,6 +112,7 @@ def settled(
     ValueError where the queue's depth cannot be read.
     """
     policy = config.autoscale
+    assert policy is not None  # nothing is decided without it
     if policy.policy == "queue" and pending is None:
         pending = queue_depth(policy.queue)
     used = None if last is None else math.prod(last.values())
@@ -119,7 +121,11 @@ def settled(
 
 
 def nodes_wanted(
-    config: Any, per_node: int, legal: Rules, last: dict[str, int] | None = None, pending: int | None = None
+    config: Config,
+    per_node: int,
+    legal: Rules,
+    last: dict[str, int] | None = None,
+    pending: int | None = None,
 ) -> tuple[int, MeshDecision]:
     """Nodes of `per_node` devices to ask a scheduler for, and the mesh that the policy would make of them.
 
@@ -135,8 +141,9 @@ def nodes_wanted(
     return -(-decision.used // per_node), decision
 
 
-def asked_by(config: Any, each: int | None = None) -> Asked:
+def asked_by(config: Config, each: int | None = None) -> Asked:
     """What `decide` needs of a config; `each`: devices of a slice, where mesh.dcn counts slices."""
+    assert config.autoscale is not None  # nothing is decided without it
     mesh, inner = config.mesh, inner_steps(config.local_sgd)
     fixed = {"replica": f"local_sgd.inner_steps={inner} steps them alone"} if inner > 1 else {}
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
@@ -204,7 +211,7 @@ def slice_size(devices: list[Any]) -> int:
     return counts[0]
 
 
-def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
+def rules_of(config: Config, legal: Rules) -> Callable[..., str | None]:
     """`legal` of this config with another mesh and other turns."""
 
     def ask(sizes: Any, turns: int) -> str | None:
@@ -214,12 +221,12 @@ def rules_of(config: Any, legal: Rules) -> Callable[..., str | None]:
     return ask
 
 
-def applied(config: Any, decision: MeshDecision) -> Any:
+def applied(config: Config, decision: MeshDecision) -> Config:
     """The config with what was decided."""
     return with_mesh(config, decision.sizes, decision.turns, decision.turns_key)
 
 
-def with_mesh(config: Any, sizes: dict[str, int], turns: int, turns_key: str) -> Any:
+def with_mesh(config: Config, sizes: Mapping[str, Any], turns: int, turns_key: str) -> Config:
     """The config with these sizes, and so many turns under their key."""
     room, _, key = turns_key.partition(".")
     changed = replace(getattr(config, room), **{key: turns})

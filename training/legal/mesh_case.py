@@ -8,12 +8,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel.config import MESH_AXES, MeshConfig, divisors, mesh_shape
-
-if TYPE_CHECKING:
-    from configs.schema import Config
+from training.config import Config
 
 SHOWN = 8  # values of a remedy
 
@@ -32,7 +30,7 @@ def known_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | 
 class MeshCase:
     """A config with its mesh's sizes filled in."""
 
-    config: "Config"
+    config: Config
     sizes: dict[str, int]
     device_count: int | None
 

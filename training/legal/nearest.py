@@ -8,17 +8,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from parallel.config import MESH_AXES, MeshConfig, divisors
+from training.config import Config
 from training.legal.mesh_case import MeshCase, known_sizes
 from training.legal.rules import broken_rule
 
-if TYPE_CHECKING:
-    from configs.schema import Config
 
-
-def legal(config: "Config", device_count: int | None) -> str | None:
+def legal(config: Config, device_count: int | None) -> str | None:
     """None, or one sentence that says why this config cannot run on so many devices, with legal values.
 
     device_count: None before the devices are known; then a mesh that takes what is left (-1) passes.
@@ -30,7 +27,7 @@ def legal(config: "Config", device_count: int | None) -> str | None:
     return None if sizes is None else broken_rule(MeshCase(config, sizes, device_count))
 
 
-def refusal(config: "Config", device_count: int | None) -> str | None:
+def refusal(config: Config, device_count: int | None) -> str | None:
     """`legal`, with the nearest legal meshes as overrides of this config's."""
     reason = legal(config, device_count)
     if reason is None:
@@ -46,7 +43,7 @@ def refusal(config: "Config", device_count: int | None) -> str | None:
     return f"{reason}; nearest legal meshes of {device_count} device{many}: {near}"
 
 
-def nearest_meshes(config: "Config", device_count: int, limit: int = 5) -> list[MeshConfig]:
+def nearest_meshes(config: Config, device_count: int, limit: int = 5) -> list[MeshConfig]:
     """Legal meshes for these devices, all else as it is, nearest first: few axes changed, and by little."""
     free = _free(config.mesh)
     asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}

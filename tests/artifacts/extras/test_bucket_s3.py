@@ -5,13 +5,13 @@ import shutil
 import pytest
 
 from artifacts.checkpoints.location import refuse_occupied
+from artifacts.config import CheckpointConfig
 from tests.artifacts.test_checkpoint_bucket import (
     Bucket,
 )
 from tests.data.extras import require
 from tests.s3 import bucket
 from tests.training.ground import Ground, make_ground
-from training.config import CheckpointConfig
 
 
 @pytest.fixture
