@@ -19,7 +19,6 @@ from configs.cli import main
 from parallel import processes
 from training.config import Config
 from training.legal.check import check
-from training.legal.nearest import legal
 
 HERE = Path(__file__).resolve().parent
 STATUS: list[int] = []  # of this process, at its end
@@ -37,13 +36,12 @@ def train(config: Config) -> int:
     """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
     import jax
 
-    from serving.text import write_samples
     from training.loop import fit
 
     with processes.all_or_none("the configuration"):
         # Once more, now that the machine is known; under autoscale the run decides what of it is used.
         check(config, jax.device_count() if config.autoscale is None else None)
-    return fit(config, write_samples, legal, began=BEGAN.pop() if BEGAN else None)
+    return fit(config, began=BEGAN.pop() if BEGAN else None)
 
 
 def end_at_once() -> None:

@@ -68,7 +68,7 @@ def main() -> None:
         config = config_of(*words)
         machine = machine_of(config.hardware)
         began = time.perf_counter()
-        found = search(config, machine, legal)
+        found = search(config, machine)
         seconds = time.perf_counter() - began
         hand = by_hand(words, machine)
         assert found.best is not None and hand

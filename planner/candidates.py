@@ -8,7 +8,7 @@ layers or are more than MOST_STAGES.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from parallel.config import MESH_AXES, divisors
 from parallel.hardware import Machine
 from planner.roofline import reach
 from training.config import Config
+from training.legal.nearest import legal
 
-Refusal = Callable[[Any, int | None], str | None]
 POLICIES = ("none", "dots", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 LONG = 8192  # positions on a device, above which a row may be worth splitting
@@ -32,8 +32,8 @@ class Candidate:
     words: tuple[str, ...]
 
 
-def candidates(config: Config, machine: Machine, legal: Refusal) -> Iterator[Candidate]:
-    """The legal ones, in a fixed order; legal: `training.legal.nearest.legal`."""
+def candidates(config: Config, machine: Machine) -> Iterator[Candidate]:
+    """All that `training.legal` allows, in a fixed order."""
     for sizes in meshes(config, machine):
         for changes in inside(config, sizes):
             candidate = changed(config, {f"mesh.{axis}": size for axis, size in sizes.items()} | changes)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from parallel.hardware import GIB, Machine
 from planner.analytic import estimate
-from planner.candidates import Candidate, Refusal, candidates, changed
+from planner.candidates import Candidate, candidates, changed
 from planner.search import Compile, Evaluated, compiled_work, evaluate
 from training.config import Config
+from training.legal.nearest import legal
 
 MOST_TRIED = 12  # candidates that are compiled before giving up
 LEEWAY = 1.05  # of a device's memory by the analytic model: what it says of a candidate may be too much
@@ -41,7 +42,6 @@ class Fix:
 def fixes(
     config: Config,
     machine: Machine,
-    legal: Refusal,
     *,
     count: int = 3,
     compile: Compile | None = compiled_work,
@@ -54,7 +54,7 @@ def fixes(
     found: list[Fix] = []
     tried = 0
     kinds: set[tuple[str, ...]] = set()
-    for one in options(config, machine, legal):
+    for one in options(config, machine):
         if len(found) == count or tried == MOST_TRIED:
             break
         kind = tuple(sorted(word.split("=")[0] for word in one.candidate.words))
@@ -73,9 +73,9 @@ def fixes(
     return sorted(found, key=lambda fix: fix.slower)
 
 
-def options(config: Config, machine: Machine, legal: Refusal) -> list[Evaluated]:
+def options(config: Config, machine: Machine) -> list[Evaluated]:
     """What may fit, the cheapest first; of equals the one with the fewest words."""
-    made = (*small_changes(config, machine, legal), *candidates(config, machine, legal))
+    made = (*small_changes(config, machine), *candidates(config, machine))
     near = {c.words: c for c in made if c.words}
     evaluated = [evaluate(c, machine, estimate(c.config, machine)) for c in near.values()]
     fitting = [e for e in evaluated if e.work.memory.total <= LEEWAY * machine.memory_bytes]
@@ -83,7 +83,7 @@ def options(config: Config, machine: Machine, legal: Refusal) -> list[Evaluated]
     return sorted(fitting, key=lambda e: (e.seconds * (1 + 0.02 * len(e.candidate.words)), e.candidate.words))
 
 
-def small_changes(config: Config, machine: Machine, legal: Refusal) -> list[Candidate]:
+def small_changes(config: Config, machine: Machine) -> list[Candidate]:
     """Of the mesh that was asked for: a smaller chunk of the loss."""
     chunk = config.training.loss_chunk
     made = [

@@ -17,7 +17,7 @@ from typing import Any
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from planner.analytic import estimate
-from planner.candidates import Candidate, Refusal, candidates
+from planner.candidates import Candidate, candidates
 from planner.compiled import compile_step, model_flops
 from planner.roofline import Prediction, predict
 from planner.shapes import model_of
@@ -106,7 +106,6 @@ def compiled_work(config: Config, machine: Machine) -> StepCost:
 def search(
     config: Config,
     machine: Machine,
-    legal: Refusal,
     *,
     top: int = 8,
     jobs: int = 2,
@@ -118,9 +117,7 @@ def search(
     top: candidates that are compiled, and again as many where none of them fits. compile: None ranks by the
     analytic model alone. tell: called with how many are compiled, of how many.
     """
-    everything = [
-        evaluate(c, machine, estimate(c.config, machine)) for c in candidates(config, machine, legal)
-    ]
+    everything = [evaluate(c, machine, estimate(c.config, machine)) for c in candidates(config, machine)]
     fitting = [e for e in everything if e.work.memory.total <= MARGIN * machine.memory_bytes]
     ranked = sorted(fitting, key=lambda e: (e.seconds, e.work.memory.total, e.candidate.words))
     asked = evaluate(Candidate(config, ()), machine, estimate(config, machine))

@@ -49,7 +49,6 @@ def answer(asked: argparse.Namespace, last_facts: Any) -> int:
     """What was asked about the run, printed."""
     from scripts.generate import find_run, load_config
     from training.autoscale.apply import nodes_wanted, settled
-    from training.legal.nearest import legal
 
     directory = find_run(asked.run)
     config = load_config(directory / "config.yaml")
@@ -58,10 +57,10 @@ def answer(asked: argparse.Namespace, last_facts: Any) -> int:
     facts = last_facts(json.loads((directory / "manifest.json").read_text()))
     last = facts["mesh"]
     if asked.devices is not None:
-        print("\n".join(settled(config, asked.devices, legal, last, asked.queue).lines))
+        print("\n".join(settled(config, asked.devices, last, asked.queue).lines))
         return 0
     per_node = asked.devices_per_node or max(1, facts["devices"]["count"] // max(1, len(facts["hosts"])))
-    nodes, decision = nodes_wanted(config, per_node, legal, last, asked.queue)
+    nodes, decision = nodes_wanted(config, per_node, last, asked.queue)
     print("\n".join(decision.lines), file=sys.stderr)
     print(f"{nodes} nodes of {per_node} devices", file=sys.stderr)
     print(nodes)

@@ -167,7 +167,6 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
     from planner.fixes import fixes
     from planner.screen import refusal, screen
     from planner.search import compiled_work
-    from training.legal.nearest import legal
 
     print(screen(plan), flush=True)
     if options.output is not None:
@@ -182,7 +181,7 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
         raise ValueError(words)
     asked = plan.compile_seconds is not None or plan.refused is not None
     compile = compiled_work if asked and machine.kind != "cpu" else None
-    found = fixes(config, machine, legal, count=options.fixes, compile=compile)
+    found = fixes(config, machine, count=options.fixes, compile=compile)
     for fix in found:
         print(f"{'fits with':13} {fix.line()}")
     remedy = f"use {found[0].words}" if found else "no change that was tried makes it fit: take more devices"
@@ -195,7 +194,6 @@ def look_further(
     """Search, show the best plan, and write all that was found, a picture, and the winner."""
     from planner.pareto import draw
     from planner.search import compiled_work, search
-    from training.legal.nearest import legal
     from training.progress import Counting
 
     compile: Compile | None = compiled_work
@@ -203,7 +201,7 @@ def look_further(
         compile, notes = None, (*notes, reason)
     with Counting("compiling candidates") as counting:
         found = search(
-            config, machine, legal, top=options.top, jobs=options.jobs, compile=compile, tell=counting.tell
+            config, machine, top=options.top, jobs=options.jobs, compile=compile, tell=counting.tell
         )
     print(f"{'candidates':13} {found.legal:,} legal, {found.fitting:,} fit by the analytic model")
     for place, one in enumerate((found.compiled or found.computed[:1])[:5]):

@@ -82,7 +82,7 @@ def compute():
     assert combined(digests({"table": state.params["embed"]["table"], "step": state.step}))
     prompts = ["def ", "the second is long enough to be prefilled"]
     settings = replace(config.sample, max_new_tokens=3, top_k=5)
-    texts, _ = complete(program, state.params, tokenizer, prompts, settings, 0)
+    texts, _ = complete(program.model, state.params, program.ops, tokenizer, prompts, settings, 0)
     assert [text[:3] for text in texts] == ["def", "the"]
 
 

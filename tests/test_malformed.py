@@ -386,7 +386,7 @@ def disk_fills_up(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(moment: str, limit: int) -> None:
-        module = training.setup if moment == "open_outputs" else training.loop
+        module = training.setup if moment == "open_recorder" else training.loop
         whole = getattr(module, moment)
 
         def limited(*args):
@@ -405,7 +405,7 @@ def disk_fills_up(monkeypatch):
 @pytest.mark.parametrize(
     "moment, limit, steps, fragments",
     [
-        ("open_outputs", 4096, 4, ["runs/a"]),
+        ("open_recorder", 4096, 4, ["runs/a"]),
         ("train", 6000, 40, ["cannot write", "metrics.jsonl"]),
         ("train", 12000, 4, ["a checkpoint could not be written to", "checkpoints"]),
         ("finish", 12000, 4, ["runs/a"]),

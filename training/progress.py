@@ -79,12 +79,16 @@ class Progress:
             self.note("  ".join(["step " + figures.pop("step"), *filter(None, figures.values())]))
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
-        """An evaluation row: a line that stays, and the last figure of the live line."""
-        bits = row.get("eval/bits_per_byte")
-        self._eval = f"eval {bits:.3f} bit/B" if bits is not None else f"eval {row['eval/loss']:.3f}"
+        """A row that is no training step: a line that stays; a held-out loss is also on the live line."""
+        loss, bits = row.get("eval/loss"), row.get("eval/bits_per_byte")
+        if loss is None:
+            figures = (f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            self.note(f"at step {row['step']}: {', '.join(figures)}")
+            return
+        self._eval = f"eval {bits:.3f} bit/B" if bits is not None else f"eval {loss:.3f}"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, eval=self._eval)
-        text = f"eval at step {row['step']}: {row['eval/loss']:.4f} nats/token"
+        text = f"eval at step {row['step']}: {loss:.4f} nats/token"
         self.note(text + (f", {bits:.4f} bits/byte" if bits is not None else ""))
 
     def note(self, text: str) -> None:

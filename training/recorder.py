@@ -56,7 +56,7 @@ class Recorder:
         self.steps = 0
         self.skips = 0  # updates of this start that were not taken
         self.last: dict[str, Any] = {}
-        self.last_event: dict[str, Any] = {}  # of an evaluation
+        self.last_event: dict[str, Any] = {}  # the newest value under every name
         self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
 
     def push(
@@ -121,7 +121,7 @@ class Recorder:
         """A row that is not a training step, such as an evaluation."""
         if self.log:
             self.log.write({"step": step, **values})
-        self.last_event = {"step": step, **values}
+        self.last_event = {**self.last_event, "step": step, **values}
         self.progress.evaluated({"step": step, **values})
         if self.board:
             self.board.scalars(step, values)

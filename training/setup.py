@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -51,11 +51,11 @@ from training.xla import check_options, deterministic_row, options_line
 PREPARE_SECONDS = 4 * 3600
 # What gloo, NCCL and the coordination service say when the other end of a connection is gone.
 LOST = (
-    "onnection closed",
-    "onnection reset",
-    "roken pipe",
-    "UNAVAILABLE",
-    "ABORTED",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "unavailable",
+    "aborted",
     "remote process exited",
 )
 
@@ -78,15 +78,15 @@ def device_fault(error: Exception) -> str:
 
 
 @contextmanager
-def in_mid_run(job: "Job") -> Iterator[None]:
+def in_mid_run(directory: RunDirectory, checkpoints: Checkpoints | None = None) -> Iterator[None]:
     """From here on nothing is the command line's fault: what the data or the devices raise is a RunFault."""
     try:
         yield
     except KeyboardInterrupt as error:
-        step = job.checkpoints.newest_committed() if job.checkpoints is not None else 0
+        step = checkpoints.newest_committed() if checkpoints is not None else 0
         raise type(error)(f"interrupted; the same command goes on from step {step}") from None
     except OSError as error:
-        where, what = error.filename or job.run.path, error.strerror or error
+        where, what = error.filename or directory.path, error.strerror or error
         raise RunFault(
             f"{where}: {what}; free space or mend the disk, then the same command goes on"
         ) from error
@@ -97,22 +97,23 @@ def in_mid_run(job: "Job") -> Iterator[None]:
     except processes.ClusterFault as error:
         raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
     except jax.errors.JaxRuntimeError as error:
-        if processes.process_count() > 1 and any(word in str(error) for word in LOST):
+        if processes.process_count() > 1 and any(word in str(error).lower() for word in LOST):
             what = f"process {processes.process_index()} has lost another one"
             line = device_fault(error)
             raise Requeue(f"{what}: {line}; the same command goes on from the last checkpoint") from error
         raise RunFault(device_fault(error)) from error
 
 
-@dataclass
-class Job:
-    """What one call of `fit` works with; the state is not here, it is handed on."""
+@dataclass(frozen=True)
+class Setup:
+    """What a config became before anything was written: all of it abstract, and the same for a whole
+    start.
+    """
 
     config: Config
-    run: RunDirectory
+    directory: RunDirectory
     prepared: Prepared
     program: Program
-    loader: Loader
     held_out: dict[str, EvalBatches]  # by component of a mixture; "" is a corpus alone
     train_step: FlatStep
     eval_step: Any
@@ -122,25 +123,34 @@ class Job:
     watch: CacheWatch
     scaled: Scaled
     ledger: Ledger
-    checkpoints: Checkpoints | None = None
-    recorder: Recorder | None = None
+
+
+@dataclass
+class Run:
+    """What a start has opened to write to, and where it stands in the data; the state is handed on."""
+
+    setup: Setup
+    checkpoints: Checkpoints
+    recorder: Recorder
+    loader: Loader
+    outputs: ExitStack  # what rows and curves are written to
     position: dict[str, Any] | None = None  # of the data, after the last step
     held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
-    outputs: ExitStack = field(default_factory=ExitStack)  # what rows and curves are written to
 
 
-def compose(config: Config, run: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Job:
+def compose(directory: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Setup:
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
+    config = scaled.config
     with processes.all_or_none("the devices"), before_the_first_step():
         layout = build_layout(config.mesh, scaled.devices())
-        parent = None if run.resuming else find_parent(config)
-        if processes.is_primary() and not run.resuming:
-            refuse_occupied(run.path, config.checkpoint)
-        tokenizer = tokenizer_config(config, run, parent)
+        parent = None if directory.resuming else find_parent(config)
+        if processes.is_primary() and not directory.resuming:
+            refuse_occupied(directory.path, config.checkpoint)
+        tokenizer = tokenizer_config(config, directory, parent)
     with ledger.during("data_preparation"):
-        prepared = prepare_together(config, tokenizer, run.data_digest)
+        prepared = prepare_together(config, tokenizer, directory.data_digest)
     with processes.all_or_none("the program"), before_the_first_step():
-        return build_job(config, run, watch, ledger, layout, parent, prepared, scaled)
+        return build_setup(directory, watch, ledger, layout, parent, prepared, scaled)
 
 
 def prepare_together(config: Config, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:
@@ -159,20 +169,19 @@ def prepare_together(config: Config, tokenizer: TokenizerConfig, wanted: str | N
         return mine[0] if mine else follow(facts)
 
 
-def build_job(
-    config: Config,
-    run: RunDirectory,
+def build_setup(
+    directory: RunDirectory,
     watch: CacheWatch,
     ledger: Ledger,
     layout: Layout,
     parent: Parent | None,
     prepared: Prepared,
     scaled: Scaled,
-) -> Job:
+) -> Setup:
     """What every process compiles for itself, once it has data and devices."""
     if parent is not None:
         check_tokenizer(parent, prepared.tokenizer.digest)
-    config = with_vocab(config, prepared.tokenizer.vocab_size)
+    config = with_vocab(scaled.config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = new_loader(config, prepared)
@@ -189,28 +198,27 @@ def build_job(
         program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
     )
     if processes.is_primary():
-        rows = describe(config, run, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
+        rows = describe(config, directory, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
         startup_table(rows[:3] + scaled.rows() + rows[3:])
     began = time.perf_counter()
     with ledger.during("compilation"):
         train_step, eval_step = program.compile_train(), program.compile_eval()
     refuse_what_cannot_fit(config.hardware, program, train_step)
     seconds = time.perf_counter() - began
-    return Job(
-        config,
-        run,
-        prepared,
-        program,
-        loader,
-        held_out,
-        train_step,
-        eval_step,
-        flops,
-        parent,
-        seconds,
-        watch,
-        scaled,
-        ledger,
+    return Setup(
+        config=config,
+        directory=directory,
+        prepared=prepared,
+        program=program,
+        held_out=held_out,
+        train_step=train_step,
+        eval_step=eval_step,
+        flops=flops,
+        parent=parent,
+        compile_seconds=seconds,
+        watch=watch,
+        scaled=scaled,
+        ledger=ledger,
     )
 
 
@@ -225,21 +233,24 @@ def new_loader(config: Config, prepared: Prepared) -> Loader:
     )
 
 
-def start(job: Job, stack: ExitStack, announce: Callable[[str], None] = ignored) -> tuple[TrainState, int]:
-    """The state to go on from, restored, taken from a parent, or fresh, and the number of steps behind it."""
-    config, run, program = job.config, job.run, job.program
-    first, tokens = 0, 0
+def start(
+    setup: Setup, stack: ExitStack, announce: Callable[[str], None] = ignored
+) -> tuple[Run, TrainState, int]:
+    """The opened run, the state to go on from (restored, a parent's, or fresh) and the steps behind it."""
+    config, directory, program = setup.config, setup.directory, setup.program
+    first, tokens, position = 0, 0, None
     state: TrainState | None = None
-    if run.resuming:
-        checkpoints = open_checkpoints(job, stack)
-        forget_undone(run, checkpoints)
-        with job.ledger.during("restore"):
+    checkpoints: Checkpoints | None = None
+    if directory.resuming:
+        checkpoints = open_checkpoints(setup, stack)
+        forget_undone(directory, checkpoints)
+        with setup.ledger.during("restore"):
             found = checkpoints.restore_newest(program.canonical)
         if found is not None:
             stored, record, quarantined = found
-            first, tokens, job.position = record["step"], record["tokens"], record["data"]
+            first, tokens, position = record["step"], record["tokens"], record["data"]
             whole = program.with_guard(stored)
-            if any(entry["to_step"] == first for entry in run.rollbacks):
+            if any(entry["to_step"] == first for entry in directory.rollbacks):
                 whole = none_in_a_row(whole)
             state = program.from_canonical(whole)
             for reason in quarantined:
@@ -250,36 +261,40 @@ def start(job: Job, stack: ExitStack, announce: Callable[[str], None] = ignored)
                 say("the checkpoint knows no losses to compare new ones with: the guard begins anew")
     if first > config.training.num_steps:
         raise ValueError(
-            f"training.num_steps={config.training.num_steps}, but {run.path} is at step {first}; "
+            f"training.num_steps={config.training.num_steps}, but {directory.path} is at step {first}; "
             f"use {first} or more"
         )
-    if run.resuming:
+    if directory.resuming:
         most = config.run.max_restarts
-        processes.from_primary("the run's restarts", lambda: run.check_restarts(first, most))
+        processes.from_primary("the run's restarts", lambda: directory.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
-        state = fresh_state(job)
-    go_on_reading(job)
+        state = fresh_state(setup)
+    loader = positioned_loader(setup, position)
     hosts = sorted(set(processes.exchange("host names", socket.gethostname())))
-    facts = manifest(job, hosts)
-    processes.from_primary("the run's directory", lambda: run.begin(facts, resume_step=first))
-    if config.deterministic and (changed := run.other_bits(facts)):
+    facts = manifest(setup, hosts)
+    processes.from_primary("the run's directory", lambda: directory.begin(facts, resume_step=first))
+    if config.deterministic and (changed := directory.other_bits(facts)):
         say(
             f"deterministic: {', '.join(changed)} are not as at the first start, so bits behind step {first} "
             f"may not be either; python scripts/reproduce.py {config.run.name} names them"
         )
-    with in_mid_run(job):
-        open_outputs(job, first, tokens, stack, announce)
-    return state, first
+    with in_mid_run(directory, checkpoints):
+        if checkpoints is None:
+            checkpoints = open_checkpoints(setup, stack)
+        outputs = ExitStack()
+        stack.callback(outputs.close)
+        recorder = open_recorder(setup, first, tokens, stack, outputs, announce)
+    return Run(setup, checkpoints, recorder, loader, outputs, position), state, first
 
 
-def forget_undone(run: RunDirectory, checkpoints: Checkpoints) -> None:
+def forget_undone(directory: RunDirectory, checkpoints: Checkpoints) -> None:
     """Remove checkpoints of steps that a rollback undid, where a crash came before that was done."""
-    if not run.rollbacks:
+    if not directory.rollbacks:
         return
 
     def forget() -> None:
         for step, known in checkpoints.known_rollbacks().items():
-            if undone(step, known, run.rollbacks):
+            if undone(step, known, directory.rollbacks):
                 checkpoints.forget_after(step - 1)
                 return
 
@@ -287,49 +302,53 @@ def forget_undone(run: RunDirectory, checkpoints: Checkpoints) -> None:
     checkpoints.reload()
 
 
-def go_on_reading(job: Job) -> None:
-    """The loader behind the last step, without the batches that the run's rollbacks leave out."""
-    if job.position is not None:
-        job.loader.restore(job.position)
-    for entry in job.run.rollbacks:
-        job.loader.leave_out(entry["to_step"], entry["batches"])
+def positioned_loader(setup: Setup, position: dict[str, Any] | None) -> Loader:
+    """A loader behind the last step, without the batches that the run's rollbacks leave out."""
+    loader = new_loader(setup.config, setup.prepared)
+    if position is not None:
+        loader.restore(position)
+    for entry in setup.directory.rollbacks:
+        loader.leave_out(entry["to_step"], entry["batches"])
+    return loader
 
 
-def manifest(job: Job, hosts: list[str]) -> dict[str, Any]:
+def manifest(setup: Setup, hosts: list[str]) -> dict[str, Any]:
     """What the run's directory keeps of how it was made."""
-    program = job.program
+    program, prepared = setup.program, setup.prepared
     return build_manifest(
-        asdict(job.config),
-        prepared_digest=job.prepared.digest,
-        tokenizer_digest=job.prepared.tokenizer.digest,
+        asdict(setup.config),
+        prepared_digest=prepared.digest,
+        tokenizer_digest=prepared.tokenizer.digest,
         mesh=dict(program.layout.mesh.shape),
-        data=job.prepared.description,
-        parent=job.parent.facts() if job.parent else None,
+        data=prepared.description,
+        parent=setup.parent.facts() if setup.parent else None,
         extra={
             "hosts": hosts,
             "compute_dtype": str(program.ops.compute_dtype),
             "compiler_options": dict(program.compiler_options),
-            **job.scaled.facts(),
-            "deterministic": job.config.deterministic,
+            **setup.scaled.facts(),
+            "deterministic": setup.config.deterministic,
         },
     )
 
 
-def open_outputs(
-    job: Job, first: int, tokens: int, stack: ExitStack, announce: Callable[[str], None]
-) -> None:
-    """What the run writes to, continued behind step `first` or begun."""
-    config, run = job.config, job.run
-    if not run.resuming:
-        open_checkpoints(job, stack)
+def open_recorder(
+    setup: Setup,
+    first: int,
+    tokens: int,
+    stack: ExitStack,
+    outputs: ExitStack,
+    announce: Callable[[str], None],
+) -> Recorder:
+    """What turns steps into rows, curves and lines, continued behind step `first` or begun."""
+    config, tokenizer = setup.config, setup.prepared.tokenizer
     primary = processes.is_primary()
     if primary:
-        job.ledger.open(run.path, first)
-        job.prepared.tokenizer.save(run.path / "tokenizer.json")
-        if job.prepared.tokenizer.chat is not None:
-            job.prepared.tokenizer.chat.save(run.path)
-    stack.callback(job.outputs.close)
-    log, board = open_log(job, first)
+        setup.ledger.open(setup.directory.path, first)
+        tokenizer.save(setup.directory.path / "tokenizer.json")
+        if tokenizer.chat is not None:
+            tokenizer.chat.save(setup.directory.path)
+    log, board = open_log(setup, first, outputs)
     progress = Progress(
         config.training.num_steps,
         start_step=first,
@@ -338,51 +357,52 @@ def open_outputs(
         primary=primary,
     )
     stack.callback(progress.close)
-    job.recorder = Recorder(
+    return Recorder(
         log,
-        job.flops,
+        setup.flops,
         progress,
         board,
         tokens=tokens,
         every=config.logging.every,
-        ledger=job.ledger,
+        ledger=setup.ledger,
         input_watch=InputWatch(config.data),
         announce=announce,
     )
 
 
-def open_log(job: Job, first: int) -> tuple[MetricsLog | None, TensorBoard | None]:
+def open_log(setup: Setup, first: int, outputs: ExitStack) -> tuple[MetricsLog | None, TensorBoard | None]:
     """Rows and curves of the steps behind `first`; of later ones nothing is left. None but on the primary."""
-    job.outputs.close()
+    outputs.close()
     if not processes.is_primary():
         return None, None
-    log = MetricsLog.open(job.run.path / "metrics.jsonl", resume_step=first)
-    job.outputs.callback(log.close)
+    path = setup.directory.path
+    log = MetricsLog.open(path / "metrics.jsonl", resume_step=first)
+    outputs.callback(log.close)
     if log.missing:
         say(f"metrics.jsonl lacks {log.missing} of the {first} steps behind this checkpoint; it was altered")
-    if not job.config.logging.tensorboard:
+    if not setup.config.logging.tensorboard:
         return log, None
-    board = TensorBoard(job.run.path / "tensorboard", first)
-    job.outputs.callback(board.close)
+    board = TensorBoard(path / "tensorboard", first)
+    outputs.callback(board.close)
     return log, board
 
 
-def open_checkpoints(job: Job, stack: ExitStack) -> Checkpoints:
+def open_checkpoints(setup: Setup, stack: ExitStack) -> Checkpoints:
     """The run's checkpoints, closed with it."""
-    job.checkpoints = open_checkpoints_of(job.run.path, job.config.checkpoint)
-    stack.callback(job.ledger.enter, "other")  # these three from the last to the first
-    stack.push(job.checkpoints.leave)
-    stack.callback(job.ledger.enter, "checkpoints")
-    return job.checkpoints
+    checkpoints = open_checkpoints_of(setup.directory.path, setup.config.checkpoint)
+    stack.callback(setup.ledger.enter, "other")  # these three from the last to the first
+    stack.push(checkpoints.leave)
+    stack.callback(setup.ledger.enter, "checkpoints")
+    return checkpoints
 
 
-def fresh_state(job: Job) -> TrainState:
+def fresh_state(setup: Setup) -> TrainState:
     """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
-    program = job.program
+    program, directory = setup.program, setup.directory
     with processes.all_or_none("the first state"), before_the_first_step():
-        state = program.init_state(job.config.seed)
+        state = program.init_state(setup.config.seed)
         jax.block_until_ready(state)  # so that too little memory is said before anything is written
-        parent = same_parent(job.config, job.run) if job.run.resuming else job.parent
+        parent = same_parent(setup.config, directory) if directory.resuming else setup.parent
     if parent is None:
         return state
     params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
@@ -403,7 +423,7 @@ def with_vocab(config: Config, tokenizer_size: int) -> Config:
 
 
 def describe(
-    config: Config, run: RunDirectory, program: Program, loader: Loader, peak: str
+    config: Config, directory: RunDirectory, program: Program, loader: Loader, peak: str
 ) -> list[tuple[str, str, str]]:
     """The start-up table: what was chosen, and why."""
     mesh = {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1}
@@ -413,7 +433,7 @@ def describe(
     tokens = training.global_batch_size * config.data.seq_len
     remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
     elsewhere = config.checkpoint.directory
-    free = shutil.disk_usage(run.path.parent if run.path.parent.exists() else ".").free
+    free = shutil.disk_usage(directory.path.parent if directory.path.parent.exists() else ".").free
     replicas = "step together"
     if program.replicas is not None:
         alone = program.replicas.config
@@ -422,7 +442,7 @@ def describe(
     if config.deterministic:
         again = [("deterministic", deterministic_row(devices.flat[0].platform), "deterministic=true")]
     return [
-        ("run", config.run.dir, "going on" if run.resuming else "new"),
+        ("run", config.run.dir, "going on" if directory.resuming else "new"),
         ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
         ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
         *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),

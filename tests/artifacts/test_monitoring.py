@@ -44,7 +44,7 @@ def scrape(address):
     return found
 
 
-def test_a_scrape_says_what_the_run_has_written(ground, capsys):
+def test_a_scrape_says_what_the_run_has_written(ground, capsys, monkeypatch):
     """Scraped where samples are written, when the last row has been."""
     scraped = {}
 
@@ -54,8 +54,9 @@ def test_a_scrape_says_what_the_run_has_written(ground, capsys):
         scraped.update(scrape(address))
         return {}
 
-    config = ground.config("scraped", *WORDS, "logging.prometheus_port=0")
-    assert fit(config, sample) == 0
+    monkeypatch.setattr("training.loop.write_samples", sample)
+    config = ground.config("scraped", *WORDS, "logging.prometheus_port=0", "sample.prompts=[a]")
+    assert fit(config) == 0
     rows = MetricsLog.read(ground.run("scraped") / "metrics.jsonl")
     row = [row for row in rows if "loss" in row][-1]
     held_out = [row for row in rows if "eval/loss" in row][-1]

@@ -43,6 +43,19 @@ def _drive(terminal, **options):
     return out.getvalue()
 
 
+def test_any_row_may_be_shown():
+    """A score of a harness, say; the live line keeps the held-out loss that it had."""
+    out = io.StringIO()
+    progress = Progress(40, console=Console(file=out, width=100))
+    progress.evaluated({"step": 20, "eval/loss": 4.56})
+    progress.evaluated({"step": 20, "arc_easy/accuracy": 0.25, "arc_easy/error": 0.0123456})
+    assert out.getvalue().splitlines() == [
+        "eval at step 20: 4.5600 nats/token",
+        "at step 20: arc_easy/accuracy 0.25, arc_easy/error 0.01235",
+    ]
+    assert progress._eval == "eval 4.560"
+
+
 def test_plain_lines_come_at_the_first_step_and_every_few():
     lines = _drive(False).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == [

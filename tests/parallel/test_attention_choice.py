@@ -45,8 +45,8 @@ def test_every_name_has_a_function(debug):
 def test_rows_are_looked_at_where_cudnn_is_what_auto_chose(debug):
     batch = {"segment_ids": np.arange(1, 71)[None]}
     for name in ("cudnn", "reference"):
-        job = SimpleNamespace(config=debug, program=SimpleNamespace(attention=Choice(name, "auto on gpu")))
-        place = checked(job, lambda batch: "placed")
+        setup = SimpleNamespace(config=debug, program=SimpleNamespace(attention=Choice(name, "auto on gpu")))
+        place = checked(setup, lambda batch: "placed")
         if name == "reference":
             assert place(batch) == "placed"
             continue

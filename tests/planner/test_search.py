@@ -39,11 +39,11 @@ def dies(config, machine):
 
 @pytest.fixture(scope="module")
 def found():
-    return search(asked(), MACHINE, legal, top=4, jobs=1, compile=honest)
+    return search(asked(), MACHINE, top=4, jobs=1, compile=honest)
 
 
 def test_every_candidate_is_legal_and_uses_all_devices():
-    made = list(candidates(asked(), MACHINE, legal))
+    made = list(candidates(asked(), MACHINE))
     assert len(made) > 200
     for candidate in made:
         sizes = mesh_shape(candidate.config.mesh, MACHINE.devices)
@@ -54,7 +54,7 @@ def test_every_candidate_is_legal_and_uses_all_devices():
 
 def test_what_the_numbers_hang_on_stays():
     base = asked()
-    for candidate in candidates(base, MACHINE, legal):
+    for candidate in candidates(base, MACHINE):
         for room in ("model", "data", "optim", "schedule", "tokenizer"):
             assert getattr(candidate.config, room) == getattr(base, room)
         assert candidate.config.training.global_batch_size == base.training.global_batch_size
@@ -62,7 +62,7 @@ def test_what_the_numbers_hang_on_stays():
 
 
 def test_words_make_the_candidate():
-    for candidate in list(candidates(asked(), MACHINE, legal))[::97]:
+    for candidate in list(candidates(asked(), MACHINE))[::97]:
         again = asked(*candidate.words)
         sizes = [mesh_shape(c.mesh, MACHINE.devices) for c in (again, candidate.config)]
         assert sizes[0] == sizes[1]
@@ -87,7 +87,7 @@ def test_what_the_compiler_finds_too_large_is_not_chosen():
             raise DoesNotFit(2**40, machine.memory_bytes, "h100")
         return work
 
-    found = search(asked(), MACHINE, legal, top=4, jobs=1, compile=larger)
+    found = search(asked(), MACHINE, top=4, jobs=1, compile=larger)
     assert found.failed and all("the compiler refuses" in e.fault for e in found.failed)
     assert found.best is None or found.best.candidate.config.training.remat != "dots"
 
@@ -98,7 +98,7 @@ def test_a_compiler_that_dies_is_its_candidates_fault(found):
 
 
 def test_two_searches_find_the_same(found):
-    again = search(asked(), MACHINE, legal, top=4, jobs=1, compile=honest)
+    again = search(asked(), MACHINE, top=4, jobs=1, compile=honest)
     assert again.json() == found.json()
 
 
@@ -120,7 +120,7 @@ def test_the_picture_and_the_page_are_written(found, tmp_path):
 def test_fixes_fit_are_ordered_and_keep_the_experiment():
     base = asked("training.remat=none")
     assert estimate(base, MACHINE).memory.total > MACHINE.memory_bytes
-    found = fixes(base, MACHINE, legal, compile=honest)
+    found = fixes(base, MACHINE, compile=honest)
     assert len(found) == 3 and all(fix.verified for fix in found)
     assert [fix.slower for fix in found] == sorted(fix.slower for fix in found)
     for fix in found:
@@ -131,7 +131,7 @@ def test_fixes_fit_are_ordered_and_keep_the_experiment():
 
 
 def test_without_a_compiler_fixes_say_so():
-    found = fixes(asked("training.remat=none"), MACHINE, legal, count=1, compile=None)
+    found = fixes(asked("training.remat=none"), MACHINE, count=1, compile=None)
     assert "not compiled" in found[0].line()
 
 
@@ -139,9 +139,9 @@ def test_no_fix_is_found_where_the_compiler_refuses_all():
     def never(config, machine):
         raise DoesNotFit(2**40, machine.memory_bytes, "h100")
 
-    assert fixes(asked("training.remat=none"), MACHINE, legal, compile=never) == []
+    assert fixes(asked("training.remat=none"), MACHINE, compile=never) == []
 
 
 def test_axes_are_all_of_the_mesh():
-    first = next(candidates(asked(), MACHINE, legal))
+    first = next(candidates(asked(), MACHINE))
     assert set(mesh_shape(first.config.mesh, MACHINE.devices)) == set(MESH_AXES)

@@ -15,8 +15,9 @@ from models.ops import Ops
 from models.transformer import build_model
 from serving.config import SampleConfig
 from serving.python_share import parse_share
-from serving.text import PYTHON_PROMPT, complete, encode_prompt, write_samples
+from serving.text import complete, encode_prompt
 from training.config import Config, TrainingConfig
+from training.samples import PYTHON_PROMPT, write_samples
 
 STEP = 7
 VOCAB = 384  # padded: the last 127 rows are nobody's token
@@ -104,7 +105,10 @@ def test_what_is_not_asked_for_is_not_written(tmp_path, tiny):
 
 def test_same_seed_same_text(tiny):
     settings = SampleConfig(max_new_tokens=9, temperature=1.0)
-    first, again, other = (complete(*tiny, TOKENIZER, ["def "] * 2, settings, seed)[0] for seed in (3, 3, 4))
+    first, again, other = (
+        complete(tiny[0].model, tiny[1], tiny[0].ops, TOKENIZER, ["def "] * 2, settings, seed)[0]
+        for seed in (3, 3, 4)
+    )
     assert first == again
     assert first != other
     assert first[0] != first[1]  # equal prompts are different samples

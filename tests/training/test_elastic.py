@@ -74,7 +74,7 @@ def composed(ground, *words):
 )
 def test_meshes_are_legal_by_the_rules_of_every_config(ground, words, devices, mesh, turns):
     config = composed(ground, *words)
-    made = settled(config, devices, legal, None)
+    made = settled(config, devices, None)
     assert made.turns == turns and {a: made.sizes[a] for a in mesh} == mesh
     there = apply.applied(config, made)
     assert legal(there, made.used) is None
@@ -92,9 +92,9 @@ def test_replicas_that_step_alone_do_not_move(ground):
         "eval.every=3",
         "checkpoint.every=3",
     )
-    assert settled(alone, 5, legal, None).sizes["replica"] == 2
+    assert settled(alone, 5, None).sizes["replica"] == 2
     with pytest.raises(ValueError, match="mesh.replica=2 stays as it is.* start on 2, 4, 8 devices"):
-        settled(alone, 1, legal, None)
+        settled(alone, 1, None)
 
 
 SLICES = ("mesh=multi_slice", "mesh.replica=4")
@@ -104,25 +104,23 @@ def test_slices_are_lost_and_found_whole(ground):
     """Four slices of two devices; `mesh.dcn` follows, and is empty on the last one."""
     config = composed(ground, *SLICES)
     for devices, replicas, turns in ((8, 4, 1), (6, 2, 2), (4, 2, 2), (2, 1, 4), (16, 4, 1)):
-        made = settled(config, devices, legal, None, each=2)
+        made = settled(config, devices, None, each=2)
         assert (made.sizes["replica"], made.sizes["fsdp"], made.turns) == (replicas, 2, turns)
         there = apply.applied(config, made)
         assert there.mesh.dcn == ({"replica": replicas} if replicas > 1 else {})
-        assert (
-            settled(config, devices, legal, {**made.sizes}) == made
-        )  # a slice is what it was at the last start
+        assert settled(config, devices, {**made.sizes}) == made  # a slice is what it was at the last start
     with pytest.raises(ValueError, match="fits 1 device; start on 2, 4, 8 devices"):
-        settled(config, 1, legal, None, each=2)
+        settled(config, 1, None, each=2)
     with pytest.raises(
         ValueError, match=r"mesh.dcn.replica=4: how many devices a slice has shows at a first"
     ):
-        settled(config, 8, legal, None)
+        settled(config, 8, None)
     with pytest.raises(
         ValueError, match="a slice is used whole, and 3 devices are not .* whose product is 3"
     ):
-        settled(composed(ground, *SLICES, "mesh.fsdp=2"), 6, legal, None, each=3)
+        settled(composed(ground, *SLICES, "mesh.fsdp=2"), 6, None, each=3)
     with pytest.raises(ValueError, match="mesh.dcn.fsdp=2: autoscale counts slices along one of"):
-        settled(composed(ground, "mesh=fsdp", "mesh.fsdp=8", "+mesh.dcn.fsdp=2"), 8, legal, None, each=4)
+        settled(composed(ground, "mesh=fsdp", "mesh.fsdp=8", "+mesh.dcn.fsdp=2"), 8, None, each=4)
 
 
 @pytest.mark.parametrize(
@@ -173,17 +171,17 @@ def test_squeue_counts_pending_jobs_of_the_partition_but_not_this_one(tmp_path, 
 
 def test_nodes_to_ask_for_are_the_full_size_or_what_the_queue_leaves(ground):
     config = composed(ground, "mesh.data=8")
-    assert nodes_wanted(config, 2, legal)[0] == 4
-    assert nodes_wanted(config, 3, legal)[0] == 3
+    assert nodes_wanted(config, 2)[0] == 4
+    assert nodes_wanted(config, 3)[0] == 3
     queue = ground.config("elastic", *SMALL, "autoscale=queue", "mesh.data=8", "autoscale.min_devices=2")
-    assert nodes_wanted(queue, 2, legal, pending=9)[0] == 1
-    assert nodes_wanted(queue, 2, legal, pending=0)[0] == 4
-    assert nodes_wanted(queue, 2, legal, {"data": 4}, pending=2)[0] == 2
+    assert nodes_wanted(queue, 2, pending=9)[0] == 1
+    assert nodes_wanted(queue, 2, pending=0)[0] == 4
+    assert nodes_wanted(queue, 2, {"data": 4}, pending=2)[0] == 2
     free = composed(ground, "mesh.data=-1", "autoscale.rows_per_device=1")
     with pytest.raises(ValueError, match="autoscale.max_devices=null"):
-        nodes_wanted(free, 2, legal)
+        nodes_wanted(free, 2)
     with pytest.raises(TooFew, match="min_devices=5"):
-        settled(composed(ground, "mesh.data=8", "autoscale.min_devices=5"), 7, legal, None)
+        settled(composed(ground, "mesh.data=8", "autoscale.min_devices=5"), 7, None)
 
 
 def test_what_was_decided_before_processes_left_holds_for_this_run_alone(ground, tmp_path, monkeypatch):
@@ -250,20 +248,20 @@ def test_devices_8_4_6_8_of_one_process_give_the_losses_of_8(ground, monkeypatch
     for steps, count in ((3, 8), (6, 4), (9, 7), (12, 8)):
         here = everything[:count]
         monkeypatch.setattr(jax, "devices", lambda here=here: here)
-        assert fit(ground.config("resized", *words, f"training.num_steps={steps}"), legal=legal) == 0
+        assert fit(ground.config("resized", *words, f"training.num_steps={steps}")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
         "autoscale 6 of 7 devices: mesh.data 8 to 6, training.accumulation_steps 1 to 2; the batch stays"
         in said
     )
     assert [(step, used) for step, used, _ in restarts(ground, "resized")] == [(0, 8), (3, 4), (6, 6), (9, 8)]
-    assert fit(ground.config("unresized", *words, "training.num_steps=12"), legal=legal) == 0
+    assert fit(ground.config("unresized", *words, "training.num_steps=12")) == 0
     difference = largest_difference(losses(ground, "resized"), losses(ground, "unresized"))
     assert difference < TOLERANCE, difference
     assert ground.record("resized", 12)["data"] == ground.record("unresized", 12)["data"]
     with pytest.raises(Requeue, match="autoscale.min_devices=8, but of 4 devices 4 can be used"):
         monkeypatch.setattr(jax, "devices", lambda: everything[:4])
-        fit(ground.config("resized", *words, "training.num_steps=15", "autoscale.min_devices=8"), legal=legal)
+        fit(ground.config("resized", *words, "training.num_steps=15", "autoscale.min_devices=8"))
     # What was asked for stays in the run's directory, so the next start and the launcher still see 8.
     capsys.readouterr()
     assert script.main([str(ground.run("resized")), "--devices-per-node", "3"]) == 0

@@ -96,13 +96,13 @@ def test_the_summary_holds_the_mean_of_the_last_checkpoints(ground, whole):
         patch.setattr(training.loop, "finish", lambda job, *_: jobs.append(job) or 0)
         assert fit(config) == 0
     (job,) = jobs
-    like = job.program.state.params
+    like = job.setup.program.state.params
     trees = [checkpoints.restore_weights(step, like) for step in (6, 9, 12)]
     mean = jax.tree.map(
         lambda like, *xs: jax.device_put(np.mean([np.asarray(x) for x in xs], axis=0), like.sharding),
         *(like, *trees),
     )
-    figures = training.loop.held_out_loss(job, mean)
+    figures = training.loop.held_out_loss(job.setup, mean)
     assert summary["eval/loss_mean"] == pytest.approx(figures["eval/loss"], rel=1e-6)
     assert summary["eval/loss_mean"] != summary["eval/loss"]
 

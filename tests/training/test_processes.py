@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from data.errors import DataError
 from data.loading.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
-from serving.text import write_samples
 from tests.training.ground import ROOT
 from tests.training.test_resume import assert_few_redone
 from training.device_batches import placing, rows_here
@@ -74,7 +73,7 @@ def assert_same_losses(rows, wanted):
 @pytest.fixture(scope="module")
 def one(ground):
     """One process with the eight devices of the test suite itself."""
-    assert fit(ground.config("one", *SMALL, *SAMPLES), write_samples) == 0
+    assert fit(ground.config("one", *SMALL, *SAMPLES)) == 0
     return "one"
 
 

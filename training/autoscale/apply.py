@@ -24,13 +24,12 @@ from parallel.config import MESH_AXES
 from parallel.mesh import slice_attribute
 from training.autoscale.policy import ELASTIC, Asked, MeshDecision, TooFew, decide
 from training.config import Config, inner_steps
+from training.legal.nearest import legal
 
 DEPTH = "CAMBRIAN_QUEUE_DEPTH"
 # What was decided before idle processes left, with the run that it is for: the queue may be another by now.
 DECIDED = "CAMBRIAN_DECIDED"
 SQUEUE_SECONDS = 30
-
-Rules = Callable[[Any, int | None], str | None]  # (config, devices) -> why it cannot run on them
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Scaled:
         return {} if self.decision is None else {"autoscale": asdict(self.decision)}
 
 
-def scale(config: Config, run: RunDirectory, legal: Rules | None) -> Scaled:
+def scale(config: Config, run: RunDirectory) -> Scaled:
     """The config for the devices at hand; without `autoscale` it is the one that was asked for.
 
     Raises ValueError where no mesh is legal, Requeue where there are too few devices: there may be more
@@ -74,7 +73,6 @@ def scale(config: Config, run: RunDirectory, legal: Rules | None) -> Scaled:
     """
     if config.autoscale is None:
         return Scaled(config)
-    assert legal is not None, "autoscale needs the rules that say which mesh is legal"
     devices = jax.devices()
 
     def settle() -> dict[str, Any]:
@@ -83,7 +81,7 @@ def scale(config: Config, run: RunDirectory, legal: Rules | None) -> Scaled:
             return before["decision"]
         try:
             each = slice_size(devices) if crossed(config.mesh) else None
-            return asdict(settled(config, len(devices), legal, run.last_mesh, each=each))
+            return asdict(settled(config, len(devices), run.last_mesh, each=each))
         except TooFew as error:
             return {"too_few": str(error)}
 
@@ -100,7 +98,6 @@ def scale(config: Config, run: RunDirectory, legal: Rules | None) -> Scaled:
 def settled(
     config: Config,
     available: int,
-    legal: Rules,
     last: dict[str, int] | None,
     pending: int | None = None,
     each: int | None = None,
@@ -117,13 +114,12 @@ def settled(
         pending = queue_depth(policy.queue)
     used = None if last is None else math.prod(last.values())
     asked = asked_by(config, each or last_slice(config.mesh, last))
-    return decide(asked, available, rules_of(config, legal), pending=pending, last=used)
+    return decide(asked, available, rules_of(config), pending=pending, last=used)
 
 
 def nodes_wanted(
     config: Config,
     per_node: int,
-    legal: Rules,
     last: dict[str, int] | None = None,
     pending: int | None = None,
 ) -> tuple[int, MeshDecision]:
@@ -137,7 +133,7 @@ def nodes_wanted(
             "autoscale.max_devices=null, and a mesh that takes what is left does not say how many devices "
             "the run wants; give autoscale.max_devices, or a size to every mesh axis"
         )
-    decision = settled(config, most, legal, last, pending)
+    decision = settled(config, most, last, pending)
     return -(-decision.used // per_node), decision
 
 
@@ -211,7 +207,7 @@ def slice_size(devices: list[Any]) -> int:
     return counts[0]
 
 
-def rules_of(config: Config, legal: Rules) -> Callable[..., str | None]:
+def rules_of(config: Config) -> Callable[..., str | None]:
     """`legal` of this config with another mesh and other turns."""
 
     def ask(sizes: Any, turns: int) -> str | None:

@@ -1,22 +1,30 @@
-"""A trained model on the primary's first device, for what one process does alone at the end: sampling.
+"""What a run writes at its end, by the primary alone: text after each prompt, and how much of it is Python.
 
 The weights are gathered array by array, so the peak on every device is the largest array whole, and on the
 primary's first device the whole model in float32. A model that does not fit there is not gathered.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from data.tokens.tokenizer import Tokenizer
 from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
+from serving.python_share import parse_share
+from serving.text import complete
 from training.config import Config
 from training.program import Program, build_program
 
 ROOM = 0.8  # of what is free on a device; the rest is for the caches of generation
+# After two blank lines, as a function at the top level stands in a file: at the very start of one the model
+# expects a docstring, and writes a method.
+PYTHON_PROMPT = "\n\n\ndef "
 
 
 def on_one_device(program: Program, config: Config, params: Any) -> tuple[Program, Any]:
@@ -60,3 +68,36 @@ def _fits(needed: int) -> bool:
         "on one device; use scripts/generate.py with tensor=N"
     )
     return False
+
+
+def write_samples(
+    program: Program, params: Any, tokenizer: Tokenizer, config: Config, run_dir: Path
+) -> dict[str, Any]:
+    """Write `samples/STEP.txt` (and `STEP.python.txt`) under `run_dir`; return figures for the summary.
+
+    Figures: `sample_text`, and with `sample.parse_snippets` also `parse_share` in [0, 1], `parse_passed`,
+    `parse_total`.
+    """
+    settings, step = config.sample, config.training.num_steps
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    figures: dict[str, Any] = {}
+    count, snippets = len(settings.prompts), settings.parse_snippets
+    prompts = [*settings.prompts, *[PYTHON_PROMPT] * snippets]
+    numbers = [*range(count), *range(snippets)]  # each kind by itself: neither changes the other
+    texts, ended = complete(
+        program.model, params, program.ops, tokenizer, prompts, settings, config.seed, numbers
+    )
+    if count:
+        _write(folder / f"{step}.txt", texts[:count])
+        figures["sample_text"] = texts[0]
+    if snippets:
+        python = [text.lstrip("\n") for text in texts[count:]]
+        _write(folder / f"{step}.python.txt", python)
+        share, passed, total = parse_share(python, ended[count:])
+        figures |= {"parse_share": share, "parse_passed": passed, "parse_total": total}
+    return figures
+
+
+def _write(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")
