@@ -23,6 +23,7 @@ from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST, SMALL, bad_files, read_list
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import state_digest
+from data.tokens.tokenizer import agreeing
 
 EXPORTED = ("config.yaml", "tokenizer.json", "tokenizer_config.json")
 _KINDS = {"float32": "F32", "bfloat16": "BF16"}
@@ -187,6 +188,9 @@ def export_weights(
         written = [name for name in EXPORTED if (run / name).exists()]
         for name in written:
             shutil.copyfile(run / name, aside / name)
+        if "tokenizer.json" in written:  # a run's own may be of the time when it contradicted itself
+            text = (aside / "tokenizer.json").read_bytes().decode("utf-8")
+            (aside / "tokenizer.json").write_bytes(agreeing(text).encode("utf-8"))
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

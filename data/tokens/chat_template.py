@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.tokens.tokenizer import SEPARATOR, Tokenizer
+from data.tokens.tokenizer import CONFIG, SEPARATOR, Tokenizer, read_beside, token_text
 
 # For vocabularies whose one special token is the separator, `bpe` and `byte` among them: it closes each turn,
 # and a role is what follows it. No new token, so a pretrained model's table fits; no text can write one.
@@ -84,7 +84,7 @@ class ChatTemplate:
     def save(self, directory: Path) -> None:
         """Write it as `tokenizer_config.json` has it."""
         config = {"bos_token": self.bos_token, "eos_token": self.eos_token, "chat_template": self.text}
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     def check(self) -> None:
         """Raise DataError where the template is no Jinja, so that it is said before anything is read."""
@@ -267,9 +267,9 @@ def find_template(given: str | None, tokenizer_path: str | Path | None, tokenize
     Raises DataError where there is none, or it cannot be read.
     """
     beside = Path(tokenizer_path).parent if tokenizer_path else None
-    config = _tokenizer_config(beside)
+    config = read_beside(beside / CONFIG) if beside else {}
     text, name = _template_text(given, beside, config)
-    bos, eos = (_token(config.get(key)) for key in ("bos_token", "eos_token"))
+    bos, eos = (token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     if text is None:
         if tokenizer.token(tokenizer.eos_id) != SEPARATOR:
             raise DataError(
@@ -304,7 +304,7 @@ def _template_text(
     if isinstance(text, list):  # several by name
         named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, Mapping)}
         text = named.get("default")
-    return text if isinstance(text, str) else None, str(beside and beside / "tokenizer_config.json")
+    return text if isinstance(text, str) else None, str(beside and beside / CONFIG)
 
 
 def _read(path: Path, key: str) -> str:
@@ -314,20 +314,3 @@ def _read(path: Path, key: str) -> str:
         raise DataError(f"{key}: {path} cannot be read ({error.strerror}); give a Jinja file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{key}: {path} is not UTF-8 at byte {error.start}; give a Jinja file") from None
-
-
-def _tokenizer_config(beside: Path | None) -> Mapping[str, Any]:
-    path = beside and beside / "tokenizer_config.json"
-    if path is None or not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer.path: {path} cannot be read ({error}); mend it or move it away") from None
-    return config if isinstance(config, Mapping) else {}
-
-
-def _token(value: Any) -> str | None:
-    """A special token as tokenizer_config.json has it: its text, or an object with it."""
-    value = value.get("content") if isinstance(value, Mapping) else value
-    return value if isinstance(value, str) else None

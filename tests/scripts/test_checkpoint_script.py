@@ -1,6 +1,7 @@
 """scripts/checkpoint.py names what is damaged, what differs, and writes weights that others can read."""
 
 import gc
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from orbax.checkpoint import v1 as ocp
 
 from artifacts.checkpoints.files import LIST, list_files
 from artifacts.checkpoints.record import named_leaves
+from data.config import TokenizerConfig
+from data.tokens.tokenizer import AGREED, CONTRADICTED, train_tokenizer
 from scripts.checkpoint import main
 from tests.training.ground import DROPPED
 from tests.training.states import flip, make_state, written
@@ -110,6 +113,16 @@ def test_exported_weights_are_read_by_another_reader(made, tmp_path, dtype, weig
     for name, leaf in wanted.items():
         assert read[name].dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(np.asarray(read[name]), np.asarray(leaf.astype(jnp.dtype(dtype))))
+
+
+def test_the_exported_tokenizer_agrees_with_itself(run, tmp_path):
+    """That of a run made when the list of added tokens had another id for the separator."""
+    trained = train_tokenizer(["some text"], TokenizerConfig(vocab_size=257))._text
+    (run / "tokenizer.json").write_bytes(trained.replace(AGREED, CONTRADICTED).encode())
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_bytes())
+    (token,) = content["added_tokens"]
+    assert token["id"] == content["model"]["vocab"][token["content"]] == 0
 
 
 def test_nothing_damaged_is_exported(run, tmp_path, capsys, dropped_reads):
