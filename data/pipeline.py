@@ -339,6 +339,15 @@ class _Preparation:
 
         def make(directory: Path) -> None:
             documents = self._ensured(part).split(split)
+            if (
+                split == "validation"
+                and self.template is None
+                and not tokenizer.gives_back(documents[0][:999])
+            ):
+                self._say(
+                    f"tokenizer.path={self.tokenizer_config.path} does not give a text back as it was; "
+                    "figures by byte share the text's own bytes out over its tokens"
+                )
             with _bar(self.console, f"tokenizing {split}", len(documents)) as advance:
                 write_store(
                     directory,

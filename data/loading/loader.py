@@ -355,7 +355,8 @@ class EvalBatches:
             real = batch["loss_weights"] > 0
             tokens += int(real.sum())
             num_bytes += int(self.store.token_bytes[batch["targets"][real]].sum())
-        return tokens, num_bytes
+        # The bytes of a conversation are its JSON's: what is learnt of it is counted by its tokens alone.
+        return tokens, num_bytes if self.store.weights is not None else self.store.text_bytes(num_bytes)
 
 
 def eval_batches(

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from data.tokens.shards import (
 
 JOB_BYTES = 2 << 20  # text in a shard of work, at the least
 MAX_SHARDS = 4096  # shards of work, at the most: past 8 GB of text they grow instead
+CHUNK = 1 << 20  # tokens looked up at a time
 FILE_BYTES = 4 << 30  # tokens in a file of a finished store, at the most (save a single shard that has more)
 
 
@@ -119,6 +121,25 @@ class TokenStore:
         if self.weights is None:
             return self.num_bytes
         return int(self.token_bytes[self.tokens[np.flatnonzero(self.weights)]].sum())
+
+    def text_bytes(self, counted: int) -> int:
+        """Return the text's bytes that tokens stand for whose `token_bytes` add up to `counted`.
+
+        The split's own bytes are shared out over its tokens: where a vocabulary drops spaces or case, pieces
+        do not add up to their text. Where they do, it is `counted`.
+        """
+        return round(counted * self.num_bytes / self._counted) if self._counted else counted
+
+    @cached_property
+    def _counted(self) -> int:
+        """`token_bytes` of the whole split, read file by file: between files lie entries of nobody."""
+        firsts = [first for first, _ in self.gaps]
+        total = 0
+        for (first, shift), last in zip(self.gaps, [*firsts[1:], self.num_documents], strict=True):
+            start, end = (int(self.offsets[document]) + shift for document in (first, last))
+            for at in range(start, end, CHUNK):
+                total += int(self.token_bytes[self.tokens[at : min(at + CHUNK, end)]].sum(dtype=np.int64))
+        return total
 
     @property
     def starts(self) -> Int[np.ndarray, " D"]:
