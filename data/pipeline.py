@@ -265,7 +265,7 @@ class _Preparation:
             corpus = (part or self.corpus).digest
             inputs = {"format": FORMAT, "corpus": corpus, "tokenizer": tokenizer.digest}
             if self.template is not None:
-                inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.facts})
+                inputs["chat"] = digest_of({"format": CHAT_FORMAT, **self.template.inputs})
             return digest_of(inputs)
         return digest_of({"format": FORMAT, "parts": [self._digest(tokenizer, part) for part in self.parts]})
 

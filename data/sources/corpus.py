@@ -144,7 +144,7 @@ class ChatSource(FolderSource):
 
     def inputs(self) -> dict[str, Any]:
         """Files, and the template: what it refuses may be left out."""
-        inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.facts}}
+        inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.inputs}}
         return {key: value for key, value in inputs.items() if key != "text_key"}
 
     def builder(self, **options: Any) -> Any:

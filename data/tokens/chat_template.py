@@ -7,6 +7,7 @@ has none, it is what each assistant turn adds to the rendering of the turns befo
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ TODAY = datetime.datetime(2024, 7, 26)
 # sees it.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+# A conversation to see how a template goes on with: what is said begins and ends differently each time.
+PROBE = [("user", "Quo vadis"), ("assistant", "Romam"), ("user", "Cur")]
 
 Message = dict[str, Any]
 
@@ -81,6 +84,11 @@ class ChatTemplate:
         """What decides a rendering, json-able."""
         return {"text": self.text, "bos_token": self.bos_token, "eos_token": self.eos_token}
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What decides which tokens are learnt, for a digest: facts, and the head that is taken away."""
+        return self.facts if self._head == ("", "") else {**self.facts, "head": "".join(self._head or ())}
+
     def save(self, directory: Path) -> None:
         """Write it as `tokenizer_config.json` has it."""
         config = {"bos_token": self.bos_token, "eos_token": self.eos_token, "chat_template": self.text}
@@ -123,7 +131,7 @@ class ChatTemplate:
         """Render what a model answers to: all turns and the head of the next."""
         marks = _free_marks(conversation)
         defused = self._defuse(conversation, marks[0])
-        return _unmark(self._jinja(defused, marks, prompting=True), marks, None)
+        return _unmark(self._prompt(defused, marks), marks, None)
 
     def _defuse(self, value: Any, mark: str) -> Any:
         """Put a mark behind the first character of every special token that a text of the value spells."""
@@ -161,13 +169,13 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The rendering, marks and all, and what each assistant turn adds to that of the turns before it."""
         messages = conversation["messages"]
-        whole = self._jinja(conversation, marks)
+        whole = self._turns(conversation, marks)
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._jinja({**conversation, "messages": messages[:number]}, marks, prompting=True)
-            after = self._jinja({**conversation, "messages": messages[: number + 1]}, marks)
+            before = self._prompt({**conversation, "messages": messages[:number]}, marks)
+            after = self._turns({**conversation, "messages": messages[: number + 1]}, marks)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise TemplateRefusal(
                     f"the chat template {self.name} does not render message {number + 1} as a continuation "
@@ -177,11 +185,80 @@ class ChatTemplate:
             spans.append((len(before), len(before) + self._learnt(after[len(before) :])))
         return whole, spans
 
+    def _turns(self, conversation: Mapping[str, Any], marks: Sequence[str]) -> str:
+        """The rendering of what was said, without a head that nobody asked for."""
+        rendered = self._jinja(conversation, marks)
+        if self._head is None or not rendered.endswith(self._head[0]):
+            raise TemplateRefusal(
+                f"the chat template {self.name} always writes the head of the next answer, and where a turn "
+                "ends cannot be told from it; give one with {% generation %} blocks, or that minds "
+                "add_generation_prompt, by tokenizer.chat_template=FILE"
+            )
+        return rendered.removesuffix(self._head[0])
+
+    def _prompt(self, conversation: Mapping[str, Any], marks: Sequence[str]) -> str:
+        """The rendering of what was said and of the next answer's head."""
+        return self._jinja(conversation, marks, prompting=True) + (self._head or ("", ""))[1]
+
+    @cached_property
+    def _head(self) -> tuple[str, str] | None:
+        """The next answer's head that a template writes unasked, and what of it is lost; None: it is unknown.
+
+        Such a template renders an answered question the same whether prompting or not, and does not go on
+        from that rendering when more is said. What Jinja takes from a template's end, a line break, is lost.
+        """
+        if GENERATION.search(self.text):
+            return "", ""
+        turns = [{"role": role, "content": content} for role, content in PROBE]
+        for first in ([], [{"role": "system", "content": "Responde"}]):
+            try:
+                *said, prompted = (
+                    self._jinja({"messages": [*first, *turns[:count]]}, MARKS, prompting=prompting)
+                    for count, prompting in ((1, False), (2, False), (3, False), (2, True))
+                )
+            except TemplateRefusal:
+                continue  # some want a system message
+            asked, answered, further = said
+            goes_on = further.startswith(answered) or not answered.startswith(asked)
+            return ("", "") if prompted != answered or goes_on else self._cut_head(*said)
+        return "", ""
+
+    def _cut_head(self, asked: str, answered: str, further: str) -> tuple[str, str] | None:
+        """The head that these renderings of PROBE end with, told from the end of the turn before it."""
+        (_, question), (_, answer), (_, more) = PROBE
+        try:
+            opening, closing = asked.split(question)
+            end = answered.rpartition(answer)[2]  # of the answer's turn, and the head
+            between = further[further.rindex(answer) + len(answer) : further.rindex(more)]
+            lost = answered[len(asked) : answered.rindex(answer)]
+        except ValueError:
+            return None
+        # Where the turn ends. At the least: what a question's rendering does not end with is no head, and
+        # what the first question does not begin with is not the next one's. At the most: nor is that a head.
+        least = max(
+            len(end) - _alike(closing[::-1], end[::-1]),
+            len(between) - _alike(opening[::-1], between[::-1]),
+        )
+        most = _alike(end, between)
+        specials = list(self._special_pattern.finditer(end)) if self._special_pattern else []
+        before = [found.end() for found in specials if found.start() < least]
+        if not before or before[-1] > least:  # it ends with a special token where it can, and a whole one
+            least = next((found.end() for found in specials if least <= found.end() <= most), least)
+            least += len(end[least:most]) - len(end[least:most].lstrip())
+        if least > most or least == len(end):
+            return None
+        return end[least:], lost if lost.isspace() else ""
+
     def _learnt(self, turn: str) -> int:
         """Characters of a turn up to its end-of-turn token: the line break behind that, nobody generates."""
         pattern = self._special_pattern
         ends = [match.end() for match in pattern.finditer(turn)] if pattern else []
         return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    return len(os.path.commonprefix([a, b]))
 
 
 def _free_marks(conversation: Mapping[str, Any]) -> list[str]:

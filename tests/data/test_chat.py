@@ -153,6 +153,77 @@ def test_a_template_that_takes_words_back_is_refused_by_name():
         encoded(one, talk("q", "<t>hm</t>a", "q", "b"))
 
 
+# How a question begins and ends, an answer's head, how an answer ends, what stands before it all.
+SHAPES = {
+    "llama": ("<|im_start|>user\n", "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>", "{{ bos_token }}"),
+    "chatml": ("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", ""),
+    "closed answers": ("<|im_start|>user\n", "", "<|im_start|>assistant\n", "<|im_end|>", "{{ bos_token }}"),
+    "no start": ("user\n", "\n", "assistant\n", "<|im_end|>\n", "{{ bos_token }}"),
+    "two marks": (
+        *("<|im_start|><|begin_of_text|>user\n", "<|im_end|>"),
+        *("<|im_start|><|begin_of_text|>assistant\n", "<|im_end|>", ""),
+    ),
+    "separator": ("user\n", "<|im_end|>", "assistant\n", "<|im_end|>", "<|im_end|>"),
+    "system": (
+        *("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
+        "<|im_start|>system\nBe kind.<|im_end|>\n",
+    ),
+}
+
+
+def shaped(question, closed, head, ended, before, prompting):
+    """A template of that shape; `prompting`: what surrounds the head behind all turns."""
+    turn = "{% if m.role == 'user' %}Q{{ m.content }}C{% else %}H{{ m.content }}E{% endif %}"
+    parts = {"Q": question, "C": closed, "H": head, "E": ended}
+    turn = "".join(repr_of(parts[c]) if c in parts else c for c in turn)
+    head = prompting.replace("HEAD", repr_of(head))
+    return encoder(before + "{% for m in messages %}" + turn + "{% endfor %}" + head)
+
+
+def repr_of(text):
+    return f"{{{{ {text!r} }}}}" if text else ""
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_template_that_always_prompts_teaches_what_one_does_that_is_asked(shape):
+    asks = shaped(*shape, "{% if add_generation_prompt %}HEAD{% endif %}")
+    always = shaped(*shape, "HEAD")
+    for conversation in (talk("q", "a"), LONG, talk("x" * 50, "y ", "z", "w", "v", "u"), talk("q", "a", "b")):
+        one, other = encoded(asks, conversation), encoded(always, conversation)
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.weights, other.weights)
+        assert asks.prompt(conversation["messages"]) == always.prompt(conversation["messages"])
+    assert asks.stop_id == always.stop_id
+    # What it once taught is another corpus; what the others taught is not.
+    assert asks.template.inputs == asks.template.facts != always.template.inputs
+    answer = always.tokenizer.decode([always.tokenizer.encode("a")[0]])
+    assert learnt(always, talk("q", "a"))[0] == answer
+
+
+def test_a_head_whose_line_break_jinja_takes_is_whole_all_the_same():
+    head = "<|im_start|>assistant\n"
+    always = encoder(PREFIXED.partition("{% if add")[0] + head)
+    assert learnt(always, LONG)[0] == always.tokenizer.token(always.tokenizer.encode("G")[0])
+    assert always.prompt(LONG["messages"][:1]) == encoder(PREFIXED).prompt(LONG["messages"][:1])
+
+
+def test_a_template_that_never_prompts_teaches_the_head_with_the_answer():
+    never = encoder(PREFIXED.partition("{% if add")[0])
+    for conversation in (talk("q", "a"), LONG):
+        answers = len(conversation["messages"]) // 2
+        spelled = learnt(never, conversation)
+        assert spelled.count("<|im_start|>") == spelled.count("<|im_end|>") == answers
+    assert never.tokenizer.token(never.stop_id) == "<|im_end|>"
+    assert never.template.inputs == never.template.facts
+
+
+def test_a_template_whose_head_cannot_be_told_is_refused_by_name():
+    shouting = PREFIXED.partition("{% if add")[0].replace("m.content | trim", "m.content | upper")
+    one = encoder(shouting + "<|im_start|>assistant")
+    for conversation in (talk("q", "a"), LONG):
+        with pytest.raises(DataError, match="test.jinja always writes the head of the next answer"):
+            encoded(one, conversation)
+
+
 def test_templates_have_the_functions_that_they_are_written_for():
     def text(template):
         return encoder(template).template.prompt(talk("a<>ü")).text
