@@ -21,7 +21,7 @@ from data.sources.remote import local_path
 from data.sources.synthetic import SyntheticSource
 from data.sources.tfds import TfdsSource
 from data.tokens.chat import FORMAT as CHAT_FORMAT
-from data.tokens.chat import list_chat
+from data.tokens.chat import is_padded, list_chat
 from data.tokens.chat_template import ChatTemplate
 
 
@@ -143,8 +143,16 @@ class ChatSource(FolderSource):
         self.root, self.files = list_chat(local_path(config, say))
 
     def inputs(self) -> dict[str, Any]:
-        """Files, and the template: what it refuses may be left out."""
+        """Files, and the template: what it refuses may be left out.
+
+        A file of which nulls were once learnt that only its column's type has is another one since.
+        """
         inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.inputs}}
+        padded = {file for file in self.files if file.suffix == ".parquet" and is_padded(file)}
+        inputs["files"] = [
+            (name, f"{digest}-without-padding" if file in padded else digest)
+            for file, (name, digest) in zip(self.files, inputs["files"], strict=True)
+        ]
         return {key: value for key, value in inputs.items() if key != "text_key"}
 
     def builder(self, **options: Any) -> Any:

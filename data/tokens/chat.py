@@ -4,6 +4,7 @@ A conversation travels through a corpus as the JSON of `{"messages": [{"role": .
 so that documents stay texts; ShareGPT's `conversations` of `from` and `value` become the same.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ def conversation_text(record: object, where: str) -> str:
     conversation: dict[str, Any] = {"messages": messages}
     if record.get("tools"):
         conversation["tools"] = record["tools"]
-    text = json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
     try:
+        text = json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
         text.encode()
+    except TypeError as error:  # a whole number too long for Python, or a date of parquet's
+        raise refuse(f"has what cannot be written as JSON ({error})") from None
     except UnicodeEncodeError:  # "\ud800" is legal JSON but no character
         raise refuse("has half a surrogate pair") from None
     return text
@@ -238,7 +241,34 @@ def _records(path: Path, found: Callable[[str, str], None]) -> Iterator[tuple[st
             found("json", f"data.path: {where} is not JSON ({reason}); mend or remove that line")
 
 
+def is_padded(path: Path) -> bool:
+    """Whether a parquet file's conversations have structs inside, of which nulls were once learnt."""
+    import pyarrow.types
+
+    def nested(kind: Any) -> bool:
+        if pyarrow.types.is_struct(kind) or pyarrow.types.is_map(kind):
+            return True
+        return pyarrow.types.is_nested(kind) and nested(kind.value_type)
+
+    with _parquet(path) as (file, there):
+        columns = {name: file.schema_arrow.field(name).type for name in there}
+        tools, others = columns.pop("tools", None), columns.values()
+        turns = [kind.value_type for kind in others if pyarrow.types.is_nested(kind)]
+        fields = [field.type for turn in turns if pyarrow.types.is_struct(turn) for field in turn]
+        return any(nested(kind) for kind in (*fields, tools) if kind is not None)
+
+
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    with _parquet(path) as (file, there):
+        kinds = {name: file.schema_arrow.field(name).type for name in there}
+        for batch in file.iter_batches(columns=there, batch_size=1024):
+            for record in batch.to_pylist():
+                yield {name: _without_padding(value, kinds[name]) for name, value in record.items()}
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """A parquet file of conversations, open, and the columns that they are in."""
     import pyarrow
     import pyarrow.parquet
 
@@ -250,8 +280,27 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
             if not there or there == ["tools"]:
                 columns = ", ".join(file.schema_arrow.names)
                 raise DataError(f"data.path: {path} has columns {columns}, where {FORMS}")
-            for batch in file.iter_batches(columns=there, batch_size=1024):
-                yield from batch.to_pylist()
+            yield file, there
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"data.path: {path} is not a sound parquet file ({reason}); fetch it again") from None
+
+
+def _without_padding(value: Any, kind: Any) -> Any:
+    """Return an Arrow value as JSON would have it.
+
+    Every struct of a column has the keys of all of them, null where it has them not itself; a map is pairs.
+    """
+    import pyarrow.types
+
+    kind = getattr(kind, "storage_type", kind)
+    if value is None:
+        return None
+    if pyarrow.types.is_struct(kind):
+        named = ((field.name, field.type, value[field.name]) for field in kind)
+        return {name: _without_padding(item, inner) for name, inner, item in named if item is not None}
+    if pyarrow.types.is_map(kind):
+        return {key: _without_padding(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [_without_padding(item, kind.value_type) for item in value]
+    return value

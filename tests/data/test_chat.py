@@ -1,5 +1,6 @@
 """Conversations: what is learnt of them, what cannot be smuggled in, and what is refused."""
 
+import datetime
 import gzip
 import json
 from dataclasses import replace
@@ -10,10 +11,12 @@ import pyarrow.parquet
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from data.cache import file_digest
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loading.loader import Loader, eval_batches
 from data.pipeline import follow, prepare
+from data.sources.corpus import Corpus
 from data.tokens.bigram import bigram_bits_per_byte
 from data.tokens.chat import ChatEncoder, conversation_text, read_chat
 from data.tokens.chat_template import ChatTemplate, TemplateRefusal, find_template, specials_of
@@ -326,6 +329,64 @@ def test_forms_and_files_of_the_same_conversations_are_the_same_documents(tmp_pa
     other = prepare(chat_config(tmp_path, tmp_path / "cache"), BYTES, progress=False)
     for one, same in ((other.validation, prepared[1].validation), (train_of(other), train_of(prepared[1]))):
         assert sorted(ids.tobytes() for ids in one.framed()) == sorted(ids.tobytes() for ids in same.framed())
+
+
+def with_tools(tool, arguments, **more):
+    """A conversation whose assistant calls a tool."""
+    call = {"type": "function", "function": {"name": tool, "arguments": arguments}, **more}
+    messages = [USER, {**REPLY, "tool_calls": [call]}, {"role": "tool", "content": "3"}, REPLY]
+    tools = [{"name": tool, "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}]
+    return {"messages": messages, "tools": tools}
+
+
+CALLS = [
+    with_tools("weather", {"city": "Oslo", "days": [1, 2]}),
+    with_tools("stock", {"ticker": "ACME", "where": {"market": {"name": "X"}}}, id="7"),
+    with_tools("stock", {"where": {"market": {"open": True}}}),
+    talk("q", "a"),
+]
+
+
+def test_what_only_a_parquet_columns_type_has_is_not_there(tmp_path):
+    template = encoder("{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}").template
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in CALLS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), tmp_path / "a.parquet")
+    lines, rows = (
+        [json.loads(c) for c in read_chat(tmp_path / f"a.{kind}", template)] for kind in ("jsonl", "parquet")
+    )
+    assert lines == rows == CALLS
+
+
+def test_a_parquet_map_is_an_object_and_nulls_of_lists_and_maps_stay(tmp_path):
+    template = encoder("{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}").template
+    arguments = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.int64()))
+    turn = [("role", pyarrow.string()), ("content", pyarrow.string()), ("arguments", arguments)]
+    said = [USER | {"arguments": None}, REPLY | {"arguments": {"a": [1, None], "b": None}}]
+    for list_of in (pyarrow.list_, pyarrow.large_list):
+        schema = pyarrow.schema([("messages", list_of(pyarrow.struct(turn)))])
+        rows = [m | {"arguments": m["arguments"] and list(m["arguments"].items())} for m in said]
+        table = pyarrow.Table.from_pylist([{"messages": rows}], schema)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        (text,) = read_chat(tmp_path / "a.parquet", template)
+        assert json.loads(text)["messages"] == [USER, said[1]]
+
+
+def test_a_value_that_json_lacks_is_a_bad_record(tmp_path):
+    dated = [USER, REPLY | {"when": datetime.date(2024, 7, 26)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": dated}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:1 has what cannot be written as JSON .*date"):
+        list(read_chat(tmp_path / "a.parquet", default().template))
+
+
+def test_only_files_that_were_read_otherwise_are_others_since(tmp_path):
+    """Conversations without structs inside keep their digest, and so what was prepared of them."""
+    template = default().template
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CONVERSATIONS), tmp_path / "flat.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), tmp_path / "nested.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(CALLS[0]) + "\n")
+    found = dict(Corpus(chat_config(tmp_path, tmp_path / "cache"), chat=template).inputs["files"])
+    same = {name: file_digest(tmp_path / name) == digest for name, digest in found.items()}
+    assert same == {"flat.parquet": True, "nested.parquet": False, "a.jsonl": True}
 
 
 def test_batches_weigh_the_assistants_tokens_and_nothing_else(prepared):
