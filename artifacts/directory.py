@@ -290,9 +290,7 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
     run.resuming = True
     run._lock = _lock(path)
     try:
-        stored = _load(path / "config.yaml", yaml.safe_load)
-        if isinstance(stored.get("model"), dict):
-            stored["model"] = regrouped(stored["model"])
+        stored = stored_config(path)
         run._manifest = _load(path / "manifest.json", json.loads)
         run.rollbacks = list(run._manifest.get("rollbacks", []))
         run.changed = differing_keys(stored, run.config)
@@ -302,6 +300,14 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
         run.close()
         raise
     return run
+
+
+def stored_config(path: Path, key: str = "run.name") -> dict[str, Any]:
+    """What a run was made with, its model's keys as they are now. ValueError with `key` as the remedy."""
+    stored = _load(path / "config.yaml", yaml.safe_load, key)
+    if isinstance(stored.get("model"), dict):
+        stored["model"] = regrouped(stored["model"])
+    return stored
 
 
 def _summary(path: Path) -> dict[str, Any] | None:
@@ -333,7 +339,7 @@ def _said(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _load(path: Path, parse: Any) -> dict[str, Any]:
+def _load(path: Path, parse: Any, key: str = "run.name") -> dict[str, Any]:
     try:
         tree = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -342,7 +348,7 @@ def _load(path: Path, parse: Any) -> dict[str, Any]:
         if isinstance(tree, dict):
             return tree
         reason = "it holds no mapping"
-    raise ValueError(f"{path} cannot be read ({reason}); restore it, or choose another run.name=")
+    raise ValueError(f"{path} cannot be read ({reason}); restore it, or choose another {key}=")
 
 
 def _lock(directory: Path) -> int | None:

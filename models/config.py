@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NORMS = ("rmsnorm", "layernorm")
@@ -97,6 +97,7 @@ class MTPConfig:
 
     depth: int = 1  # further tokens
     weight: float = 0.1  # of their mean loss, beside that of the next token
+    normed_stream: bool = True  # read behind the final norm, as published weights are; false: as old runs did
 
     def __post_init__(self) -> None:
         _check_count("model.mtp.depth", self.depth, "1, or model.mtp=null for none")
@@ -185,10 +186,16 @@ def check_model(config: ModelConfig) -> None:
 
 
 EARLIER = {"rope_scaling": ("rope_", RopeScaling), "mtp": ("mtp_", MTPConfig)}
+GROUPS = {"moe": MoEConfig, "mla": MLAConfig, "mtp": MTPConfig, "rope_scaling": RopeScaling}
+# What runs had before there was a key for it, where that is not the key's default.
+UNTOLD = {"mtp": {"normed_stream": False}}
 
 
 def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a model's config as they are named now, of one that was stored before they were grouped."""
+    """All keys of a model's config as they are named now, of one that was stored by any version.
+
+    A key that has come into being since says what the run had: its default, but for `UNTOLD`.
+    """
     now = dict(model)
     for group, (prefix, kind) in EARLIER.items():
         names = [f.name for f in fields(kind) if f"{prefix}{f.name}" in model]
@@ -198,6 +205,10 @@ def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
         if values:
             off = values.get("kind") == "none" or values.get("depth") == 0
             now[group] = None if off else values
+    now = asdict(ModelConfig()) | now
+    for group, kind in GROUPS.items():
+        if isinstance(now[group], Mapping):
+            now[group] = asdict(kind()) | UNTOLD.get(group, {}) | dict(now[group])
     return now
 
 

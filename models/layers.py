@@ -367,8 +367,9 @@ class Head(nnx.Module):
 class MTPBlock(nnx.Module):
     """DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2): one layer for one token further.
 
-    h' = W [norm(h); norm(embedding of the token that the layer before predicts)], then a decoder layer; table
-    and head are the model's own.
+    h' = W [norm(h); norm(embedding of the token that the layer before predicts)], then a decoder layer and a
+    final norm of its own; h is what the head read before, so behind a final norm. Table and head are the
+    model's own.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

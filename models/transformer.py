@@ -146,9 +146,10 @@ class Model:
         """
         normed = self._module("final_norm", params["final_norm"])(x)
         loss, sums = self._loss(params, normed, batch["targets"], batch["loss_weights"], ops, ops.z_loss)
-        if not self.config.mtp_depth:
+        if self.config.mtp is None:
             return loss, sums
-        further, reports = self._mtp_loss(params, x, batch, ops)
+        stream = normed if self.config.mtp.normed_stream else x
+        further, reports = self._mtp_loss(params, stream, batch, ops)
         return loss + further, {**sums, **reports}
 
     def _loss(
@@ -173,9 +174,10 @@ class Model:
     ) -> tuple[Array, dict[str, Array]]:
         """mtp_weight times the mean loss over depths d of predicting token t+1+d, and what to report.
 
-        Depth d reads the token t+d, which depth d-1 was to predict, beside the stream of depth d-1; depth 1
-        beside that of the last layer, not normed. A depth's loss is the sum over the positions whose document
-        goes on that far, over the same total weight as the main loss.
+        Depth d reads the token t+d, which depth d-1 was to predict, beside what the head reads at depth d-1:
+        the stream behind that depth's own final norm; depth 1, behind the model's, which is `x`. A depth's
+        loss is the sum over the positions whose document goes on that far, over the same total weight as the
+        main loss.
         """
         spec, settings = self.segments[-1].period[-1], self.config.mtp
         assert settings is not None
@@ -191,7 +193,8 @@ class Model:
             return x, module.final_norm(x), sums
 
         for depth in range(settings.depth):
-            x, normed, sums = deepen(params, ahead["targets"], x, params["mtp"][str(depth)])
+            stream, normed, sums = deepen(params, ahead["targets"], x, params["mtp"][str(depth)])
+            x = normed if settings.normed_stream else stream
             ahead["targets"], ahead["loss_weights"] = next_targets(ahead)
             part, parts = self._loss(params, normed, ahead["targets"], ahead["loss_weights"], ops, 0.0)
             sums = self._mean_over_layers(sums)

@@ -18,7 +18,14 @@ import jax
 from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.directory import RunDirectory
-from artifacts.initial_weights import Parent, check_tokenizer, find_parent, same_parent, tokenizer_config
+from artifacts.initial_weights import (
+    Parent,
+    check_further_tokens,
+    check_tokenizer,
+    find_parent,
+    same_parent,
+    tokenizer_config,
+)
 from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
@@ -181,6 +188,7 @@ def build_setup(
     """What every process compiles for itself, once it has data and devices."""
     if parent is not None:
         check_tokenizer(parent, prepared.tokenizer.digest)
+        check_further_tokens(parent, scaled.config.model.mtp)
     config = with_vocab(scaled.config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)

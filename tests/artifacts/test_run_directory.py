@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ import yaml
 
 from artifacts.directory import differing_keys, is_frozen, open_run
 from artifacts.manifest import build_manifest, git_state
+from models.config import ModelConfig, MTPConfig
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
     "seed": 0,
     "deterministic": False,
     "init_from": None,
-    "model": {"d_model": 256, "window_pattern": ["global"], "norm_eps": 1e-6},
+    "model": asdict(ModelConfig(d_model=256)),
     "data": {"source": "stdlib", "path": None, "seq_len": 256, "workers": 2, "cache_dir": ".cache"},
     "tokenizer": {"kind": "bpe", "vocab_size": 4096},
     "mesh": {"data": -1, "rules": {"embed": ["fsdp"]}},
@@ -240,6 +242,18 @@ def test_a_key_that_came_later_had_its_default(tmp_path):
     open_run(new, path).close()
     new["data"]["on_bad_record"] = "skip"
     _refused(new, path, r"data\.on_bad_record is \(absent\) there and skip now")
+
+
+def test_a_key_of_the_model_that_came_later_says_what_the_run_had(tmp_path):
+    """Its default; but further tokens were once predicted from the stream before the final norm."""
+    path, new = tmp_path / "a", copy.deepcopy(CONFIG)
+    new["model"] = asdict(ModelConfig(d_model=256, mtp=MTPConfig()))
+    old = copy.deepcopy(new)
+    del old["model"]["qk_norm"], old["model"]["mtp"]["normed_stream"]
+    _make(path, old)
+    message = _refused(new, path, r"model\.mtp\.normed_stream is false there and true now")
+    assert "qk_norm" not in message
+    open_run(_with("model.mtp.normed_stream", False, new), path).close()
 
 
 def test_many_differences_stay_one_line(tmp_path):

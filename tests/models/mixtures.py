@@ -80,13 +80,14 @@ class LoopMixture(LoopDecoder):
         x = params["embed"]["table"][batch["tokens"]]
         for layer in self.layers(params):
             x = self.layer(layer, x, batch, "global")
+        x = self.norm(params["final_norm"], x, self.config.norm)
         further = self.further(params, x, batch) if self.config.mtp_depth else 0.0
-        self.extra += further
-        return self.predict(params, x, params["final_norm"])
+        self.extra += further  # behind what its routers added
+        return self.predict(params, x)
 
-    def predict(self, params: dict, x: np.ndarray, norm: dict) -> np.ndarray:
+    def predict(self, params: dict, normed: np.ndarray) -> np.ndarray:
         table = params["embed"]["table"] if self.config.tie_embeddings else params["head"]["table"]
-        return self.norm(norm, x, self.config.norm) @ table.T
+        return normed @ table.T
 
     def further(self, params: dict, x: np.ndarray, batch: dict) -> float:
         """Further tokens: position by position, looking the next ones up in the row."""
@@ -111,8 +112,8 @@ class LoopMixture(LoopDecoder):
             embedded = params["embed"]["table"][read]
             a = self.norm(part["hidden_norm"], x, self.config.norm) @ part["project"][0]
             x = a + self.norm(part["embed_norm"], embedded, self.config.norm) @ part["project"][1]
-            x = self.layer(part["block"], x, batch, "global")
-            logits = self.predict(params, x, part["final_norm"])
+            x = self.norm(part["final_norm"], self.layer(part["block"], x, batch, "global"), self.config.norm)
+            logits = self.predict(params, x)
             log_probs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
             log_probs = log_probs - logits.max(-1, keepdims=True)
             picked = np.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]

@@ -5,13 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from models import transformer
 from models.config import MTPConfig
 from models.mtp import next_targets
 from models.ops import Ops
 from models.transformer import build_model
 from parallel.schedules.accumulate import GradientAccumulation
-from tests.models.decoders import family, lively, make_batch
+from tests.models.decoders import LoopDecoder, family, lively, make_batch
 
 PACKED = [[5, 7], [3, 1, 6]]
 ZIGZAG = np.array([0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8])  # what two devices hold of twelve positions
@@ -21,6 +23,62 @@ def moved(batch):
     """The same rows with their positions in another order, and where each lay."""
     order = np.broadcast_to(ZIGZAG, (2, 12)).astype(np.int32)
     return {**{name: x[:, ZIGZAG] for name, x in batch.items()}, "order": order}
+
+
+def logits_of(model, params, batch, monkeypatch):
+    """Of the next token and of each further one: what every head of the model reads, times its table."""
+    streams = []
+
+    def spy(x, table, *arguments, **settings):
+        streams.append(x @ table.T)
+        return real(x, table, *arguments, **settings)
+
+    real = transformer.chunked_cross_entropy
+    monkeypatch.setattr(transformer, "chunked_cross_entropy", spy)
+    GradientAccumulation().forward(model, params, batch, jax.random.key(0), Ops())
+    monkeypatch.undo()
+    return [np.asarray(x) for x in streams]
+
+
+def loop_logits(config, params, batch, *, normed):
+    """The same in float64: DeepSeek-V3's modules as its published weights have them (arXiv:2412.19437, 2.2).
+
+    normed: each reads the stream as the head before it did, behind that head's own norm.
+    """
+    loop = LoopDecoder(config)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    table, tokens = params["embed"]["table"], batch["targets"]
+
+    def norm(weights, x):
+        return weights["scale"] * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+    x = table[batch["tokens"]]
+    for layer in loop.layers(params):
+        x = loop.layer(layer, x, batch, "global")
+    heads = [norm(params["final_norm"], x)]
+    for d in range(config.mtp.depth):
+        part = params["mtp"][str(d)]
+        hidden = norm(part["hidden_norm"], heads[-1] if normed else x)
+        both = np.concatenate([hidden, norm(part["embed_norm"], table[tokens])], -1)
+        x = loop.layer(part["block"], both @ np.concatenate(part["project"]), batch, "global")
+        heads.append(norm(part["final_norm"], x))
+        tokens = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    return [head @ table.T for head in heads]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_further_token_reads_what_the_head_before_it_read(normed, monkeypatch):
+    """Behind that head's norm, as weights that others trained expect; before it where an old run goes on."""
+    config = family(num_layers=1, mtp=MTPConfig(2, normed_stream=normed))
+    model, batch = build_model(config), make_batch(PACKED, 12)
+    params = lively(model)
+    mine = logits_of(model, params, batch, monkeypatch)
+    want = loop_logits(config, params, batch, normed=normed)
+    other = loop_logits(config, params, batch, normed=not normed)
+    assert len(mine) == 3
+    for depth, (logits, same, unlike) in enumerate(zip(mine, want, other, strict=True)):
+        assert np.abs(logits - same).max() <= 1e-5 * same.std()
+        assert depth == 0 or np.abs(logits - unlike).max() > same.std()
 
 
 def test_the_next_target_is_of_the_same_document():

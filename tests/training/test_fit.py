@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import training.loop
 import training.program
@@ -15,6 +16,7 @@ from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
 from artifacts.config import CheckpointConfig
+from artifacts.initial_weights import check_further_tokens, find_parent
 from artifacts.metrics import MetricsLog
 from common.errors import RunFault
 from data.errors import DataError
@@ -233,6 +235,24 @@ def test_a_parent_that_does_not_fit_is_one_line_and_nothing_is_written(ground, s
         fit(ground.config("orphan", *words))
     assert "\n" not in str(error.value)
     assert not ground.run("orphan").exists()
+
+
+def test_layers_for_further_tokens_go_on_with_the_stream_they_learnt_from(ground, sharded):
+    """A parent from before there was a key for it read the stream before the final norm."""
+    copy_run(ground, "half", "old")
+    path = ground.run("old") / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["model"]["mtp"] = {"depth": 1, "weight": 0.1}
+    path.write_text(yaml.safe_dump(stored))
+    words = ("init_from=old", "model.mtp.depth=1")
+    with pytest.raises(ValueError, match="use model.mtp.normed_stream=false") as error:
+        fit(ground.config("orphan", *words))
+    assert "\n" not in str(error.value) and not ground.run("orphan").exists()
+    same = ground.config("orphan", *words, "model.mtp.normed_stream=false")
+    check_further_tokens(find_parent(same), same.model.mtp)
+    path.unlink()
+    with pytest.raises(ValueError, match="config.yaml cannot be read .* choose another init_from="):
+        fit(ground.config("orphan", *words))
 
 
 def test_a_diverging_run_stops_and_saves_nothing_of_it(ground):
