@@ -17,22 +17,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from artifacts.config import CheckpointConfig, RunConfig
 from artifacts.manifest import now
 from artifacts.metrics import sync_directory
 from common.errors import RunFault
-from data.config import DataConfig, TokenizerConfig
-from models.config import regrouped
-from optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from parallel import processes
-from training.config import GuardConfig, TrainingConfig
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
 _FROZEN_KEYS = (
@@ -47,6 +42,7 @@ _FREE_KEYS = (
 )
 _OPEN_ENDED_SCHEDULES = ("constant", "wsd")
 _SHOWN = 6
+AsNow = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 # Facts of a manifest by which the same mathematics may come out with other last bits.
 DECIDES_BITS = (
     *("python", "packages", "devices", "mesh", "threads", "cpu", "jax", "compute_dtype", "compiler_options"),
@@ -54,32 +50,30 @@ DECIDES_BITS = (
 
 
 def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there.
-
-    A key that has come into being since counts as its default, which is what the run had.
-    """
+    """Every leaf with its two values where they differ; a leaf that one side lacks is "(absent)" there."""
     a, b = dict(_leaves(stored)), dict(_leaves(config))
-    later = {key: value for key, value in _defaults(config).items() if key not in a}
-    b = {key: value for key, value in b.items() if key not in later or value != later[key]}
     keys = [*a, *(key for key in b if key not in a)]
     pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of what has them as the schemas declare them, by key."""
-    named = {kind.name: kind for kind in (AdamWConfig, MuonConfig, LionConfig, SGDConfig)}
-    optim = named.get(str((config.get("optim") or {}).get("name")))
-    rooms = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
-    rooms |= {"run": RunConfig, "checkpoint": CheckpointConfig, "guard": GuardConfig}
-    values = {}
-    for room, kind in (rooms | ({"optim": optim} if optim else {})).items():
-        for field in fields(kind):
-            if field.default is not MISSING:
-                values[f"{room}.{field.name}"] = field.default
-            elif field.default_factory is not MISSING:
-                values[f"{room}.{field.name}"] = field.default_factory()
-    return values
+def completed(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """A stored config with the keys that have come into being since, at their defaults: what the run had.
+
+    config: the dataclass that it is compared with. Each group takes the defaults of the class that it has
+    there, which for an optimizer or a schedule is that of its name; a group that may be null was null.
+    """
+    whole = dict(stored)
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value) and isinstance(whole.get(item.name), Mapping):
+            whole[item.name] = completed(whole[item.name], value)
+        elif item.name not in whole and item.default is not MISSING:
+            whole[item.name] = item.default
+        elif item.name not in whole and item.default_factory is not MISSING:
+            made = item.default_factory()
+            whole[item.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+    return whole
 
 
 def is_frozen(key: str, config: Mapping[str, Any]) -> bool:
@@ -251,7 +245,9 @@ class RunDirectory:
             raise
 
 
-def open_run_together(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunDirectory:
+def open_run_together(
+    config: Mapping[str, Any], run_dir: str | os.PathLike[str], as_now: AsNow = dict
+) -> RunDirectory:
     """`open_run` by the primary; the other processes take its word, and theirs is never locked or begun.
 
     Raises what `open_run` raises, on all processes, and ValueError where one has another configuration.
@@ -261,15 +257,19 @@ def open_run_together(config: Mapping[str, Any], run_dir: str | os.PathLike[str]
     mine: list[RunDirectory] = []
 
     def look() -> dict[str, Any]:
-        mine.append(open_run(config, run_dir))
+        mine.append(open_run(config, run_dir, as_now))
         return mine[0].facts()
 
     facts = processes.from_primary("the run's directory", look)
     return mine[0] if mine else RunDirectory.told(facts, config)
 
 
-def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunDirectory:
+def open_run(
+    config: Mapping[str, Any], run_dir: str | os.PathLike[str], as_now: AsNow = dict
+) -> RunDirectory:
     """Look at `run_dir` and say whether `config` (plain nested dicts) may run there; nothing is written.
+
+    as_now: what makes of a config that an earlier version stored one with the keys of today.
 
     Raises ValueError where the directory is another run's, another process's, or none of ours, OSError where
     it cannot be written. Each message is one line with the remedy.
@@ -293,7 +293,7 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
         stored = stored_config(path)
         run._manifest = _load(path / "manifest.json", json.loads)
         run.rollbacks = list(run._manifest.get("rollbacks", []))
-        run.changed = differing_keys(stored, run.config)
+        run.changed = differing_keys(as_now(stored), run.config)
         _refuse_frozen(path, run)
         run.summary = _summary(path)
     except BaseException:
@@ -303,11 +303,8 @@ def open_run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> RunD
 
 
 def stored_config(path: Path, key: str = "run.name") -> dict[str, Any]:
-    """What a run was made with, its model's keys as they are now. ValueError with `key` as the remedy."""
-    stored = _load(path / "config.yaml", yaml.safe_load, key)
-    if isinstance(stored.get("model"), dict):
-        stored["model"] = regrouped(stored["model"])
-    return stored
+    """What a run was made with, as it was stored. ValueError with `key` as the remedy."""
+    return _load(path / "config.yaml", yaml.safe_load, key)
 
 
 def _summary(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 NORMS = ("rmsnorm", "layernorm")
@@ -186,15 +186,14 @@ def check_model(config: ModelConfig) -> None:
 
 
 EARLIER = {"rope_scaling": ("rope_", RopeScaling), "mtp": ("mtp_", MTPConfig)}
-GROUPS = {"moe": MoEConfig, "mla": MLAConfig, "mtp": MTPConfig, "rope_scaling": RopeScaling}
 # What runs had before there was a key for it, where that is not the key's default.
 UNTOLD = {"mtp": {"normed_stream": False}}
 
 
 def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of a model's config as they are named now, of one that was stored by any version.
+    """A model's config that any version stored, its keys as they are named now.
 
-    A key that has come into being since says what the run had: its default, but for `UNTOLD`.
+    Of keys that have come into being since only those of `UNTOLD` are filled in: others had their default.
     """
     now = dict(model)
     for group, (prefix, kind) in EARLIER.items():
@@ -205,10 +204,9 @@ def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
         if values:
             off = values.get("kind") == "none" or values.get("depth") == 0
             now[group] = None if off else values
-    now = asdict(ModelConfig()) | now
-    for group, kind in GROUPS.items():
-        if isinstance(now[group], Mapping):
-            now[group] = asdict(kind()) | UNTOLD.get(group, {}) | dict(now[group])
+    for group, had in UNTOLD.items():
+        if isinstance(now.get(group), Mapping):
+            now[group] = had | dict(now[group])
     return now
 
 

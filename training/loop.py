@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from artifacts.checkpoints.manager import Checkpoints
@@ -34,7 +35,7 @@ from training.safety.signals import Notices, Stopping
 from training.safety.skip_updates import Trouble, reason_of, trouble
 from training.safety.watchdog import Watchdog
 from training.samples import on_one_device, write_samples
-from training.setup import Run, Setup, before_the_first_step, compose, in_mid_run, say, start
+from training.setup import Run, Setup, as_now, before_the_first_step, compose, in_mid_run, say, start
 from training.state import TrainState
 
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
@@ -51,7 +52,7 @@ def fit(config: Config, *, began: float | None = None) -> int:
     watch = start_compile_cache(config.run.compile_cache, names=config.profile)
     ledger.compiling = lambda: watch.seconds
     with Notices() as notices, ExitStack() as stack:
-        directory = open_run_together(asdict(config), config.run.dir)
+        directory = open_run_together(asdict(config), config.run.dir, partial(as_now, config=config))
         stack.callback(directory.close)
         stack.push(ledger.leave)
         if (summary := finished(directory, config)) is not None:

@@ -8,7 +8,7 @@ from and opens what the run writes to. The loop that goes on from there is `trai
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,10 +17,9 @@ import jax
 
 from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
-from artifacts.directory import RunDirectory
+from artifacts.directory import RunDirectory, completed, stored_config
 from artifacts.initial_weights import (
     Parent,
-    check_further_tokens,
     check_tokenizer,
     find_parent,
     same_parent,
@@ -35,6 +34,7 @@ from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
+from models.config import MTPConfig, regrouped
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
@@ -158,6 +158,26 @@ def compose(directory: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: 
         prepared = prepare_together(config, tokenizer, directory.data_digest)
     with processes.all_or_none("the program"), before_the_first_step():
         return build_setup(directory, watch, ledger, layout, parent, prepared, scaled)
+
+
+def as_now(stored: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A config that any version stored, with the keys of today: what that run would be told now."""
+    model = stored.get("model")
+    named = {**stored, "model": regrouped(model)} if isinstance(model, Mapping) else stored
+    return completed(named, config)
+
+
+def check_further_tokens(parent: Parent, mtp: MTPConfig | None) -> None:
+    """Layers for further tokens go on with the stream that they were trained on: model.mtp.normed_stream."""
+    if mtp is None:
+        return
+    theirs = regrouped(stored_config(parent.run, "init_from").get("model") or {}).get("mtp")
+    if theirs is not None and theirs["normed_stream"] != mtp.normed_stream:
+        there, here = (str(normed).lower() for normed in (theirs["normed_stream"], mtp.normed_stream))
+        raise ValueError(
+            f"init_from: model.mtp.normed_stream is {there} in {parent.run} and {here} now: its layers for "
+            f"further tokens have learnt from another stream; use model.mtp.normed_stream={there}"
+        )
 
 
 def prepare_together(config: Config, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:

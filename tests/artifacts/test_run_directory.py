@@ -2,11 +2,14 @@
 
 import copy
 import errno
+import importlib
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -14,7 +17,12 @@ import yaml
 
 from artifacts.directory import differing_keys, is_frozen, open_run
 from artifacts.manifest import build_manifest, git_state
-from models.config import ModelConfig, MTPConfig
+from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from optim.config import OPTIMIZERS, SCHEDULES, AdamWConfig, OptimConfig, ScheduleConfig, WSDConfig
+from parallel.config import AutoscaleConfig
+from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig
+from training.config import Config, LocalSGDConfig
+from training.setup import as_now
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
@@ -229,31 +237,97 @@ def test_differences_are_symmetric_and_absent_keys_count():
     assert differing_keys(CONFIG, copy.deepcopy(CONFIG)) == {}
 
 
-def test_a_key_that_came_later_had_its_default(tmp_path):
-    """Runs outlive the version that began them: what did not exist then had its default."""
-    path, old = tmp_path / "a", copy.deepcopy(CONFIG)
-    for key in ("mixture", "steps", "on_bad_record"):
-        old["data"].pop(key, None)
-    old["optim"] = {"name": "adamw", "learning_rate": 3e-4}
-    _make(path, old)
-    new = copy.deepcopy(old)
-    new["data"] |= {"mixture": {}, "steps": [], "on_bad_record": "stop"}
-    new["optim"] |= {"moment_dtype": "float32"}
-    open_run(new, path).close()
-    new["data"]["on_bad_record"] = "skip"
-    _refused(new, path, r"data\.on_bad_record is \(absent\) there and skip now")
+def whole_configs():
+    """A config of every optimizer, and of every schedule, with every optional group there."""
+    groups = {"autoscale": AutoscaleConfig(), "local_sgd": LocalSGDConfig()}
+    sizes = {"num_kv_heads": 8, "head_dim": 192}
+    parts = {"moe": MoEConfig(), "mla": MLAConfig(), "mtp": MTPConfig(), "rope_scaling": RopeScaling()}
+    model = ModelConfig(**sizes, **parts)
+    hardware = HardwareConfig(device=DeviceConfig())
+    for optim, schedule in zip_longest(OPTIMIZERS, SCHEDULES):
+        yield Config(
+            model=model,
+            hardware=hardware,
+            optim=(optim or OPTIMIZERS[0])(),
+            schedule=(schedule or SCHEDULES[0])(),
+            **groups,
+        )
 
 
-def test_a_key_of_the_model_that_came_later_says_what_the_run_had(tmp_path):
-    """Its default; but further tokens were once predicted from the stream before the final norm."""
-    path, new = tmp_path / "a", copy.deepcopy(CONFIG)
-    new["model"] = asdict(ModelConfig(d_model=256, mtp=MTPConfig()))
-    old = copy.deepcopy(new)
-    del old["model"]["qk_norm"], old["model"]["mtp"]["normed_stream"]
-    _make(path, old)
-    message = _refused(new, path, r"model\.mtp\.normed_stream is false there and true now")
-    assert "qk_norm" not in message
-    open_run(_with("model.mtp.normed_stream", False, new), path).close()
+def keys_of(config, prefix=()):
+    """Every field of every dataclass below, as (path, type of the dataclass, field)."""
+    for item in fields(config):
+        yield (*prefix, item.name), type(config), item
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from keys_of(value, (*prefix, item.name))
+
+
+def without(tree, path):
+    """A copy without one key."""
+    tree = copy.deepcopy(tree)
+    below = tree
+    for part in path[:-1]:
+        below = below[part]
+    del below[path[-1]]
+    return tree
+
+
+def test_a_key_that_came_later_had_its_default_in_every_config_dataclass():
+    """Runs outlive the version that began them: each key in turn is taken for one that did not exist then."""
+    met = set()
+    for config in whole_configs():
+        stored = asdict(config)
+        for path, kind, item in keys_of(config):
+            had = differing_keys(as_now(without(stored, path), config), stored)
+            value = getattr_path(config, path)
+            default = item.default if item.default is not MISSING else item.default_factory()
+            if path == ("model", "mtp", "normed_stream"):  # further tokens were once predicted from another
+                assert had == {"model.mtp.normed_stream": (False, True)}
+            elif value == default:
+                assert had == {}, path
+            else:
+                assert had and all(key.startswith(".".join(path)) for key in had), path
+            met.add(kind)
+    known = {kind for kind in vars_of_config_modules() if kind not in (OptimConfig, ScheduleConfig)}
+    assert known == met | {LinkConfig}  # of which a datasheet has a list, one value
+
+
+def getattr_path(config, path):
+    """The value at a path of fields."""
+    for part in path:
+        config = getattr(config, part)
+    return config
+
+
+def vars_of_config_modules():
+    """Every dataclass that the root's tree can hold, found by its name in the modules that define them."""
+    modules = ("data", "models", "optim", "parallel", "training", "artifacts", "serving")
+    loaded = [importlib.import_module(f"{name}.config") for name in modules]
+    loaded.append(importlib.import_module("parallel.hardware"))
+    made = {value for module in loaded for value in vars(module).values() if isinstance(value, type)}
+    return {value for value in made if is_dataclass(value) and value.__name__.endswith(("Config", "Scaling"))}
+
+
+def test_a_field_added_to_a_dataclass_does_not_refuse_earlier_runs(tmp_path):
+    """As the next version would have it: a subclass of every group with one field more."""
+    config = Config(optim=AdamWConfig(), schedule=WSDConfig())
+    path = tmp_path / "a"
+    _make(path, asdict(config))
+    grown = {
+        item.name: make_dataclass(
+            f"Grown{item.name}",
+            [("new_key", int, field(default=7))],
+            bases=(type(getattr(config, item.name)),),
+        )()
+        for item in fields(config)
+        if is_dataclass(getattr(config, item.name))
+    }
+    later = replace(config, **grown)
+    open_run(asdict(later), path, partial(as_now, config=later)).close()
+    later.model.new_key = 8
+    with pytest.raises(ValueError, match=r"model\.new_key is 7 there and 8 now"):
+        open_run(asdict(later), path, partial(as_now, config=later))
 
 
 def test_many_differences_stay_one_line(tmp_path):
