@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
 
 import jax
 import numpy as np
@@ -129,9 +130,27 @@ def copy_run(ground, name, new):
     return new
 
 
+def age(run, config):
+    """As an earlier version made it: of every group that has its default somewhere, a key is not there."""
+    stored, forgotten = yaml.safe_load((run / "config.yaml").read_text()), 0
+    for group, values in stored.items():
+        kind = getattr(config, group)
+        if not isinstance(values, dict) or not is_dataclass(kind):
+            continue
+        defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        key = next((k for k, value in defaults.items() if k in values and values[k] == value), None)
+        if key is not None:
+            del values[key]
+            forgotten += 1
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert forgotten >= 10
+
+
 @DROPPED
 def test_a_corrupt_checkpoint_costs_only_the_steps_since_the_one_before(ground, whole, capsys, dropped_reads):
+    """In a run of an earlier version, too, which had none of the keys that have come since."""
     name = copy_run(ground, "whole", "damaged")
+    age(ground.run(name), ground.config(name, *whole[0]))
     (ground.run(name) / "summary.json").unlink()
     for file in (ground.run(name) / "checkpoints" / "12").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-40])
