@@ -1,8 +1,7 @@
 """A folder's files as documents: which are read, in what order, and what each holds."""
 
-import gzip
+import codecs
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from data.cache import file_digest
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
+from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json, unreadable
 
 TEXT = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -33,13 +33,21 @@ def list_folder(folder: Path) -> list[Path]:
         raise DataError(f"data.path={folder} does not exist; give the folder that holds your files")
     if not folder.is_dir():
         raise DataError(f"data.path={folder} is not a folder; give the folder that holds your files")
-    found = [path for path in walk(folder) if path.name.endswith(SUFFIXES)]
+    files = walk(folder)
+    for path in filter(
+        Path.is_symlink, files
+    ):  # to nothing, or to what may not be seen: it might be a folder
+        try:
+            path.stat()
+        except OSError as error:
+            raise DataError(unreadable(path, error)) from None
+    found = [path for path in files if path.name.endswith(SUFFIXES)]
     if not found:
         raise DataError(
             f"data.path={folder} holds no documents; put files there that end in {' '.join(SUFFIXES)}"
         )
     for path in found:
-        if path.exists() and not path.is_file():  # a pipe or a device, which would be read for ever
+        if not path.is_file():  # a pipe or a device, which would be read for ever
             raise DataError(f"data.path: {path} is no regular file; move it away")
     return found
 
@@ -54,17 +62,31 @@ def list_stdlib(root: Path) -> list[Path]:
 
 
 def walk(root: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """Return every file under `root`, sorted; hidden ones and `excluded` directories are passed over."""
+    """Return every file under `root`, sorted; hidden ones and `excluded` directories are passed over.
+
+    Linked folders are entered when all others have been, and each folder once: what lies under `root` itself
+    keeps its name there, and a link to a parent, or one that goes round, adds nothing.
+    """
 
     def fail(error: OSError) -> None:
-        raise DataError(
-            f"data.path: {error.filename} cannot be read ({error.strerror}); grant access or move it away"
-        )
+        raise DataError(unreadable(str(error.filename), error))
 
-    found = []
-    for directory, names, files in os.walk(root, onerror=fail):
-        names[:] = [name for name in names if name not in excluded and not name.startswith(".")]
-        found += [Path(directory, name) for name in files if not name.startswith(".")]
+    found: list[Path] = []
+    entered: set[str] = set()
+    tops = [root]
+    while tops:
+        links = []
+        for top in tops:
+            for directory, names, files in os.walk(top, onerror=fail):
+                real = os.path.realpath(directory)
+                if real in entered:
+                    names.clear()
+                    continue
+                entered.add(real)
+                names[:] = [name for name in names if name not in excluded and not name.startswith(".")]
+                links += [path for name in names if (path := Path(directory, name)).is_symlink()]
+                found += [Path(directory, name) for name in files if not name.startswith(".")]
+        tops = sorted(links)
     return sorted(found)
 
 
@@ -84,11 +106,7 @@ def _input_digest(path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as error:
-        raise DataError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"data.path: {path} cannot be read ({error.strerror or error}); grant access or move it away"
+        raise DataError(unreadable(path, error)) from None
 
 
 def in_validation(text: str, fraction: float) -> bool:
@@ -105,18 +123,19 @@ def read_documents(path: Path, text_key: str, bad: BadRecords | None = None) -> 
     """
     bad = bad or BadRecords()
     try:
-        if path.stat().st_size == 0:
+        if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
             if path.suffix == ".py":
                 return
             raise DataError(f"data.path: {path} is empty; fill it or move it away")
         if path.name.endswith(TEXT):
-            yield from decode(path.read_bytes(), str(path), bad)
+            for text in decode(path.read_bytes(), str(path), bad):
+                yield text.removeprefix(BYTE_ORDER_MARK)
         elif path.suffix == ".parquet":
             yield from _parquet(path, text_key, bad)
         else:
             yield from _json_lines(path, text_key, bad)
-    except OSError as error:  # gzip's BadGzipFile is one too
-        raise DataError(_unreadable(path, error)) from None
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from None
 
 
 def decode(raw: bytes, where: str, bad: BadRecords, base: int = 0) -> Iterator[str]:
@@ -129,44 +148,20 @@ def decode(raw: bytes, where: str, bad: BadRecords, base: int = 0) -> Iterator[s
         )
 
 
-def _open_lines(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        import zstandard  # only this format needs it
-
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return open(path, "rb")
-
-
 def _json_lines(path: Path, text_key: str, bad: BadRecords) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(file_lines(path), 1):
         where = f"{path}:{number}"
         for text in decode(line, where, bad, offset):
-            if text.strip():
-                yield from _text_of_line(text, text_key, where, bad)
+            record = text.removeprefix(BYTE_ORDER_MARK)  # of each line: files are put together with `cat`
+            if record.strip():
+                yield from _text_of_line(record, text_key, where, bad)
         offset += len(line)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with _open_lines(path) as file:
-            yield from file
-    except (EOFError, OSError) as error:
-        raise DataError(f"data.path: {path} is truncated or corrupt ({error}); fetch it again") from None
-    except Exception as error:
-        if type(error).__name__ in (
-            "ZstdError",
-            "error",
-        ):  # zstandard's and zlib's own, not imported for this
-            raise DataError(f"data.path: {path} is truncated or corrupt ({error}); fetch it again") from None
-        raise
 
 
 def _text_of_line(line: str, text_key: str, where: str, bad: BadRecords) -> Iterator[str]:
     try:
-        record = json.loads(line)
+        record = load_json(line)
     except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets nested thousands deep
         reason = getattr(error, "msg", "nested too deep")
         bad.found("json", f"data.path: {where} is not JSON ({reason}); mend or remove that line")
@@ -224,13 +219,30 @@ def column_texts(column: Any, text_key: str, where: str, bad: BadRecords, first:
 
     Raises DataError where the column's type is not text.
     """
-    import pyarrow
+    for part in getattr(column, "chunks", [column]):
+        # Arrow takes it on trust that a string column is UTF-8; as bytes, each value is decoded by itself.
+        raws = _as_bytes(part)
+        if raws is None:
+            raise DataError(f"data.text_key={text_key} is {column.type} in {where}; it must be text")
+        for number, raw in enumerate(raws, first):
+            if value := raw.as_py():
+                yield from decode(value, f"{where}: record {number}", bad)
+        first += len(part)
 
-    kind, types = column.type, pyarrow.types
-    if not (types.is_string(kind) or types.is_large_string(kind)):
-        raise DataError(f"data.text_key={text_key} is {kind} in {where}; it must be text")
-    # Arrow takes it on trust that a string column is UTF-8; as bytes, each value is decoded by itself.
-    raws = column.cast(pyarrow.large_binary() if types.is_large_string(kind) else pyarrow.binary())
-    for number, raw in enumerate(raws, first):
-        if value := raw.as_py():
-            yield from decode(value, f"{where}: record {number}", bad)
+
+def _as_bytes(array: Any) -> Any:
+    """Return an Arrow array of text, however it is encoded, as one of bytes; None where it is no text."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind, types = array.type, pyarrow.types
+    if types.is_string(kind):
+        return array.cast(pyarrow.binary())
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return array.cast(pyarrow.large_binary())
+    if types.is_dictionary(kind):  # pandas' categoricals
+        values = _as_bytes(array.dictionary)
+        return values if values is None else values.take(array.indices)
+    if types.is_run_end_encoded(kind):
+        return _as_bytes(pyarrow.compute.run_end_decode(array))
+    return _as_bytes(array.storage) if isinstance(array, pyarrow.ExtensionArray) else None

@@ -9,6 +9,7 @@ From then on the library is not needed: random access, and the exactness of `cac
 
 import contextlib
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from data.sources.array_record import text_record, write_prepared
 from data.sources.bad_records import BadRecords
 from data.sources.documents import Say, base_splits, first_line, quiet, silent
 from data.sources.files import column_texts, fingerprint, walk
+from data.sources.lines import file_lines
 from data.sources.remote import local_path
 
 NAME = re.compile(r"(?P<repo>[^:@]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
@@ -68,6 +70,7 @@ class HfSource:
 
     def build(self, aside: Path) -> dict[str, int]:
         """Write each split in use into ArrayRecord, in order."""
+        self._check_files()
         bad = BadRecords(self.config.on_bad_record)
         splits = base_splits(*self.splits.values())
         self._scratch = aside / "scratch"  # the library's locks, which it would leave in the home directory
@@ -75,6 +78,26 @@ class HfSource:
             write_prepared(aside, "hf", {split: self._records(split, bad) for split in splits})
         shutil.rmtree(self._scratch, ignore_errors=True)
         return dict(bad.counts)
+
+    def _check_files(self) -> None:
+        """Raise DataError for what the library would leave out unsaid: linked folders, the rest of a .zst."""
+        if self.path is None or self._saved() is not None:
+            return
+        root = os.path.realpath(self.path)
+        for path in walk(self.path):
+            if os.path.realpath(path.parent) != os.path.normpath(root / path.parent.relative_to(self.path)):
+                raise DataError(
+                    f"data.path: {path} lies in a linked folder, which the library datasets passes over; put "
+                    "the folder itself there, or use data.source=folder"
+                )
+            if path.suffix == ".zst":
+                for _ in file_lines(path):
+                    pass
+
+    def _saved(self) -> str | None:
+        """Return the file by which `save_to_disk` says what it wrote; None where it did not write this."""
+        names = ("dataset_dict.json", "state.json")
+        return next((name for name in names if self.path and (self.path / name).exists()), None)
 
     def _records(self, split: str, bad: BadRecords) -> Iterator[bytes]:
         where = self.config.name or str(self.path)
@@ -96,12 +119,13 @@ class HfSource:
         """Return a split as the library opens it: mapped where it lies as Arrow, streamed otherwise."""
         import datasets
 
-        if self.path is not None and (self.path / "dataset_dict.json").exists():
+        saved = self._saved()
+        if saved == "dataset_dict.json":
             found = datasets.load_from_disk(str(self.path))
             if split not in found:
                 raise self._no_split(split, list(found))
             return found[split]
-        if self.path is not None and (self.path / "state.json").exists():
+        if saved is not None:
             if split != "train":
                 raise self._no_split(split, ["train"])
             return datasets.load_from_disk(str(self.path))

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
+from data.sources.documents import first_line
 from data.sources.files import in_validation, list_folder, list_stdlib, read_documents, relative
 from data.tokens.chat import read_chat
 from data.tokens.chat_template import ChatTemplate
@@ -53,7 +54,7 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _any(self, held_out: bool) -> bool:
         unseen = BadRecords(self.bad.policy)
-        texts = (text for path in self._files() for text in self._read(path, unseen))
+        texts = (text for path in self._files() for text in self._texts(path, unseen))
         return any(in_validation(text, self._fraction) == held_out for text in texts)
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict[str, str]]]:
@@ -62,7 +63,7 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         bad = self.bad if held_out == self._counts else BadRecords(self.bad.policy)
         for path in self._files():
             name = relative(self._root, path)
-            for number, text in enumerate(self._read(path, bad)):
+            for number, text in enumerate(self._texts(path, bad)):
                 if in_validation(text, self._fraction) == held_out:
                     empty = False
                     yield f"{name}:{number}", {"text": text, "path": name}
@@ -72,6 +73,18 @@ class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
                 f"data.validation_fraction={self._fraction} leaves no {split} documents; {change} it, "
                 "or add documents to the corpus (a file, or a record of one, is a document)"
             )
+
+    def _texts(self, path: Path, bad: BadRecords) -> Iterator[str]:
+        """Read a file; what nobody has foreseen in it is told with its name, not as a fault of the cache."""
+        try:
+            yield from self._read(path, bad)
+        except DataError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(
+                f"data.path: {path} cannot be read ({reason}); mend it or move it away"
+            ) from error
 
     def _files(self) -> list[Path]:
         raise NotImplementedError

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from data.errors import DataError
 from data.sources.files import RECORDS, list_folder
-from data.sources.files import _lines as file_lines
+from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json
 from data.tokens.chat_template import ChatTemplate, Rendered, TemplateRefusal
 from data.tokens.encoding import Encoded
 from data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -162,7 +162,7 @@ class ChatEncoder:
     def _rendered(self, text: str) -> Rendered:
         try:
             # Documents of a dataset that somebody prepared are checked here, those of files have been.
-            conversation = json.loads(conversation_text(json.loads(text), _beginning(text)))
+            conversation = json.loads(conversation_text(load_json(text), _beginning(text)))
             return self.template.render(conversation)
         except TemplateRefusal as error:
             raise DataError(f"data: {_beginning(text)}: {error}") from None
@@ -232,8 +232,9 @@ def _records(path: Path, found: Callable[[str, str], None]) -> Iterator[tuple[st
     for number, line in enumerate(file_lines(path), 1):
         where = f"{path}:{number}"
         try:
-            if line.strip():
-                yield where, json.loads(line.decode())
+            text = line.decode().removeprefix(BYTE_ORDER_MARK)
+            if text.strip():
+                yield where, load_json(text)
         except UnicodeDecodeError as error:
             found("utf8", f"data.path: {where} is not UTF-8 at byte {error.start}; convert it to UTF-8")
         except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets nested thousands deep

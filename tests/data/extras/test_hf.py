@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from data.config import DataConfig
 from data.errors import DataError
@@ -65,6 +66,39 @@ def test_a_folder_of_data_files_is_streamed_once(datasets, tmp_path, name):
     assert not list((tmp_path / "cache").rglob("*.lock"))
     digest = prepare(config, BYTES, progress=False).digest
     (folder / "1.jsonl").write_text('{"text": "another"}\n')
+    assert prepare(config, BYTES, progress=False).digest != digest
+
+
+def test_what_the_library_would_leave_out_unsaid_is_refused(datasets, tmp_path):
+    """It passes over linked folders, and takes the end of a .zst file for that of its text."""
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+    frame = zstandard.ZstdCompressor().compress
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.jsonl.zst").write_bytes(frame(lines) + frame(lines))
+    config = hf_config(tmp_path / "cache", path=str(folder), **SLICES)
+    assert len(documents(config, "validation")) + len(documents(config, "train")) == 2 * len(TEXTS)
+    (folder / "a.jsonl.zst").write_bytes(frame(lines) + frame(lines)[:-9])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst is truncated or corrupt"):
+        prepare(config, BYTES, progress=False)
+    (folder / "a.jsonl.zst").write_bytes(frame(lines))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "b.jsonl").write_bytes(lines)
+    (folder / "more").symlink_to(tmp_path / "disk")
+    with pytest.raises(DataError, match=r"more/b\.jsonl lies in a linked folder, .*use data\.source=folder"):
+        prepare(config, BYTES, progress=False)
+
+
+def test_a_saved_split_may_be_a_linked_folder(datasets, tmp_path):
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "saved" / "train").symlink_to(tmp_path / "elsewhere")
+    config = hf_config(tmp_path / "cache", path=str(tmp_path / "saved"), **SLICES)
+    digest = prepare(config, BYTES, progress=False).digest
+    datasets.Dataset.from_dict({"text": TEXTS[:140]}).save_to_disk(str(tmp_path / "other"))
+    (tmp_path / "saved" / "train").unlink()
+    (tmp_path / "saved" / "train").symlink_to(tmp_path / "other")
     assert prepare(config, BYTES, progress=False).digest != digest
 
 
