@@ -126,13 +126,18 @@ def _launch(
     from configs.explain import check_overrides
     from configs.optional_groups import opened
     from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
+    from configs.text_words import as_typed
     from training.config import Config
 
     args = _parse(argv)
     schema.register()
     if not (args.shell_completion or args.info or args.hydra_help):
         # Another config directory may bring groups and options that these files do not list.
-        check_overrides(args.overrides, CONFIG_DIR, strict=not (args.config_dir or args.config_path))
+        check_overrides(
+            as_typed(args.overrides, Config),
+            CONFIG_DIR,
+            strict=not (args.config_dir or args.config_path),
+        )
     # Hydra's parser takes all overrides in one piece, after the flags.
     argv = [word for word in argv if word not in args.overrides] + opened(args.overrides, Config)
     check_launcher(args.overrides)
@@ -231,10 +236,13 @@ def override_suffix(overrides: Sequence[str]) -> str:
     run.name is left out, and so is the experiment, whose name run.name already is unless it was given.
     """
     from configs.optional_groups import GROUP
+    from configs.text_words import unquoted
 
     given = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     hidden = {GROUP, "run.name"} if "run.name" in given else {GROUP, "experiment"}
-    kept = [word.lstrip("+") for word in overrides if word.lstrip("+").split("=", 1)[0] not in hidden]
+    kept = [
+        unquoted(word.lstrip("+")) for word in overrides if word.lstrip("+").split("=", 1)[0] not in hidden
+    ]
     text = ",".join(kept)
     clean = re.sub(r"[^A-Za-z0-9_.,=+@-]+", "_", text)
     if clean == text and len(clean) <= 120:
@@ -264,7 +272,10 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    from configs.text_words import as_typed
+    from training.config import Config
+
+    parsed = OverridesParser.create().parse_overrides(as_typed(overrides, Config))
     return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 

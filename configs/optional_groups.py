@@ -11,6 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
+from configs.text_words import as_typed
+
 GROUP = "_room"  # of the words that open; nobody types them
 
 
@@ -34,12 +36,14 @@ def register_rooms(root: type) -> None:
 
 
 def opened(words: Sequence[str], root: type) -> list[str]:
-    """The overrides of a command, behind one that opens the parts of `root` that they set something in."""
-    wanted = []
+    """The overrides of a command as Hydra is told them: text as it was typed, behind a word that opens the
+    parts of `root` that they set something in.
+    """
+    words, wanted = as_typed(words, root), []
     for key in optional_rooms(root):
         for word in words:
             name, _, value = word.lstrip("+").partition("=")
             if name.startswith(f"{key}.") or (name == key and value.lstrip().startswith("{")):
                 wanted.append(key)
                 break
-    return [f"+{GROUP}=[{','.join(wanted)}]", *words] if wanted else list(words)
+    return [f"+{GROUP}=[{','.join(wanted)}]", *words] if wanted else words

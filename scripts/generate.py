@@ -150,7 +150,8 @@ def load_config(path: Path) -> "Config":
     from training.config import Config
 
     try:
-        stored = OmegaConf.load(path)
+        # As it was written: OmegaConf's own reader would make a number of a run's name such as 1e3.
+        stored = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
         stored.model = regrouped(dict(stored.model))
         optim = {schema.name: schema for schema in OPTIMIZERS}[stored.optim.name]()
         schedule = {schema.name: schema for schema in SCHEDULES}[stored.schedule.name]()

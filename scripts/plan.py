@@ -249,24 +249,30 @@ def write_experiment(path: Path, words: Sequence[str], found: "Searched") -> Non
 
 def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
     """YAML in the form of configs/experiment; the base experiment is merged in by name."""
-    import yaml
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from configs.cli import groups
+    from configs.text_words import as_typed
+    from training.config import Config
 
     best = found.best
     assert best is not None
-    groups, tree = [], dict[str, Any]()
+    parts, tree = [], dict[str, Any]()
     base = ""
-    for word in (*words, *best.candidate.words):
-        key, _, value = word.lstrip("+").partition("=")
+    # Read and written by Hydra's rules, not YAML's, to which a path such as 2024-01-15 is a date.
+    for word in OverridesParser.create().parse_overrides(as_typed([*words, *best.candidate.words], Config)):
+        key, value = word.key_or_group, word.value()
         if key == "experiment":
-            base = value
-        elif "." in key:
+            base = str(value)
+        elif key in groups():
+            parts.append(f"  - override /{key}: {'null' if value is None else value}")
+        else:
             node = tree
             *rooms, leaf = key.split(".")
             for room in rooms:
                 node = node.setdefault(room, {})
-            node[leaf] = yaml.safe_load(value)
-        else:
-            groups.append(f"  - override /{key}: {value}")
+            node[leaf] = value
     tree.setdefault("run", {})["name"] = name
     size = best.work.memory.total / 2**30
     lines = [
@@ -278,10 +284,10 @@ def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
         f"# expected: as {base}; {size:.1f} GiB on a device",
         "defaults:",
         *([f"  - {base}"] if base else []),
-        *groups,
+        *parts,
         "  - _self_",
     ]
-    return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False)])
+    return "\n".join([*lines, OmegaConf.to_yaml(OmegaConf.create(tree))])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is asked of the planner: the `plan.*` words of scripts/plan.py, apart from the run's configuration."""
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -56,7 +57,8 @@ def split_words(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
         if "=" not in pair:
             raise ValueError(f"{word} is not KEY=VALUE; for example plan.output=plan.json")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(pairs))
+        given = OmegaConf.from_dotlist(list(map(_as_typed, pairs)))
+        merged = OmegaConf.merge(OmegaConf.structured(PlanConfig), given)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         name = str(error.full_key)
@@ -67,3 +69,11 @@ def split_words(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
         raise ValueError(f"plan.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, PlanConfig)
     return config, [word for word in argv if word not in own]
+
+
+def _as_typed(pair: str) -> str:
+    """`KEY=VALUE`, in quotes where the key takes text, in which YAML might read a number or a date."""
+    key, _, value = pair.partition("=")
+    text = {f.name for f in fields(PlanConfig) if f.type in (str, str | None)}
+    bare = key in text and value not in ("", "null") and value[0] not in "'\""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if bare else pair

@@ -60,7 +60,12 @@ def _parse(where: str, entry: Any) -> Step:
     return made
 
 
-WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text, in quotes where it looks like a number",
+}
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:

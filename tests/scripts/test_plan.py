@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from planner import compiled
 from planner.compiled import DoesNotFit, with_vocabulary
 from planner.screen import screen
-from scripts.plan import plan_of, settle
+from scripts.plan import experiment_text, plan_of, settle
 from scripts.plan_config import PlanConfig, split_words
 from tests.configs.composing import config
 
@@ -109,6 +112,23 @@ def test_what_a_search_finds_is_an_experiment_that_train_takes(tmp_path):
         room, name = key.split(".")
         assert str(composed[room][name]) == value
     assert composed["model"]["num_layers"] == 32 and composed["hardware"]["name"] == "h100"
+
+
+def test_an_experiment_of_a_search_has_the_words_as_hydra_reads_them():
+    best = SimpleNamespace(
+        candidate=SimpleNamespace(words=("mesh.fsdp=8",)),
+        work=SimpleNamespace(memory=SimpleNamespace(total=2**30), how="analytic"),
+        seconds=1.0,
+    )
+    found: Any = SimpleNamespace(best=best, legal=3, machine=SimpleNamespace(devices=8, name="h100"))
+    words = ("+experiment=llama3_8b", "hardware=h100", "seed=7", "data.path=2024-01-15", "init_from=yes")
+    text = experiment_text("1e3", [*words, "sample.prompts=[1e3,'a b']", "training.ema_decay=null"], found)
+    assert "  - llama3_8b\n  - override /hardware: h100\n  - _self_\n" in text
+    read = OmegaConf.to_container(OmegaConf.create(text))  # by the rules of Hydra's files
+    assert isinstance(read, dict)
+    assert read["run"] == {"name": "1e3"} and read["init_from"] == "yes" and read["seed"] == 7
+    assert read["data"] == {"path": "2024-01-15"} and read["sample"] == {"prompts": ["1e3", "a b"]}
+    assert read["training"] == {"ema_decay": None} and read["mesh"] == {"fsdp": 8}
 
 
 def test_a_compiler_that_refuses_is_a_plan_that_does_not_fit(monkeypatch):
