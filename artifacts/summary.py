@@ -31,7 +31,7 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
     bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text, packing, rows_full, mixture
     {name: share of rows}; others are kept as they are.
     From `metrics.jsonl`, over all starts: skipped_updates (where there are any), train_seconds, train_loss
-    (mean of the last sixtieth of the steps),
+    (mean of the last sixtieth of the steps that had a target),
     tokens_per_second, mfu_causal and mfu_full (medians over steps). Raises OSError.
     """
     run_dir = Path(run_dir)
@@ -99,9 +99,12 @@ def summary_text(summary: Mapping[str, Any], width: int = 100) -> str:
 def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     if not rows:
         return {}
-    last = rows[-(len(rows) // 60 + 1) :]
+    learnt = [
+        row for row in rows if row["loss"] or row.get("grad_norm")
+    ]  # both are 0 where nothing was a target
+    last = learnt[-(len(learnt) // 60 + 1) :]
     losses = [row["loss"] for row in last if "skipped" not in row] or [row["loss"] for row in last]
-    figures = {"train_loss": float(np.mean(losses))}
+    figures: dict[str, float] = {"train_loss": float(np.mean(losses))} if losses else {}
     if skipped := sum("skipped" in row for row in rows):
         figures["skipped_updates"] = skipped
     for key in ("tokens_per_second", "mfu_causal", "mfu_full"):

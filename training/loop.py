@@ -32,7 +32,7 @@ from training.recorder import Recorder
 from training.safety.replica_check import ReplicaCheck
 from training.safety.rollback import ended_by, go_back, remedy
 from training.safety.signals import Notices, Stopping
-from training.safety.skip_updates import Trouble, reason_of, trouble
+from training.safety.skip_updates import Trouble, trouble
 from training.safety.watchdog import Watchdog
 from training.samples import on_one_device, write_samples
 from training.setup import Run, Setup, as_now, before_the_first_step, compose, in_mid_run, say, start
@@ -217,7 +217,7 @@ def in_trouble(run: Run, step: int) -> Trouble | None:
 
 def may_wait(run: Run) -> bool:
     """Whether a save waits for an update that is taken: the last ones were not."""
-    return run.setup.program.replicas is None and reason_of(run.recorder.read) is not None
+    return run.setup.program.replicas is None and run.recorder.in_a_row > 0
 
 
 def checked(setup: Setup, place: Callable[[Any], Any]) -> Callable[[Any], Any]:

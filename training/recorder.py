@@ -12,7 +12,7 @@ from common.errors import RunFault
 from training.flops import Flops
 from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
-from training.safety.skip_updates import reason_of
+from training.safety.skip_updates import IN_A_ROW, reason_of, through_empty_batches
 
 NOT_TIMED: Mapping[str, float] = {}
 
@@ -55,6 +55,7 @@ class Recorder:
         self.waited = 0.0  # of these, for data
         self.steps = 0
         self.skips = 0  # updates of this start that were not taken
+        self.in_a_row = self.carried = 0  # of those, by `through_empty_batches`
         self.last: dict[str, Any] = {}
         self.last_event: dict[str, Any] = {}  # the newest value under every name
         self.read: Mapping[str, Any] = {}  # metrics of the last step whose row was written
@@ -85,6 +86,7 @@ class Recorder:
     def go_back(self, tokens: int, log: MetricsLog | None, board: Any) -> None:
         """What was pending is of steps that are undone; the rows go on in a log that was cut."""
         self._pending, self.read, self.last = None, {}, {}
+        self.in_a_row = self.carried = 0
         self.tokens, self.log, self.board = tokens, log, board
 
     def start_clock(self) -> None:
@@ -127,7 +129,9 @@ class Recorder:
             self.board.scalars(step, values)
 
     def _write(self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float]) -> None:
-        values = self.read = host_scalars(metrics)
+        values = host_scalars(metrics)
+        self.in_a_row, self.carried = through_empty_batches(values, self.in_a_row, self.carried)
+        self.read = {**values, IN_A_ROW: self.in_a_row}
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         tokens = int(values["tokens"])

@@ -286,6 +286,19 @@ def test_a_saved_summary_prints_the_same_screen_again(tmp_path):
     assert sorted(p.name for p in run.glob("*.tmp")) == []
 
 
+def test_the_training_loss_is_of_steps_that_had_a_target(tmp_path):
+    """Batches of prompts whose answers were cut off have a loss of 0, which no model has."""
+    log = MetricsLog.open(tmp_path / "metrics.jsonl")
+    for step in range(1, 121):
+        learnt = step % 20 == 0
+        log.write({"step": step, "loss": 2.0 * learnt, "grad_norm": 1.0 * learnt, "tokens": step // 20})
+    log.close()
+    assert summarize(tmp_path, {"step": 120})["train_loss"] == 2.0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0, "grad_norm": 0.0}\n')
+    summary = summarize(tmp_path, {"step": 1})
+    assert "train_loss" not in summary and "training loss" not in summary_text(summary)
+
+
 def test_a_run_without_rows_has_a_summary(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     summary = summarize(tmp_path, {"step": 0})

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import training.program
 from artifacts.checkpoints import record
 from common.errors import RunFault
 from data.loading.loader import Loader
+from models.config import MoEConfig, MTPConfig
 from optim.config import AdamWConfig, MuonConfig
 from parallel.schedules.accumulate import GradientAccumulation
 from tests.parallel.small import make_config, make_program, packed_batch, place
@@ -19,7 +21,16 @@ from tests.training.ground import ROOT
 from training.config import LocalSGDConfig
 from training.loop import fit
 from training.program import skipping
-from training.safety.skip_updates import ENOUGH, IN_A_ROW, REASONS, SKIPPED, WINDOW, judge, nothing_seen
+from training.safety.skip_updates import (
+    ENOUGH,
+    IN_A_ROW,
+    REASONS,
+    SKIPPED,
+    WINDOW,
+    judge,
+    nothing_seen,
+    through_empty_batches,
+)
 
 TINY = {"num_layers": 2, "d_model": 32, "d_ff": 32, "num_heads": 4, "num_kv_heads": 4}
 FAULTS = (pytest.mark.faults, pytest.mark.slow)
@@ -76,6 +87,108 @@ def test_a_skipped_update_is_not_remembered_but_counted_until_one_is_taken():
     np.testing.assert_array_equal(twice["last"], watched["last"])
     assert np.asarray(twice["counts"]).tolist() == [3, 2]
     assert np.asarray(verdict(twice, 3.0, 1.0)[1]["counts"]).tolist() == [4, 0]
+
+
+def sequence(count, share, spikes=True):
+    """(loss, norm) of batches, a share of which have targets; some are spikes, or not finite."""
+    rng = np.random.default_rng(count)
+    for number in range(count):
+        loss, norm = rng.normal(5, 0.1), rng.normal(2, 0.1)
+        if spikes and number % 41 == 40:
+            loss = (50.0, np.nan, np.inf)[number % 3]
+        yield (loss, norm) if rng.random() < share else (0.0, 0.0)
+
+
+@pytest.mark.parametrize("share", (1.0, 0.5, 0.05))
+def test_batches_without_a_target_leave_no_trace_between_others(share):
+    """Nothing is remembered of them, none counts as taken, and none ends a row of skipped updates."""
+    batches = list(sequence(400 if share > 0.1 else 3000, share))
+    alone = watched = nothing_seen()
+    for loss, norm in batches:
+        taken, after, told = judged(watched, np.float32(loss), np.float32(norm), 6.0)
+        if loss == 0:
+            assert bool(taken) and told[SKIPPED] == 0 and told[IN_A_ROW] == watched["counts"][1]
+            assert all(np.array_equal(after[name], watched[name]) for name in after)
+        else:
+            wanted, alone, said = judged(alone, np.float32(loss), np.float32(norm), 6.0)
+            assert bool(taken) == bool(wanted) and told == said
+        watched = after
+    assert all(np.array_equal(watched[name], alone[name]) for name in alone)
+    assert alone["counts"][0] > 64
+
+
+@pytest.mark.parametrize("share", (1.0, 0.1, 0.05, 0.02))
+def test_answers_of_about_one_loss_are_no_spikes_however_rare_they_are(share):
+    watched = nothing_seen()
+    for loss, norm in sequence(1500, share, spikes=False):
+        reason, watched = verdict(watched, loss, norm)
+        assert reason == "taken", (loss, norm)
+
+
+def test_a_window_with_batches_without_a_target_in_it_serves_again():
+    """As a run has it that began before these were left out, or without `guard.skip_sigma`."""
+    losses = [5.0, *([0.0] * 19)] * 10
+    watched = seen(losses, losses)
+    assert verdict(watched, 5.0, 5.0)[0] == verdict(watched, 50.0, 50.0)[0] == "taken"
+    for _ in range(ENOUGH):
+        _, watched = verdict(watched, 5.0, 5.0)
+    assert verdict(watched, 5.0, 5.0)[0] == "taken"
+    assert verdict(watched, 50.0, 5.0)[0] == "the loss is a spike"
+
+
+@pytest.mark.parametrize("sigma", (None, 6.0))
+def test_the_host_counts_skips_in_a_row_through_batches_without_a_target(sigma):
+    """Where the step itself does not: it is the same program for a run that compares nothing."""
+    nan, zero = (np.nan, np.nan), (0.0, 0.0)
+    watched, row, carried, counted = nothing_seen(), 0, 0, []
+    for loss, norm in (nan, nan, zero, nan, zero, zero, nan, (3.0, 1.0), zero, nan, nan):
+        _, watched, told = judged(watched, np.float32(loss), np.float32(norm), sigma)
+        row, carried = through_empty_batches({**told, "loss": loss, "grad_norm": norm}, row, carried)
+        counted.append(row)
+    assert counted == [1, 2, 2, 3, 3, 3, 4, 0, 0, 1, 2]
+
+
+SCHEDULES: dict[str, Any] = {
+    "one device": {},
+    "accumulation": {"accumulation_steps": 4},
+    "z-loss, experts and further tokens": {
+        "model": {"moe": MoEConfig(num_experts=4, router_z_weight=0.1), "mtp": MTPConfig(depth=1)},
+        "z_loss": 0.1,
+    },
+    **{
+        name: {"mesh": {"pipeline": 2}, "pipeline": {"schedule": name}}
+        for name in ("gpipe", "1f1b", "zero_bubble")
+    },
+    "interleaved_1f1b": {
+        "mesh": {"pipeline": 2},
+        "pipeline": {"schedule": "interleaved_1f1b", "virtual_stages": 2},
+        "model": {"num_layers": 4},
+    },
+    "context": {"mesh": {"context": 2}, "context": {"attention": "ring"}},
+    "local sgd": {"mesh": {"replica": 2}},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "one device" else pytest.param(name, marks=FAULTS) for name in SCHEDULES]
+)
+def test_a_batch_without_a_target_has_no_loss_and_no_gradient_on_any_schedule(name):
+    """Exactly, which is what the guard knows it by."""
+    words = {**SCHEDULES[name]}
+    config = make_config(words.pop("mesh", None), model=TINY | words.pop("model", {}), **words)
+    config.guard.skip_sigma = 6.0
+    config.local_sgd = LocalSGDConfig(inner_steps=4) if name == "local sgd" else None
+    program = make_program(config)
+    train, state = program.compile_train(), program.init_state(0)
+    for step in range(2):
+        state, _ = train(state, place(program, packed_batch(step)))
+    before, batch = arrays(state), packed_batch(2)
+    batch["loss_weights"][:] = 0
+    state, metrics = train(state, place(program, batch))
+    assert not np.any(metrics["loss"]) and not np.any(metrics["grad_norm"]) and not np.any(metrics[SKIPPED])
+    after = arrays(state)
+    for figure in ("guard.counts", "guard.last"):
+        assert before[figure].any() and before[figure].tobytes() == after[figure].tobytes()
 
 
 def poisoned(program, step):
@@ -253,6 +366,38 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(Loader, "_cached", cached)
     return bad
+
+
+@pytest.fixture
+def emptied(monkeypatch):
+    """Batches, by the order of the data, without a target."""
+    none: set[int] = set()
+    real = Loader._cached
+
+    def cached(self, number, rows):
+        batch = real(self, number, rows)
+        if number in none:
+            batch["loss_weights"][:] = 0
+        return batch
+
+    monkeypatch.setattr(Loader, "_cached", cached)
+    return none
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_batches_without_a_target_do_not_keep_a_run_from_its_end(ground, poison, emptied, capsys):
+    """Two of three have none, also the last; of the others the second to fourth are bad."""
+    emptied.update(set(range(14)) - set(range(0, 14, 3)))
+    assert fit(ground.config("answers", *RUN)) == 0
+    rows = losses(ground, "answers")
+    assert [step for step, row in rows.items() if row["loss"]] == [1, 4, 7, 10, 13]
+    assert ground.summary("answers")["train_loss"] == rows[13]["loss"] > 0
+    poison.update({3, 6, 9})
+    with pytest.raises(RunFault, match=r"^3 updates in a row were skipped: .* at step 10; "):
+        fit(ground.config("bad", *RUN, "guard.max_skips=3", "checkpoint.every=2"))
+    kept = sorted(int(p.name) for p in (ground.run("bad") / "checkpoints").iterdir())
+    assert kept and max(kept) < 4  # saves wait for an update that is taken
 
 
 def losses(ground, name):

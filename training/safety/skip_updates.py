@@ -45,30 +45,39 @@ def judge(
 ) -> tuple[Bool[Array, ""], Watched, dict[str, Array]]:
     """Whether the update of this loss and norm is taken, what is remembered, and the metrics of it.
 
-    Of skipped updates only how many follow each other is remembered: one spike would hide the next.
+    Of skipped updates only how many follow each other is remembered: one spike would hide the next. Of a
+    batch without any target, whose loss and gradient are exactly 0, nothing is: it says nothing about others.
+    Where no `sigma` compares, the step counts it as taken; the host leaves it out (`through_empty_batches`).
     """
     now = jnp.stack([loss, norm]).astype(jnp.float32)
     taken_before, in_a_row = watched["counts"][0], watched["counts"][1]
     wrong = [~jnp.isfinite(now)]
     if sigma is not None:
-        wrong.append((now > limits(watched["last"], taken_before, sigma)) & (taken_before >= ENOUGH))
+        limit, number = limits(watched["last"], sigma)
+        wrong.append((now > limit) & (number >= ENOUGH))
     faults = jnp.concatenate(wrong)
     reason = jnp.where(jnp.any(faults), 1 + jnp.argmax(faults), 0)
     taken = reason == 0
     last = watched["last"].at[:, taken_before % WINDOW].set(now)
     counts = jnp.where(taken, jnp.stack([taken_before + 1, 0]), jnp.stack([taken_before, in_a_row + 1]))
     after = {"last": jnp.where(taken, last, watched["last"]), "counts": counts}
-    return taken, after, {SKIPPED: reason.astype(jnp.float32), IN_A_ROW: counts[1].astype(jnp.float32)}
+    if sigma is not None:
+        after = {name: jnp.where(jnp.any(now != 0), after[name], watched[name]) for name in after}
+    told = {SKIPPED: reason.astype(jnp.float32), IN_A_ROW: after["counts"][1].astype(jnp.float32)}
+    return taken, after, told
 
 
-def limits(last: Float[Array, "2 W"], count: Int[Array, ""], sigma: float) -> Float[Array, " 2"]:
-    """Mean plus `sigma` deviations of the first `count` of the last losses and norms."""
-    known = jnp.arange(WINDOW) < count
+def limits(last: Float[Array, "2 W"], sigma: float) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
+    """Mean plus `sigma` deviations of the last losses and norms, and how many they are of.
+
+    Both 0 is a place that is not filled yet, or a batch without a target.
+    """
+    known = jnp.any(last != 0, axis=0)
     number = jnp.maximum(jnp.sum(known), 1)
     mean = jnp.sum(jnp.where(known, last, 0.0), axis=1) / number
     spread = jnp.where(known, last - mean[:, None], 0.0)
     deviation = jnp.sqrt(jnp.sum(spread * spread, axis=1) / number)
-    return mean + sigma * jnp.maximum(deviation, ROUNDING * jnp.abs(mean))
+    return mean + sigma * jnp.maximum(deviation, ROUNDING * jnp.abs(mean)), number
 
 
 def unless_skipped(
@@ -129,6 +138,19 @@ class Trouble(RunFault):
     def began(self) -> int:
         """The last step before it."""
         return self.step - self.skips
+
+
+def through_empty_batches(metrics: Mapping[str, Any], before: int, carried: int) -> tuple[int, int]:
+    """Updates skipped in a row, batches without a target left out; and how many of them lie before the last
+    such batch, at which a step without `guard.skip_sigma` begins to count anew. before, carried: the same of
+    the step before.
+    """
+    here = int(metrics.get(IN_A_ROW, 0))
+    if metrics["loss"] == metrics["grad_norm"] == 0:
+        carried = max(before - here, 0)
+    elif reason_of(metrics) is None:
+        carried = 0
+    return here + carried, carried
 
 
 def reason_of(metrics: Mapping[str, Any]) -> str | None:
