@@ -34,20 +34,18 @@ def list_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"data.path={folder} is not a folder; give the folder that holds your files")
     files = walk(folder)
-    for path in filter(
-        Path.is_symlink, files
-    ):  # to nothing, or to what may not be seen: it might be a folder
+    for link in filter(Path.is_symlink, files):
         try:
-            path.stat()
-        except OSError as error:
-            raise DataError(unreadable(path, error)) from None
+            link.stat()
+        except OSError as error:  # what is not there, or may not be seen, might be a folder of documents
+            raise DataError(unreadable(link, error)) from None
     found = [path for path in files if path.name.endswith(SUFFIXES)]
     if not found:
         raise DataError(
             f"data.path={folder} holds no documents; put files there that end in {' '.join(SUFFIXES)}"
         )
     for path in found:
-        if not path.is_file():  # a pipe or a device, which would be read for ever
+        if path.exists() and not path.is_file():  # a pipe or a device, which would be read for ever
             raise DataError(f"data.path: {path} is no regular file; move it away")
     return found
 
