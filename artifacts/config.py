@@ -3,13 +3,9 @@
 import re
 from dataclasses import dataclass
 
+from common.checks import require
+
 SCHEMES = ("s3", "gs", "file")  # where checkpoints can be sent to
-
-
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    # `ok` is False for nan as well: every comparison with it is.
-    if not ok:
-        raise ValueError(f"{key}={value} must be {limit}")
 
 
 @dataclass
@@ -23,12 +19,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """A name that is one directory, on every file system, and a limit that is one."""
-        _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "0 or more")
+        require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "0 or more")
         if self.name == "???":  # not given yet: Hydra's own mark
             return
         ok = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@-]{0,199}", self.name) is not None
         limit = "a directory name: at most 200 of letters, digits and _ . , = + @ -, not starting with . or -"
-        _require(ok, "run.name", repr(self.name), limit)
+        require(ok, "run.name", repr(self.name), limit)
 
 
 @dataclass
@@ -42,10 +38,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
-        _require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
-        _require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
+        require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
+        require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
         scheme, url, below = (self.directory or "").partition("://")
         ok = self.directory is None or (bool(scheme) and (not url or (scheme in SCHEMES and bool(below))))
         limit = f"null, a path, or a URL of {', '.join(SCHEMES)} such as s3://bucket/run"
-        _require(ok, "checkpoint.directory", self.directory, limit)
+        require(ok, "checkpoint.directory", self.directory, limit)

@@ -1,11 +1,10 @@
 """Where text comes from and how it becomes batches."""
 
-import difflib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from common.checks import choice, require, within
 from data.curation.parse import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
@@ -20,24 +19,6 @@ SHARED = (
     *("mixture", "curriculum", "virtual_shards"),
 )
 TOKENIZERS = ("bpe", "file", "byte", "inherit")
-
-
-def did_you_mean(word: str, options: Sequence[str]) -> str:
-    """The remedy for a word that is not among the options: the nearest, or all of them."""
-    near = difflib.get_close_matches(str(word), options, n=1)
-    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(options)}"
-
-
-def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{hint}")
-
-
-def _at_least(key: str, value: int, limit: int) -> None:
-    if value < limit:
-        raise ValueError(f"{key}={value} is too small; use {limit} or more")
 
 
 @dataclass
@@ -71,29 +52,27 @@ class DataConfig:
         # A shell leaves the tilde of `data.path=~/texts` as it is.
         self.path = self.path and os.path.expanduser(self.path)
         self.cache_dir = os.path.expanduser(self.cache_dir)
-        _choice("data.source", self.source, SOURCES)
-        _choice("data.format", self.format, FORMATS)
-        _choice("data.on_bad_record", self.on_bad_record, BAD_RECORDS)
-        _choice("data.mode", self.mode, MODES)
-        _choice("data.packing", self.packing, PACKINGS)
-        _at_least("data.synthetic_documents", self.synthetic_documents, 20)  # the first held-out one
-        _at_least("data.seq_len", self.seq_len, 2)
-        _at_least("data.workers", self.workers, 1)
-        _at_least("data.prefetch", self.prefetch, 1)
+        choice("data.source", self.source, SOURCES)
+        choice("data.format", self.format, FORMATS)
+        choice("data.on_bad_record", self.on_bad_record, BAD_RECORDS)
+        choice("data.mode", self.mode, MODES)
+        choice("data.packing", self.packing, PACKINGS)
+        within("data.synthetic_documents", self.synthetic_documents, 20)  # the first held-out one
+        within("data.seq_len", self.seq_len, 2)
+        within("data.workers", self.workers, 1)
+        within("data.prefetch", self.prefetch, 1)
         if self.generation is not None:
-            _at_least("data.generation", self.generation, 0)
+            within("data.generation", self.generation, 0)
             if self.source != "folder" or self.mode != "cached":
                 raise ValueError(
                     f"data.generation={self.generation} needs data.source=folder and data.mode=cached: only "
                     "such corpora grow by prepare_data.py --append"
                 )
         parse_steps(self.steps)
-        _at_least("data.virtual_shards", self.virtual_shards, 0)
+        within("data.virtual_shards", self.virtual_shards, 0)
         check_curriculum(self.curriculum, self.seq_len)
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ValueError(
-                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, as 0.05 does"
-            )
+        share = self.validation_fraction
+        require(0.0 < share < 1.0, "data.validation_fraction", share, "between 0 and 1, as 0.05 is")
         if self.mode == "streaming" and self.packing != "concat":
             raise ValueError(
                 f"data.packing={self.packing} needs every document's length beforehand; "
@@ -189,7 +168,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         self.path = self.path and os.path.expanduser(self.path)
         self.chat_template = self.chat_template and os.path.expanduser(self.chat_template)
-        _choice("tokenizer.kind", self.kind, TOKENIZERS)
-        _at_least("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
+        choice("tokenizer.kind", self.kind, TOKENIZERS)
+        within("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
         if self.kind == "file" and not self.path:
             raise ValueError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")

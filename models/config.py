@@ -1,9 +1,10 @@
 """What a decoder-only transformer is made of: a family (GPT-2, Llama, Gemma, ...) is a set of values."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from common.checks import choice, require
 
 NORMS = ("rmsnorm", "layernorm")
 POSITIONS = ("rope", "learned", "none")
@@ -80,7 +81,7 @@ class RopeScaling:
     beta_slow: float = 1.0  # yarn
 
     def __post_init__(self) -> None:
-        _check_choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
         for key in ("factor", "original_length", "low_freq_factor", "beta_fast", "beta_slow"):
             _check_positive(f"model.rope_scaling.{key}", getattr(self, key))
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -101,8 +102,8 @@ class MTPConfig:
 
     def __post_init__(self) -> None:
         _check_count("model.mtp.depth", self.depth, "1, or model.mtp=null for none")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"model.mtp.weight={self.weight} must be 0 or more, such as 0.1")
+        ok = 0 <= self.weight < float("inf")
+        require(ok, "model.mtp.weight", self.weight, "0 or more, such as 0.1")
 
 
 @dataclass
@@ -213,16 +214,14 @@ def regrouped(model: Mapping[str, Any]) -> dict[str, Any]:
 def check_moe(moe: MoEConfig) -> None:
     """Raise ValueError, in one line with the remedy, for values that make no mixture."""
     for key, choices in (("score", SCORES), ("dispatch", DISPATCHES)):
-        _check_choice(f"model.moe.{key}", getattr(moe, key), choices)
+        choice(f"model.moe.{key}", getattr(moe, key), choices)
     for key in ("num_experts", "experts_per_token", "d_expert", "num_groups", "groups_per_token"):
         _check_count(f"model.moe.{key}", getattr(moe, key))
     for key in ("num_shared_experts", "first_dense_layers", *MOE_WEIGHTS):
         value = getattr(moe, key)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"model.moe.{key}={value} must be 0 (off) or more")
+        require(0 <= value < float("inf"), f"model.moe.{key}", value, "0 (off) or more")
     for key in ("capacity_factor", "gate_scale"):
-        if not 0 < getattr(moe, key) < float("inf"):
-            raise ValueError(f"model.moe.{key}={getattr(moe, key)} must be above 0; use a positive number")
+        _check_positive(f"model.moe.{key}", getattr(moe, key))
     experts, groups, chosen = moe.num_experts, moe.num_groups, moe.groups_per_token
     if experts % groups:
         fits = [n for n in range(1, experts + 1) if experts % n == 0]
@@ -278,20 +277,11 @@ def _check_parts(config: ModelConfig) -> None:
 
 
 def _check_count(key: str, value: int, remedy: str = "a positive number") -> None:
-    if value < 1:
-        raise ValueError(f"{key}={value} must be above 0; use {remedy}")
+    require(value >= 1, key, value, f"above 0; use {remedy}")
 
 
 def _check_positive(key: str, value: float | int, remedy: str = "a positive number") -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{key}={value} must be above 0; use {remedy}")
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+    require(0 < value < float("inf"), key, value, f"above 0; use {remedy}")
 
 
 MOE_WEIGHTS = ("load_balance_weight", "router_z_weight", "bias_update_rate")
@@ -300,7 +290,7 @@ MOE_WEIGHTS = ("load_balance_weight", "router_z_weight", "bias_update_rate")
 def _check_choices(config: ModelConfig) -> None:
     kinds = {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS}
     for key, choices in kinds.items():
-        _check_choice(f"model.{key}", getattr(config, key), choices)
+        choice(f"model.{key}", getattr(config, key), choices)
     pattern = list(config.window_pattern)
     if not pattern or any(kind not in WINDOW_KINDS for kind in pattern):
         raise ValueError(

@@ -3,24 +3,21 @@
 import math
 from dataclasses import dataclass
 
+from common.checks import require
+
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 
-def _require(valid: bool, key: str, value: object, limit: str) -> None:
-    if not valid:
-        raise ValueError(f"{key}={value} is out of range; it must be {limit}")
-
-
 def _check_positive(key: str, value: float) -> None:
-    _require(0 < value < math.inf, key, value, "a finite number above 0")
+    require(0 < value < math.inf, key, value, "a finite number above 0")
 
 
 def _check_decay_rate(key: str, value: float) -> None:
-    _require(0 <= value < 1, key, value, "at least 0 and below 1")
+    require(0 <= value < 1, key, value, "at least 0 and below 1")
 
 
 def _check_fraction(key: str, value: float) -> None:
-    _require(0 <= value <= 1, key, value, "between 0 and 1")
+    require(0 <= value <= 1, key, value, "between 0 and 1")
 
 
 @dataclass
@@ -40,12 +37,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """ValueError where a value every optimizer has is out of its range."""
         _check_positive("optim.learning_rate", self.learning_rate)
-        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "at least 0")
         if self.grad_clip is not None:
             valid = 0 < self.grad_clip < math.inf
-            _require(valid, "optim.grad_clip", self.grad_clip, "above 0, or null for no clipping")
+            require(valid, "optim.grad_clip", self.grad_clip, "above 0, or null for no clipping")
         valid = self.moment_dtype in MOMENT_DTYPES
-        _require(valid, "optim.moment_dtype", self.moment_dtype, " or ".join(MOMENT_DTYPES))
+        require(valid, "optim.moment_dtype", self.moment_dtype, " or ".join(MOMENT_DTYPES))
 
 
 @dataclass
@@ -89,7 +86,7 @@ class MuonConfig(OptimConfig):
         """ValueError where a value is out of its range."""
         super().__post_init__()
         _check_decay_rate("optim.momentum", self.momentum)
-        _require(self.ns_steps >= 1, "optim.ns_steps", self.ns_steps, "at least 1")
+        require(self.ns_steps >= 1, "optim.ns_steps", self.ns_steps, "at least 1")
         _check_positive("optim.adam_learning_rate", self.adam_learning_rate)
         _check_decay_rate("optim.adam_b1", self.adam_b1)
         _check_decay_rate("optim.adam_b2", self.adam_b2)
@@ -138,7 +135,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """ValueError where the warm-up is negative."""
-        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
 
 
 @dataclass

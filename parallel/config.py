@@ -1,10 +1,11 @@
 """How the devices are laid out, and which logical axis of a tensor goes to which mesh axis."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+from common.checks import choice, require, within
 
 MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest link first
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
@@ -35,15 +36,11 @@ class MeshConfig:
         """Sizes and factors by themselves; `mesh_shape` multiplies them out."""
         for axis in MESH_AXES:
             size = getattr(self, axis)
-            if size < 1 and size != -1:
-                raise ValueError(f"mesh.{axis}={size} must be 1 or more, or -1 for what is left")
+            require(size >= 1 or size == -1, f"mesh.{axis}", size, "1 or more, or -1 for what is left")
         for axis, factor in self.dcn.items():
-            if axis not in MESH_AXES:
-                raise ValueError(no_choice("an axis of mesh.dcn", axis, MESH_AXES))
-            if factor < 1:
-                raise ValueError(
-                    f"mesh.dcn.{axis}={factor} must be 1 or more: slices that mesh.{axis} crosses"
-                )
+            choice("an axis of mesh.dcn", axis, MESH_AXES)
+            limit = f"1 or more: slices that mesh.{axis} crosses"
+            require(factor >= 1, f"mesh.dcn.{axis}", factor, limit)
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
@@ -99,13 +96,6 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def no_choice(key: str, value: str, options: tuple[str, ...]) -> str:
-    """What a key with a value that there is not is refused with; the nearest as the remedy."""
-    near = difflib.get_close_matches(value, options, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}={value} is not one of {', '.join(options)}{hint}"
-
-
 @dataclass
 class PipelineConfig:
     """In what order stages work on microbatches; only read where mesh.pipeline is above 1."""
@@ -118,11 +108,9 @@ class PipelineConfig:
         """Each value by itself; whether they make a schedule depends on mesh.pipeline:
         `training.legal.nearest`.
         """
-        if self.schedule not in PIPELINE_SCHEDULES:
-            raise ValueError(no_choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES))
+        choice("pipeline.schedule", self.schedule, PIPELINE_SCHEDULES)
         for key in ("microbatches", "virtual_stages"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"pipeline.{key}={getattr(self, key)} must be 1 or more")
+            within(f"pipeline.{key}", getattr(self, key), 1)
 
 
 @dataclass
@@ -134,8 +122,7 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         """A kind that there is."""
-        if self.attention not in CONTEXT_ATTENTION:
-            raise ValueError(no_choice("context.attention", self.attention, CONTEXT_ATTENTION))
+        choice("context.attention", self.attention, CONTEXT_ATTENTION)
 
     @property
     def zigzags(self) -> bool:
@@ -157,12 +144,9 @@ class AutoscaleConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself, and thresholds that leave room between them."""
-        if self.policy not in AUTOSCALE_POLICIES:
-            raise ValueError(no_choice("autoscale.policy", self.policy, AUTOSCALE_POLICIES))
+        choice("autoscale.policy", self.policy, AUTOSCALE_POLICIES)
         for key in ("rows_per_device", "min_devices", "max_devices"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"autoscale.{key}={value} must be 1 or more")
+            within(f"autoscale.{key}", getattr(self, key), 1)
         if self.max_devices is not None and self.max_devices < self.min_devices:
             raise ValueError(
                 f"autoscale.max_devices={self.max_devices} is below autoscale.min_devices="

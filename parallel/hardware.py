@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from parallel.config import XLA_PROFILES, no_choice
+from common.checks import choice, require, within
+from parallel.config import XLA_PROFILES
 
 KINDS = ("gpu", "tpu", "cpu")
 GIB = 2**30
@@ -24,13 +25,10 @@ class LinkConfig:
     latency_us: float = 1.0  # of one hop
 
     def __post_init__(self) -> None:
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(
-                f"hardware.device.links.devices={self.devices} must be 1 or more, or null for any number"
-            )
+        ok = self.devices is None or self.devices >= 1
+        require(ok, "hardware.device.links.devices", self.devices, "1 or more, or null for any number")
         for key in ("gigabytes_per_second", "latency_us"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"hardware.device.links.{key}={getattr(self, key)} must be above 0")
+            require(getattr(self, key) > 0, f"hardware.device.links.{key}", getattr(self, key), "above 0")
 
 
 @dataclass
@@ -49,16 +47,12 @@ class DeviceConfig:
     preflight: bool = True  # refuse before the first step what cannot fit
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(no_choice("hardware.device.kind", self.kind, KINDS))
-        if self.per_node < 1:
-            raise ValueError(f"hardware.device.per_node={self.per_node} must be 1 or more")
-        if not 0 < self.reached <= 1:
-            raise ValueError(f"hardware.device.reached={self.reached} must be above 0 and at most 1")
+        choice("hardware.device.kind", self.kind, KINDS)
+        within("hardware.device.per_node", self.per_node, 1)
+        require(0 < self.reached <= 1, "hardware.device.reached", self.reached, "above 0 and at most 1")
         for key in ("memory_gib", "bandwidth", "fp8_tflops", "int8_tflops"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"hardware.device.{key}={value} must be above 0")
+            require(value is None or value > 0, f"hardware.device.{key}", value, "above 0")
 
 
 @dataclass
@@ -80,10 +74,8 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         """A profile that there is; whether it is for the devices at hand shows when they are known."""
-        if self.xla not in XLA_PROFILES:
-            raise ValueError(no_choice("hardware.xla", self.xla, XLA_PROFILES))
-        if self.nodes is not None and self.nodes < 1:
-            raise ValueError(f"hardware.nodes={self.nodes} must be 1 or more, or null")
+        choice("hardware.xla", self.xla, XLA_PROFILES)
+        require(self.nodes is None or self.nodes >= 1, "hardware.nodes", self.nodes, "1 or more, or null")
 
 
 @dataclass(frozen=True)

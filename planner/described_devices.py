@@ -5,7 +5,6 @@ libtpu knows them. What comes back are devices like any other: `build_layout(con
 """
 
 import contextlib
-import difflib
 import importlib.util
 import math
 import os
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax.experimental import topologies
+
+from common.checks import nearest
 
 # Without a device there is nothing to time kernels on; and only without Triton do matrix products become the
 # library calls that a run on the real device would mostly choose.
@@ -153,8 +154,8 @@ def described_devices(name: str, topology: str | int) -> list[Any]:
     if name in TPU_NAMES:
         return _described_tpus(name, str(topology))
     known = (*GPUS, *TPU_NAMES)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    hint = f"; did you mean {near}?" if near else ""
     raise ValueError(f"hardware={name} is none that can be described: {', '.join(known)}{hint}")
 
 

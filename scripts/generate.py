@@ -56,7 +56,7 @@ class GenerateOptions:
 
 def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     """`key=value` words to Options. ValueError, in one line, for anything else."""
-    from training.legal.check import did_you_mean
+    from common.checks import choice, did_you_mean, within
 
     types = {item.name: item.type for item in fields(GenerateOptions)}
     values: dict[str, Any] = {}
@@ -71,14 +71,10 @@ def parse_options(arguments: Sequence[str]) -> GenerateOptions:
         raise ValueError("run= is missing; give the name of a run, as in run=quickstart")
     options = GenerateOptions(**values)
     for key in ("samples", "tensor", "max_new_tokens"):
-        if getattr(options, key) < 1:
-            raise ValueError(f"{key}={getattr(options, key)} is out of range; it must be at least 1")
-    if options.weights not in WEIGHTS:
-        raise ValueError(f"weights={options.weights} is unknown; use one of {', '.join(WEIGHTS)}")
-    if options.chat not in CHAT:
-        raise ValueError(f"chat={options.chat} is unknown; use one of {', '.join(CHAT)}")
-    if not 0 <= options.seed < 2**31:
-        raise ValueError(f"seed={options.seed} is out of range; it must be from 0 to {2**31 - 1}")
+        within(key, getattr(options, key), 1)
+    within("seed", options.seed, 0, 2**31 - 1)
+    choice("weights", options.weights, WEIGHTS)
+    choice("chat", options.chat, CHAT)
     return options
 
 

@@ -1,10 +1,11 @@
 """What is asked of the planner: the `plan.*` words of scripts/plan.py, apart from the run's configuration."""
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+
+from common.checks import choice, did_you_mean, within
 
 PREFIX = "plan."
 COMPILE = ("auto", "always", "never")
@@ -28,16 +29,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
-        if self.compile not in COMPILE:
-            near = difflib.get_close_matches(self.compile, COMPILE, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"plan.compile={self.compile} is not one of {', '.join(COMPILE)}{hint}")
+        choice("plan.compile", self.compile, COMPILE)
         for key, least in (("tokens", 1), ("fixes", 0), ("top", 1), ("jobs", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"plan.{key}={value} must be {least} or more")
-        if self.price is not None and not self.price >= 0:
-            raise ValueError(f"plan.price={self.price} must be 0 or more")
+            within(f"plan.{key}", getattr(self, key), least)
+        within("plan.price", self.price, 0)
         if self.output is not None and not self.output.endswith(".json"):
             raise ValueError(f"plan.output={self.output} must end in .json")
 
@@ -51,7 +46,7 @@ def split_words(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     own = [word for word in argv if word.lstrip("+").startswith(PREFIX)]
-    keys = [f.name for f in fields(PlanConfig)]
+    keys = [f"plan.{f.name}" for f in fields(PlanConfig)]
     pairs = [word.lstrip("+").removeprefix(PREFIX) for word in own]
     for word, pair in zip(own, pairs, strict=True):
         if "=" not in pair:
@@ -62,9 +57,7 @@ def split_words(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         name = str(error.full_key)
-        near = difflib.get_close_matches(name, keys, n=1)
-        hint = f"did you mean plan.{near[0]}?" if near else f"use one of {', '.join(keys)}"
-        raise ValueError(f"plan.{name} is not a key; {hint}") from error
+        raise ValueError(f"plan.{name} is not a key; {did_you_mean(f'plan.{name}', keys)}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"plan.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, PlanConfig)

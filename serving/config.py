@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    # `ok` is False for nan as well: every comparison with it is.
-    if not ok:
-        raise ValueError(f"{key}={value} must be {limit}")
+from common.checks import require
 
 
 @dataclass
@@ -21,6 +17,6 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
-        _require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "1 or more")
+        require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "1 or more")
         for key in ("temperature", "top_k", "parse_snippets"):
-            _require(getattr(self, key) >= 0, f"sample.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"sample.{key}", getattr(self, key), "0 or more")

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from common.checks import within
 from kernels.attention import reference_attention
 from kernels.grouped_experts import run_experts
 from models.config import ModelConfig
@@ -83,8 +84,7 @@ def _pack(
 
 def _room(config: ModelConfig, shortest: int, longest: int, max_new_tokens: int) -> int:
     """Tokens that the longest text may come to, rounded up."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is out of range; it must be at least 1")
+    within("max_new_tokens", max_new_tokens, 1)
     if shortest == 0:
         raise ValueError("a prompt of 0 tokens has nothing to go on from; begin it with the tokenizer's bos")
     needed = longest + max_new_tokens

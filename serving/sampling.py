@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from common.checks import require
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,14 +24,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """ValueError where a value is out of its range."""
-        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "at least 0; 0 keeps all tokens")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1; 1 keeps all tokens")
-
-
-def _require(valid: bool, key: str, value: object, limit: str) -> None:
-    if not valid:
-        raise ValueError(f"{key}={value} is out of range; it must be {limit}")
+        require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "at least 0; 0 keeps all tokens")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1; 1 keeps all tokens")
 
 
 def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:

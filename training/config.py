@@ -1,9 +1,9 @@
 """The root of a run's configuration, and what training itself is told: how long, in what precision."""
 
-import difflib
 from dataclasses import dataclass, field
 
 from artifacts.config import CheckpointConfig, RunConfig
+from common.checks import choice, require
 from data.config import DataConfig, TokenizerConfig
 from kernels.backends import BACKENDS
 from kernels.names import NAMES
@@ -17,19 +17,6 @@ PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
 EXCHANGES = ("float32", "bfloat16", "int8")
-
-
-def _choice(key: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        near = difflib.get_close_matches(str(value), options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{key}={value} is not one of {', '.join(options)}{hint}")
-
-
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    # `ok` is False for nan as well: every comparison with it is.
-    if not ok:
-        raise ValueError(f"{key}={value} must be {limit}")
 
 
 @dataclass
@@ -51,16 +38,16 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself; what two values must agree on is checked in `configs.schema`."""
-        _choice("training.precision", self.precision, PRECISIONS)
+        choice("training.precision", self.precision, PRECISIONS)
         for name in self.full_precision:
-            _choice("training.full_precision", name, NAMES)
-        _choice("training.remat", self.remat, REMAT)
-        _choice("training.attention", self.attention, ATTENTION)
+            choice("training.full_precision", name, NAMES)
+        choice("training.remat", self.remat, REMAT)
+        choice("training.attention", self.attention, ATTENTION)
         for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):
-            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
-        _require(self.z_loss >= 0, "training.z_loss", self.z_loss, "0 or more")
+            require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
+        require(self.z_loss >= 0, "training.z_loss", self.z_loss, "0 or more")
         ema = self.ema_decay
-        _require(ema is None or 0 < ema < 1, "training.ema_decay", ema, "between 0 and 1, or null")
+        require(ema is None or 0 < ema < 1, "training.ema_decay", ema, "between 0 and 1, or null")
 
 
 @dataclass
@@ -78,12 +65,12 @@ class LocalSGDConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself; what inner steps need of the rest is checked in `training.legal.nearest`."""
-        _require(self.inner_steps >= 1, "local_sgd.inner_steps", self.inner_steps, "1 (synchronous) or more")
+        require(self.inner_steps >= 1, "local_sgd.inner_steps", self.inner_steps, "1 (synchronous) or more")
         rate = self.outer_learning_rate
-        _require(rate > 0, "local_sgd.outer_learning_rate", rate, "above 0; DiLoCo has 0.7")
+        require(rate > 0, "local_sgd.outer_learning_rate", rate, "above 0; DiLoCo has 0.7")
         momentum = self.outer_momentum
-        _require(0 <= momentum < 1, "local_sgd.outer_momentum", momentum, "0 (off) or more, and below 1")
-        _choice("local_sgd.exchange", self.exchange, EXCHANGES)
+        require(0 <= momentum < 1, "local_sgd.outer_momentum", momentum, "0 (off) or more, and below 1")
+        choice("local_sgd.exchange", self.exchange, EXCHANGES)
 
 
 def inner_steps(config: LocalSGDConfig | None) -> int:
@@ -104,13 +91,13 @@ class GuardConfig:
     def __post_init__(self) -> None:
         """Each value by itself; what a rollback needs of the rest is checked in `configs.schema`."""
         sigma, stall = self.skip_sigma, self.stall_seconds
-        _require(sigma is None or sigma > 0, "guard.skip_sigma", sigma, "above 0, such as 6, or null (off)")
-        _require(self.max_skips >= 1, "guard.max_skips", self.max_skips, "1 or more")
+        require(sigma is None or sigma > 0, "guard.skip_sigma", sigma, "above 0, such as 6, or null (off)")
+        require(self.max_skips >= 1, "guard.max_skips", self.max_skips, "1 or more")
         batches = self.rollback_batches
-        _require(batches >= 0, "guard.rollback_batches", batches, "0 (the run ends) or more")
+        require(batches >= 0, "guard.rollback_batches", batches, "0 (the run ends) or more")
         ok = stall is None or stall >= 0
-        _require(ok, "guard.stall_seconds", stall, "seconds above 0, or 0 or null (no watchdog)")
-        _require(self.replica_every >= 0, "guard.replica_every", self.replica_every, "0 (never) or more")
+        require(ok, "guard.stall_seconds", stall, "seconds above 0, or 0 or null (no watchdog)")
+        require(self.replica_every >= 0, "guard.replica_every", self.replica_every, "0 (never) or more")
 
 
 @dataclass
@@ -122,9 +109,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
-        _require(self.every >= 1, "eval.every", self.every, "1 step or more")
+        require(self.every >= 1, "eval.every", self.every, "1 step or more")
         ok = self.batches == -1 or self.batches >= 1
-        _require(ok, "eval.batches", self.batches, "1 or more, or -1 for the whole split")
+        require(ok, "eval.batches", self.batches, "1 or more, or -1 for the whole split")
 
 
 @dataclass
@@ -139,13 +126,13 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
-        _require(self.every >= 1, "logging.every", self.every, "1 step or more")
+        require(self.every >= 1, "logging.every", self.every, "1 step or more")
         steps = self.profile_steps
         limit = "two steps [first, end), 1 <= first < end, such as [10, 13]"
-        _require(len(steps) == 2 and 1 <= steps[0] < steps[1], "logging.profile_steps", steps, limit)
+        require(len(steps) == 2 and 1 <= steps[0] < steps[1], "logging.profile_steps", steps, limit)
         port = self.prometheus_port
         limit = "a port from 1 to 65535, 0 for any that is free, or null"
-        _require(port is None or 0 <= port < 65536, "logging.prometheus_port", port, limit)
+        require(port is None or 0 <= port < 65536, "logging.prometheus_port", port, limit)
 
 
 @dataclass

@@ -3,12 +3,11 @@
 Nothing heavy is imported here: a typo in a step is answered before anything is read.
 """
 
-import difflib
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar, get_args
+
+from common.checks import choice, did_you_mean, require, within
 
 # Features of a document that `filter_quality` may bound; `data.steps.quality` computes and explains them.
 FEATURES = (
@@ -68,27 +67,8 @@ PRESETS: dict[str, dict[str, tuple[Number | None, Number | None]]] = {
 }
 
 
-def near(word: str, allowed: Iterable[str]) -> str:
-    """Return the remedy for a misspelt word, empty where nothing is like it."""
-    close = difflib.get_close_matches(word, list(allowed), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{near(str(value), allowed)}")
-
-
-def _within(key: str, value: Number | None, low: Number, high: Number = math.inf) -> None:
-    if value is not None and not (low <= value <= high):
-        limit = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-        raise ValueError(f"{key}={value} is out of range; use {limit}")
-
-
 def _share(key: str, value: Number) -> None:
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{key}={value} must lie above 0 and be at most 1, as 0.5 is")
+    require(0.0 < value <= 1.0, key, value, "above 0 and at most 1, as 0.5 is")
 
 
 def _ordered(low: str, least: Number | None, high: str, most: Number | None) -> None:
@@ -108,8 +88,8 @@ class StratifiedSample:
 
     def __post_init__(self) -> None:
         _share("fraction", self.fraction)
-        _within("seed", self.seed, 0)
-        _within("depth", self.depth, 1)
+        within("seed", self.seed, 0)
+        within("depth", self.depth, 1)
 
 
 @dataclass(frozen=True)
@@ -134,11 +114,11 @@ class DedupMinhash:
 
     def __post_init__(self) -> None:
         _share("threshold", self.threshold)
-        _within("ngram", self.ngram, 1, 100)
-        one_of("unit", self.unit, UNITS)
-        _within("permutations", self.permutations, 16, 4096)
-        _within("recall", self.recall, 0.5, 0.9999)
-        _within("seed", self.seed, 0)
+        within("ngram", self.ngram, 1, 100)
+        choice("unit", self.unit, UNITS)
+        within("permutations", self.permutations, 16, 4096)
+        within("recall", self.recall, 0.5, 0.9999)
+        within("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -156,8 +136,8 @@ class FilterLength:
     def __post_init__(self) -> None:
         for unit in ("characters", "words", "tokens"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
-            _within(f"min_{unit}", least, 0)
-            _within(f"max_{unit}", most, 1)
+            within(f"min_{unit}", least, 0)
+            within(f"max_{unit}", most, 1)
             _ordered(f"min_{unit}", least, f"max_{unit}", most)
         if all(getattr(self, field.name) is None for field in fields(self)):
             raise ValueError("filter_length has no bound; give one, such as min_words: 20")
@@ -173,14 +153,11 @@ class FilterQuality:
     max: tuple[tuple[str, float | None], ...] = ()  # feature: greatest value
 
     def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PRESETS))
+        choice("preset", self.preset, tuple(PRESETS))
         for bound in ("min", "max"):
             for name, _ in getattr(self, bound):
                 if name not in FEATURES:
-                    raise ValueError(
-                        f"{bound}.{name} is no feature"
-                        + (near(name, FEATURES) or f"; use {', '.join(FEATURES)}")
-                    )
+                    raise ValueError(f"{bound}.{name} is no feature; {did_you_mean(name, FEATURES)}")
         limits = self.limits()
         if not limits:
             raise ValueError("filter_quality has no threshold; give a preset, or min or max of a feature")
@@ -211,7 +188,7 @@ class FilterLanguage:
     def __post_init__(self) -> None:
         if not self.keep:
             raise ValueError("keep is empty; name a language, such as keep: [en]")
-        _within("min_probability", self.min_probability, 0.0, 1.0)
+        within("min_probability", self.min_probability, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -241,11 +218,11 @@ class FilterLearned:
             raise ValueError("give either keep, a share such as 0.5, or min_score, a probability such as 0.5")
         if self.keep is not None:
             _share("keep", self.keep)
-        _within("min_score", self.min_score, 0.0, 1.0)
-        _within("features", self.features, 10, 1 << 20)
-        _within("inverse_penalty", self.inverse_penalty, 1e-6, 1e6)
-        _within("held_out", self.held_out, 0.05, 0.5)
-        _within("seed", self.seed, 0)
+        within("min_score", self.min_score, 0.0, 1.0)
+        within("features", self.features, 10, 1 << 20)
+        within("inverse_penalty", self.inverse_penalty, 1e-6, 1e6)
+        within("held_out", self.held_out, 0.05, 0.5)
+        within("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -259,7 +236,7 @@ class MaskPII:
         if not self.kinds:
             raise ValueError(f"kinds is empty; use some of {', '.join(PII_KINDS)}")
         for kind in self.kinds:
-            one_of("kinds", kind, PII_KINDS)
+            choice("kinds", kind, PII_KINDS)
 
 
 @dataclass(frozen=True)
@@ -272,13 +249,13 @@ class Compress:
     group: int = 1  # documents compressed together: smaller files, but one read unpacks them all
 
     def __post_init__(self) -> None:
-        one_of("codec", self.codec, CODECS)
+        choice("codec", self.codec, CODECS)
         limits = {"zstd": (1, 22), "brotli": (0, 11)}
         if self.codec in limits:
-            _within("level", self.level, *limits[self.codec])
+            within("level", self.level, *limits[self.codec])
         elif self.level is not None:
             raise ValueError(f"level={self.level} has no effect on codec={self.codec}; leave it out")
-        _within("group", self.group, 1, 65_536)
+        within("group", self.group, 1, 65_536)
 
 
 @dataclass(frozen=True)
@@ -292,8 +269,8 @@ class Shard:
     def __post_init__(self) -> None:
         if self.documents is None and self.megabytes is None:
             raise ValueError("shard has no bound; give documents or megabytes")
-        _within("documents", self.documents, 1)
-        _within("megabytes", self.megabytes, 0.001)
+        within("documents", self.documents, 1)
+        within("megabytes", self.megabytes, 0.001)
 
 
 Step = (

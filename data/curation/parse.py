@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from data.curation.config import STEPS, Compress, FilterQuality, Shard, Step, near, one_of
+from common.checks import choice, did_you_mean
+from data.curation.config import STEPS, Compress, FilterQuality, Shard, Step
 
 
 def parse_steps(entries: Iterable[Any]) -> tuple[Step, ...]:
@@ -40,7 +41,7 @@ def _parse(where: str, entry: Any) -> Step:
         raise ValueError(f"{where}={entry} names no step; write it as {{step: dedup_exact}}")
     name = str(entry["step"])
     try:
-        one_of("step", name, tuple(STEPS))
+        choice("step", name, STEPS)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from None
     kind = STEPS[name]
@@ -48,8 +49,7 @@ def _parse(where: str, entry: Any) -> Step:
     given = {str(key): value for key, value in entry.items() if key != "step"}
     for key in given:
         if key not in hints:
-            hint = near(key, hints) or f"; it has {', '.join(hints)}"
-            raise ValueError(f"{where}.{key} is no parameter of {name}{hint}")
+            raise ValueError(f"{where}.{key} is no parameter of {name}; {did_you_mean(key, hints)}")
     missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING]
     if missing:
         raise ValueError(f"{where} ({name}) needs {' and '.join(missing)}; add it")

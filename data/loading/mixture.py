@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from data.config import OWN, SHARED, DataConfig, component_keys, did_you_mean
+from common.checks import did_you_mean
+from data.config import OWN, SHARED, DataConfig, component_keys
 
 Points = list[tuple[int, float]]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from common.checks import choice, did_you_mean, require, within
 from training.config import Config
 
 KINDS = ("gpu", "tpu", "cpu")
@@ -62,33 +63,33 @@ class KubeConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself. ValueError in one line."""
-        _choice("kind", self.kind, KINDS)
+        choice("kube.kind", self.kind, KINDS)
         for key in ("nodes", "devices_per_node", "slices", "join_seconds", "grace_seconds"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
-        _require(1024 <= self.port <= 65535, "port", self.port, "from 1024 to 65535")
-        ok = self.queue_nodes is None or self.queue_nodes >= self.nodes * self.slices
-        _require(ok, "queue_nodes", self.queue_nodes, f"{self.nodes * self.slices} or more: this job's nodes")
+            within(f"kube.{key}", getattr(self, key), 1)
+        within("kube.max_restarts", self.max_restarts, 0)
+        within("kube.port", self.port, 1024, 65535)
+        ok = self.queue_nodes is None or self.queue_nodes >= self.pods
+        require(ok, "kube.queue_nodes", self.queue_nodes, f"{self.pods} or more: this job's nodes")
         self._check_words()
 
     def _check_words(self) -> None:
-        _require(
+        require(
             bool(self.image),
-            "image",
+            "kube.image",
             "(nothing)",
             "the image to run, as in kube.image=REGISTRY/cambrian:cuda",
         )
         for key in ("name", "namespace", "service_account", "queue", "claim"):
             value = getattr(self, key)
             ok = value is None or (re.fullmatch(_LABEL, value) is not None and len(value) <= NAME_LIMIT)
-            _require(ok, key, value, "a DNS label: lower-case letters, digits and -, at most 63")
+            require(ok, f"kube.{key}", value, "a DNS label: lower-case letters, digits and -, at most 63")
         quantities = {key: getattr(self, key) for key in ("cpu", "memory", "shared_memory", "claim_size")}
         quantities |= {f"resources.{key}": value for key, value in self.resources.items()}
         for key, value in quantities.items():
             ok = value is None or re.fullmatch(_QUANTITY, value) is not None
-            _require(ok, key, value, "a quantity such as 8, 500m or 64Gi")
+            require(ok, f"kube.{key}", value, "a quantity such as 8, 500m or 64Gi")
         ok = self.topology is None or re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", self.topology) is not None
-        _require(ok, "topology", self.topology, "chips along each side, such as 4x4 or 2x2x4")
+        require(ok, "kube.topology", self.topology, "chips along each side, such as 4x4 or 2x2x4")
         for word in self.tolerations:
             parse_toleration(word)
 
@@ -113,20 +114,6 @@ class KubeConfig:
         return asked | ({self.device_resource: str(self.devices_per_node)} if self.device_resource else {})
 
 
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    if not ok:
-        raise ValueError(f"kube.{key}={value} must be {limit}")
-
-
-def _choice(key: str, value: str, options: Sequence[str]) -> None:
-    from training.legal.check import did_you_mean
-
-    if value not in options:
-        raise ValueError(
-            f"kube.{key}={value} is not one of {', '.join(options)}; {did_you_mean(value, options)}"
-        )
-
-
 def parse_toleration(word: str) -> dict[str, str]:
     """`KEY=VALUE:EFFECT`, `KEY:EFFECT` or `KEY` as a pod's toleration. ValueError for anything else."""
     match = re.fullmatch(r"(?P<key>[\w./-]+)(=(?P<value>[\w.-]*))?(:(?P<effect>\w+))?", word)
@@ -144,8 +131,6 @@ def parse_kube(words: Sequence[str]) -> KubeConfig:
     """`kube.KEY=VALUE` words, values in YAML, as a checked KubeConfig. ValueError in one line."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-
-    from training.legal.check import did_you_mean
 
     types = {item.name: item.type for item in fields(KubeConfig)}
     config = OmegaConf.structured(KubeConfig(image="?"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from common.checks import did_you_mean, require, within
 from training.config import Config
 
 PREFIX = "slurm."
@@ -47,15 +48,15 @@ class SlurmConfig:
         """Each value by itself, and those of one node against each other."""
         least = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "gpus_per_node": 0, "array_limit": 0}
         for key, limit in least.items():
-            value = getattr(self, key)
-            _require(value is None or value >= limit, key, value, f"{limit} or more")
-        _require(0 <= self.port < 65536, "port", self.port, "from 0 to 65535")
+            within(f"slurm.{key}", getattr(self, key), limit)
+        within("slurm.port", self.port, 0, 65535)
         self._check_tasks()
         most = min(seconds_of(self.time) - 1, LARGEST_SIGNAL)
         limit_said = f"from 1 to {most}, within slurm.time={self.time}"
-        _require(0 < self.signal_seconds <= most, "signal_seconds", self.signal_seconds, limit_said)
+        require(0 < self.signal_seconds <= most, "slurm.signal_seconds", self.signal_seconds, limit_said)
         for option in self.options:
-            _require(option.startswith("-"), "options", option, "options of sbatch, such as --mail-type=END")
+            limit_said = "options of sbatch, such as --mail-type=END"
+            require(option.startswith("-"), "slurm.options", option, limit_said)
         for key, value in vars(self).items():
             lines = value if isinstance(value, list) else [value]
             if any("\n" in line for line in lines if isinstance(line, str)):
@@ -79,11 +80,6 @@ class SlurmConfig:
         """How these devices come about, in the keys that decide it."""
         each = "gpus_per_node" if self.gpus_per_node else "tasks_per_node"
         return f"slurm.nodes={self.nodes} * slurm.{each}={getattr(self, each)}"
-
-
-def _require(ok: bool, key: str, value: object, limit: str) -> None:
-    if not ok:
-        raise ValueError(f"slurm.{key}={value} must be {limit}")
 
 
 def seconds_of(text: str) -> int:
@@ -131,8 +127,6 @@ def slurm_config(words: Sequence[str]) -> SlurmConfig:
 def _value(key: str, given: Any) -> Any:
     """Text or, from a file, a list of texts, as the key's type. ValueError where it is of another."""
     if key not in KINDS:
-        from training.legal.check import did_you_mean
-
         raise ValueError(f"slurm.{key} is not a key; {did_you_mean(key, KINDS)}")
     kind, *null = KINDS[key].split(" | ")
     if isinstance(given, list) and kind == "list[str]":

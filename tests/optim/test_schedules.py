@@ -100,5 +100,5 @@ def test_a_schedule_that_does_not_fit_names_both_numbers():
 )
 def test_a_value_out_of_range_is_named(config, key, value):
     room = "schedule" if issubclass(config, ScheduleConfig) else "optim"
-    with pytest.raises(ValueError, match=f"{room}.{key}={value} is out of range; it must be "):
+    with pytest.raises(ValueError, match=f"{room}.{key}={value} must be "):
         config(**{key: value})

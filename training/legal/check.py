@@ -4,9 +4,7 @@ A config passes three gates: each value by itself (`__post_init__` beside its co
 other (here), and tensors against the mesh (`parallel.axes`).
 """
 
-import difflib
-from collections.abc import Iterable
-
+from common.checks import did_you_mean
 from data.config import shards_problem
 from parallel.config import MESH_AXES, MeshConfig
 from training.config import Config
@@ -145,20 +143,3 @@ def mesh_sizes(mesh: MeshConfig, device_count: int | None) -> dict[str, int] | N
         return known_sizes(mesh, device_count)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option most like `word`, by the whole or by its last part (`num_layers` → `model.num_layers`)."""
-    options = list(options)
-    if close := difflib.get_close_matches(word, options, n=1):
-        return close[0]
-    last = {option.rsplit(".", 1)[-1]: option for option in options}
-    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)
-    return last[close[0]] if close else None
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """The remedy for a word that is not among the options: the nearest, or all of them."""
-    options = list(options)
-    near = nearest(word, options)
-    return f"did you mean {near}?" if near else f"use one of {', '.join(options)}"
