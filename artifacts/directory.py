@@ -11,9 +11,7 @@ begins). Data and tokenizer paths may move; their contents may not: the digests 
 
 import contextlib
 import errno
-import fcntl
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +23,8 @@ from typing import Any
 import yaml
 
 from artifacts.manifest import now
-from artifacts.metrics import sync_directory
 from common.errors import RunFault
+from common.files import lock, sync, text_digest, write_text
 from parallel import processes
 
 _FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
@@ -129,15 +127,15 @@ class RunDirectory:
         self._manifest = {**self._manifest, "restarts": restarts}
         with _explained(self.path):
             if diff:
-                _write(self.path / f"git.restart{len(restarts)}.diff", diff)
+                write_text(self.path / f"git.restart{len(restarts)}.diff", diff, durable=True)
             self.write_manifest()
             # Last: until here a crash leaves the old values to compare the next start with.
-            _write(self.path / "config.yaml", _yaml(self.config))
+            write_text(self.path / "config.yaml", _yaml(self.config), durable=True)
 
     def write_manifest(self) -> None:
         """Put down what is known of the run, its rollbacks with it; the primary's to do."""
         rollbacks = {"rollbacks": self.rollbacks} if self.rollbacks else {}
-        _write(self.path / "manifest.json", _json({**self._manifest, **rollbacks}))
+        write_text(self.path / "manifest.json", _json({**self._manifest, **rollbacks}), durable=True)
 
     def check_restarts(self, step: int, most: int) -> None:
         """Raise RunFault where more than `most` starts in a row, this one from `step` too, got no further."""
@@ -229,11 +227,11 @@ class RunDirectory:
                 # Locked before it has its name, so nobody can come between.
                 self._lock = _lock(temporary)
                 if diff:
-                    _write(temporary / "git.diff", diff)
-                _write(temporary / "manifest.json", _json(manifest))
-                _write(temporary / "config.yaml", _yaml(self.config))
+                    write_text(temporary / "git.diff", diff, durable=True)
+                write_text(temporary / "manifest.json", _json(manifest), durable=True)
+                write_text(temporary / "config.yaml", _yaml(self.config), durable=True)
                 os.rename(temporary, self.path)
-                sync_directory(self.path.parent)
+                sync(self.path.parent)
                 self._manifest = manifest
         except BaseException:
             self.close()
@@ -252,7 +250,7 @@ def open_run_together(
 
     Raises what `open_run` raises, on all processes, and ValueError where one has another configuration.
     """
-    digest = hashlib.sha256(_yaml(config).encode()).hexdigest()
+    digest = text_digest(_yaml(config))
     processes.same("configuration", digest, "start all of them with the same command line")
     mine: list[RunDirectory] = []
 
@@ -350,11 +348,9 @@ def _load(path: Path, parse: Any, key: str = "run.name") -> dict[str, Any]:
 
 def _lock(directory: Path) -> int | None:
     """Take the directory's lock, or say that somebody has it. It goes with the process, however that ends."""
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(directory / ".lock", wait=False)
     except OSError as error:
-        os.close(fd)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise ValueError(
                 f"{directory} is in use by another process; wait for it, stop it, or choose another run.name="
@@ -362,7 +358,6 @@ def _lock(directory: Path) -> int | None:
         raise OSError(
             f"{directory} cannot be locked ({error.strerror}); choose a run.dir= on a file system with flock"
         ) from error
-    return fd
 
 
 def _check_writable(path: Path) -> None:
@@ -405,20 +400,6 @@ def _remove_stale(path: Path) -> None:
             shutil.rmtree(path.parent / name, ignore_errors=True)
             if fd is not None:
                 os.close(fd)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole: on the disk under another name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _json(tree: Any) -> str:

@@ -4,7 +4,6 @@ The manifest is what the run found, `config.yaml` is what it was asked. Environm
 name from a list, never wholesale: an environment holds secrets.
 """
 
-import hashlib
 import os
 import platform
 import socket
@@ -16,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.files import file_digest, text_digest
 from common.host import cpu_model
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def surroundings() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": cpu_model(),
         "packages": _packages(),
-        "locks": {path.name: _sha256(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
+        "locks": {path.name: file_digest(path) for path in sorted(_ROOT.glob("requirements*.lock"))},
         "git": git_state(_ROOT),
         "environment": recorded_environment(),
         "jax": _jax_config(),
@@ -111,7 +111,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
     return {
         "sha": (_git(root, "rev-parse", "HEAD") or "").strip() or None,
         "diff": diff,
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff_sha256": text_digest(diff) if diff else None,
         "untracked": untracked.splitlines()[:100],
     }
 
@@ -138,11 +138,6 @@ def _git(root: Path, *arguments: str) -> str | None:
 def _packages() -> dict[str, str]:
     found = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     return dict(sorted(found.items()))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recorded_environment() -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunFault
+from common.files import replacing, sync
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -70,7 +71,7 @@ class MetricsLog:
         self.path, self.missing = path, missing
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = os.fstat(self._fd).st_size
-        sync_directory(path.parent)
+        sync(path.parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row whole, or raise RunFault and leave the file as it was."""
@@ -128,25 +129,12 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _cut(path: Path, resume_step: int) -> int:
     """Keep what `resume_step` has seen and return how many training steps that is."""
-    temporary = path.with_name(path.name + ".tmp")
     seen: set[tuple[int, str]] = set()
-    with temporary.open("wb") as kept:
+    with replacing(path, durable=True) as aside, aside.open("wb") as kept:
         for line, row in _rows(path):
             key = (row["step"], "loss" if "loss" in row else " ".join(row))
             # Nothing of a run that begins anew is kept, not even an evaluation at step 0.
             if 0 < resume_step and row["step"] <= resume_step and key not in seen:
                 seen.add(key)
                 kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(temporary, path)
     return sum(kind == "loss" and 1 <= step for step, kind in seen)
-
-
-def sync_directory(directory: Path) -> None:
-    """A new name in a directory is on the disk only after the directory itself is."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from artifacts.metrics import MetricsLog
+from common.files import replacing
 from training.progress import human
 
 if TYPE_CHECKING:
@@ -129,11 +130,6 @@ def _finish(axes: "Axes", label: str) -> None:
 
 def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png", facecolor="white")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", facecolor="white")
     return path

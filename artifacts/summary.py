@@ -16,6 +16,7 @@ from rich.table import Table
 from artifacts.checkpoints.location import as_stored, place
 from artifacts.config import CheckpointConfig
 from artifacts.metrics import MetricsLog, json_value
+from common.files import write_text
 from training.progress import duration, human
 
 _SAMPLE_LINES = 6
@@ -43,15 +44,8 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
         **_training_figures(rows),
         **_outputs(run_dir),
     }
-    path = run_dir / "summary.json"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        plain = {key: json_value(value) for key, value in summary.items()}
-        temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    plain = {key: json_value(value) for key, value in summary.items()}
+    write_text(run_dir / "summary.json", json.dumps(plain, indent=2) + "\n")
     return summary
 
 

@@ -6,8 +6,6 @@ rename.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.files import file_digest, lock, text_digest
 from data.errors import DataError
 
 FORMAT = 1  # raise it when the layout of any cached directory changes
@@ -31,13 +30,7 @@ class Stopped(DataError):
 
 def digest_of(value: Any) -> str:
     """Return the sha256 (hex) of a json-able value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return text_digest(json.dumps(value, sort_keys=True))
 
 
 @contextlib.contextmanager
@@ -45,15 +38,16 @@ def locked(root: Path) -> Iterator[None]:
     """Hold the cache for this process; the next one waits and then finds the work done."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "w")
+        held = lock(root / ".lock", wait=True)
     except OSError as error:
         raise DataError(
             f"data.cache_dir={root} cannot be written ({error.strerror}); choose another"
         ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         _sweep(root)
         yield
+    finally:
+        os.close(held)
 
 
 def _sweep(root: Path) -> None:

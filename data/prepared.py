@@ -3,13 +3,13 @@
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from common.files import write_text
 from data.sources.corpus import Documents
 from data.tokens.bigram import bigram_bits_per_byte
 from data.tokens.store import TokenStore
@@ -70,10 +70,8 @@ class Prepared:
             validation_bytes=self.validation.learnt_bytes,
             counted=self.validation.framed_weights(),
         )
-        aside = cached.with_name(f".bigram-{os.getpid()}")
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
-            aside.write_text(json.dumps({"bits_per_byte": value}))
-            os.replace(aside, cached)
+            write_text(cached, json.dumps({"bits_per_byte": value}), shared=True)
         return value
 
     def _mixed_bigram(self, shares: dict[str, float]) -> float:

@@ -5,7 +5,6 @@ at save and again after restore covers the whole way between.
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from common.files import text_digest
 from training.xla import needed_options
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -64,7 +64,7 @@ def numbers(values: Mapping[str, Array]) -> dict[str, int]:
 def combined(values: Mapping[str, int]) -> str:
     """One sha256 over all leaf digests: the name by which a run refers to its parent checkpoint."""
     text = "\n".join(f"{name} {value:08x}" for name, value in sorted(values.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_digest(text)
 
 
 def differing(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from artifacts.checkpoints.errors import CorruptCheckpoint
-from artifacts.metrics import sync_directory
-from data.cache import file_digest
+from common.files import file_digest, write_text
 
 LIST = "FILES.sha256"
 SMALL = 4 << 20  # bytes: what holds no arrays to speak of, checked at every restore
@@ -38,13 +37,7 @@ def list_files(directory: Path) -> dict[str, str]:
     names = files_of(directory)
     with ThreadPoolExecutor(threads()) as pool:
         listed = dict(zip(names, pool.map(lambda name: file_digest(directory / name), names), strict=True))
-    aside = directory / f".{LIST}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(as_text(listed))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, directory / LIST)
-    sync_directory(directory)
+    write_text(directory / LIST, as_text(listed), durable=True)
     return listed
 
 

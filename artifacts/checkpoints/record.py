@@ -1,6 +1,5 @@
 """What a checkpoint says of itself: names and types of its arrays, and a record that is sealed."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from artifacts.checkpoints.digest import combined
 from artifacts.checkpoints.errors import CorruptCheckpoint
+from common.files import text_digest
 from training.state import TrainState
 
 Leaves = dict[str, Array]
@@ -99,13 +99,13 @@ def like(tree: Any, leaves: Leaves) -> Any:
 def seal(body: Mapping[str, Any]) -> dict[str, str]:
     """A record with the sha256 of its text."""
     text = json.dumps(body, sort_keys=True)
-    return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"record": text, "sha256": text_digest(text)}
 
 
 def unseal(sealed: Mapping[str, str]) -> dict[str, Any]:
     """The record again. Raises CorruptCheckpoint where its text was altered."""
     text = sealed["record"]
-    if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
+    if text_digest(text) != sealed["sha256"]:
         raise CorruptCheckpoint("the record of digests was altered")
     return json.loads(text)
 

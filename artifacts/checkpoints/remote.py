@@ -21,7 +21,7 @@ from typing import Any
 from artifacts.checkpoints.errors import CorruptCheckpoint, first_line
 from artifacts.checkpoints.files import LIST, files_of, parsed
 from common.errors import RunFault
-from data.cache import file_digest
+from common.files import file_digest
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
 SCHEMES = {

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import CorruptCache, building, digest_of, file_digest, verify
+from common.files import file_digest
+from data.cache import CorruptCache, building, digest_of, verify
 from data.config import DataConfig
 from data.curation.base import SPLITS
 from data.curation.config import (

@@ -8,13 +8,13 @@ and said.
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from data.cache import MANIFEST, digest_of
 from data.loading.packing import WINDOW, PackingPlan
 from data.tokens.store import TokenStore
@@ -70,20 +70,15 @@ def _read(path: Path) -> PackingPlan | None:
 def _write(path: Path, plan: PackingPlan) -> None:
     """Whole or not at all: several hosts may write the same plan at once, each to a name of its own."""
     path.parent.mkdir(exist_ok=True)
-    for left in path.parent.glob(".making-*"):
+    for left in path.parent.glob(".*.tmp"):
         if time.time() - left.stat().st_mtime > STALE:
             left.unlink(missing_ok=True)
     arrays = [np.asarray(a, np.int64) for a in (plan.starts, plan.lengths, plan.row_offsets)]
     about = {"counts": [len(a) for a in arrays], "sha256": _digest(arrays)}
-    aside = path.with_name(f".making-{os.urandom(8).hex()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(json.dumps(about).encode() + b"\n")
-            for array in arrays:
-                array.tofile(file)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path, shared=True) as aside, aside.open("wb") as file:
+        file.write(json.dumps(about).encode() + b"\n")
+        for array in arrays:
+            array.tofile(file)
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

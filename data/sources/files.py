@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.cache import file_digest
+from common.files import file_digest
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
 from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json, unreadable

@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.cache import digest_of, file_digest
+from common.files import file_digest, write_text
+from data.cache import digest_of
 from data.config import DataConfig
 from data.errors import DataError
 from data.sources.documents import Say, first_line
@@ -156,9 +157,7 @@ class Mirror:
 
     def _write_notes(self, notes: dict[str, dict[str, Any]]) -> None:
         lines = [json.dumps({"name": name, **note}) + "\n" for name, note in notes.items()]
-        aside = self.place / ".mirror.jsonl.part"
-        aside.write_text("".join(lines))
-        os.replace(aside, self.place / "mirror.jsonl")
+        write_text(self.place / "mirror.jsonl", "".join(lines))
 
     @contextlib.contextmanager
     def _said_plainly(self) -> Any:

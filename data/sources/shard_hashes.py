@@ -6,12 +6,12 @@ first start hashes every shard; later ones hash only those whose size or time of
 
 import contextlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.cache import digest_of, file_digest
+from common.files import file_digest, write_text
+from data.cache import digest_of
 from data.errors import DataError
 from data.sources.documents import Say, silent
 
@@ -76,11 +76,9 @@ class ShardRecord:
 
     def _save(self) -> None:
         known = {key: value for key, value in self._known.items() if key != "digest"}
-        aside = self.path.with_suffix(f".{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(known | {"digest": digest_of(known)}))
-            os.replace(aside, self.path)
+            write_text(self.path, json.dumps(known | {"digest": digest_of(known)}), shared=True)
         except OSError as error:
             raise DataError(
                 f"data.cache_dir: {self.path} cannot be written ({error}); free space or choose another"

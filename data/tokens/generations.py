@@ -7,12 +7,12 @@ save to check it. So a run that began on an old generation finds exactly that on
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import write_text
 from data.cache import digest_of
 from data.errors import DataError
 from data.sources.corpus import Corpus
@@ -112,10 +112,9 @@ class GenerationIndex:
         if path.exists():
             return
         self.directory.mkdir(exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         facts: dict[str, Any] = {"digest": generation.digest, "groups": generation.groups}
-        aside.write_text(json.dumps({**facts, "sum": digest_of(facts)}, indent=0) + "\n")
-        os.replace(aside, path)
+        text = json.dumps({**facts, "sum": digest_of(facts)}, indent=0) + "\n"
+        write_text(path, text, shared=True)
 
     def _path(self, digest: str) -> Path:
         return self.directory / f"{self.prefix}-{digest[:16]}.json"

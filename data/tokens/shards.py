@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int
 
-from data.cache import Stopped, digest_of, file_digest
+from common.files import file_digest
+from data.cache import Stopped, digest_of
 from data.sources.corpus import Documents
 from data.tokens.encoding import Encoded, Encoder, Encoding
 from data.tokens.workers import as_worker

@@ -5,7 +5,6 @@ tokens, even where they spell one: only the store writes the separators. Which t
 beside a tokenizer.json, by the frame that it puts around a text itself, or by a special token's name.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
+from common.files import text_digest
 from data.config import TokenizerConfig
 from data.errors import DataError
 
@@ -89,7 +89,7 @@ class Tokenizer:
         self._text = agreeing(text)
         said = "" if separators == alone == first else "\0".join(("", *separators))
         first_text = self._text.replace(AGREED, CONTRADICTED)
-        self.digest: str = hashlib.sha256((first_text + said).encode()).hexdigest()
+        self.digest: str = text_digest(first_text + said)
         _mark(self._backend, separators)
         self._backend.encode_special_tokens = True  # `<|endoftext|>` in a text is thirteen characters
         self.vocab_size: int = max(vocabulary.values()) + 1

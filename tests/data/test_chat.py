@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from data.cache import file_digest
+from common.files import file_digest
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loading.loader import Loader, eval_batches
