@@ -4,6 +4,7 @@ Past `from_hydra` there is no OmegaConf. The root dataclass stands in `training.
 values must agree on in `training.legal`.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,9 @@ from training.config import Config
 from training.legal.check import INT32, ConfigError
 
 
+@functools.cache
 def register() -> None:
-    """Put the schemas in Hydra's store; the YAML files inherit from them by name. May be called again."""
+    """Put the schemas in Hydra's store, once a process; the YAML files inherit from them by name."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for schema in OPTIMIZERS:

@@ -47,10 +47,26 @@ def test_experiment_composes_into_checked_dataclasses_under_its_own_name(name):
     assert type(made.schedule) in SCHEDULES
 
 
+PAIRS = list(itertools.product(options("optim"), options("schedule")))
+
+
+def pairs_of(name):
+    """Pairs in which each optimizer and each schedule is; over all experiments, each pair of them is in some."""
+    turn, schedules = EXPERIMENTS.index(name), options("schedule")
+    return [(o, schedules[(turn + i) % len(schedules)]) for i, o in enumerate(options("optim"))]
+
+
+def test_every_optimizer_meets_every_schedule_in_some_experiment():
+    """Composing compares two groups at a time: an experiment with each, and the two with one another."""
+    assert {pair for name in EXPERIMENTS for pair in pairs_of(name)} == set(PAIRS)
+    for name in EXPERIMENTS:
+        assert {schedule for _, schedule in pairs_of(name)} == set(options("schedule"))
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_with_every_optimizer_and_schedule(name):
     with composer():
-        for optim, schedule in itertools.product(options("optim"), options("schedule")):
+        for optim, schedule in pairs_of(name):
             words = [f"+experiment={name}", f"optim={optim}", f"schedule={schedule}"]
             made = schema.from_hydra(compose("config", overrides=words))
             check(made, None)
