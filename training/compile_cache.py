@@ -1,12 +1,17 @@
-"""The persistent compile cache, whether it helped, and what compiling took all the same."""
+"""The persistent compile cache, verified; whether it helped, and what compiling took all the same."""
 
+import hashlib
 import os
+import sys
 import threading
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src import compilation_cache  # there is no public way to give JAX a cache
+from jax._src.compilation_cache import LRUCache
 
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
@@ -15,6 +20,8 @@ STAGES = (  # of making an executable: tracing, lowering, compiling
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 class CacheWatch:
@@ -61,6 +68,55 @@ class _Spans(threading.local):
         return max(0.0, end - start - inside)
 
 
+class VerifiedCache(LRUCache):
+    """JAX's directory of executables with a sha256 before each, under names of its own.
+
+    JAX compresses entries without a checksum and never replaces one: a flipped bit is other machine code, and
+    a torn entry a miss for ever. Here an entry that is not as it was written, or belongs under another name,
+    is said in one line, removed, compiled and written anew. Several processes may read and write at once.
+    """
+
+    def get(self, key: str) -> bytes | None:
+        """The executable as it was written; None, which has JAX compile, where there is none."""
+        name = _sealed(key)
+        try:
+            entry = super().get(name)
+        except OSError:
+            entry = b""
+        if entry is None or entry[:_SEAL_BYTES] == _seal(key, entry[_SEAL_BYTES:]):
+            return entry and entry[_SEAL_BYTES:]
+        path = Path(f"{self.path}/{name}-cache")
+        try:
+            path.unlink()
+        except FileNotFoundError:  # another process was faster, and says it
+            return None
+        except OSError:  # `put` cannot replace it either: it is said at each start
+            pass
+        print(f"compile cache: {path} is not as it was written; it is compiled anew", file=sys.stderr)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Write an entry whole or not at all. Raises OSError, of which JAX makes a warning."""
+        entry = _seal(key, value) + value
+        if self.eviction_enabled:  # of JAX_COMPILATION_CACHE_MAX_SIZE, under a lock that readers take too
+            return super().put(_sealed(key), entry)
+        aside = Path(f"{self.path}/{uuid.uuid4().hex}.tmp")
+        try:
+            aside.write_bytes(entry)
+            os.replace(aside, f"{self.path}/{_sealed(key)}-cache")
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _seal(key: str, value: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\0" + value).digest()
+
+
+def _sealed(key: str) -> str:
+    """The name of an entry: what JAX alone wrote here has none of these, and is never read."""
+    return f"{key}-sha256"
+
+
 def start_compile_cache(directory: str | None, *, names: bool = False) -> CacheWatch:
     """Keep every executable that took a while to compile in `directory`; None turns the cache off.
 
@@ -75,9 +131,10 @@ def start_compile_cache(directory: str | None, *, names: bool = False) -> CacheW
             raise ValueError(
                 f"run.compile_cache={directory} cannot be written; choose another directory, or null for none"
             )
-    # An entry that a full disk or a kill left half-written costs a compilation, which the summary counts as a
+    # An entry that a full disk keeps from being written costs a compilation, which the summary counts as a
     # miss; jax would add two lines to stderr, where we say only what is wrong with the run.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
+    compilation_cache.LRUCache = VerifiedCache  # type: ignore[misc]  # what JAX makes at its first compilation
     jax.config.update("jax_compilation_cache_dir", str(path) if path else None)
     jax.config.update("jax_compilation_cache_include_metadata_in_key", names)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
