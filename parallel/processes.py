@@ -120,17 +120,34 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
     try:
         if place is not None:
             _muster(place, limit)
-            jax.distributed.initialize(
-                place.coordinator, place.count, place.index, cluster_detection_method="deactivate", **common
-            )
-        else:
-            jax.distributed.initialize(cluster_detection_method=method, **common)
+        with _no_proxy():
+            if place is not None:
+                at = (place.coordinator, place.count, place.index)
+                jax.distributed.initialize(*at, cluster_detection_method="deactivate", **common)
+            else:
+                jax.distributed.initialize(cluster_detection_method=method, **common)
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, ClusterFault):
             raise
         line = str(error).splitlines()[0][:200]
         where = place.coordinator if place else f"the {method} job"
         raise ClusterFault(f"joining {where} failed: {line}") from error
+
+
+@contextlib.contextmanager
+def _no_proxy() -> Iterator[None]:
+    """The environment without http_proxy and its like, while a job is joined.
+
+    gRPC reads them when it opens its one connection, to the coordinator, and would ask a proxy for a host
+    inside the job: no_proxy need not have it, and JAX warns of that variable as well.
+    """
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
 
 
 def _muster(place: Place, limit: float) -> None:

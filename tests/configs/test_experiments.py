@@ -51,7 +51,7 @@ PAIRS = list(itertools.product(options("optim"), options("schedule")))
 
 
 def pairs_of(name):
-    """Pairs in which each optimizer and each schedule is; over all experiments, each pair of them is in some."""
+    """Pairs in which each optimizer and each schedule is; over all experiments, each pair is in some."""
     turn, schedules = EXPERIMENTS.index(name), options("schedule")
     return [(o, schedules[(turn + i) % len(schedules)]) for i, o in enumerate(options("optim"))]
 
