@@ -9,12 +9,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from artifacts.ledger import Ledger
 from common.host import resident_bytes
-
-if TYPE_CHECKING:
-    from training.recorder import Recorder
 
 ADDRESS = "CAMBRIAN_PROMETHEUS_ADDRESS"
 PREFIX = "cambrian_"
@@ -86,7 +84,15 @@ def memory() -> dict[str, Any]:
     }
 
 
-def samples(recorder: "Recorder", num_steps: int) -> Iterator[Point]:
+class Recorded(Protocol):
+    """What a scrape reads of a run: its newest row, the newest value of every other name, its ledger."""
+
+    last: dict[str, Any]
+    last_event: dict[str, Any]
+    ledger: Ledger
+
+
+def samples(recorder: Recorded, num_steps: int) -> Iterator[Point]:
     """What a scrape answers with."""
     yield from _of_row(OF_A_ROW, recorder.last)
     yield from _of_row(OF_AN_EVALUATION, recorder.last_event)
@@ -123,7 +129,7 @@ class Exporter:
         from prometheus_client import CollectorRegistry, start_http_server
 
         self.run, self.num_steps = run, 0
-        self.recorder: Recorder | None = None
+        self.recorder: Recorded | None = None
         address = os.environ.get(ADDRESS, "0.0.0.0")
         registry = CollectorRegistry()
         registry.register(self)
@@ -137,7 +143,7 @@ class Exporter:
             ) from error
         self.address = f"http://{address}:{self._server.server_port}/metrics"
 
-    def show(self, recorder: "Recorder | None", num_steps: int) -> None:
+    def show(self, recorder: Recorded | None, num_steps: int) -> None:
         """From here on scrapes answer with this run's series."""
         self.num_steps, self.recorder = num_steps, recorder
 

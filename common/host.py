@@ -10,6 +10,8 @@ from pathlib import Path
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # as in glibc's malloc.h
 XLA_THREADS = "NPROC"  # how many cores XLA takes the machine to have, which is how many threads it makes
 FORCED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+# XLA's scheduler that lets devices reach collectives in one order; the default (jaxlib 0.10) does not.
+ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 EACH = 4  # threads of a device that may be in a collective at once: layers, the loss, and what stands beside
 
 
@@ -76,3 +78,12 @@ def enough_threads() -> int | None:
     threads = max(os.cpu_count() or 1, EACH * devices)
     os.environ[XLA_THREADS] = str(threads)
     return threads
+
+
+def one_order(platform: str, devices: int) -> dict[str, str]:
+    """Compiler options for a program of so many devices, without which those of a CPU wait for ever.
+
+    XLA's default scheduler lets them reach independent collectives in different orders; each then waits in
+    another one.
+    """
+    return dict(ONE_ORDER) if platform == "cpu" and devices > 1 else {}

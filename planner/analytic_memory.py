@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from planner.shapes import state_bytes
 from planner.sizes import Sizes
-from planner.work import Memory
+from training.preflight import Memory
 from training.step import BATCH_DTYPES
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from kernels.grouped_experts import block_size
 from parallel.hardware import GIB, Machine
@@ -23,11 +22,11 @@ from planner.described_devices import compiler_options, described_devices, quiet
 from planner.hlo.kernel_names import kernels_of
 from planner.hlo.program import Reading, read_hlo
 from planner.hlo.text import Instruction, shapes
-from planner.work import Memory, StepCost, Traffic
+from planner.work import StepCost, Traffic
 from training.config import Config
 from training.flops import training_flops
+from training.preflight import bytes_on_device, memory_of
 from training.program import Program, build_program, padded_vocab
-from training.state import TrainState
 
 AMOUNT = r"([\d.]+[KMGT]?)"
 
@@ -181,33 +180,6 @@ def precision_of(kind: str, machine: Machine) -> str:
         return "bfloat16" if machine.kind == "tpu" else "float32"
     name = "fp8" if kind.startswith("f8") else "int8" if kind in ("s8", "u8") else "bfloat16"
     return name if name in machine.flops else "bfloat16"
-
-
-def memory_of(program: Program, temporaries: int) -> Memory:
-    """Classes of bytes on one device: what the step is given, and the compiler's temporaries.
-
-    Gradients are a part of these: float32, placed like the parameters.
-    """
-    state: TrainState = program.state
-    parameters = bytes_on_device(state.params)
-    gradients = sum(4 * math.prod(shard_shape(leaf)) for leaf in jax.tree.leaves(state.params))
-    return Memory(
-        parameters=parameters,
-        optimizer=bytes_on_device(state) - parameters,
-        gradients=min(gradients, temporaries),
-        batch=bytes_on_device(program.batch),
-        temporaries=max(0, temporaries - gradients),
-    )
-
-
-def bytes_on_device(tree: Any) -> int:
-    """Of an abstract tree with shardings, on any one device: all are alike."""
-    return sum(np.dtype(x.dtype).itemsize * math.prod(shard_shape(x)) for x in jax.tree.leaves(tree))
-
-
-def shard_shape(leaf: Any) -> Sequence[int]:
-    """Of one device's part."""
-    return leaf.sharding.shard_shape(leaf.shape)
 
 
 def model_flops(model: Any, seq_len: int) -> Mapping[str, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from planner.report import Plan
-from planner.work import Memory
+from training.preflight import classes
 from training.progress import duration, human
 
 GIB = 2**30
@@ -60,12 +60,6 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     if plan.beside is not None:
         ratio = plan.beside.memory.total / memory.total
         yield _row("", f"{'analytic':12}{plan.beside.memory.total / GIB:>9.2f} GiB  {ratio:.2f} of it")
-
-
-def classes(memory: Memory) -> list[tuple[str, int]]:
-    """Name and bytes of each class, in order."""
-    names = ("parameters", "optimizer", "gradients", "batch", "temporaries")
-    return [(name, getattr(memory, name)) for name in names]
 
 
 def work_lines(plan: Plan) -> Iterator[str]:
@@ -127,12 +121,3 @@ def budget_lines(plan: Plan) -> Iterator[str]:
 
 def _row(name: str, text: str) -> str:
     return f"{name:{LABEL}} {text}".rstrip()
-
-
-def refusal(memory: Memory, capacity: int, device: str) -> str:
-    """The words for a step that a device cannot hold: the planner's and those before a run's first step."""
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in classes(memory) if size >= GIB / 20)
-    return (
-        f"the step needs {memory.total / GIB:.1f} GiB on each device ({parts}), but {device} can hold "
-        f"{capacity / GIB:.1f}"
-    )

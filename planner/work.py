@@ -7,27 +7,9 @@ turns one into seconds.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from training.preflight import Memory
+
 Axes = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the step's peak, by what they hold.
-
-    optimizer: moments, average and counters. batch: of one step, on the device. gradients: float32, placed
-    like their parameters. temporaries: all else, activations above all.
-    """
-
-    parameters: int
-    optimizer: int
-    gradients: int
-    batch: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        """Of all classes."""
-        return self.parameters + self.optimizer + self.gradients + self.batch + self.temporaries
 
 
 @dataclass(frozen=True)

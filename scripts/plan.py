@@ -165,8 +165,9 @@ def compiler_name(kind: str) -> str:
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
     from planner.fixes import fixes
-    from planner.screen import refusal, screen
+    from planner.screen import screen
     from planner.search import compiled_work
+    from training.preflight import refusal
 
     print(screen(plan), flush=True)
     if options.output is not None:

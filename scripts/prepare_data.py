@@ -42,7 +42,7 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
         engine = beam_engine(beam_options(options.runner, options.runner_option))
     tokenizer = config.tokenizer
     if tokenizer.kind == "inherit":  # only then: it imports JAX
-        from artifacts.initial_weights import tokenizer_config
+        from training.initial_weights import tokenizer_config
 
         tokenizer = tokenizer_config(config, None, None)
     prepared = prepare(config.data, tokenizer, append=options.append, engine=engine)

@@ -146,8 +146,8 @@ def look_around(original: Original, root: Path) -> list[Difference]:
 
 def sources(original: Original) -> dict[str, Any]:
     """Digests of what the run was made from, as it is now; the reason in their place where it is not here."""
-    from artifacts.initial_weights import find_parent, tokenizer_config
     from data.pipeline import prepare
+    from training.initial_weights import find_parent, tokenizer_config
 
     config = load(original.config)
     wanted = original.manifest["data"]["digest"]

@@ -108,16 +108,10 @@ def back_edges(source: str, module: str) -> list[str]:
 
 # Edges that still run upward, each until the code that makes it has moved.
 NOT_YET: set[str] = {
-    "artifacts.checkpoints.digest imports training.xla.needed_options",
-    "artifacts.checkpoints.manager imports training.state.TrainState",
-    "artifacts.checkpoints.record imports training.state.TrainState",
-    "artifacts.exporter imports training.recorder.Recorder",
     "artifacts.plots imports training.progress.human",
     "artifacts.summary imports training.progress.duration",
     "artifacts.summary imports training.progress.human",
     "kernels.einsum_8bit imports models.ops.plain_einsum",
-    "training.preflight imports planner.compiled.memory_of",
-    "training.preflight imports planner.screen.refusal",
 }
 
 

@@ -4,14 +4,38 @@ The compiler's own account, against what the device says it can give. Without th
 allocator, on a cluster after its time in the queue.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
+
 from parallel.hardware import GIB, HardwareConfig
-from planner.compiled import memory_of
-from planner.screen import refusal
 from training.program import Program
 
 OVERRIDE = "hardware.device.preflight=false starts all the same"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the step's peak, by what they hold.
+
+    optimizer: moments, average and counters. batch: of one step, on the device. gradients: float32, placed
+    like their parameters. temporaries: all else, activations above all.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    batch: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """Of all classes."""
+        return self.parameters + self.optimizer + self.gradients + self.batch + self.temporaries
 
 
 def refuse_what_cannot_fit(hardware: HardwareConfig, program: Program, step: Any) -> None:
@@ -48,3 +72,45 @@ def capacity(hardware: HardwareConfig, device: Any) -> int | None:
     if datasheet is None or datasheet.memory_gib is None:
         return None
     return round(datasheet.memory_gib * GIB)
+
+
+def memory_of(program: Program, temporaries: int) -> Memory:
+    """Classes of bytes on one device: what the step is given, and the compiler's temporaries.
+
+    Gradients are a part of these: float32, placed like the parameters.
+    """
+    state = program.state
+    parameters = bytes_on_device(state.params)
+    gradients = sum(4 * math.prod(shard_shape(leaf)) for leaf in jax.tree.leaves(state.params))
+    return Memory(
+        parameters=parameters,
+        optimizer=bytes_on_device(state) - parameters,
+        gradients=min(gradients, temporaries),
+        batch=bytes_on_device(program.batch),
+        temporaries=max(0, temporaries - gradients),
+    )
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Of an abstract tree with shardings, on any one device: all are alike."""
+    return sum(np.dtype(x.dtype).itemsize * math.prod(shard_shape(x)) for x in jax.tree.leaves(tree))
+
+
+def shard_shape(leaf: Any) -> Sequence[int]:
+    """Of one device's part."""
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def classes(memory: Memory) -> list[tuple[str, int]]:
+    """Name and bytes of each class, in order."""
+    names = ("parameters", "optimizer", "gradients", "batch", "temporaries")
+    return [(name, getattr(memory, name)) for name in names]
+
+
+def refusal(memory: Memory, capacity: int, device: str) -> str:
+    """The words for a step that a device cannot hold: the planner's and those before a run's first step."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in classes(memory) if size >= GIB / 20)
+    return (
+        f"the step needs {memory.total / GIB:.1f} GiB on each device ({parts}), but {device} can hold "
+        f"{capacity / GIB:.1f}"
+    )

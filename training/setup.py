@@ -18,13 +18,6 @@ import jax
 from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.directory import RunDirectory, completed, stored_config
-from artifacts.initial_weights import (
-    Parent,
-    check_tokenizer,
-    find_parent,
-    same_parent,
-    tokenizer_config,
-)
 from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
@@ -43,6 +36,13 @@ from training.compile_cache import CacheWatch
 from training.config import Config
 from training.device_batches import rows_here
 from training.flops import Flops, peak_flops, training_flops
+from training.initial_weights import (
+    Parent,
+    check_tokenizer,
+    find_parent,
+    same_parent,
+    tokenizer_config,
+)
 from training.input_watch import InputWatch
 from training.precision import precision_row
 from training.preflight import refuse_what_cannot_fit

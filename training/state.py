@@ -1,7 +1,7 @@
 """The state of a run: born abstract, initialized sharded, never whole on one device."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class TrainState:
     local: Any = None
     guard: Any = None
 
-    def replace(self, **changes: Any) -> "TrainState":
+    def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
         return replace(self, **changes)
 

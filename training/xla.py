@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from common.host import ONE_ORDER, one_order
 from parallel.config import XLA_PROFILES
 from training.state import is_info
 
@@ -21,7 +22,6 @@ XlaOptions = dict[str, Any]
 
 # One order for independent collectives, and a schedule that keeps less alive: on one CPU a fifth less memory
 # at the same speed.
-ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 # Not pipelined collectives: the loops that they cut up have no trip count that a reader of the program could
 # know, and jaxlib 0.11 renamed them. Nor libtpu's asynchronous fusions: 0.0.52 refuses v6e with them.
 GPU_CLUSTER = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -95,14 +95,13 @@ def profile_options(profile: str, *, layer_bytes: int = 0) -> XlaOptions:
 def needed_options(deterministic: bool, platform: str, devices: int = 1) -> XlaOptions:
     """What a program must be compiled with, whatever the profile.
 
-    On several CPU devices XLA's default scheduler (jaxlib 0.10) lets them reach independent collectives in
-    different orders, and they wait for each other for ever; the other scheduler keeps one order.
+    On several CPU devices collectives must be reached in one order: `common.host.one_order`.
 
     On a GPU, atomic adds and kernels chosen by timing make two runs differ in the last bits; deterministic
     operations cost some speed. CPU and TPU repeat themselves as they are. Raises ValueError for devices of
     which nobody has said that they can.
     """
-    needed = dict(ONE_ORDER) if platform == "cpu" and devices > 1 else {}
+    needed = one_order(platform, devices)
     if not deterministic:
         return needed
     if family(platform) not in REPEATS:

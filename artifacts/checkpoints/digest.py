@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from common.files import text_digest
-from training.xla import needed_options
+from common.host import one_order
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -39,8 +39,8 @@ def _digests(leaves: dict[str, Array]) -> dict[str, Array]:
 
 @functools.cache
 def _jitted(platform: str, devices: int) -> Any:
-    # One sum a leaf over all devices: as independent as collectives come, see `needed_options`.
-    return jax.jit(_digests, compiler_options=needed_options(False, platform, devices))
+    # One sum a leaf over all devices: as independent as collectives come.
+    return jax.jit(_digests, compiler_options=one_order(platform, devices))
 
 
 def digests(leaves: Mapping[str, Array]) -> dict[str, int]:

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,6 @@ from artifacts.checkpoints.remote import Remote
 from artifacts.config import CheckpointConfig
 from common.errors import RunFault
 from parallel import processes
-from training.state import TrainState
 
 FORMAT = 1
 SEND_SECONDS = 3600  # that the others wait for the primary to hash and send a checkpoint
@@ -69,6 +68,9 @@ def _context() -> ocp.Context:
         async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
         array_options=ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False)),
     )
+
+
+StateT = TypeVar("StateT", bound=Any)  # a state as `training.state.TrainState` is one
 
 
 class Checkpoints:
@@ -141,7 +143,7 @@ class Checkpoints:
         """Those that are on this machine."""
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
-    def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begin to write the state after `step` steps; `record` is JSON (data position, manifest).
 
         The call returns when the arrays are safe from donation. Raises RunFault where this or the previous
@@ -229,22 +231,22 @@ class Checkpoints:
             raise CorruptCheckpoint(f"{self.directory}/{step} is the checkpoint of step {record['step']}")
         return record
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: StateT) -> tuple[StateT, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 
         `local` and `guard` have what of them is there in the same shape. Raises ValueError where anything
         else is of another shape or dtype, CorruptCheckpoint where its numbers are not those that were saved.
         """
         wanted = trees_of(abstract)
-        record, restored = self._load(step, items_of(abstract))
-        trees = {item: like(wanted[item], leaves) for item, leaves in restored.items() if item in wanted}
+        record, found = self._load(step, items_of(abstract))
+        trees = {item: like(wanted[item], leaves) for item, leaves in found.items() if item in wanted}
         local = {item: trees[item] for item in LOCAL if item in trees} or None
         guard = trees.get("guard")
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
         )
-        state = TrainState(count, trees["params"], trees["opt_state"], trees.get("ema"), local, guard)
-        return state, record
+        restored = {"params": trees["params"], "opt_state": trees["opt_state"], "ema": trees.get("ema")}
+        return abstract.replace(step=count, **restored, local=local, guard=guard), record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
         """Only the parameters (or their average, `item="ema"`), verified."""
@@ -347,8 +349,8 @@ class Checkpoints:
         return True, None
 
     def restore_newest(
-        self, abstract: TrainState, most: int | None = None
-    ) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        self, abstract: StateT, most: int | None = None
+    ) -> tuple[StateT, dict[str, Any], list[str]] | None:
         """The newest checkpoint that passes, and what was quarantined on the way; None where none is.
 
         most: the last step that is looked at.

@@ -13,7 +13,6 @@ from orbax.checkpoint import v1 as ocp
 from artifacts.checkpoints.digest import combined
 from artifacts.checkpoints.errors import CorruptCheckpoint
 from common.files import text_digest
-from training.state import TrainState
 
 Leaves = dict[str, Array]
 HOLE = ocp.PLACEHOLDER  # stands for an array that is not read
@@ -33,8 +32,8 @@ LOCAL = ("momentum", "replicas", "guards")  # of replicas that step alone
 OPTIONAL = ("guard", *LOCAL)  # what a run goes on without, or with another number of replicas
 
 
-def trees_of(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds, by item."""
+def trees_of(state: Any) -> dict[str, Any]:
+    """What a checkpoint holds, by item, of a state with these trees (`training.state.TrainState`)."""
     trees = {"params": state.params, "opt_state": state.opt_state}
     if state.ema is not None:
         trees["ema"] = state.ema
@@ -45,7 +44,7 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     return trees | local
 
 
-def items_of(state: TrainState) -> dict[str, Leaves]:
+def items_of(state: Any) -> dict[str, Leaves]:
     """The same, flat within each item."""
     return {item: named_leaves(tree) for item, tree in trees_of(state).items()}
 

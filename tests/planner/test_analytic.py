@@ -8,10 +8,11 @@ import pytest
 from parallel.hardware import machine_of
 from parallel.mesh import build_layout
 from planner.analytic import estimate
-from planner.compiled import bytes_on_device, with_vocabulary
+from planner.compiled import with_vocabulary
 from planner.shapes import abstract_layout, model_of, state_bytes
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
+from training.preflight import bytes_on_device
 from training.program import build_program
 
 MESHES = {

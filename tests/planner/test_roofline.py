@@ -4,7 +4,8 @@ import pytest
 
 from parallel.hardware import Link, Machine
 from planner.roofline import cost_of, members_within, predict, torus_dims
-from planner.work import Memory, StepCost, Traffic
+from planner.work import StepCost, Traffic
+from training.preflight import Memory
 
 NEAR = Link("nvlink", 8, 400e9, 0.0)
 FAR = Link("infiniband", 0, 50e9, 0.0)

@@ -17,17 +17,18 @@ from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
 from artifacts.config import CheckpointConfig
-from artifacts.initial_weights import find_parent
 from artifacts.metrics import MetricsLog
 from common.errors import RunFault
+from common.host import ONE_ORDER
 from data.errors import DataError
 from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
+from training.initial_weights import find_parent
 from training.loop import fit
 from training.recorder import Recorder
 from training.setup import check_further_tokens
-from training.xla import ONE_ORDER, needed_options
+from training.xla import needed_options
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 WORDS = (

@@ -3,13 +3,13 @@
 import jax
 import pytest
 
+from common.host import ONE_ORDER
 from parallel.config import XLA_PROFILES
 from tests.parallel.small import DENSE, make_config, make_program
 from training.xla import (
     COMBINE,
     DETERMINISTIC_GPU,
     LEAST_COMBINED,
-    ONE_ORDER,
     PLATFORMS,
     check_options,
     deterministic_row,

@@ -10,6 +10,7 @@ from artifacts.checkpoints.record import state_digest
 from artifacts.directory import RunDirectory
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
+from training.config import Config
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Parent:
         return {"path": str(self.checkpoints.directory), "step": self.step, "digest": state_digest(record)}
 
 
-def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
+def find_parent(config: Config, only_step: int | None = None) -> Parent | None:
     """The checkpoint that `init_from` names: a run beside this one, a run's directory, or one step's."""
     if config.init_from is None:
         return None
@@ -54,7 +55,7 @@ def find_parent(config: Any, only_step: int | None = None) -> Parent | None:
     )
 
 
-def same_parent(config: Any, run: RunDirectory) -> Parent | None:
+def same_parent(config: Config, run: RunDirectory) -> Parent | None:
     """The parent of an earlier start, killed before its first checkpoint: it may have trained on since."""
     if (earlier := run.parent) is None:
         return None
@@ -77,7 +78,7 @@ def check_tokenizer(parent: Parent, digest: str) -> None:
         )
 
 
-def tokenizer_config(config: Any, run: RunDirectory | None, parent: Parent | None) -> TokenizerConfig:
+def tokenizer_config(config: Config, run: RunDirectory | None, parent: Parent | None) -> TokenizerConfig:
     """`config.tokenizer`, where tokenizer.kind=inherit has become the file of the run or of its parent.
 
     The chat template beside that file is inherited with it.
