@@ -9,7 +9,7 @@ import numpy as np
 
 from artifacts.metrics import MetricsLog
 from common.files import replacing
-from training.progress import human
+from common.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from artifacts.checkpoints.location import as_stored, place
 from artifacts.config import CheckpointConfig
 from artifacts.metrics import MetricsLog, json_value
 from common.files import write_text
-from training.progress import duration, human
+from common.text import duration, human
 
 _SAMPLE_LINES = 6
 

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import measure
+from common.text import GIB
 
 HERE = Path(__file__).resolve().parent
-GIB = 2**30
 CASES: dict[str, tuple[str, ...]] = {
     "llama3_8b, 8 x H200": ("+experiment=llama3_8b", "hardware=h200", "training.global_batch_size=16"),
     "llama3_70b, 64 x H100": (

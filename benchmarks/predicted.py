@@ -22,9 +22,9 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from common.text import GIB
 
 HERE = Path(__file__).resolve().parent
-GIB = 2**30
 GPU = ("training.attention=cudnn", "training.precision=bfloat16", "mesh=single")
 SHAPES: dict[str, tuple[str, ...]] = {
     "124m": ("+experiment=bench_124m", *GPU),

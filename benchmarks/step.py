@@ -17,9 +17,8 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks import measure
 from common.host import enough_threads, keep_freed_memory
+from common.text import GIB
 from configs.cli import main
-
-GIB = 2**30
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.checks import choice, require, within
+from common.text import GIB
 from parallel.config import XLA_PROFILES
 
 KINDS = ("gpu", "tpu", "cpu")
-GIB = 2**30
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from common.text import counted
 from parallel.axes import Layout
 from parallel.config import MESH_AXES, MeshConfig, mesh_shape
 
@@ -63,7 +64,7 @@ def _check_slices(factors: Mapping[str, int], devices: Sequence[Any], attribute:
     found = Counter(getattr(device, attribute) for device in devices)
     asked = " * ".join(f"mesh.dcn.{axis}={factor}" for axis, factor in factors.items() if factor > 1)
     how = "" if attribute == "slice_index" else ", counted by process"
-    slices = f"{len(found)} slice{'s' if len(found) > 1 else ''}{how}"
+    slices = counted(len(found), "slice") + how
     if math.prod(factors.values()) != len(found):
         remedy = f"use factors whose product is {len(found)}" if len(found) > 1 else "use mesh.dcn={}"
         raise ValueError(

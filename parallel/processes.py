@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from common.text import first_line
+
 COORDINATOR, PROCESSES, PROCESS = "CAMBRIAN_COORDINATOR", "CAMBRIAN_PROCESSES", "CAMBRIAN_PROCESS"
 VERDICT = "CAMBRIAN_VERDICT"  # a file, see `write_verdict`
 JOIN = "CAMBRIAN_JOIN_SECONDS"  # how long a start waits for the others
@@ -129,9 +131,8 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, ClusterFault):
             raise
-        line = str(error).splitlines()[0][:200]
         where = place.coordinator if place else f"the {method} job"
-        raise ClusterFault(f"joining {where} failed: {line}") from error
+        raise ClusterFault(f"joining {where} failed: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -268,7 +269,7 @@ def exchange(name: str, value: Any, seconds: float = WAIT_SECONDS) -> list[Any]:
     except RuntimeError as error:
         raise ClusterFault(
             f"process {process_index()} waited {seconds:g} s at most for the others at {name!r}: "
-            f"{str(error).splitlines()[0][:200]}"
+            f"{first_line(error)}"
         ) from error
     return [found[i] for i in range(len(found))]
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
+from common.text import GIB
 from kernels.grouped_experts import block_size
-from parallel.hardware import GIB, Machine
+from parallel.hardware import Machine
 from parallel.mesh import build_layout
 from planner.described_devices import compiler_options, described_devices, quiet
 from planner.hlo.kernel_names import kernels_of

@@ -18,6 +18,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from common.checks import nearest
+from common.text import first_line
 
 # Without a device there is nothing to time kernels on; and only without Triton do matrix products become the
 # library calls that a run on the real device would mostly choose.
@@ -220,9 +221,8 @@ def _described_tpus(name: str, topology: str) -> list[Any]:
                 raise ImportError(
                     "describing TPUs takes their compiler, which needs no TPU: pip install -e '.[plan-tpu]'"
                 ) from None
-            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"hardware.topology={topology} is no {name} torus ({reason}); such are "
+                f"hardware.topology={topology} is no {name} torus ({first_line(error)}); such are "
                 f"{'4x4, 8x8, 16x16' if name in TORI else '2x2x2, 4x4x4, 8x8x16'}"
             ) from None
     return list(described.devices)

@@ -7,7 +7,8 @@ Batch, length, model, optimizer and precision are the experiment: a change of th
 
 from dataclasses import dataclass
 
-from parallel.hardware import GIB, Machine
+from common.text import GIB
+from parallel.hardware import Machine
 from planner.analytic import estimate
 from planner.candidates import Candidate, candidates, changed
 from planner.search import Compile, Evaluated, compiled_work, evaluate

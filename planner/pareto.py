@@ -4,9 +4,9 @@ import html
 from collections.abc import Callable
 from pathlib import Path
 
+from common.text import GIB
 from planner.search import Evaluated, Searched
 
-GIB = 2**30
 Scale = Callable[[float], float]  # to pixels
 WIDTH, HEIGHT, EDGE = 860, 520, 64  # of the page's picture, in pixels
 SHOWN = 4.0  # times a device's memory, and times the fastest step: what lies beyond is left out

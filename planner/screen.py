@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
+from common.text import GIB, MIB, counted, duration, human
 from planner.report import Plan
 from training.preflight import classes
-from training.progress import duration, human
 
-GIB = 2**30
 LABEL = 13  # columns of a row's name
 BAR = 24
 
@@ -26,9 +25,10 @@ def heading(plan: Plan) -> Iterator[str]:
     yield _row(
         "plan", f"{plan.name}, {human(plan.parameters)} parameters, {plan.optimizer}, {plan.precision}"
     )
-    hosts = f"{plan.nodes:,} host{'' if plan.nodes == 1 else 's'}"
+    hosts = counted(plan.nodes, "host")
     yield _row(
-        "devices", f"{plan.devices:,} x {plan.hardware}, {hosts}, topology {plan.topology}; mesh {axes}"
+        "devices",
+        f"{plan.devices:,} x {plan.hardware}, {hosts}, topology {plan.topology}; mesh {axes}",
     )
     yield _row("batch", f"{plan.rows:,} x {plan.seq_len:,} = {plan.rows * plan.seq_len:,} tokens a step")
     if plan.compile_seconds is not None:
@@ -79,7 +79,7 @@ def work_lines(plan: Plan) -> Iterator[str]:
 def traffic_lines(plan: Plan) -> Iterator[str]:
     """Collectives, largest first."""
     costs = sorted(plan.prediction.costs, key=lambda cost: (-cost.seconds, -cost.traffic.bytes))
-    costs = [cost for cost in costs if cost.traffic.bytes >= 2**20] or costs[:1]
+    costs = [cost for cost in costs if cost.traffic.bytes >= MIB] or costs[:1]
     if not costs:
         yield _row("collectives", "none")
     for place, cost in enumerate(costs):
@@ -92,7 +92,7 @@ def traffic_lines(plan: Plan) -> Iterator[str]:
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
 def time_lines(plan: Plan) -> Iterator[str]:

@@ -169,6 +169,7 @@ def check(options: argparse.Namespace, config: "Config") -> "Report":
 
 def show(report: "Report", output: Path | None) -> None:
     """The table and the findings; raises OSError where the file cannot be written."""
+    from common.text import counted
     from launch.check.verdict import table
 
     print(table(report))
@@ -176,7 +177,7 @@ def show(report: "Report", output: Path | None) -> None:
         print(f"{finding.kind}: {finding.line}")
     hosts = len({reading.host for reading in report.readings})
     verdict = f"{len(report.findings)} to look at" if report.findings else "all fine"
-    print(f"{len(report.readings)} devices on {hosts} host{'s' if hosts > 1 else ''}: {verdict}")
+    print(f"{counted(len(report.readings), 'device')} on {counted(hosts, 'host')}: {verdict}")
     if output is not None:
         output.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 

@@ -16,13 +16,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from artifacts.ledger import CATEGORIES, NAME, Start, account_of_run, last_step, read_starts
-from training.progress import duration
+from common.text import counted, duration
 
 
 def lines(run_dir: Path) -> Iterator[str]:
     """The table of categories, then a line for each start."""
     total, starts = account_of_run(run_dir), read_starts(run_dir / NAME)
-    life = f"{duration(total.wall)} of life, {len(starts)} start{'s' * (len(starts) > 1)}"
+    life = f"{duration(total.wall)} of life, {counted(len(starts), 'start')}"
     yield f"{run_dir.name}: {life}, {total.redone:,} steps redone"
     wide = max(map(len, total.seconds))
     for name, seconds in sorted(total.seconds.items(), key=lambda pair: -pair[1]):

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import yaml
 
+from common.text import counted
 from launch.kubernetes import objects
 from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_port, parse_kube
 from launch.kubernetes.objects import Object, Request
@@ -115,7 +116,7 @@ def head(request: Request, command: Sequence[str]) -> str:
             lines.append("   ")
         lines[-1] += f" {word}"
     typed = " \\\n#  ".join(lines)
-    devices = f"{kube.pods} node{'s' * (kube.pods > 1)}, {kube.devices} device{'s' * (kube.devices > 1)}"
+    devices = f"{counted(kube.pods, 'node')}, {counted(kube.devices, 'device')}"
     steps = textwrap.indent(next_steps(request), "#   ", lambda line: True)
     return f"# {request.name}: {devices} ({kube.kind}), made by\n#\n#  {typed}\n#\n{steps}\n#\n"
 

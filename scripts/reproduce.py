@@ -40,6 +40,7 @@ from artifacts.ledger import last_step
 from artifacts.manifest import git_state, is_flag
 from artifacts.metrics import MetricsLog
 from artifacts.reproduce_diff import Difference, compare, differences, first_config, repeatable
+from common.text import aligned
 from parallel.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,9 +182,7 @@ def table(found: Sequence[Difference]) -> Iterator[str]:
     rows = [("differs", "then", "now", "")]
     for one in sorted(found, key=lambda one: not one.matters):
         rows.append((one.what, one.then, one.now, "" if one.matters else "(changes no number)"))
-    wide = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        yield "  ".join([*(text.ljust(size) for text, size in zip(row, wide, strict=False)), row[3]]).rstrip()
+    yield from aligned(rows)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallel.hardware import GIB, HardwareConfig
+from common.text import GIB
+from parallel.hardware import HardwareConfig
 from training.program import Program
 
 OVERRIDE = "hardware.device.preflight=false starts all the same"

@@ -14,6 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
+from common.text import duration, human
+
 _FIGURES = ("step", "loss", "speed", "mfu", "eta", "eval")
 
 
@@ -145,20 +147,3 @@ class Counting:
         """So many are done, of so many."""
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=whole)
-
-
-def human(count: float) -> str:
-    """A count in three digits: 950, 12.3k, 4.56M."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= scale * 0.9995:  # 999.6 thousand rounds to a million
-            return f"{count / scale:.3g}{suffix}"
-    return f"{count:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """0:07, 12:34, 1:02:03, 2d 03:04."""
-    minutes, second = divmod(round(max(seconds, 0)), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

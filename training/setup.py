@@ -23,6 +23,7 @@ from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from common.errors import Requeue, RunFault
+from common.text import human
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -47,7 +48,7 @@ from training.input_watch import InputWatch
 from training.precision import precision_row
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program, padded_vocab
-from training.progress import Progress, human, startup_table
+from training.progress import Progress, startup_table
 from training.recorder import Recorder, ignored
 from training.safety.skip_updates import none_in_a_row, undone
 from training.state import TrainState

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from common.errors import RunFault
+from common.text import reason
 from parallel import processes
 
 
@@ -37,7 +38,7 @@ def faults(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # Orbax, tensorstore and the file system each raise their own
         remedy = "free space or mend the disk, then the same command goes on from the last good one"
-        raise RunFault(f"{what}: {_disk_says(error) or first_line(error)}; {remedy}") from error
+        raise RunFault(f"{what}: {_disk_says(error) or reason(error)}; {remedy}") from error
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def corruption(step: int | str) -> Iterator[None]:
     except CorruptCheckpoint:
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types
-        raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {first_line(error)}") from error
+        raise CorruptCheckpoint(f"checkpoint {step} cannot be read: {reason(error)}") from error
 
 
 @functools.cache
@@ -76,9 +77,3 @@ def _disk_says(error: Exception) -> str | None:
         os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
     )
     return next((reason for reason in reasons if reason in str(error)), None)
-
-
-def first_line(error: Exception) -> str:
-    """Type and first line of an error, cut to a readable length."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from artifacts.checkpoints.errors import CorruptCheckpoint, first_line
+from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST, files_of, parsed
 from common.errors import RunFault
 from common.files import file_digest
+from common.text import reason
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
 SCHEMES = {
@@ -222,7 +223,7 @@ class Remote:
 
     def _refused(self, what: str, error: Exception) -> RunFault:
         return RunFault(
-            f"checkpoint.directory={self.url} cannot be {what} ({first_line(error)}); check the bucket "
+            f"checkpoint.directory={self.url} cannot be {what} ({reason(error)}); check the bucket "
             f"and the credentials ({self._credentials}), then the same command goes on"
         )
 

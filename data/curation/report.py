@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from common.text import aligned
 from data.curation.base import SPLITS
 from data.curation.config import Step
 from data.curation.parse import as_dict
@@ -107,10 +108,4 @@ def table(report: dict[str, Any]) -> list[str]:
         for split in sorted(SPLITS):
             documents, sizes = entry["documents"][split], entry["bytes"][split]
             rows.append((entry["step"], split, *(f"{n:,}" for n in (*documents, *sizes))))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    return [
-        "  ".join(
-            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows, right=range(2, 6))

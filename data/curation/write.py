@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from common.text import first_line
 from data.curation.config import Compress, Shard
 from data.errors import DataError
 from data.sources.corpus import quiet
@@ -144,7 +145,7 @@ class _SplitWriter:
         return self.directory / f"part-{self.split}-{number:05d}"
 
     def _failed(self, error: Exception) -> DataError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return DataError(
-            f"data.cache_dir: {self.directory} cannot be written ({reason}); free space or choose another"
+            f"data.cache_dir: {self.directory} cannot be written ({first_line(error)}); free space or choose "
+            "another"
         )

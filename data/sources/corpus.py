@@ -11,10 +11,11 @@ import sysconfig
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.text import first_line
 from data.cache import CorruptCache, building, digest_of, verify
 from data.config import DataConfig
 from data.errors import DataError
-from data.sources.documents import Documents, Say, first_line, quiet, silent
+from data.sources.documents import Documents, Say, quiet, silent
 from data.sources.files import fingerprint, list_folder, list_stdlib
 from data.sources.hf import HfSource
 from data.sources.remote import local_path

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.text import first_line
 from data.errors import DataError
 
 Say = Callable[[str], None]  # where a line about what is under way goes
@@ -136,11 +137,6 @@ def base_splits(*splits: str) -> list[str]:
     """Return the splits that some are cut from: of `train[5%:]` and `train[:5%]+test`, train and test."""
     parts = [part.split("[")[0].strip() for split in splits for part in split.split("+")]
     return list(dict.fromkeys(parts))
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says in one line; its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextlib.contextmanager

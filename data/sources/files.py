@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import file_digest
+from common.text import first_line
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
 from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json, unreadable
@@ -208,8 +209,9 @@ def _parquet(path: Path, text_key: str, bad: BadRecords) -> Iterator[str]:
                 yield from column_texts(batch.column(0), text_key, str(path), bad, first)
                 first += batch.num_rows
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"data.path: {path} is not a sound parquet file ({reason}); fetch it again") from None
+        raise DataError(
+            f"data.path: {path} is not a sound parquet file ({first_line(error)}); fetch it again"
+        ) from None
 
 
 def column_texts(column: Any, text_key: str, where: str, bad: BadRecords, first: int = 0) -> Iterator[str]:

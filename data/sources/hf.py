@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.text import reason
 from data.config import DataConfig
 from data.errors import DataError
 from data.sources.array_record import text_record, write_prepared
 from data.sources.bad_records import BadRecords
-from data.sources.documents import Say, base_splits, first_line, quiet, silent
+from data.sources.documents import Say, base_splits, quiet, silent
 from data.sources.files import column_texts, fingerprint, walk
 from data.sources.lines import file_lines
 from data.sources.remote import local_path
@@ -165,6 +166,4 @@ class HfSource:
             remedy = "check the name" if self.path is None else "fetch it again"
             if "offline" in f"{type(error).__name__} {error}".lower():
                 remedy = "unset HF_HUB_OFFLINE, or give a local copy as data.path"
-            raise DataError(
-                f"{key} cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}"
-            ) from None
+            raise DataError(f"{key} cannot be read ({reason(error)}); {remedy}") from None

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.files import file_digest, write_text
+from common.text import reason
 from data.cache import digest_of
 from data.config import DataConfig
 from data.errors import DataError
-from data.sources.documents import Say, first_line
+from data.sources.documents import Say
 
 # Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
 SCHEMES = {
@@ -166,10 +167,9 @@ class Mirror:
         except DataError:
             raise
         except Exception as error:  # botocore's, aiohttp's and gcsfs's own, and OSError
-            reason = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(
-                f"data.path={self.url} cannot be read ({reason}); check the bucket and folder, and the "
-                f"credentials ({self.credentials})"
+                f"data.path={self.url} cannot be read ({reason(error)}); check the bucket and folder, and "
+                f"the credentials ({self.credentials})"
             ) from None
 
 

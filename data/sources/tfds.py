@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.text import first_line
 from data.cache import digest_of
 from data.config import DataConfig
 from data.errors import DataError
@@ -19,7 +20,6 @@ from data.sources.documents import (
     Say,
     base_splits,
     broken,
-    first_line,
     open_builder,
     quiet,
     silent,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from common.text import first_line
 from data.errors import DataError
 from data.sources.files import RECORDS, list_folder
 from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json
@@ -283,8 +284,9 @@ def _parquet(path: Path) -> Iterator[tuple[Any, list[str]]]:
                 raise DataError(f"data.path: {path} has columns {columns}, where {FORMS}")
             yield file, there
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"data.path: {path} is not a sound parquet file ({reason}); fetch it again") from None
+        raise DataError(
+            f"data.path: {path} is not a sound parquet file ({first_line(error)}); fetch it again"
+        ) from None
 
 
 def _without_padding(value: Any, kind: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from common.files import text_digest
+from common.text import first_line
 from data.config import TokenizerConfig
 from data.errors import DataError
 
@@ -66,9 +67,8 @@ class Tokenizer:
         try:
             self._backend = _opened(text)
         except Exception as error:  # the library raises bare Exception
-            reason = str(error).splitlines()[0]
             raise DataError(
-                f"tokenizer.path={where} is no valid tokenizer.json ({reason}); export it again"
+                f"tokenizer.path={where} is no valid tokenizer.json ({first_line(error)}); export it again"
             ) from None
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         for key, token in (named or {}).items():

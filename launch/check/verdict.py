@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.text import GIB, aligned
+
 MATMUL = "matmul bf16 TFLOP/s"
 PEAK_SHARE = 0.5  # of the datasheet's rate: a sound device's large products reach more
 MEMORY_SHARE = 0.95  # of the median: less is a device that has lost memory, or shares it
@@ -112,8 +114,8 @@ def _missing(readings: Sequence[DeviceReading]) -> list[Finding]:
     for reading in readings:
         of_kind = [size for size in sizes[reading.kind] if size]
         if reading.memory and reading.memory < MEMORY_SHARE * statistics.median(of_kind):
-            usual_size = statistics.median(of_kind) / 2**30
-            line = f"{reading.where} has {reading.memory / 2**30:.1f} GiB of memory, others {usual_size:.1f}"
+            usual_size = statistics.median(of_kind) / GIB
+            line = f"{reading.where} has {reading.memory / GIB:.1f} GiB of memory, others {usual_size:.1f}"
             found.append(Finding("missing", (reading.device,), line))
     return found
 
@@ -179,23 +181,18 @@ def table(report: Report) -> str:
     names = list(report.medians)
     incoming = {link.target: f"{link.rate:.3g}" for link in report.links}
     heads = ["device", "host", "process", *names, "memory GiB", "tested GiB", "link in GB/s", "verdict"]
-    rows = [heads]
+    rows: list[list[str]] = []
     for reading in report.readings:
         kinds = {finding.kind for finding in report.findings if reading.device in finding.devices}
         figures = [f"{reading.figures[name]:.3g}" if name in reading.figures else "-" for name in names]
-        memory = f"{reading.memory / 2**30:.1f}" if reading.memory else "-"
+        memory = f"{reading.memory / GIB:.1f}" if reading.memory else "-"
         place = [f"{reading.device} {reading.name}", reading.host, str(reading.process)]
         link = incoming.get(reading.device, "-")
-        tested = f"{reading.tested / 2**30:.3g}"
+        tested = f"{reading.tested / GIB:.3g}"
         rows.append([*place, *figures, memory, tested, link, ", ".join(sorted(kinds)) or "fine"])
     rows.append(["median", "", "", *(f"{report.medians[name]:.3g}" for name in names), "", "", "", ""])
-    wrapped = [_two_lines(head) for head in heads]
-    top = [[first for first, _ in wrapped], [second for _, second in wrapped]]
-    widths = [max(len(row[i]) for row in [*top, *rows[1:]]) for i in range(len(heads))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [*top, *rows[1:]]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    first, second = zip(*map(_two_lines, heads), strict=True)
+    return "\n".join(aligned([first, second, *rows]))
 
 
 def _two_lines(head: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checks import did_you_mean, require, within
+from common.text import counted, first_line
 from training.config import Config
 
 PREFIX = "slurm."
@@ -164,7 +165,7 @@ def _from_file(name: str | None) -> dict[str, Any]:
     try:
         tree = yaml.load(Path(name).read_text(encoding="utf-8"), yaml.BaseLoader)  # 1:00:00 is no number
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"slurm.file={name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"slurm.file={name} cannot be read: {first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"slurm.file={name} holds no keys; write lines such as `partition: gpu`")
     return {str(key): value for key, value in tree.items()}
@@ -177,5 +178,4 @@ def check_devices(config: Config, slurm: SlurmConfig) -> None:
     try:
         check(config, slurm.devices)
     except ConfigError as error:
-        what = "1 device" if slurm.devices == 1 else f"{slurm.devices} devices"
-        raise ConfigError(f"{slurm.said()} is {what}; {error}") from error
+        raise ConfigError(f"{slurm.said()} is {counted(slurm.devices, 'device')}; {error}") from error

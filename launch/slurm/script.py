@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from common.text import counted
 from launch.slurm.config import SlurmConfig
 
 # Seconds that tasks have to come to the same end once one has ended: as long as a dead one is waited for.
@@ -190,12 +191,10 @@ def _option(name: str, value: object) -> list[str]:
 
 
 def _size(slurm: SlurmConfig) -> str:
-    each = _many(slurm.gpus_per_node, "GPU") if slurm.gpus_per_node else _many(slurm.tasks_per_node, "task")
-    return f"{_many(slurm.nodes, 'node')} with {each} each, {_many(slurm.devices, 'device')}"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    each = (
+        counted(slurm.gpus_per_node, "GPU") if slurm.gpus_per_node else counted(slurm.tasks_per_node, "task")
+    )
+    return f"{counted(slurm.nodes, 'node')} with {each} each, {counted(slurm.devices, 'device')}"
 
 
 def _setup(submission: Submission, slurm: SlurmConfig) -> str:

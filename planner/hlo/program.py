@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
+from common.text import MIB
 from planner.hlo.kernel_names import PALLAS, attention_flops, factor_type, product_flops
 from planner.hlo.loops import Scope, trip_count
 from planner.hlo.text import Instruction, parse_groups, parse_module, type_bytes
@@ -97,7 +98,7 @@ class Reading:
     def table(self) -> str:
         """`totals`, a line each."""
         rows = [
-            f"{kind:<22}{'+'.join(axes):<28}{times:>8,} times {size / 2**20:>14,.1f} MiB"
+            f"{kind:<22}{'+'.join(axes):<28}{times:>8,} times {size / MIB:>14,.1f} MiB"
             for (kind, axes), (times, size) in self.totals().items()
         ]
         return "\n".join(rows)

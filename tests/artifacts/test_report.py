@@ -12,7 +12,7 @@ from rich.console import Console
 from artifacts.metrics import MetricsLog, encode_row
 from artifacts.plots import plot_loss, smoothed
 from artifacts.summary import print_summary, summarize, summary_text
-from training.progress import Progress, duration, human, startup_table
+from training.progress import Progress, startup_table
 
 
 def _rows(n=300):
@@ -126,15 +126,6 @@ def test_the_startup_table_fits_the_screen_and_keeps_values_and_names_apart(widt
     assert max(map(len, lines)) <= width
     assert [line[:11].strip() for line in lines] == ["data", *[""] * (len(lines) - 2), "attention"]
     assert " ".join(line[11:] for line in lines[:-1]) == "long" + " long" * 40 + " (data.mode=cached)"
-
-
-def test_counts_and_durations_read_well():
-    assert [human(x) for x in (0, 7, 950, 12345, 999_600, 4.56e6, 7e9, 2e12)] == [
-        *("0", "7", "950", "12.3k", "1M", "4.56M", "7B", "2T")
-    ]
-    assert [duration(x) for x in (-1, 7.4, 754, 3723, 2 * 86400 + 3 * 3600 + 240)] == [
-        *("0:00", "0:07", "12:34", "1:02:03", "2d 03:04")
-    ]
 
 
 def _plot(rows, path, **options):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from common.text import counted
 from parallel.config import MESH_AXES, AutoscaleConfig, divisors
 
 ELASTIC = ("replica", "data", "fsdp")  # axes that may shrink and grow
@@ -265,8 +266,7 @@ def _nothing(asked: Asked, available: int, search: _Search) -> str:
     what = f"{stay} stays as it is, and no mesh with it" if stay else "no mesh"
     reason = f" ({search.reason})" if search.reason else ""
     legal = f"start on {_listed(counts)} devices" if counts else "change the batch or the mesh"
-    many = "s" if available > 1 else ""
-    return f"autoscale: {what} fits {available} device{many}{reason}; {legal}"
+    return f"autoscale: {what} fits {counted(available, 'device')}{reason}; {legal}"
 
 
 def _explain(
@@ -307,7 +307,7 @@ def _explain(
 
 def _idle(asked: Asked, search: _Search, available: int, limit: int, used: int) -> str:
     left = available - used
-    idle = f"{left} device{'s' if left > 1 else ''} stay{'' if left > 1 else 's'} idle"
+    idle = f"{counted(left, 'device')} stay{'' if left > 1 else 's'} idle"
     if limit < available and used == limit:
         return f"{idle}: {limit} is what the policy allows"
     following = (n for n in numbers(asked, max(4 * available, asked.most or 0), search.legal) if n > used)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
+from common.text import counted
 from parallel.config import MESH_AXES, MeshConfig, divisors
 from training.config import Config
 from training.legal.mesh_case import MeshCase, known_sizes
@@ -36,11 +37,10 @@ def refusal(config: Config, device_count: int | None) -> str | None:
         sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
         device_count = None if -1 in sizes else math.prod(sizes)
     meshes = nearest_meshes(config, device_count, limit=3) if device_count else []
-    if not meshes:
+    if device_count is None or not meshes:
         return reason
     near = ", or ".join(overrides(config.mesh, mesh) for mesh in meshes)
-    many = "" if device_count == 1 else "s"
-    return f"{reason}; nearest legal meshes of {device_count} device{many}: {near}"
+    return f"{reason}; nearest legal meshes of {counted(device_count, 'device')}: {near}"
 
 
 def nearest_meshes(config: Config, device_count: int, limit: int = 5) -> list[MeshConfig]:
