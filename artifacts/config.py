@@ -3,9 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from common.buckets import SCHEMES
 from common.checks import require
-
-SCHEMES = ("s3", "gs", "file")  # where checkpoints can be sent to
 
 
 @dataclass

@@ -17,8 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from common.errors import Requeue
+
 CONFIG_DIR = Path(__file__).resolve().parent
-REQUEUE = 75  # stopped early and wants to be started again: EX_TEMPFAIL of sysexits.h
 Task = Callable[[Any], int]
 
 PURPOSE = """\
@@ -108,7 +109,7 @@ def _report(message: str, status: int, trace: bool, prints_error: Callable[[str]
         traceback.print_exc()
     if prints_error(message):
         line = re.sub(r"(?<=[,;:.])\s*\n\s*", " ", message.strip())
-        word = "stopped: " if status == REQUEUE else "error: "
+        word = "stopped: " if status == Requeue.status else "error: "
         print(word + re.sub(r"\s*\n\s*", "; ", line), file=sys.stderr, flush=True)
     return status
 

@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-REQUEUE = 75
+from common.errors import Requeue
+
 LAUNCHERS = {"submitit_slurm", "submitit_local"}
 
 
@@ -45,7 +46,7 @@ def end_elsewhere(status: int) -> None:
     """
     if status == 0:
         return
-    if status == REQUEUE and requeue():
+    if status == Requeue.status and requeue():
         raise SystemExit(status)
     raise EndedElsewhere(status)
 

@@ -64,8 +64,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def open_run(name: str) -> tuple[Path, "Checkpoints"]:
     """A run's directory and its checkpoints. Raises ValueError where there is neither."""
     from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
-    from artifacts.checkpoints.remote import is_remote
     from artifacts.config import CheckpointConfig
+    from common.buckets import is_remote
     from scripts.generate import find_run
 
     run = find_run(name)
@@ -146,7 +146,8 @@ def export(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> int:
     """Make a run's directory from what its bucket has of it; its checkpoints come when it is started."""
-    from artifacts.checkpoints.remote import Remote, is_remote
+    from artifacts.checkpoints.remote import Remote
+    from common.buckets import is_remote
 
     target = Path(options.directory)
     if not is_remote(options.url):

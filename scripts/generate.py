@@ -203,7 +203,7 @@ def load_weights(directory: Path, config: "Config", model: Any, layout: Any, opt
     import jax
 
     from artifacts.checkpoints.location import open_checkpoints_of, place
-    from artifacts.checkpoints.remote import is_remote
+    from common.buckets import is_remote
     from training.state import is_info
 
     where = config.checkpoint.directory

@@ -29,11 +29,11 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import Requeue
 from parallel.processes import COORDINATOR, PROCESS, PROCESSES, free_port
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REQUEUE = 75  # the status of processes that saved at a notice: start the same command again
 DEVICES = 8  # in all, by default: enough for every pair of mesh axes
 FOLLOW_SECONDS = 8.0  # that the others have to come to the same end by themselves
 MAX_PROCESSES = 256
@@ -191,8 +191,8 @@ class LocalJob:
                 self._signal(self.asked)
                 self.asked = None
             time.sleep(0.05)
-        saved = any(process.poll() == REQUEUE for process in self.processes)
-        return REQUEUE if saved else 128 + number
+        saved = any(process.poll() == Requeue.status for process in self.processes)
+        return Requeue.status if saved else 128 + number
 
     def _follow(self, rank: int, status: int) -> int:
         """One has failed: the others are given a while to say the same, then asked, then killed."""

@@ -6,8 +6,9 @@ from pathlib import Path
 import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
-from artifacts.checkpoints.remote import Remote, is_remote
+from artifacts.checkpoints.remote import Remote
 from artifacts.config import CheckpointConfig
+from common.buckets import is_remote
 from common.errors import RunFault
 
 

@@ -9,34 +9,23 @@ first when it is removed. Each file is compared with the list while it is fetche
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST, files_of, parsed
+from common.buckets import Bucket
 from common.errors import RunFault
 from common.files import file_digest
-from common.text import reason
 
-# Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
-SCHEMES = {
-    "s3": ("s3fs", "s3", "AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL for a server of your own"),
-    "gs": ("gcsfs", "gcs", "GOOGLE_APPLICATION_CREDENTIALS or gcloud auth application-default login"),
-    "file": ("fsspec", "s3", "the permissions of the folder"),
-}
 TRANSFERS = 8  # files under way at once
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json")
-
-
-def is_remote(directory: str | None) -> bool:
-    """Whether `checkpoint.directory` is a URL."""
-    return directory is not None and "://" in directory
 
 
 class Remote:
@@ -46,18 +35,10 @@ class Remote:
     """
 
     def __init__(self, url: str):
-        scheme = url.split("://")[0]
-        if scheme not in SCHEMES:
-            raise ValueError(f"checkpoint.directory={url} has the scheme {scheme}; use {_choices()}")
-        module, extra, self._credentials = SCHEMES[scheme]
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"checkpoint.directory={url} needs {module}; pip install -e '.[{extra}]'")
-        import fsspec
-
-        self.url = url.rstrip("/")
-        options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}
-        with self._plainly("opened"):
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+        then = ", then the same command goes on"
+        self._bucket = Bucket("checkpoint.directory", url, RunFault, then)
+        self.url = self._bucket.url
+        self._fs, self._root = self._bucket.open()
 
     def steps(self) -> list[int]:
         """Steps whose list is there, oldest first."""
@@ -190,7 +171,7 @@ class Remote:
             with self._plainly("written"):
                 self._fs.put_file(str(path), self._made(name))
         except FileNotFoundError as error:  # as s3fs says of a bucket
-            raise self._refused("written", error) from error
+            raise self._bucket.refused("written", error) from error
 
     def _get(self, name: str, path: Path, digest: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,21 +193,5 @@ class Remote:
                 for future in pending:
                     future.cancel()
 
-    @contextlib.contextmanager
-    def _plainly(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (RunFault, FileNotFoundError, UnicodeDecodeError):
-            raise
-        except Exception as error:  # botocore's, aiohttp's and gcsfs's own, and OSError
-            raise self._refused(what, error) from error
-
-    def _refused(self, what: str, error: Exception) -> RunFault:
-        return RunFault(
-            f"checkpoint.directory={self.url} cannot be {what} ({reason(error)}); check the bucket "
-            f"and the credentials ({self._credentials}), then the same command goes on"
-        )
-
-
-def _choices() -> str:
-    return ", ".join(f"{scheme}://" for scheme in SCHEMES) + " or a path"
+    def _plainly(self, what: str) -> AbstractContextManager[None]:
+        return self._bucket.plainly(what, FileNotFoundError, UnicodeDecodeError)

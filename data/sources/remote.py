@@ -9,7 +9,6 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -17,23 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.buckets import Bucket, is_remote
 from common.files import file_digest, write_text
-from common.text import reason
 from data.cache import digest_of
 from data.config import DataConfig
 from data.errors import DataError
 from data.sources.documents import Say
-
-# Scheme → the module that speaks it, the extra that installs it, where its credentials come from.
-SCHEMES = {
-    "s3": ("s3fs", "s3", "AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL for a server of your own"),
-    "gs": ("gcsfs", "gcs", "GOOGLE_APPLICATION_CREDENTIALS or gcloud auth application-default login"),
-}
-
-
-def is_remote(path: str | None) -> bool:
-    """Say whether `data.path` is a URL."""
-    return path is not None and "://" in path
 
 
 def local_path(config: DataConfig, say: Say, below: str = "", *, contents: bool = True) -> Path:
@@ -57,13 +45,11 @@ class Mirror:
     """One remote folder and its copy in the cache."""
 
     def __init__(self, url: str, cache: Path):
-        scheme = url.split("://")[0]
-        if scheme not in SCHEMES:
-            raise DataError(f"data.path={url} has the scheme {scheme}; use {' or '.join(SCHEMES)}://")
-        module, extra, self.credentials = SCHEMES[scheme]
-        if importlib.util.find_spec(module) is None:
-            raise DataError(f"data.path={url} needs {module}; pip install -e '.[{extra}]'")
-        self.url = url
+        try:
+            self.bucket = Bucket("data.path", url, DataError, schemes=("s3", "gs"))
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        self.url = self.bucket.url
         self.place = cache / "mirror" / digest_of(url)[:16]
         self.files = self.place / "files"
 
@@ -90,10 +76,8 @@ class Mirror:
 
     def _listed(self) -> None:
         """List the remote files: name below the folder → what the server says of it."""
-        import fsspec
-
-        with self._said_plainly():
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        self.fs, self.root = self.bucket.open()
+        with self.bucket.plainly("read"):
             self.fs.invalidate_cache()
             found = self.fs.find(self.root, detail=True)
         below = len(self.root.rstrip("/")) + 1
@@ -129,7 +113,7 @@ class Mirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         remote = f"{self.root.rstrip('/')}/{name}"
-        with self._said_plainly():
+        with self.bucket.plainly("read"):
             self.fs.get_file(remote, str(part))
         if part.stat().st_size != info["size"]:
             raise DataError(
@@ -152,25 +136,13 @@ class Mirror:
         if not hasattr(self.fs, "call_s3"):
             return False
         bucket, key = remote.split("/", 1)
-        with self._said_plainly():
+        with self.bucket.plainly("read"):
             head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
         return head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
 
     def _write_notes(self, notes: dict[str, dict[str, Any]]) -> None:
         lines = [json.dumps({"name": name, **note}) + "\n" for name, note in notes.items()]
         write_text(self.place / "mirror.jsonl", "".join(lines))
-
-    @contextlib.contextmanager
-    def _said_plainly(self) -> Any:
-        try:
-            yield
-        except DataError:
-            raise
-        except Exception as error:  # botocore's, aiohttp's and gcsfs's own, and OSError
-            raise DataError(
-                f"data.path={self.url} cannot be read ({reason(error)}); check the bucket and folder, and "
-                f"the credentials ({self.credentials})"
-            ) from None
 
 
 def _notes(place: Path) -> dict[str, dict[str, Any]]:

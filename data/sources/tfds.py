@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.buckets import is_remote
 from common.text import first_line
 from data.cache import digest_of
 from data.config import DataConfig
@@ -24,7 +25,7 @@ from data.sources.documents import (
     quiet,
     silent,
 )
-from data.sources.remote import is_remote, local_path, mirrored_digest
+from data.sources.remote import local_path, mirrored_digest
 from data.sources.shard_hashes import ShardRecord
 from data.sources.tfrecord import TFRecordReader, need_tensorflow
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from common.errors import Requeue
 from launch.kubernetes.config import TASK, KubeConfig, parse_toleration
 from parallel.processes import COORDINATOR, JOIN, PROCESS, PROCESSES
 
 HOME = PurePosixPath("/cambrian")  # the code in the image, and its working directory
 USER = 10001  # whom the image runs as
-BAD_INPUT, AGAIN = 2, 75  # exit statuses of train.py: see the README
+BAD_INPUT, AGAIN = 2, Requeue.status  # exit statuses of train.py: see the README
 EVICTED = "DisruptionTarget"  # what Kubernetes says of a pod that it takes away
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"  # as JOB_COMPLETION_INDEX
 ATTEMPT = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import Requeue
+
 POLL_SECONDS = 2.0
 # States that a job does not leave by itself; those of a job that is requeued pass by.
 ENDED = {
@@ -17,7 +19,6 @@ ENDED = {
     *("BOOT_FAIL", "REVOKED", "SPECIAL_EXIT"),
 }
 GO_ON = {"TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # the job's end, not the run's
-REQUEUE = 75
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class State:
     def exit_status(self) -> int:
         """As a shell has it; 75 where only Slurm's part has ended and the same command goes on."""
         if self.state in GO_ON:
-            return REQUEUE
+            return Requeue.status
         if self.state == "COMPLETED":
             return 0
         return self.status or (128 + self.signal if self.signal else 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from common.errors import Requeue
 from common.text import counted
 from launch.slurm.config import SlurmConfig
 
@@ -58,13 +59,14 @@ status=$?
 """
 
 # Told to leave before Python could listen, a task ends by USR1's default: nothing was under way.
-REQUEUE = """
-# 75: saved and to be started again. 138: told to leave while Python was still starting. Above 128 (a task was
-# killed, hung or aborted): where this start had come to the run's directory, as run.max_restarts ends rows of
-# it. Anything else is for a person to look at, and so is a job that somebody has ended meanwhile.
+REQUEUE = f"""
+# {Requeue.status}: saved and to be started again. 138: told to leave while Python was still starting.
+# Above 128 (a task was killed, hung or aborted): where this start had come to the run's directory, as
+# run.max_restarts ends rows of it. Anything else is for a person to look at, and so is a job that somebody
+# has ended meanwhile.
 again=
 case $status in
-    75 | 138) again=yes ;;
+    {Requeue.status} | 138) again=yes ;;
     129 | 1[3-9]? | 2??) [ "$run/manifest.json" -nt "$here/environment-$job.txt" ] && again=yes ;;
 esac
 if [ -s "$CAMBRIAN_VERDICT" ]; then

@@ -220,7 +220,7 @@ def test_synthetic_through_the_whole_room(tmp_path, mode):
         ({"source": "hf", "path": "x"}, "datasets", r"pip install -e '\.\[hf\]'"),
         ({"source": "folder", "path": "s3://a/b"}, "s3fs", r"data\.path=s3://a/b .*'\.\[s3\]'"),
         ({"source": "tfds", "path": "gs://a/b"}, "gcsfs", r"data\.path=gs://a/b .*'\.\[gcs\]'"),
-        ({"source": "folder", "path": "ftp://a/b"}, "none", r"has the scheme ftp; use s3 or gs://"),
+        ({"source": "folder", "path": "ftp://a/b"}, "none", "has the scheme ftp; use s3://, gs:// or a path"),
     ],
 )
 def test_an_extra_that_is_missing_is_named(tmp_path, monkeypatch, values, module, match):
