@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from artifacts.metrics import MetricsLog
-from common.files import replacing
+from common.figure import hide_frame, new_figure, save
 from common.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _RAW, _SMOOTH, _EVAL, _QUIET = "#9db8d9", "#1f4e8c", "#d1495b", "#6b7280"
 _MOST_POINTS = 4000  # more than the picture has columns
@@ -31,17 +30,13 @@ def plot_loss(
     Where evaluations and a bigram baseline are known, the baseline is drawn in the curve's own unit.
     Raises OSError.
     """
-    # Only now: it takes a second, and on its very first use many, to look through the machine's fonts.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = MetricsLog.read(metrics)
     steps, losses = _series(rows, "loss")
     if not len(steps):
         return None
-    figure = Figure(figsize=(9, 5.6), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5.6, dpi=140)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     figure.suptitle(title, parse_math=False, fontsize=13, fontweight="bold")
     _draw_training(top, steps, losses, sum("loss" in row for row in rows))
@@ -54,7 +49,10 @@ def plot_loss(
     _finish(bottom, "learning\nrate")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     bottom.set_xlabel(_step_label(rows), fontsize=10)
-    return _save(figure, Path(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+    return path
 
 
 def _draw_training(axes: "Axes", steps: np.ndarray, losses: np.ndarray, total: int) -> None:
@@ -122,14 +120,6 @@ def _finish(axes: "Axes", label: str) -> None:
     axes.grid(True, color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9, colors="#374151")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    hide_frame(axes)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#9ca3af")
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", facecolor="white")
-    return path

@@ -27,17 +27,11 @@ class Bucket:
     """
 
     def __init__(
-        self,
-        key: str,
-        url: str,
-        fault: type[Exception],
-        then: str = "",
-        schemes: Iterable[str] = SCHEMES,
+        self, key: str, url: str, fault: type[Exception], then: str = "", schemes: Iterable[str] = SCHEMES
     ):
         scheme = url.split("://")[0]
         if scheme not in schemes:
-            choices = ", ".join(f"{name}://" for name in schemes)
-            raise ValueError(f"{key}={url} has the scheme {scheme}; use {choices} or a path")
+            raise ValueError(f"{key}={url} has the scheme {scheme}; use {'://, '.join(schemes)}:// or a path")
         module, extra, self._credentials = SCHEMES[scheme]
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"{key}={url} needs {module}; pip install -e '.[{extra}]'")

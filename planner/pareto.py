@@ -1,15 +1,41 @@
 """The front of memory against time: what a faster step costs in bytes, as a picture and as a page."""
 
-import html
-from collections.abc import Callable
 from pathlib import Path
 
+from common.figure import new_figure, save
+from common.files import write_text
+from common.page import render
 from common.text import GIB
 from planner.search import Evaluated, Searched
 
-Scale = Callable[[float], float]  # to pixels
 WIDTH, HEIGHT, EDGE = 860, 520, 64  # of the page's picture, in pixels
+# Kinds of points on the page, and their radii.
+COMPUTED, COMPILED, BEST = ("computed", 2.5), ("compiled", 5), ("best", 9)
 SHOWN = 4.0  # times a device's memory, and times the fastest step: what lies beyond is left out
+
+BODY = """
+<style>
+circle.computed { fill: #9aa5b1 } circle.compiled { fill: #2b6cb0 }
+circle.best { fill: none; stroke: #c05621; stroke-width: 3 } text { font-size: 12px; fill: #52606d }
+td, th { text-align: left; vertical-align: top }
+</style>
+<p>Memory of a device (GiB, across) against seconds of a step as predicted (up). Grey: computed; blue:
+compiled; ring: the fastest that fits; dashed: what a device can hold. A point says its overrides.</p>
+<svg width="{{ width }}" height="{{ height }}" role="img">
+{% set low = height - edge %}
+<path d="M{{ edge }} {{ edge }}V{{ low }}H{{ width - edge }}" stroke="#52606d" fill="none"/>
+<path d="M{{ limit }} {{ edge }}V{{ low }}" stroke="#c53030" stroke-dasharray="5 4"/>
+{% for x, size, y, seconds in ticks %}
+<text x="{{ x | int }}" y="{{ low + 18 }}" text-anchor="middle">{{ size }}</text>
+<text x="{{ edge - 8 }}" y="{{ y | int }}" text-anchor="end">{{ seconds }}</text>
+{% endfor %}
+{% for kind, x, y, radius, said in marks %}
+<circle class="{{ kind }}" cx="{{ x | round(1) }}" cy="{{ y | round(1) }}" r="{{ radius }}">
+<title>{{ said }}</title></circle>
+{% endfor %}
+</svg>
+{{ table(["step, s", "GiB", "overrides (compiled)"], rows) }}
+"""
 
 
 def front(points: list[Evaluated]) -> list[Evaluated]:
@@ -32,13 +58,11 @@ def shown(found: Searched) -> list[Evaluated]:
 def draw(found: Searched, png: Path, page: Path) -> None:
     """Write both files."""
     _picture(found, png)
-    page.write_text(_page(found), encoding="utf-8")
+    write_text(page, _page(found))
 
 
 def _picture(found: Searched, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.4), dpi=120, layout="constrained")
+    figure = new_figure(9, 5.4, dpi=120)
     axes = figure.subplots()
     computed = shown(found)
     axes.scatter(*_xy(computed), s=10, color="#9aa5b1", label="computed", linewidths=0)
@@ -57,10 +81,10 @@ def _picture(found: Searched, path: Path) -> None:
     axes.tick_params(which="minor", labelsize=8)
     axes.set_xlabel("memory of a device, GiB")
     axes.set_ylabel("step, seconds predicted")
-    axes.set_title(f"{found.legal:,} legal plans of {found.machine.devices} x {found.machine.name}")
+    axes.set_title(_title(found))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _xy(points: list[Evaluated]) -> tuple[list[float], list[float]]:
@@ -81,49 +105,26 @@ def _page(found: Searched) -> str:
     def y(seconds: float) -> float:
         return HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * (seconds - bottom) / max(top - bottom, 1e-12)
 
-    marks = [_mark(e, x, y, "computed" if e.work.how == "analytic" else "compiled") for e in points]
+    def mark(e: Evaluated, kind: str, radius: float) -> tuple[str, float, float, float, str]:
+        size = e.work.memory.total / GIB
+        said = f"{e.seconds:.3f} s, {size:.1f} GiB: {_words(e)}"
+        return kind, x(size), y(e.seconds), radius, said
+
+    marks = [mark(e, *COMPUTED if e.work.how == "analytic" else COMPILED) for e in points]
     if found.best is not None:
-        marks.append(_mark(found.best, x, y, "best"))
-    edge = x(found.machine.memory_bytes / GIB)
-    low, left = HEIGHT - EDGE, EDGE - 8
-    ticks = "".join(
-        f'<text x="{x(size):.0f}" y="{low + 18}" text-anchor="middle">{size:.0f}</text>'
-        f'<text x="{left}" y="{y(seconds):.0f}" text-anchor="end">{seconds:.3g}</text>'
+        marks.append(mark(found.best, *BEST))
+    ticks = [
+        (x(size), f"{size:.0f}", y(seconds), f"{seconds:.3g}")
         for size, seconds in ((right * i / 5, bottom + (top - bottom) * i / 5) for i in range(6))
-    )
-    rows = "".join(
-        f"<tr><td>{e.seconds:.3f}</td><td>{e.work.memory.total / GIB:.1f}</td><td>{_words(e)}</td></tr>"
-        for e in found.compiled
-    )
-    title = f"{found.legal:,} legal plans of {found.machine.devices} x {found.machine.name}"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:70em}}circle.computed{{fill:#9aa5b1}}
-circle.compiled{{fill:#2b6cb0}}circle.best{{fill:none;stroke:#c05621;stroke-width:3}}text{{font-size:12px;fill:#52606d}}
-td{{padding:.1em 1em .1em 0;vertical-align:top}}</style>
-<h1>{title}</h1>
-<p>Memory of a device (GiB, across) against seconds of a step as predicted (up). Grey: computed; blue:
-compiled; ring: the fastest that fits; dashed: what a device can hold. A point says its overrides.</p>
-<svg width="{WIDTH}" height="{HEIGHT}" role="img">
-<line x1="{EDGE}" y1="{low}" x2="{WIDTH - EDGE}" y2="{low}" stroke="#52606d"/>
-<line x1="{EDGE}" y1="{EDGE}" x2="{EDGE}" y2="{low}" stroke="#52606d"/>
-<line x1="{edge:.1f}" y1="{EDGE}" x2="{edge:.1f}" y2="{low}" stroke="#c53030" stroke-dasharray="5 4"/>
-{ticks}
-{"".join(marks)}
-</svg>
-<table><tr><td>step, s</td><td>GiB</td><td>overrides (compiled)</td></tr>{rows}</table>
-</html>
-"""
+    ]
+    rows = [(f"{e.seconds:.3f}", f"{e.work.memory.total / GIB:.1f}", _words(e)) for e in found.compiled]
+    frame = {"width": WIDTH, "height": HEIGHT, "edge": EDGE, "limit": x(found.machine.memory_bytes / GIB)}
+    return render(_title(found), BODY, marks=marks, ticks=ticks, rows=rows, **frame)
 
 
-def _mark(e: Evaluated, x: Scale, y: Scale, kind: str) -> str:
-    size = e.work.memory.total / GIB
-    radius = {"computed": 2.5, "compiled": 5, "best": 9}[kind]
-    return (
-        f'<circle class="{kind}" cx="{x(size):.1f}" cy="{y(e.seconds):.1f}" r="{radius}">'
-        f"<title>{e.seconds:.3f} s, {size:.1f} GiB: {_words(e)}</title></circle>"
-    )
+def _title(found: Searched) -> str:
+    return f"{found.legal:,} legal plans of {found.machine.devices} x {found.machine.name}"
 
 
 def _words(e: Evaluated) -> str:
-    return html.escape(" ".join(e.candidate.words) or "as asked")
+    return " ".join(e.candidate.words) or "as asked"

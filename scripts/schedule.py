@@ -68,12 +68,10 @@ def report(schedule: "Schedule", columns: int) -> str:
 
 def draw(schedule: "Schedule", path: Path) -> None:
     """The timeline as a PNG, every tick as wide as it costs. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from common.figure import new_figure, save
 
     P, ticks = schedule.stages, len(schedule.work)
-    figure = Figure(figsize=(min(40, 3 + 0.14 * schedule.cost), 1.7 + 0.5 * P), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(min(40, 3 + 0.14 * schedule.cost), 1.7 + 0.5 * P, dpi=120)
     axes = figure.subplots()
     start = 0
     for t in range(ticks):
@@ -97,7 +95,7 @@ def draw(schedule: "Schedule", path: Path) -> None:
         fontsize=10,
         loc="left",
     )
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_cell(axes: Any, schedule: "Schedule", tick: int, stage: int, start: float) -> None:

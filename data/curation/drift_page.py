@@ -1,60 +1,55 @@
 """The page of a drift report: one HTML file, its plots inside it."""
 
-import base64
-import html
-import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from common.figure import literal, new_figure
+from common.page import render
+
 OLD, NEW, CHANCE = "#4477aa", "#cc6677", "#bbbbbb"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse } img { max-width: 100% }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left }
-.verdict { padding: .6rem 1rem; border-left: .4rem solid }
-.same { border-color: #4477aa } .moved { border-color: #cc6677 }
+BODY = """
+<style>.verdict { padding: .6rem 1rem; border-left: .4rem solid {{ colour }} }</style>
+<div class="verdict">
+{% if report.drifted %}
+Drift in:<ul>{% for line in report.drifted %}<li>{{ line }}</li>{% endfor %}</ul>
+{% else %}
+{{ report.verdict }}
+{% endif %}
+</div>
+{{ table(["corpus", "documents", "tokens", "store"], corpora) }}
+<h2>Figures</h2>
+{{ table(["", "value", "floor", "whole samples"], figures) }}
+<p>The floor is what 95 % of pairs of samples of the old corpus stay below, as many documents in each as of
+the new one: a value at or below it is what no drift looks like.</p>
+{% for title, plot in plots.items() %}
+<h2>{{ title }}</h2>
+{{ picture(plot, title) }}
+{% endfor %}
 """
 
 
 def page(report: dict[str, Any]) -> str:
     """The HTML of what `scripts.drift_report.report` returns."""
-    figures = [("Tokens", _plot_tokens), ("Documents", _plot_features)]
+    draw = {"Tokens": _plot_tokens, "Documents": _plot_features}
     if "loss" in report:
-        figures.append(("Loss of the model", _plot_loss))
-    parts = [f"<h2>{title}</h2>{_image(draw, report)}" for title, draw in figures]
-    kind = "moved" if report["drifted"] else "same"
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in report["drifted"])
-    body = f"<ul>{items}</ul>" if items else html.escape(report["verdict"])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Drift</title><style>{STYLE}</style>'
-        f'<h1>Drift</h1><div class="verdict {kind}">{"Drift in:" if items else ""}{body}</div>'
-        f"{_corpora(report)}<h2>Figures</h2>{_figures(report)}"
-        "<p>The floor is what 95 % of pairs of samples of the old corpus stay below, as many documents in "
-        "each as of the new one: a value at or below it is what no drift looks like.</p>"
-        + "".join(parts)
-        + "</html>\n"
-    )
+        draw["Loss of the model"] = _plot_loss
+    plots = {}
+    for title in draw:
+        plots[title] = new_figure(11, 4.6)
+        draw[title](plots[title], report)
+    shown = {"corpora": _corpora(report), "figures": _figures(report), "plots": plots}
+    return render("Drift", BODY, report=report, colour=NEW if report["drifted"] else OLD, **shown)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _corpora(report: dict[str, Any]) -> str:
-    rows = [
+def _corpora(report: dict[str, Any]) -> list[list[str]]:
+    return [
         [key, f"{one['documents']:,}", f"{one['tokens']:,}", one["path"]]
         for key, one in report["corpora"].items()
     ]
-    return _table(["corpus", "documents", "tokens", "store"], rows)
 
 
-def _figures(report: dict[str, Any]) -> str:
+def _figures(report: dict[str, Any]) -> list[list[str]]:
     tokens = report["tokens"]
     named = [("tokens, JS (bits)", tokens["js_bits"]), ("tokens, KL new from old (bits)", tokens["kl_bits"])]
     for name, found in report["features"].items():
@@ -66,19 +61,7 @@ def _figures(report: dict[str, Any]) -> str:
         ["", f"{coverage['new_bytes_per_token']:.3f}", ""],
         ["new tokens that old lacks", f"{coverage['new_token_share']:.3%}", ""],
     ]
-    return _table(["", "value", "floor", "whole samples"], [*rows, *([*row, ""] for row in more)])
-
-
-def _image(draw: Callable[[Any, dict[str, Any]], Any], report: dict[str, Any]) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure, report)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return [*rows, *([*row, ""] for row in more)]
 
 
 def _plot_tokens(figure: Any, report: dict[str, Any]) -> None:
@@ -95,7 +78,7 @@ def _plot_tokens(figure: Any, report: dict[str, Any]) -> None:
 
 def _spelled(text: str) -> str:
     """Printable, spaces visible between quotes, and no mathematics to matplotlib."""
-    return repr(text[:20]).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+    return literal(repr(text[:20]).encode("ascii", "backslashreplace").decode())
 
 
 def _floors(axis: Any, named: list[tuple[str, dict[str, Any]]]) -> None:
