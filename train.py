@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import RunFault
 from common.host import enough_threads, keep_freed_memory, process_began
+from common.terminal import steady_streams
 from configs.cli import main
 from parallel import processes
 from training.config import Config
@@ -54,6 +55,7 @@ def end_at_once() -> None:
 
 
 if __name__ == "__main__":
+    steady_streams()
     atexit.register(end_at_once)  # the first to be registered is the last to be called
     faulthandler.enable()  # a library that aborts, as JAX where rank 0 is gone, leaves stacks behind
     keep_freed_memory()  # before jax begins its threads

@@ -307,7 +307,7 @@ def stored_config(path: Path, key: str = "run.name") -> dict[str, Any]:
 
 def _summary(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((path / "summary.json").read_text())
+        return json.loads((path / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -148,7 +148,7 @@ def main() -> None:
         print(rows[-1].line(), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         text = json.dumps({"made_by": made_by, "rows": [asdict(row) for row in rows]}, indent=1)
-        RESULTS.write_text(text + "\n")
+        RESULTS.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def write_corpus(folder: Path, megabytes: int) -> None:
     written = 0
     for number in range(10**6):
         size = 0
-        with open(folder / f"{number:04d}.jsonl", "w") as file:
+        with open(folder / f"{number:04d}.jsonl", "w", encoding="utf-8") as file:
             while size < FILE_MB << 20 and written + size < megabytes * 10**6:
                 text = " ".join(rng.choices(words, k=rng.randint(*DOCUMENT)))
                 size += len(text)
@@ -70,7 +70,7 @@ def descendants(pid: int) -> Iterator[int]:
     yield pid
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text("utf-8").split():
                 yield from descendants(int(child))
     except OSError:
         return
@@ -79,7 +79,7 @@ def descendants(pid: int) -> Iterator[int]:
 def anonymous(pid: int) -> int:
     """RssAnon of a process in bytes; 0 where it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
@@ -87,13 +87,13 @@ def anonymous(pid: int) -> int:
 
 def peak_of(command: list[str], note: Path) -> float:
     """Run a command; the peak of RssAnon in MB. `note` keeps it, for where a run is cut off and goes on."""
-    peak = int(note.read_text()) if note.exists() else 0
+    peak = int(note.read_text("utf-8")) if note.exists() else 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         now = sum(map(anonymous, descendants(process.pid)))
         if now > peak:
             peak = now
-            note.write_text(str(peak))
+            note.write_text(str(peak), "utf-8")
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
@@ -120,8 +120,8 @@ def measure(root: Path, megabytes: int, seq_len: int) -> dict[str, Any]:
         ]
         done = place / f"{name}.done"
         if not done.exists():
-            done.write_text(str(peak_of(words, place / f"{name}.peak")))
-        row[f"{name}: peak MB"] = float(done.read_text())
+            done.write_text(str(peak_of(words, place / f"{name}.peak")), "utf-8")
+        row[f"{name}: peak MB"] = float(done.read_text("utf-8"))
     return row
 
 

@@ -134,7 +134,7 @@ def load(config: Any, tokens: np.ndarray, devices: Any = None) -> Any:
 
 def serve(config: Any, directory: Path) -> int:
     """Answer on stdout until stdin ends."""
-    answer = os.fdopen(os.dup(1), "w", buffering=1)
+    answer = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
     with np.load(directory / "arrays.npz") as arrays:
         work = load(config, arrays["tokens"])

@@ -45,7 +45,7 @@ def prepared(root: Path, megabytes: int) -> tuple[Documents, Path]:
 def _write_texts(folder: Path, size: int) -> None:
     rng = random.Random(0)
     lines = [line for path in list_stdlib(stdlib_root()) for line in path.read_text("utf-8").splitlines(True)]
-    with open(folder / "lines.jsonl", "w") as file:
+    with open(folder / "lines.jsonl", "w", encoding="utf-8") as file:
         while size > 0:
             text = "".join(rng.choices(lines, k=rng.randint(*DOCUMENT)))
             size -= len(text.encode())

@@ -147,7 +147,7 @@ def make_step(
 
 def main(directory: str, mode: str, precision: str, threads: str) -> None:
     """Serve steps over stdin and stdout; see the head of this file."""
-    answer = os.fdopen(os.dup(1), "w", buffering=1)
+    answer = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
     if int(threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])

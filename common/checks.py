@@ -26,6 +26,15 @@ def choice(key: str, value: object, options: Iterable[str]) -> None:
         raise ValueError(f"{key}={value} is not one of {', '.join(options)}{hint}")
 
 
+def as_text(key: str, value: str) -> str:
+    """A command line's value as text: its bytes are UTF-8 in any locale. ValueError where they are not."""
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        shown = value.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise ValueError(f"{key}={shown} is not UTF-8; type it in a terminal that is") from None
+
+
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option most like `word`, by the whole or by its last part (`num_layers` → `model.num_layers`)."""
     options = list(options)

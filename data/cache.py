@@ -112,7 +112,7 @@ def _write_manifest(directory: Path, description: dict[str, Any]) -> None:
     manifest = {"format": FORMAT, "about": description, "files": files}
     # The manifest says its own digest, so that a flipped bit in a count is found as well.
     manifest["digest"] = digest_of(manifest)
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def verify(directory: Path, *, contents: bool = True) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def verify(directory: Path, *, contents: bool = True) -> dict[str, Any]:
     CorruptCache, naming the first file that is missing, of another size or of other content.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
         said = manifest.pop("digest")
         listed = manifest["files"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

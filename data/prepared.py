@@ -62,7 +62,7 @@ class Prepared:
         assert self.validation is not None
         cached = self.validation.path.with_name(f"bigram-{self.digest[:16]}.json")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return float(json.loads(cached.read_text())["bits_per_byte"])
+            return float(json.loads(cached.read_text("utf-8"))["bits_per_byte"])
         value = bigram_bits_per_byte(
             _some(self.train.framed() if self.train else self._streamed()),
             self.validation.framed(),

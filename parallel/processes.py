@@ -366,7 +366,7 @@ def write_verdict(status: int) -> None:
     """
     path = os.environ.get(VERDICT)
     if path and status in (1, 2):
-        with contextlib.suppress(OSError), open(path, "a") as file:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write(f"{status}\n")
 
 

@@ -19,6 +19,8 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.terminal import steady_streams
+
 
 def main(argv: list[str]) -> int:
     """Print the number of nodes, or what a start would do; the exit status."""
@@ -54,7 +56,7 @@ def answer(asked: argparse.Namespace, last_facts: Any) -> int:
     config = load_config(directory / "config.yaml")
     if config.autoscale is None:
         raise ValueError(f"{directory} was not started with autoscale; add autoscale=nodes or queue to it")
-    facts = last_facts(json.loads((directory / "manifest.json").read_text()))
+    facts = last_facts(json.loads((directory / "manifest.json").read_text("utf-8")))
     last = facts["mesh"]
     if asked.devices is not None:
         print("\n".join(settled(config, asked.devices, last, asked.queue).lines))
@@ -68,4 +70,5 @@ def answer(asked: argparse.Namespace, last_facts: Any) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.terminal import steady_streams, write_at_once
 from parallel import processes
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Watch:
         if self.done.wait(self.seconds):
             return
         where = f"process {processes.process_index()} on {socket.gethostname()}"
-        os.write(2, f"error: {where} hangs in: {self.doing}\n".encode())
+        write_at_once(2, f"error: {where} hangs in: {self.doing}\n")
         os._exit(1)
 
 
@@ -183,6 +184,7 @@ def show(report: "Report", output: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    steady_streams()
     try:
         status = main(sys.argv[1:])
     except Exception:  # a defect: the traceback, and no waiting for processes that will not come

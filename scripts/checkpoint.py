@@ -24,6 +24,8 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.terminal import steady_streams
+
 if TYPE_CHECKING:
     from artifacts.checkpoints.manager import Checkpoints
 
@@ -189,4 +191,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

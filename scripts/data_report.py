@@ -40,6 +40,8 @@ def data_report(config: "Config") -> int:
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common.terminal import steady_streams
     from configs.cli import main
 
+    steady_streams()
     sys.exit(main(data_report, script="python scripts/data_report.py", purpose=PURPOSE))

@@ -24,6 +24,8 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.terminal import steady_streams
+
 if TYPE_CHECKING:
     from data.curation.drift import StoreSample
     from data.tokens.store import TokenStore
@@ -109,7 +111,7 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     if (path / "manifest.json").is_file() and not (path / "config.yaml").is_file():
         return TokenStore.open(path)
     if (path / "manifest.json").is_file():
-        data = json.loads((path / "manifest.json").read_text())["data"]["description"]
+        data = json.loads((path / "manifest.json").read_text("utf-8"))["data"]["description"]
         if "train" not in data:
             raise DataError(f"--{key}={where} is a run that streamed; give a token store or its documents")
         return TokenStore.open(data["train"]["path"])
@@ -223,4 +225,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

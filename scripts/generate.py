@@ -20,13 +20,16 @@ trusted, 2 bad input.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.checks import as_text
+from common.terminal import steady_streams
 
 if TYPE_CHECKING:
     from artifacts.checkpoints.manager import Checkpoints
@@ -70,6 +73,7 @@ def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     if not values.get("run"):
         raise ValueError("run= is missing; give the name of a run, as in run=quickstart")
     options = GenerateOptions(**values)
+    options = replace(options, prompt=as_text("prompt", options.prompt))
     for key in ("samples", "tensor", "max_new_tokens"):
         within(key, getattr(options, key), 1)
     within("seed", options.seed, 0, 2**31 - 1)
@@ -170,7 +174,7 @@ def load_run_tokenizer(directory: Path, config: "Config") -> Any:
     if (directory / "tokenizer.json").is_file():
         return load_tokenizer(directory / "tokenizer.json")
     tokenizer = prepare(config.data, config.tokenizer, progress=False).tokenizer
-    expected = json.loads((directory / "manifest.json").read_text())["tokenizer"]["digest"]
+    expected = json.loads((directory / "manifest.json").read_text("utf-8"))["tokenizer"]["digest"]
     if tokenizer.digest != expected:
         raise ValueError(
             f"{directory} was trained with tokenizer {expected[:9]}, and its data now gives "
@@ -260,4 +264,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

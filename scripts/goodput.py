@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from artifacts.ledger import CATEGORIES, NAME, Start, account_of_run, last_step, read_starts
+from common.terminal import steady_streams
 from common.text import counted, duration
 
 
@@ -61,4 +62,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main())

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import yaml
 
+from common.terminal import steady_streams
 from common.text import counted
 from launch.kubernetes import objects
 from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_port, parse_kube
@@ -212,4 +213,5 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(run(sys.argv[1:]))

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import Requeue
+from common.terminal import steady_streams
 from parallel.processes import COORDINATOR, PROCESS, PROCESSES, free_port
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -246,4 +247,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

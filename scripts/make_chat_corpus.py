@@ -18,6 +18,8 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.terminal import steady_streams
+
 LONGEST = 400  # characters of an answer: a docstring's first paragraph, left out where it is longer
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -88,4 +90,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from common.terminal import steady_streams
 from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
 
 if TYPE_CHECKING:
@@ -292,4 +293,5 @@ def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

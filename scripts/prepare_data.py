@@ -116,4 +116,7 @@ def run(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common.terminal import steady_streams
+
+    steady_streams()
     sys.exit(run(sys.argv[1:]))

@@ -40,6 +40,7 @@ from artifacts.ledger import last_step
 from artifacts.manifest import git_state, is_flag
 from artifacts.metrics import MetricsLog
 from artifacts.reproduce_diff import Difference, compare, differences, first_config, repeatable
+from common.terminal import steady_streams
 from common.text import aligned
 from parallel.processes import free_port
 
@@ -170,7 +171,7 @@ def load(tree: dict[str, Any]) -> Any:
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "config.yaml"
-        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
         return load_config(path)
 
 
@@ -252,7 +253,7 @@ def rerun(original: Original, root: Path, output: Path, last: int, whole: bool) 
         }  # the run itself may be answering there
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "config.yaml"
-        config.write_text(yaml.safe_dump(tree, sort_keys=False))
+        config.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
         command = [sys.executable, "-c", RERUN, str(root), str(original.threads), str(config)]
         jobs = [subprocess.Popen(command, env=env, start_new_session=True) for env in places(original)]
         try:
@@ -379,4 +380,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main())

@@ -119,4 +119,7 @@ def draw_cell(axes: Any, schedule: "Schedule", tick: int, stage: int, start: flo
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common.terminal import steady_streams
+
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

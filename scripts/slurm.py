@@ -18,6 +18,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too; and `slurm` is no module of its own.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from common.terminal import steady_streams
 from launch.slurm.config import SlurmConfig, check_devices, split_words
 from launch.slurm.follow import client, follow
 from launch.slurm.script import Element, Submission, render
@@ -154,13 +155,13 @@ def submit(submission: Submission, configs: Sequence["Config"], slurm: SlurmConf
         script = submission.here / "job.sh"
         print(f"{script}: code is {code}", flush=True)
         if not slurm.submit:
-            print(script.read_text(), end="")
+            print(script.read_text("utf-8"), end="")
             return 0
         job = client("sbatch", "--parsable", str(script)).strip().split(";")[0]
     except OSError:
         shutil.rmtree(submission.here, ignore_errors=True)  # what Slurm refused leaves nothing
         raise
-    (submission.here / "job").write_text(job + "\n")
+    (submission.here / "job").write_text(job + "\n", "utf-8")
     print(f"job {job}, printing to {submission.log.replace('%j', job).replace('%A', job)}", flush=True)
     return stay(job, submission) if slurm.follow else 0
 
@@ -173,8 +174,8 @@ def write(submission: Submission, configs: Sequence["Config"], slurm: SlurmConfi
     code = snapshot(submission.here / "code")
     for i, config in enumerate(configs):
         name = "config.yaml" if len(configs) == 1 else f"config-{i}.yaml"
-        (submission.here / name).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    (submission.here / "job.sh").write_text(render(submission, slurm))
+        (submission.here / name).write_text(yaml.safe_dump(asdict(config), sort_keys=False), "utf-8")
+    (submission.here / "job.sh").write_text(render(submission, slurm), "utf-8")
     (submission.here / "job.sh").chmod(0o755)
     return code
 
@@ -193,4 +194,5 @@ def stay(job: str, submission: Submission) -> int:
 
 
 if __name__ == "__main__":
+    steady_streams()
     sys.exit(main(sys.argv[1:]))

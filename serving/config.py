@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.checks import require
+from common.checks import as_text, require
 
 
 @dataclass
@@ -17,6 +17,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Each value by itself."""
+        self.prompts = [as_text("sample.prompts", prompt) for prompt in self.prompts]
         require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "1 or more")
         for key in ("temperature", "top_k", "parse_snippets"):
             require(getattr(self, key) >= 0, f"sample.{key}", getattr(self, key), "0 or more")

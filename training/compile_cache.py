@@ -4,7 +4,6 @@ import hashlib
 import os
 import sys
 import threading
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 from jax._src import compilation_cache  # there is no public way to give JAX a cache
 from jax._src.compilation_cache import LRUCache
+
+from common.files import replacing
 
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
@@ -100,12 +101,8 @@ class VerifiedCache(LRUCache):
         entry = _seal(key, value) + value
         if self.eviction_enabled:  # of JAX_COMPILATION_CACHE_MAX_SIZE, under a lock that readers take too
             return super().put(_sealed(key), entry)
-        aside = Path(f"{self.path}/{uuid.uuid4().hex}.tmp")
-        try:
+        with replacing(Path(f"{self.path}/{_sealed(key)}-cache"), shared=True) as aside:
             aside.write_bytes(entry)
-            os.replace(aside, f"{self.path}/{_sealed(key)}-cache")
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def _seal(key: str, value: bytes) -> bytes:

@@ -100,4 +100,4 @@ def write_samples(
 
 
 def _write(path: Path, texts: Sequence[str]) -> None:
-    path.write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")
+    path.write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n", "utf-8")

@@ -123,7 +123,7 @@ def _row(checkpoints: Checkpoints, step: int, quick: bool, sent: bool) -> Listin
 
 def _apart(path: Path) -> Listing:
     reason = path / "REASON"
-    said = reason.read_text().strip() if reason.exists() else "no reason given"
+    said = reason.read_text("utf-8").strip() if reason.exists() else "no reason given"
     return Listing(int(path.name), *_size_and_date(path), None, f"quarantined: {said}")
 
 

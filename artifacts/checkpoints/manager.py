@@ -407,7 +407,7 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             os.replace(here, target)
-            (target / "REASON").write_text(reason + "\n")
+            (target / "REASON").write_text(reason + "\n", "utf-8")
         if remote and self.remote is not None:
             self.remote.set_apart(step, reason)
         return reason

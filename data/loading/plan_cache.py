@@ -48,7 +48,7 @@ def kept_plan(
 def _path(store: TokenStore, root: str, key: tuple[int, int, str, int]) -> Path | None:
     """Named by the digest of the store's manifest, which covers every token; None for a store without one."""
     try:
-        digest = json.loads((store.path / MANIFEST).read_text())["digest"]
+        digest = json.loads((store.path / MANIFEST).read_text("utf-8"))["digest"]
     except (OSError, ValueError, KeyError):
         return None
     name = digest_of({"format": FORMAT, "window": WINDOW, "store": digest, "key": key})

@@ -59,8 +59,8 @@ def write_prepared(
 def write_info(directory: Path, info: dict[str, Any], features: dict[str, Any]) -> None:
     """Write the two JSON files that make a directory of ArrayRecord files a prepared dataset."""
     info = {**info, "fileFormat": "array_record"}
-    (directory / "dataset_info.json").write_text(json.dumps(info, indent=2, sort_keys=True))
-    (directory / "features.json").write_text(json.dumps(features, indent=4, sort_keys=True))
+    (directory / "dataset_info.json").write_text(json.dumps(info, indent=2, sort_keys=True), "utf-8")
+    (directory / "features.json").write_text(json.dumps(features, indent=4, sort_keys=True), "utf-8")
 
 
 def _write_split(
@@ -132,7 +132,7 @@ def copy_prepared(
     or fewer.
     """
     target.mkdir(parents=True)
-    info = json.loads((source / "dataset_info.json").read_text())
+    info = json.loads((source / "dataset_info.json").read_text("utf-8"))
     splits = []
     for split, listed in shards.items():
         lengths, total = [], 0
@@ -149,4 +149,4 @@ def copy_prepared(
                 raise ValueError(f"{path.name} holds {found} records, dataset_info.json says {told}")
             lengths.append(kept)
         splits.append(split_info(split, lengths, total))
-    write_info(target, info | {"splits": splits}, json.loads((source / "features.json").read_text()))
+    write_info(target, info | {"splits": splits}, json.loads((source / "features.json").read_text("utf-8")))

@@ -219,7 +219,7 @@ class Corpus:
         """Return those of "train" and "validation" that have documents; the corpus must be there."""
         if getattr(self.source, "names", None) is None:  # it would have been refused
             return ["train", "validation"]
-        info = json.loads((_version_directory(self.directory) / "dataset_info.json").read_text())
+        info = json.loads((_version_directory(self.directory) / "dataset_info.json").read_text("utf-8"))
         return [split["name"] for split in info["splits"]]
 
     def split(self, split: str) -> Documents:

@@ -66,7 +66,10 @@ class Mirror:
                 total = sum(self.remote[name]["size"] for name in stale) >> 20
                 say(f"fetching {len(stale)} files ({total} MB) from {self.url}")
             self._write_notes({name: note for name, note in notes.items() if name in self.remote})
-            with ThreadPoolExecutor(workers) as pool, open(self.place / "mirror.jsonl", "a") as log:
+            with (
+                ThreadPoolExecutor(workers) as pool,
+                open(self.place / "mirror.jsonl", "a", encoding="utf-8") as log,
+            ):
                 self._fetch_all(stale, pool, log)
         except OSError as error:
             raise DataError(
@@ -149,7 +152,7 @@ def _notes(place: Path) -> dict[str, dict[str, Any]]:
     """What was fetched: the last note of each file; a line that a kill cut short is none."""
     notes = {}
     with contextlib.suppress(OSError):
-        for line in (place / "mirror.jsonl").read_text().splitlines():
+        for line in (place / "mirror.jsonl").read_text("utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 note = json.loads(line)
                 notes[note.pop("name")] = note

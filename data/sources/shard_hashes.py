@@ -88,7 +88,7 @@ class ShardRecord:
 def _load(path: Path) -> dict[str, Any]:
     """A record that is absent or broken is none: all is hashed again."""
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text("utf-8"))
         if known.pop("digest") == digest_of(known):
             return known
     return {"shards": {}, "read": [], "prepared": False}

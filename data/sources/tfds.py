@@ -36,7 +36,7 @@ class TfdsSource:
     def __init__(self, config: DataConfig, say: Say = silent):
         self.config, self.say = config, say
         self.prepared, self.mirror = _directory(config, say)
-        self.info = json.loads((self.prepared / "dataset_info.json").read_text())
+        self.info = json.loads((self.prepared / "dataset_info.json").read_text("utf-8"))
         named = any(".tfrecord" in path.name for path in self.prepared.iterdir())
         self.format = self.info.get("fileFormat") or ("tfrecord" if named else "unknown")
         copied = self.format == "tfrecord" or config.on_bad_record == "skip"
@@ -160,7 +160,7 @@ def _sound(directory: Path, config: DataConfig) -> Path:
             how += f", or let TFDS download and prepare it: data.name={config.name} data.download=true"
         raise DataError(f"{key}: {directory} does not exist{how}")
     try:
-        json.loads((directory / "dataset_info.json").read_text())
+        json.loads((directory / "dataset_info.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise DataError(
             f"data.path: {directory} has no readable dataset_info.json, so it is no prepared TFDS dataset; "

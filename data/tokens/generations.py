@@ -123,7 +123,7 @@ class GenerationIndex:
         found = []
         for path in self.directory.glob(f"{self.prefix}-*.json"):
             try:
-                facts = json.loads(path.read_text())
+                facts = json.loads(path.read_text("utf-8"))
                 said = facts.pop("sum")
                 sound = said == digest_of(facts)
             except (OSError, ValueError, KeyError, AttributeError):

@@ -146,10 +146,10 @@ def make_shards(
 def _finished(directory: Path, job: str, count: int, workers: int) -> dict[int, Record]:
     """Return the records whose files are what they say."""
     named = directory / "job"
-    if not named.exists() or named.read_text() != job:
+    if not named.exists() or named.read_text("utf-8") != job:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        named.write_text(job)
+        named.write_text(job, "utf-8")
     for leftover in directory.glob(".*"):
         leftover.unlink()
     with ThreadPoolExecutor(workers) as pool:
@@ -160,7 +160,7 @@ def _finished(directory: Path, job: str, count: int, workers: int) -> dict[int, 
 def record_of(directory: Path, number: int) -> Record | None:
     """Return a shard's record, None where it has none."""
     try:
-        return json.loads(path_of(directory, number, "json").read_text())
+        return json.loads(path_of(directory, number, "json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
 

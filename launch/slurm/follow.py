@@ -107,13 +107,14 @@ def follow(
     *,
     poll: float = POLL_SECONDS,
     look: Callable[[str], dict[str, State]] = states,
-    write: Callable[[str], object] = sys.stdout.write,
+    write: Callable[[str], object] | None = None,
 ) -> int:
     """Until every element has ended for good; the worst of their exit statuses.
 
-    log: the file of an element. Raises OSError where Slurm no longer knows the job. `job` itself goes on
-    whatever happens to us.
+    log: the file of an element; write: stdout's by default. Raises OSError where Slurm no longer knows the
+    job. `job` itself goes on whatever happens to us.
     """
+    write = write or sys.stdout.write
     tails: dict[str, Tail] = {}
     said: dict[str, tuple[str, str, int]] = {}
     ended = 0

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from common.errors import Ended, Requeue
+from common.terminal import write_at_once
 from parallel import processes
 from training.step import VOTE
 
@@ -85,10 +86,10 @@ class Notices:
 
     def _note(self, name: str) -> None:
         if self.name is not None:
-            os.write(2, f"{name} after {self.name}: leaving at once\n".encode())
+            write_at_once(2, f"{name} after {self.name}: leaving at once\n")
             os._exit(Requeue.status)
         self.name = name
-        os.write(1, f"{name}: saving after this step, then leaving; once more leaves at once\n".encode())
+        write_at_once(1, f"{name}: saving after this step, then leaving; once more leaves at once\n")
 
 
 class _Steps:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from common.errors import Requeue
+from common.terminal import write_at_once
 
 TICK = 0.5  # seconds between two looks
 # What takes longer than a step may; `guard.stall_seconds`, where it is more.
@@ -89,12 +90,10 @@ class Watchdog:
         """Nothing here may wait for what the main thread holds."""
         path, where = self.folder / "stacks" / f"process{self.process}.txt", ""
         found = stacks()
-        os.write(
-            2, f"stopped: no progress in {self._bound(what):g} s at {what}; all threads:\n{found}".encode()
-        )
+        write_at_once(2, f"stopped: no progress in {self._bound(what):g} s at {what}; all threads:\n{found}")
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(f"no progress in {self._bound(what):g} s at {what}\n{found}")
                 file.flush()
                 os.fsync(file.fileno())
@@ -102,7 +101,7 @@ class Watchdog:
         except OSError:  # the run's directory is not there yet, or its disk is what hangs
             pass
         words = f"stopped: no progress in {self._bound(what):g} s at {what}{where}"
-        os.write(2, f"{words}; the same command goes on\n".encode())
+        write_at_once(2, f"{words}; the same command goes on\n")
         flushing = threading.Thread(target=_flush, daemon=True)
         flushing.start()
         flushing.join(FLUSH_SECONDS)
