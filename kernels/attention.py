@@ -6,9 +6,15 @@ Query i sees key j where both lie in the same document (equal segment, not 0), j
 and, with a window, i is less than `window` positions behind j's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from kernels.names import ATTENTION_OUTPUT
 
 QUERY_BLOCK = 256
 
@@ -136,6 +142,52 @@ def xla_attention(
     out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
     # A padding query saw every key alike; it is to see none.
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0)
+
+
+# -- for kernels with a backward of their own --------------------------------------------------------------
+
+
+def with_backward(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    qkv: tuple[Array, ...],
+    masks: tuple[Array, ...],
+) -> Array:
+    """Attention by `forward(*qkv, *masks) -> (output, statistics)`, whose gradient is `backward`'s.
+
+    backward: `(*qkv, *masks, output, statistics, cotangent) -> gradients of q, k and v`.
+    """
+
+    @jax.custom_vjp
+    def attend(*args: Array) -> Array:
+        return forward(*args)[0]
+
+    def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        # Named, so that a policy can keep them: the kernel is then not run again in the backward pass.
+        out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward(*args))
+        return out, (*args, out, stats)
+
+    def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+        return (*backward(*saved, cotangent), None, None, None, None)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(*qkv, *masks)
+
+
+def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where a token that is not padding has another segment before it, or none."""
+    return (segments > 0) & (segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1])
+
+
+def in_order(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, " B"]:
+    """Whether documents are runs of one segment, of numbers that grow, in which positions grow by one."""
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
+    ordered = jnp.where(document_begins(segments)[:, 1:], grows, goes_on)
+    return jnp.all(ordered | (segments[:, 1:] == 0), axis=1)
+
+
+# -- blocks of positions -----------------------------------------------------------------------------------
 
 
 def largest_divisor(length: int, limit: int) -> int:

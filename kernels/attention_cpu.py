@@ -25,13 +25,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention import attention_mask, join_length, largest_divisor, split_length
 from kernels.einsum_cpu import materialize
+from kernels.names import ATTENTION_OUTPUT
 
 F32 = jnp.float32
 UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have
 TINY = 1e-30
-ATTENTION_OUTPUT = (
-    "ring_attention"  # the checkpoint name by which policies know what attention's backward needs
-)
 BLOCKS = 8  # of a row at most: each is compiled by itself
 LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
 

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels.names import name_of
-from models.ops import plain_einsum
+from kernels.einsum import letters_of, plain_einsum
+from kernels.names import QUANTIZED, name_of
 
-KEPT = "projection"  # what a remat policy that keeps matrix products is to keep of those here
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 INT8_TOP = 127.0
 Einsum = Callable[[str, Array, Array], Array]
@@ -47,20 +46,13 @@ class QuantizedEinsum:
         return PRODUCTS[self.kind](spec, x, w)
 
 
-def dims(spec: str) -> tuple[str, str, str]:
-    """The letters of both operands and of the result."""
-    inputs, out = spec.split("->")
-    left, right = inputs.split(",")
-    return left, right, out
-
-
 def dot(spec: str, x: Array, w: Array, dtype: Any) -> Array:
     """An einsum of two operands that may be of different types, summed in and rounded once to `dtype`.
 
     `jnp.einsum` would first look for a type that holds both, and XLA finds its eight-bit kernels only where
     operands are multiplied as they are.
     """
-    left, right, out = dims(spec)
+    left, right, out = letters_of(spec)
     shared = [c for c in left if c in right]
     contract = [left.index(c) for c in shared], [right.index(c) for c in shared]
     y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=dtype)
@@ -91,7 +83,7 @@ def fp8_scale(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, ""]:
     power = jnp.clip(limit - exponent - (mantissa > most), -126, 126)
     scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
     scale = jnp.where(top > 0, jnp.where(top < jnp.inf, scale, jnp.nan), 1.0)
-    return checkpoint_name(jax.lax.stop_gradient(scale), KEPT)
+    return checkpoint_name(jax.lax.stop_gradient(scale), QUANTIZED)
 
 
 def to_fp8(x: Float[Array, "*shape"], dtype: Any) -> tuple[Array, Float[Array, ""]]:
@@ -115,7 +107,7 @@ def _fp8_forward(spec: str, x: Array, w: Array) -> Any:
 
 
 def _fp8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    (x, w), (left, right, out) = saved, dims(spec)
+    (x, w), (left, right, out) = saved, letters_of(spec)
     grad = to_fp8(dy, GRADIENT)
     dx = fp8_dot(f"{out},{right}->{left}", grad, to_fp8(w, FORWARD), x.dtype)
     dw = fp8_dot(f"{left},{out}->{right}", to_fp8(x, FORWARD), grad, jnp.float32)
@@ -135,7 +127,7 @@ def to_int8(x: Float[Array, "*shape"], letters: str, contracted: str) -> tuple[A
 
 
 def _int8(spec: str, x: Array, w: Array) -> Array:
-    left, right, out = dims(spec)
+    left, right, out = letters_of(spec)
     shared = "".join(c for c in left if c in right)
     (x8, rows), (w8, columns) = to_int8(x, left, shared), to_int8(w, right, shared)
     free = [[c for c in letters if c not in shared] for letters in (left, right)]
@@ -144,7 +136,7 @@ def _int8(spec: str, x: Array, w: Array) -> Array:
     y = dot(spec, x8, w8, jnp.int32).astype(jnp.float32) * rows * columns
     # Named: kept as the int32 of the product it would be twice as large. The one behind attention, which
     # contracts heads and their size, is not kept at all.
-    return y.astype(x.dtype) if len(shared) > 1 else checkpoint_name(y.astype(x.dtype), KEPT)
+    return y.astype(x.dtype) if len(shared) > 1 else checkpoint_name(y.astype(x.dtype), QUANTIZED)
 
 
 def _int8_forward(spec: str, x: Array, w: Array) -> Any:
@@ -152,7 +144,7 @@ def _int8_forward(spec: str, x: Array, w: Array) -> Any:
 
 
 def _int8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    (x, w), (left, right, out) = saved, dims(spec)
+    (x, w), (left, right, out) = saved, letters_of(spec)
     dx = jnp.einsum(f"{out},{right}->{left}", dy, w.astype(x.dtype))
     dw = jnp.einsum(f"{left},{out}->{right}", x, dy, preferred_element_type=jnp.float32)
     return dx, dw.astype(w.dtype)

@@ -6,7 +6,7 @@ that lies in memory: rows M of the activation, contracted K, outputs N.
 """
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.attention import largest_divisor
+from kernels.einsum import count_contracted
 
 F32 = jnp.float32
 ROWS = 1024  # contracted at a time in bfloat16
 
 
 def fast_einsum(spec: str, x: Array, w: Array, *, dtype: Any = F32) -> Array:
-    """`models.ops.plain_einsum` with products of matrices in both directions; for arrays whole on a device.
+    """`plain_einsum` with products of matrices in both directions; for arrays whole on a device.
 
     x: the activation, rows first and contracted dims last; w: contracted dims first, as every projection here
     is laid out. Factors are rounded to `dtype`, also those of the gradients, and products added in float32;
@@ -31,23 +32,6 @@ def fast_einsum(spec: str, x: Array, w: Array, *, dtype: Any = F32) -> Array:
     width = math.prod(w.shape[:contracted])
     y = _product(x.reshape(-1, width), w.reshape(width, -1), jnp.dtype(dtype))
     return y.reshape(*rows, *outputs)
-
-
-@cache
-def count_contracted(spec: str) -> int:
-    """How many dims a projection contracts: the last of its activation, the first of its weight.
-
-    Raises ValueError where the spec is no such product.
-    """
-    x, _, rest = spec.partition(",")
-    w, _, y = rest.partition("->")
-    shared = [letter for letter in x if letter in w]
-    contracted = len(shared)
-    if not contracted or x[-contracted:] != w[:contracted] or y != x[:-contracted] + w[contracted:]:
-        raise ValueError(
-            f"einsum {spec} is no projection; write rows and contracted by contracted and outputs"
-        )
-    return contracted
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -15,6 +15,7 @@ from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
 from kernels.grouped_experts import GATES, activate
+from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V, MLP_UP
 from models.config import ModelConfig
 from models.moe import Experts
 from models.ops import Ops
@@ -132,9 +133,9 @@ class Attention(nnx.Module):
 def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """What attention takes, by names that say to `parallel.schedules` what the backward pass may keep."""
     return (
-        checkpoint_name(q, "attention_q"),
-        checkpoint_name(k, "attention_k"),
-        checkpoint_name(v, "attention_v"),
+        checkpoint_name(q, ATTENTION_Q),
+        checkpoint_name(k, ATTENTION_K),
+        checkpoint_name(v, ATTENTION_V),
     )
 
 
@@ -266,7 +267,7 @@ class FeedForward(nnx.Module):
         """Up, activate, down."""
         gated = self.activation in GATES
         spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
-        hidden = checkpoint_name(ops.einsum(spec, x, self.up[...]), "mlp_up")
+        hidden = checkpoint_name(ops.einsum(spec, x, self.up[...]), MLP_UP)
         hidden = add_bias(hidden, self.up_bias)
         hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
         hidden = ops.constrain(hidden, ("batch", "length", "act_mlp"))  # and so does its gradient lie

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.attention import reference_attention
+from kernels.einsum import plain_einsum
 from kernels.grouped_experts import run_experts
 
 
@@ -15,11 +16,6 @@ def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """On one device an array is where it is."""
     assert len(axes) == x.ndim, (axes, x.shape)
     return x
-
-
-def plain_einsum(spec: str, x: Array, w: Array) -> Array:
-    """`jnp.einsum` in the activation's dtype: a float32 master weight is cast where it is used."""
-    return jnp.einsum(spec, x, w.astype(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-ROOMS = ("models", "optim", "parallel", "serving", "data")
+ROOMS = ("kernels", "models", "optim", "parallel", "serving", "data")
 # Their states and batches are also trees of shapes and of shardings, under the names of the arrays' types.
 ABSTRACT = ("program", "state", "step")
 FILES = sorted((Path(__file__).parents[1] / "training").glob("[a-z]*.py"))

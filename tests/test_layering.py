@@ -107,9 +107,7 @@ def back_edges(source: str, module: str) -> list[str]:
 
 
 # Edges that still run upward, each until the code that makes it has moved.
-NOT_YET: set[str] = {
-    "kernels.einsum_8bit imports models.ops.plain_einsum",
-}
+NOT_YET: set[str] = set()
 
 
 def test_layers_import_only_downward():

@@ -19,9 +19,9 @@ from artifacts.plots import plot_loss
 from artifacts.summary import print_summary, summarize
 from common.errors import RunFault
 from data.loading.loader import Prefetcher
+from kernels.attention_cudnn import check_documents
 from kernels.backends import documents_of
 from parallel import processes
-from parallel.attention.cudnn import check_documents
 from training.autoscale.apply import scale
 from training.compile_cache import start_compile_cache
 from training.config import Config, inner_steps

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kernels.einsum import plain_einsum
 from kernels.einsum_8bit import PRODUCTS, Einsum, QuantizedEinsum
-from models.ops import Ops, plain_einsum
+from models.ops import Ops
 
 FP8_CAPABILITY = (8, 9)  # NVIDIA's Ada; Hopper is 9.0
 FP8_TPUS = ("TPU7x",)  # the first with such units: v5p and v6e multiply int8 and bfloat16

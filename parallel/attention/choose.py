@@ -4,16 +4,18 @@ What each backend can do stands in `kernels.backends`, the one table; here are t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array
 
 from kernels.attention import chunked_attention, reference_attention, xla_attention
 from kernels.attention_cpu import fused_attention
+from kernels.attention_cudnn import cudnn_attention
+from kernels.attention_splash import splash_attention
 from kernels.backends import Choice, choose, documents_of, facts_of, wanted_of
-from parallel.attention.context import context_attention, uses_zigzag
-from parallel.attention.cudnn import cudnn_attention, cudnn_kernel
-from parallel.attention.splash import splash_attention, splash_kernel
+from parallel.attention.context import context_attention, splash_of_parts, uses_zigzag
+from parallel.attention.sharded import sharded_cudnn, sharded_splash
 from parallel.axes import Layout
 
 # Of arrays on one device, or of global ones: XLA partitions these by itself.
@@ -40,14 +42,14 @@ def build_attention(name: str, config: Any, layout: Layout) -> Callable[..., Arr
     context, kind = layout.mesh.shape["context"], config.context.attention
     documents = documents_of(config)
     if context == 1 and name == "cudnn":
-        return cudnn_attention(layout, documents)
+        return sharded_cudnn(layout, documents)
     if context == 1 and name == "splash":
-        return splash_attention(layout)
+        return sharded_splash(layout)
     zigzag = uses_zigzag(kind, config.context.zigzag)
     local: dict[str, Callable[..., Array]] = {
         **PLAIN,
-        "cudnn": cudnn_kernel(documents),
-        "splash": splash_kernel(context, zigzag=zigzag) if kind == "allgather" else splash_kernel(),
+        "cudnn": partial(cudnn_attention, max_documents=documents),
+        "splash": splash_of_parts(context, zigzag=zigzag) if kind == "allgather" else splash_attention,
         "ring": reference_attention,  # not called
     }
     return context_attention(kind, layout, local[name], zigzag=config.context.zigzag)

@@ -10,7 +10,6 @@ size, W value head size, C devices along mesh.context.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from parallel.attention.ring import ATTENTION_OUTPUT, AXIS, Ring
+from kernels.attention import with_backward
+from kernels.attention_splash import splash_attention
+from parallel.attention.ring import AXIS, Ring
+from parallel.attention.sharded import TOKENS, differentiable, placement, split_heads
 from parallel.axes import Layout
 from parallel.config import CONTEXT_ATTENTION
-
-HEADS = ("batch", "length", "act_heads", None)
-TOKENS = ("batch", "length")
 
 
 def context_attention(
@@ -71,11 +68,16 @@ def context_attention(
         zigzags = uses_zigzag(kind, zigzag)
         check_context(kind, zigzags, size, tensor=tensor, num_heads=q.shape[2], seq_len=q.shape[1])
         k, v = split_heads(k, tensor), split_heads(v, tensor)
-        place = placement(layout, kind, q, k, v)
+        place = placement(layout, f"context.attention={kind}", q, k, v)
         masks = (q_positions, kv_positions, q_segments, kv_segments)
         options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
         if kind == "ring":
-            return ring_attention(Ring(size, zigzags, **options), place, (q, k, v), masks)
+            ring = Ring(size, zigzags, **options)
+            forward = place.map(ring.forward, place.arguments, (place.out, place.lse))
+            backward = place.map(
+                ring.backward, (*place.arguments, place.out, place.lse, place.out), place.qkv
+            )
+            return with_backward(forward, backward, (q, k, v), masks)
         inner = functools.partial(INNER[kind], functools.partial(local, **options), size)
         return differentiable(inner, place, (q, k, v), masks)
 
@@ -115,66 +117,6 @@ def check_context(
         )
 
 
-def kv_copies(num_kv_heads: int, ways: int) -> int:
-    """Copies of each K/V head that let `ways` devices take equal parts: exact, its gradient is their sum.
-
-    Query heads divide by both numbers, so that in every part a query head still finds its own by n // G.
-    """
-    return math.lcm(num_kv_heads, ways) // num_kv_heads
-
-
-def split_heads(x: Float[Array, "B S K W"], ways: int) -> Float[Array, "B S R W"]:
-    """K/V heads, each repeated as often as a split in `ways` needs."""
-    copies = kv_copies(x.shape[2], ways)
-    return x if copies == 1 else jnp.repeat(x, copies, axis=2)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which part of every array a device holds, and how to run a function on those parts."""
-
-    mesh: Mesh
-    qkv: tuple[PartitionSpec, PartitionSpec, PartitionSpec]
-    tokens: PartitionSpec  # positions and segments
-
-    @property
-    def arguments(self) -> tuple[PartitionSpec, ...]:
-        """Of q, k, v, and the positions and segments of queries and keys."""
-        return (*self.qkv, *(self.tokens,) * 4)
-
-    @property
-    def out(self) -> PartitionSpec:
-        """As q, of which the output has every dim but the last, which is whole."""
-        return self.qkv[0]
-
-    @property
-    def lse(self) -> PartitionSpec:
-        """Of [B, K, G, T]."""
-        batch, length, heads, _ = self.out
-        return PartitionSpec(batch, heads, None, length)
-
-    @property
-    def everywhere(self) -> PartitionSpec:
-        """Of a leading dim with one entry for each device that holds something of its own."""
-        entries = [(entry,) if isinstance(entry, str) else entry or () for entry in self.out]
-        return PartitionSpec(tuple(axis for entry in entries for axis in entry))
-
-    def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function` of parts as a function of whole arrays."""
-        # Every axis manual: cuDNN's kernels refuse to be partitioned. Unchecked: they do not say over which
-        # axes their results vary, and no gradient is taken through it (see `differentiable`).
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-
-def placement(layout: Layout, kind: str, q: Array, k: Array, v: Array) -> Placement:
-    """Where the rules put arrays of these shapes; K/V heads lie as query heads do."""
-    what = f"context.attention={kind}"
-    query, key, value = (layout.spec(HEADS, x.shape, what) for x in (q, k, v))
-    return Placement(layout.mesh, (query, key, value), layout.spec(TOKENS, q.shape[:2], what))
-
-
 def _ulysses(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, *masks: Array) -> Array:
     """[B, T/C, N, H] to [B, T, N/C, H], the kernel, and back."""
     k, v = split_heads(k, size), split_heads(v, size)
@@ -208,65 +150,6 @@ def _named(
     }
 
 
-def differentiable(
-    inner: Callable[..., Array], place: Placement, qkv: tuple[Array, ...], masks: tuple[Array, ...]
-) -> Array:
-    """`inner`, what one device does, over global arrays, with a shard_map each for forward and backward.
-
-    What backward needs leaves the first and enters the second untouched. Left to itself, the transpose of an
-    unchecked shard_map sums q's, k's and v's gradients over every axis that their specs do not name.
-    """
-
-    @jax.custom_vjp
-    def attend(*args: Array) -> Array:
-        return place.map(inner, place.arguments, place.out)(*args)
-
-    def local_forward(*args: Array) -> tuple[Array, Any]:
-        out, pull = jax.vjp(lambda *qkv: inner(*qkv, *args[3:]), *args[:3])
-        return out, jax.tree.map(lambda x: x[None], pull)
-
-    def local_backward(pull: Any, cotangent: Array) -> tuple[Array, ...]:
-        return jax.tree.map(lambda x: x[0], pull)(cotangent)
-
-    def attend_forward(*args: Array) -> tuple[Array, Any]:
-        return place.map(local_forward, place.arguments, (place.out, place.everywhere))(*args)
-
-    def attend_backward(pull: Any, cotangent: Array) -> tuple[Array | None, ...]:
-        grads = place.map(local_backward, (place.everywhere, place.out), place.qkv)(pull, cotangent)
-        return (*grads, None, None, None, None)
-
-    attend.defvjp(attend_forward, attend_backward)
-    return attend(*qkv, *masks)
-
-
-def ring_attention(
-    ring: Ring, place: Placement, qkv: tuple[Array, Array, Array], masks: tuple[Array, Array, Array, Array]
-) -> Float[Array, "B T N W"]:
-    """Global arrays in, global array out; forward and backward are a walk around the ring each.
-
-    The backward is written out: differentiating through the merge of blocks would need the cotangent of each
-    block's log-sum-exp, which kernels drop. With the output and log-sum-exp of the whole row, a block's
-    weights are exp(score - lse) and nothing of the merge is left to differentiate.
-    """
-
-    @jax.custom_vjp
-    def attend(*args: Array) -> Array:
-        return attend_forward(*args)[0]
-
-    def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
-        walk = place.map(ring.forward, place.arguments, (place.out, place.lse))
-        out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in walk(*args))
-        return out, (*args, out, lse)
-
-    def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-        in_specs = (*place.arguments, place.out, place.lse, place.out)
-        grads = place.map(ring.backward, in_specs, place.qkv)(*saved, cotangent)
-        return (*grads, None, None, None, None)
-
-    attend.defvjp(attend_forward, attend_backward)
-    return attend(*qkv, *masks)
-
-
 def zigzag_order(length: int, size: int) -> np.ndarray:
     """[T] int32: the original index of each place; device c of `size` holds chunks c and 2*size-1-c.
 
@@ -296,13 +179,40 @@ def permute_batch(batch: dict[str, Array], size: int) -> dict[str, Array]:
     return {**permuted, "order": jnp.broadcast_to(jnp.asarray(order), (rows, length))}
 
 
-def causal_work(length: int, size: int, *, zigzag: bool) -> np.ndarray:
-    """[size] int64: (query, key) pairs under the causal mask of one document that each device's queries see.
+def splash_of_parts(parts: int, *, zigzag: bool) -> Callable[..., Array]:
+    """Splash attention where a device has one of `parts` of a row's queries and all its keys (allgather).
 
-    In text order the last device has 2 - 1/size times the mean; in zigzag order all have the same.
+    For use inside the `shard_map` of `context_attention`. zigzag: whether rows are in `zigzag_order`.
     """
-    order = zigzag_order(length, size) if zigzag else np.arange(length)
-    return (order.astype(np.int64) + 1).reshape(size, -1).sum(axis=1)
+
+    def attention(
+        q: Array, k: Array, v: Array, *, kv_positions: Array, kv_segments: Array, **rest: Any
+    ) -> Array:
+        if zigzag:
+            k, v, kv_positions, kv_segments = (
+                text_order(x, parts) for x in (k, v, kv_positions, kv_segments)
+            )
+        length = q.shape[1]
+        places, stretch = query_places(length, parts, zigzag), length // 2 if zigzag else length
+        masks = {"kv_positions": kv_positions, "kv_segments": kv_segments, **rest}
+        return splash_attention(q, k, v, places=places, stretch=stretch, **masks)
+
+    return attention
+
+
+def query_places(length: int, parts: int, zigzag: bool) -> Int[Array, " T"]:
+    """The index in its row's text of each query on this device, ascending."""
+    mine, places = jax.lax.axis_index(AXIS), jnp.arange(length, dtype=jnp.int32)
+    if not zigzag:
+        return mine * length + places
+    late = (2 * parts - 1 - mine) * (length // 2) + places - length // 2
+    return jnp.where(places < length // 2, mine * (length // 2) + places, late)
+
+
+def text_order(x: Array, parts: int) -> Array:
+    """[B, S, ...] from zigzag order, device after device, to the order of the text."""
+    chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 @dataclass(frozen=True)

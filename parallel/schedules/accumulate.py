@@ -13,11 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from parallel.attention.ring import ATTENTION_OUTPUT
+from kernels.names import ATTENTION_INPUTS, ATTENTION_OUTPUT, MLP_UP, QUANTIZED
 
-# Checkpoint names that models give: what attention's kernel takes, and the wide hidden layer's products.
-ATTENTION_INPUTS = ("attention_q", "attention_k", "attention_v")
-WIDE = ("mlp_up",)
 HOST_MEMORY = "pinned_host"
 
 Params = Any
@@ -51,15 +48,11 @@ class LayeredModel(Protocol):
         """The sum over tokens of what is minimized, and sums to report."""
 
 
-KEPT = (
-    ATTENTION_OUTPUT,
-    "projection",
-)  # attention's output; a quantized product, and the scales of its operands
-
-
 def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
+    if prim.name == "name" and kwargs["name"] in (ATTENTION_OUTPUT, QUANTIZED):
+        return True
     # By primitive, because naming attention's output does not stop its forward from being recomputed.
-    if "dot_product_attention_fwd" in prim.name or (prim.name == "name" and kwargs["name"] in KEPT):
+    if "dot_product_attention_fwd" in prim.name:
         return True
     if _is_output_projection(prim, kwargs):
         return False
@@ -83,14 +76,14 @@ def _attention_only(prim: Any, *args: Any, **kwargs: Any) -> Any:
 
 _to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[*ATTENTION_INPUTS, *WIDE],
+    names_which_can_be_offloaded=[*ATTENTION_INPUTS, MLP_UP],
     offload_src="device",
     offload_dst=HOST_MEMORY,
 )
 
 
 def _dots_on_host(prim: Any, *args: Any, **kwargs: Any) -> Any:
-    if prim.name == "name" and kwargs["name"] in (*ATTENTION_INPUTS, *WIDE):
+    if prim.name == "name" and kwargs["name"] in (*ATTENTION_INPUTS, MLP_UP):
         return _to_host(prim, *args, **kwargs)
     return _attention_or_dots(prim, *args, **kwargs)
 

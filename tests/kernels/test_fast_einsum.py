@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.einsum import plain_einsum
 from kernels.einsum_cpu import contract_rows, fast_einsum, materialize
 from kernels.token_losses import chunked_cross_entropy
-from models.ops import plain_einsum
 
 SPECS = {
     "BTD,DNH->BTNH": ((2, 6, 8), (8, 2, 3)),

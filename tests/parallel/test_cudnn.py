@@ -5,6 +5,7 @@ and leaves everything else undefined; all around it is the code that runs on GPU
 """
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels import attention_cudnn as cudnn
 from kernels import backends
 from kernels.attention import attention_mask, reference_attention
-from parallel.attention import cudnn
 from parallel.attention.context import context_attention
+from parallel.attention.sharded import sharded_cudnn
 from parallel.axes import Layout
 from parallel.config import MESH_AXES
 from planner.described_devices import compiler_options, described_devices
@@ -117,7 +119,7 @@ def cut(positions, segments, start):
 @pytest.mark.parametrize("rows", list(ROWS))
 def test_equals_the_reference(kernel, rows, kv_heads, window):
     positions, segments = cases.make_masks(ROWS[rows], LENGTH)
-    attention = cudnn.cudnn_attention(one_device(), DOCUMENTS)
+    attention = sharded_cudnn(one_device(), DOCUMENTS)
     inputs = make_inputs(2, kv_heads)
     assert close(*both(attention, inputs, cut(positions, segments, 9), segments, window=window))
 
@@ -125,7 +127,7 @@ def test_equals_the_reference(kernel, rows, kv_heads, window):
 @pytest.mark.parametrize("sizes", [{"tensor": 4, "fsdp": 2}, {"tensor": 8}, {"data": 2, "pipeline": 2}])
 def test_equals_the_reference_on_a_mesh(kernel, sizes):
     positions, segments = cases.make_masks([[20, 12], [5, 1, 17], [], [32]], LENGTH)
-    attention = cudnn.cudnn_attention(cases.layout_of(**sizes), DOCUMENTS)
+    attention = sharded_cudnn(cases.layout_of(**sizes), DOCUMENTS)
     # tensor=8 over 2 K/V heads: each is repeated.
     assert close(*both(attention, make_inputs(4, 2), positions, segments))
 
@@ -146,7 +148,7 @@ def test_rows_that_are_not_packed_need_no_offsets(kernel, monkeypatch):
 
     monkeypatch.setattr(cudnn, "fused_forward", told)
     positions, segments = cases.make_masks([[20], [32]], LENGTH)
-    attention = cudnn.cudnn_attention(one_device(), 1)
+    attention = sharded_cudnn(one_device(), 1)
     q, k, v, _ = make_inputs(2, 2)
     masks = masks_of(positions, segments)
     expected = reference_attention(q, k, v, **masks, scale=0.3)
@@ -158,7 +160,7 @@ def test_vmapped_over_a_mesh_axis(kernel, axis):
     """As a pipeline's stages and local SGD's replicas call it, backward and recomputed too."""
     layout = cases.layout_of(**{axis: 2, "fsdp": 2, "tensor": 2})
     layout = Layout(layout.mesh, {**layout.rules, "batch": ("data", "fsdp")})
-    attention = cudnn.cudnn_attention(layout, DOCUMENTS)
+    attention = sharded_cudnn(layout, DOCUMENTS)
     positions, segments = cases.make_masks([[20, 12], [5, 1, 17]], LENGTH)
     other = cases.make_masks([[32], [3, 3, 3, 20]], LENGTH)
     inputs = [jnp.stack([x, x + 1]) for x in make_inputs(2, 2)]
@@ -180,7 +182,9 @@ def test_inside_ulysses(kernel):
     """The local kernel under context parallelism that hands it whole rows."""
     positions, segments = cases.make_masks([[20, 12], [5, 1, 17]], LENGTH)
     layout = cases.layout_of(context=2, tensor=2)
-    attention = context_attention("ulysses", layout, cudnn.cudnn_kernel(DOCUMENTS), zigzag=True)
+    attention = context_attention(
+        "ulysses", layout, partial(cudnn.cudnn_attention, max_documents=DOCUMENTS), zigzag=True
+    )
     assert close(*both(attention, make_inputs(2, 2), positions, segments))
 
 
@@ -249,7 +253,7 @@ def test_a_row_that_cannot_be_told_is_nan_and_its_neighbour_is_not(kernel, what)
     fine = cases.make_masks([[20, 12]], LENGTH)
     segments = np.concatenate([np.array([segments], np.int32), fine[1]])
     positions = np.concatenate([np.array([positions or np.arange(32)], np.int32), fine[0]])
-    attention = cudnn.cudnn_attention(one_device(), 3)
+    attention = sharded_cudnn(one_device(), 3)
     got, expected = both(attention, make_inputs(2, 2), positions, segments)
     for array, right in zip(got, expected, strict=True):
         assert np.isnan(array[0][segments[0] > 0]).all()
@@ -260,7 +264,7 @@ def test_keys_of_another_row_are_nan(kernel):
     positions, segments = cases.make_masks([[20, 12]], LENGTH)
     q, k, v, _ = make_inputs(1, 2)
     masks = {**masks_of(positions, segments), "kv_segments": jnp.asarray(segments[:, ::-1])}
-    out = cudnn.cudnn_attention(one_device(), 3)(q, k, v, **masks, scale=0.3)
+    out = sharded_cudnn(one_device(), 3)(q, k, v, **masks, scale=0.3)
     assert np.isnan(out).all()
 
 
@@ -291,7 +295,7 @@ def test_what_it_can_do_is_not():
 def test_the_problem_is_raised_where_it_is_called(kernel):
     positions, segments = cases.make_masks([[20, 12]], LENGTH)
     masks = masks_of(positions, segments)
-    attention = cudnn.cudnn_attention(one_device(), 3)
+    attention = sharded_cudnn(one_device(), 3)
     q, k, v, _ = make_inputs(1, 2)
     with pytest.raises(ValueError, match="attention_softcap=5"):
         attention(q, k, v, **masks, scale=1.0, softcap=5.0)
@@ -305,7 +309,7 @@ def fake_device(platform, capability, kind):
 
 def test_devices_without_the_kernel_are_refused():
     with pytest.raises(ValueError, match="needs NVIDIA GPUs, not cpu; use training.attention=chunked"):
-        cudnn.cudnn_attention(one_device(), 3)
+        sharded_cudnn(one_device(), 3)
     ampere = [fake_device("gpu", "8.0", "A100")]
     with pytest.raises(ValueError, match=r"from compute capability 9.0 .* A100 has 8.0"):
         cudnn.check_devices(ampere, 2)
@@ -322,7 +326,7 @@ def test_batches_with_too_many_documents_are_refused_on_the_host():
 
 def test_rows_in_parts_are_refused(kernel):
     with pytest.raises(ValueError, match=r"whole rows.*context.attention=ulysses or mesh.context=1"):
-        cudnn.cudnn_attention(cases.layout_of(context=2), 3)
+        sharded_cudnn(cases.layout_of(context=2), 3)
 
 
 def hopper(count):
@@ -339,7 +343,7 @@ def test_compiles_for_a_described_gpu_under_a_pipeline(window):
     layout = Layout(
         Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), cases.layout_of().rules
     )
-    attention = cudnn.cudnn_attention(layout, 8)
+    attention = sharded_cudnn(layout, 8)
 
     def stage(q, k, v, positions, segments):
         def loss(*qkv):

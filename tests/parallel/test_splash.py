@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import attention_splash as splash
 from kernels.attention import attention_mask, reference_attention
-from parallel.attention import splash
-from parallel.attention.context import context_attention, permute_batch, zigzag_order
+from parallel.attention.context import (
+    context_attention,
+    permute_batch,
+    splash_of_parts,
+    text_order,
+    zigzag_order,
+)
+from parallel.attention.sharded import sharded_splash
 from parallel.axes import Layout
 from tests.parallel import context_cases as cases
 
@@ -50,7 +57,7 @@ def close(got, expected):
 def test_equals_the_reference_with_every_feature():
     positions, segments = cases.make_masks(DOCUMENTS, LENGTH)
     positions = np.where(segments == 1, positions + 9, positions)  # a document that was cut goes on
-    attention = splash.splash_attention(cases.layout_of())
+    attention = sharded_splash(cases.layout_of())
     inputs = make_inputs(2, value_size=16)
     got, expected = both(attention, inputs, positions, segments, window=100, softcap=5.0)
     assert close(got, expected)
@@ -60,7 +67,7 @@ def test_equals_the_reference_with_every_feature():
 def test_vmapped_over_stages_on_a_mesh():
     """As a pipeline's stages call it; tensor splits the one K/V head, which is repeated."""
     layout = cases.layout_of(pipeline=2, fsdp=2, tensor=2)
-    attention = splash.splash_attention(Layout(layout.mesh, {**layout.rules, "batch": ("data", "fsdp")}))
+    attention = sharded_splash(Layout(layout.mesh, {**layout.rules, "batch": ("data", "fsdp")}))
     masks = [np.stack(x) for x in zip(cases.make_masks(DOCUMENTS, LENGTH), make_other(), strict=True)]
     inputs = [jnp.stack([x, x + 1]) for x in make_inputs(1, heads=2)]
     stages = jax.vmap(lambda *a: cases.value_and_grads(attention, *a), spmd_axis_name="pipeline")
@@ -82,7 +89,7 @@ def test_inside_context_parallelism(kind, zigzag, window):
     length = 512
     positions, segments = cases.make_masks([[400, 112], [140, 1, 350]], length)
     layout = cases.layout_of(context=2)
-    local = splash.splash_kernel(2, zigzag=zigzag) if kind == "allgather" else splash.splash_kernel()
+    local = splash_of_parts(2, zigzag=zigzag) if kind == "allgather" else splash.splash_attention
     attention = context_attention(kind, layout, local, zigzag=zigzag)
     inputs = make_inputs(1, heads=2, length=length)
     if kind == "allgather":
@@ -95,7 +102,7 @@ def test_keys_return_to_the_order_of_the_text():
     tokens = jnp.arange(48).reshape(2, 24)
     for size in (2, 3, 4):
         permuted = permute_batch({"tokens": tokens}, size)["tokens"]
-        np.testing.assert_array_equal(splash.text_order(permuted[..., None], size)[..., 0], tokens)
+        np.testing.assert_array_equal(text_order(permuted[..., None], size)[..., 0], tokens)
 
 
 NOT_IN_ORDER = {
@@ -110,7 +117,7 @@ def test_a_row_in_another_order_is_nan_and_its_neighbour_is_not():
     q, k, v, _ = make_inputs(1, heads=1, rows=3)
     masks = {"q_positions": positions, "kv_positions": positions}
     masks |= {"q_segments": segments, "kv_segments": segments}
-    out = jax.jit(lambda *qkv: splash.splash_kernel()(*qkv, **masks, scale=0.3))(q, k, v)
+    out = jax.jit(lambda *qkv: splash.splash_attention(*qkv, **masks, scale=0.3))(q, k, v)
     assert np.isnan(out[:2]).all() and np.isfinite(out[2]).all()
 
 
@@ -141,15 +148,15 @@ def test_the_mask_is_that_of_attention():
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"whole rows here.*context.attention=ulysses or mesh.context=1"):
-        splash.splash_attention(cases.layout_of(context=2))
+    with pytest.raises(ValueError, match=r"whole rows.*context.attention=ulysses or mesh.context=1"):
+        sharded_splash(cases.layout_of(context=2))
     q, k, v, _ = make_inputs(1)
     one = jnp.ones((2, LENGTH), jnp.int32)
     masks = {"q_positions": one, "kv_positions": one, "q_segments": one, "kv_segments": one}
-    with pytest.raises(ValueError, match=r"queries and keys of one row, not 256 \* 1 and 128 positions"):
-        splash.splash_kernel()(q, k[:, :128], v[:, :128], **masks, scale=1.0)
+    with pytest.raises(ValueError, match=r"queries and keys of one row, not 256 and 128 positions"):
+        splash.splash_attention(q, k[:, :128], v[:, :128], **masks, scale=1.0)
     with pytest.raises(ValueError, match="in multiples of 128, not data.seq_len=100; use data.seq_len=128"):
-        splash.splash_kernel()(q[:, :100], k[:, :100], v[:, :100], **masks, scale=1.0)
+        splash.splash_attention(q[:, :100], k[:, :100], v[:, :100], **masks, scale=1.0)
     monkeypatch.setattr(splash, "INTERPRET", False)
     with pytest.raises(ValueError, match="splash needs TPUs, not cpu; use training.attention=chunked"):
-        splash.splash_attention(SimpleNamespace(mesh=SimpleNamespace(devices=np.array(jax.devices()[:1]))))
+        sharded_splash(SimpleNamespace(mesh=SimpleNamespace(devices=np.array(jax.devices()[:1]))))

@@ -18,15 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.attention import document_begins, in_order, with_backward
 from kernels.backends import ELSE, Wanted, facts_of, problem
-from parallel.attention.context import HEADS, TOKENS, Placement, split_heads
-from parallel.attention.ring import ATTENTION_OUTPUT
-from parallel.axes import Layout
 
 
 def check(wanted: Wanted) -> None:
@@ -54,51 +50,17 @@ def check_documents(segments: Int[np.ndarray, "B T"], max_documents: int) -> Non
         )
 
 
-def cudnn_kernel(max_documents: int) -> Callable[..., Array]:
+def cudnn_attention(q: Array, k: Array, v: Array, *, max_documents: int, **options: Any) -> Array:
     """Attention for arrays that lie on one device whole, with the signature of `Ops.attention`.
 
-    For use inside a `shard_map` in which every mesh axis is manual (`context_attention`'s `local`).
     max_documents: M; a row with more is refused by nan. Memory of the backward pass grows with it: 4*B*M*N*T
-    bytes. 1 means rows that are not packed. Raises ValueError, when called, for what cuDNN cannot do.
+    bytes. 1 means rows that are not packed. Raises ValueError for what cuDNN cannot do.
     """
-
-    def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
-        kernel, masks = _prepare(q, k, v, max_documents=max_documents, **options)
-        return _differentiable(kernel.forward, kernel.backward, (q, k, v), masks)
-
-    return attention
+    kernel, masks = prepare(q, k, v, max_documents=max_documents, **options)
+    return with_backward(kernel.forward, kernel.backward, (q, k, v), masks)
 
 
-def cudnn_attention(layout: Layout, max_documents: int) -> Callable[..., Array]:
-    """The same for global arrays: rows and heads split as the layout's rules say, rows whole.
-
-    cuDNN's kernels cannot be partitioned, so the call stands in a `shard_map` with every mesh axis manual.
-    Raises ValueError where the devices have no such kernel or rows are split over mesh.context.
-    """
-    check_devices(layout.mesh.devices.flat, max_documents)
-    if layout.ways("length") > 1:
-        raise ValueError(
-            "training.attention=cudnn needs whole rows, but mesh.rules.length splits them over "
-            f"{layout.ways('length')} devices; use context.attention=ulysses or mesh.context=1"
-        )
-
-    def attention(
-        q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K W"], **options: Any
-    ) -> Float[Array, "B T N H"]:
-        kernel, masks = _prepare(q, k, v, max_documents=max_documents, **options)
-        k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
-        what = "training.attention=cudnn"
-        query, key, value = (layout.spec(HEADS, x.shape, what) for x in (q, k, v))
-        place = Placement(layout.mesh, (query, key, value), layout.spec(TOKENS, q.shape[:2], what))
-        stats = PartitionSpec(query[0], None, query[2], None)
-        forward = place.map(kernel.forward, place.arguments, (place.out, stats))
-        backward = place.map(kernel.backward, (*place.arguments, place.out, stats, place.out), place.qkv)
-        return _differentiable(forward, backward, (q, k, v), masks)
-
-    return attention
-
-
-def _prepare(
+def prepare(
     q: Array,
     k: Array,
     v: Array,
@@ -112,6 +74,7 @@ def _prepare(
     softcap: float | None = None,
     scale: float,
 ) -> tuple["Kernel", tuple[Array, ...]]:
+    """The kernel for these arrays, and its masks. Raises ValueError for what cuDNN cannot do."""
     check(Wanted(head_dim=q.shape[3], value_dim=v.shape[3], softcap=softcap, dtype=q.dtype.name))
     if q.shape[1] != k.shape[1]:
         raise ValueError(
@@ -119,28 +82,6 @@ def _prepare(
             "positions; use context.attention=ulysses or mesh.context=1"
         )
     return Kernel(scale, window, max_documents), (q_positions, kv_positions, q_segments, kv_segments)
-
-
-def _differentiable(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    qkv: tuple[Array, ...],
-    masks: tuple[Array, ...],
-) -> Array:
-    @jax.custom_vjp
-    def attend(*args: Array) -> Array:
-        return forward(*args)[0]
-
-    def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
-        # Named, so that a policy can keep them: the kernel is then not run again in the backward pass.
-        out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward(*args))
-        return out, (*args, out, stats)
-
-    def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-        return (*backward(*saved, cotangent), None, None, None, None)
-
-    attend.defvjp(attend_forward, attend_backward)
-    return attend(*qkv, *masks)
 
 
 @dataclass(frozen=True)
@@ -195,19 +136,6 @@ def find_documents(
     starts, stops = (nth_true(x.reshape(-1), counts.size * max_documents) for x in (begins, ends))
     lengths = jnp.where(starts < real.size, stops - starts + 1, 0)
     return DocumentRanges(starts, lengths, exact, real)
-
-
-def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where a token that is not padding has another segment before it, or none."""
-    return (segments > 0) & (segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1])
-
-
-def in_order(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, " B"]:
-    """Whether documents are runs of one segment, of numbers that grow, in which positions grow by one."""
-    goes_on = positions[:, 1:] == positions[:, :-1] + 1
-    grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
-    ordered = jnp.where(document_begins(segments)[:, 1:], grows, goes_on)
-    return jnp.all(ordered | (segments[:, 1:] == 0), axis=1)
 
 
 def nth_true(flags: Bool[Array, " L"], count: int) -> Int[Array, " count"]:

@@ -1,0 +1,182 @@
+"""A kernel for one device over a mesh: rows and heads split as the layout's rules say, rows whole.
+
+XLA cannot partition a kernel that it did not make, so such a call stands in a `shard_map` with every mesh
+axis manual. Which part of an array a device holds is a `Placement`.
+
+B batch, T query position, S key position, N query heads, K key/value heads, G = N/K, H query and key head
+size, W value head size, M documents a row at most.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kernels import attention_cudnn, attention_splash
+from kernels.attention import with_backward
+from parallel.axes import Layout
+
+HEADS = ("batch", "length", "act_heads", None)
+TOKENS = ("batch", "length")
+
+
+def sharded_cudnn(layout: Layout, max_documents: int) -> Callable[..., Array]:
+    """CuDNN's attention over global arrays, with the signature of `Ops.attention`.
+
+    Raises ValueError where the devices have no such kernel or rows are split over mesh.context, and, when
+    called, for what the kernel cannot do.
+    """
+    attention_cudnn.check_devices(layout.mesh.devices.flat, max_documents)
+    check_whole_rows(layout, "cudnn")
+
+    def attention(
+        q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K W"], **options: Any
+    ) -> Float[Array, "B T N H"]:
+        kernel, masks = attention_cudnn.prepare(q, k, v, max_documents=max_documents, **options)
+        k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
+        place = placement(layout, "training.attention=cudnn", q, k, v)
+        stats = PartitionSpec(place.out[0], None, place.out[2], None)  # [B, M, N, T]
+        forward = place.map(kernel.forward, place.arguments, (place.out, stats))
+        backward = place.map(kernel.backward, (*place.arguments, place.out, stats, place.out), place.qkv)
+        return with_backward(forward, backward, (q, k, v), masks)
+
+    return attention
+
+
+def sharded_splash(layout: Layout) -> Callable[..., Array]:
+    """Splash attention over global arrays, with the signature of `Ops.attention`.
+
+    Raises ValueError where the devices are no TPUs or rows are split over mesh.context, and, when called, for
+    what the kernel cannot do.
+    """
+    attention_splash.check_device(layout.mesh.devices.flat[0])
+    check_whole_rows(layout, "splash")
+
+    def attention(
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K W"],
+        *,
+        q_positions: Int[Array, "B T"],
+        kv_positions: Int[Array, "B T"],
+        q_segments: Int[Array, "B T"],
+        kv_segments: Int[Array, "B T"],
+        **options: Any,
+    ) -> Float[Array, "B T N W"]:
+        k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
+
+        def inner(q: Array, k: Array, v: Array, *masks: Array) -> Array:
+            names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+            named: dict[str, Any] = dict(zip(names, masks, strict=True))
+            return attention_splash.splash_attention(q, k, v, **named, **options)
+
+        masks = (q_positions, kv_positions, q_segments, kv_segments)
+        return differentiable(
+            inner, placement(layout, "training.attention=splash", q, k, v), (q, k, v), masks
+        )
+
+    return attention
+
+
+def check_whole_rows(layout: Layout, name: str) -> None:
+    """Raise ValueError where the positions of a row lie on several devices."""
+    if layout.ways("length") > 1:
+        raise ValueError(
+            f"training.attention={name} needs whole rows, but mesh.rules.length splits them over "
+            f"{layout.ways('length')} devices; use context.attention=ulysses or mesh.context=1"
+        )
+
+
+def kv_copies(num_kv_heads: int, ways: int) -> int:
+    """Copies of each K/V head that let `ways` devices take equal parts: exact, its gradient is their sum.
+
+    Query heads divide by both numbers, so that in every part a query head still finds its own by n // G.
+    """
+    return math.lcm(num_kv_heads, ways) // num_kv_heads
+
+
+def split_heads(x: Float[Array, "B S K W"], ways: int) -> Float[Array, "B S R W"]:
+    """K/V heads, each repeated as often as a split in `ways` needs."""
+    copies = kv_copies(x.shape[2], ways)
+    return x if copies == 1 else jnp.repeat(x, copies, axis=2)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which part of every array a device holds, and how to run a function on those parts."""
+
+    mesh: Mesh
+    qkv: tuple[PartitionSpec, PartitionSpec, PartitionSpec]
+    tokens: PartitionSpec  # positions and segments
+
+    @property
+    def arguments(self) -> tuple[PartitionSpec, ...]:
+        """Of q, k, v, and the positions and segments of queries and keys."""
+        return (*self.qkv, *(self.tokens,) * 4)
+
+    @property
+    def out(self) -> PartitionSpec:
+        """As q, of which the output has every dim but the last, which is whole."""
+        return self.qkv[0]
+
+    @property
+    def lse(self) -> PartitionSpec:
+        """Of [B, K, G, T]."""
+        batch, length, heads, _ = self.out
+        return PartitionSpec(batch, heads, None, length)
+
+    @property
+    def everywhere(self) -> PartitionSpec:
+        """Of a leading dim with one entry for each device that holds something of its own."""
+        entries = [(entry,) if isinstance(entry, str) else entry or () for entry in self.out]
+        return PartitionSpec(tuple(axis for entry in entries for axis in entry))
+
+    def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` of parts as a function of whole arrays."""
+        # Every axis manual: cuDNN's kernels refuse to be partitioned. Unchecked: they do not say over which
+        # axes their results vary, and no gradient is taken through it (see `differentiable`).
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+
+def placement(layout: Layout, what: str, q: Array, k: Array, v: Array) -> Placement:
+    """Where the rules put arrays of these shapes; K/V heads lie as query heads do. `what` is for errors."""
+    query, key, value = (layout.spec(HEADS, x.shape, what) for x in (q, k, v))
+    return Placement(layout.mesh, (query, key, value), layout.spec(TOKENS, q.shape[:2], what))
+
+
+def differentiable(
+    inner: Callable[..., Array], place: Placement, qkv: tuple[Array, ...], masks: tuple[Array, ...]
+) -> Array:
+    """`inner`, what one device does, over global arrays, with a shard_map each for forward and backward.
+
+    What backward needs leaves the first and enters the second untouched. Left to itself, the transpose of an
+    unchecked shard_map sums q's, k's and v's gradients over every axis that their specs do not name.
+    """
+
+    @jax.custom_vjp
+    def attend(*args: Array) -> Array:
+        return place.map(inner, place.arguments, place.out)(*args)
+
+    def local_forward(*args: Array) -> tuple[Array, Any]:
+        out, pull = jax.vjp(lambda *qkv: inner(*qkv, *args[3:]), *args[:3])
+        return out, jax.tree.map(lambda x: x[None], pull)
+
+    def local_backward(pull: Any, cotangent: Array) -> tuple[Array, ...]:
+        return jax.tree.map(lambda x: x[0], pull)(cotangent)
+
+    def attend_forward(*args: Array) -> tuple[Array, Any]:
+        return place.map(local_forward, place.arguments, (place.out, place.everywhere))(*args)
+
+    def attend_backward(pull: Any, cotangent: Array) -> tuple[Array | None, ...]:
+        grads = place.map(local_backward, (place.everywhere, place.out), place.qkv)(pull, cotangent)
+        return (*grads, None, None, None, None)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(*qkv, *masks)
