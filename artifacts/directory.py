@@ -55,15 +55,15 @@ def differing_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def completed(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def completed(stored: Mapping[str, Any], now: Any) -> dict[str, Any]:
     """A stored config with the keys that have come into being since, at their defaults: what the run had.
 
-    config: the dataclass that it is compared with. Each group takes the defaults of the class that it has
+    now: the dataclass that it is compared with. Each group takes the defaults of the class that it has
     there, which for an optimizer or a schedule is that of its name; a group that may be null was null.
     """
     whole = dict(stored)
-    for item in fields(config):
-        value = getattr(config, item.name)
+    for item in fields(now):
+        value = getattr(now, item.name)
         if is_dataclass(value) and isinstance(whole.get(item.name), Mapping):
             whole[item.name] = completed(whole[item.name], value)
         elif item.name not in whole and item.default is not MISSING:

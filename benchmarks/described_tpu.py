@@ -18,7 +18,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from configs import schema
-from configs.cli import CONFIG_DIR
+from configs.groups import CONFIG_DIR
 from configs.optional_groups import opened
 from parallel.mesh import build_layout
 from planner.described_devices import described_devices

@@ -19,7 +19,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from configs import schema
-from configs.cli import CONFIG_DIR
+from configs.groups import CONFIG_DIR
 from configs.optional_groups import opened
 from parallel.hardware import machine_of
 from planner.compiled import Compiled, compile_step, with_vocabulary

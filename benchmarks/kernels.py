@@ -84,7 +84,7 @@ def read_rules() -> dict[str, list[str]]:
     """The table of mesh rules that every config has."""
     import yaml
 
-    from configs.cli import CONFIG_DIR
+    from configs.groups import CONFIG_DIR
 
     rules: dict[str, list[str]] = yaml.safe_load((CONFIG_DIR / "mesh/_rules.yaml").read_text("utf-8"))[
         "rules"

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks import measure
 from configs import schema
-from configs.cli import CONFIG_DIR, options
+from configs.groups import CONFIG_DIR, options
 from configs.optional_groups import opened
 from parallel.hardware import Machine, machine_of
 from planner.candidates import POLICIES, Candidate

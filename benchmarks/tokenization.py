@@ -17,7 +17,9 @@ if __name__ == "__main__":  # found from a clone that was never installed, too
 
 from benchmarks.measure import alternate, ratio, summary, timed, write_result
 from data.config import DataConfig, TokenizerConfig
-from data.sources.corpus import Documents, documents, stdlib_root
+from data.curation.optimize import documents
+from data.sources.corpus import stdlib_root
+from data.sources.documents import Documents
 from data.sources.files import list_stdlib
 from data.tokens.encoding import TextEncoding
 from data.tokens.shards import local_engine

@@ -13,13 +13,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from common.errors import Requeue
+from configs.groups import CONFIG_DIR, groups, options
 
-CONFIG_DIR = Path(__file__).resolve().parent
 Task = Callable[[Any], int]
 
 PURPOSE = """\
@@ -291,16 +290,6 @@ def job_config(words: Sequence[str], swept: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()  # that of a task we may be called in, which has its config
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return _finish(compose("config", overrides=opened(list(words), Config)), list(swept))
-
-
-def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
-    """What GROUP=NAME may name; files that begin with an underscore are shared parts."""
-    return sorted(p.stem for p in (root / group).glob("*.yaml") if not p.stem.startswith("_"))
-
-
-def groups(root: Path = CONFIG_DIR) -> list[str]:
-    """The groups there are: directories with YAML files."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and options(p.name, root))
 
 
 def help_page(script: str, purpose: str = PURPOSE) -> str:

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 
 from common.checks import did_you_mean, nearest
-from configs.cli import groups, options
+from configs.groups import groups, options
 from data.config import component_keys
 from optim.config import OPTIMIZERS, SCHEDULES
 from parallel.config import MESH_AXES

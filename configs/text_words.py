@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
-from configs.cli import groups
+from configs.groups import groups
 from data.config import DataConfig
 
 Kind = tuple[Any, ...]  # the types that a value may have

@@ -1,11 +1,14 @@
 """Where text comes from and how it becomes batches."""
 
+import math
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any
 
-from common.checks import choice, require, within
-from data.curation.parse import parse_steps
+from common.checks import choice, did_you_mean, require, within
+from data.curation.config import parse_steps
 
 SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
 BAD_RECORDS = ("stop", "skip")
@@ -93,8 +96,6 @@ class DataConfig:
                 "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
             )
         if self.mixture:
-            from data.loading.mixture import components  # which needs this module
-
             components(self)  # each of them is checked; of this one only what they share counts
             return
         if self.source == "folder" and not self.path:
@@ -172,3 +173,84 @@ class TokenizerConfig:
         within("tokenizer.vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
         if self.kind == "file" and not self.path:
             raise ValueError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")
+
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One corpus of a mixture: its weight by [step, weight] points, and how often it may be read at most."""
+
+    data: DataConfig
+    weight: Points
+    epochs: float | None
+
+
+def components(data: DataConfig) -> dict[str, Component]:
+    """Return the components of `data.mixture` by name, in the order of names.
+
+    Raises ValueError, one line with the key, for what is wrong with one of them.
+    """
+    if data.mode == "streaming":
+        raise ValueError(
+            "data.mixture needs data.mode=cached: a stream cannot say beforehand how many rows a corpus has, "
+            "so neither shares nor epochs would be exact; use data.mode=cached"
+        )
+    found = {name: _component(data, name, data.mixture[name]) for name in sorted(data.mixture)}
+    for step in sorted({step for part in found.values() for step, _ in part.weight}):
+        if not any(weight_at(part.weight, step) for part in found.values()):
+            raise ValueError(
+                f"data.mixture: all weights are 0 at step {step}; give one of them a weight there"
+            )
+    return found
+
+
+def _component(data: DataConfig, name: str, values: Any) -> Component:
+    key = f"data.mixture.{name}"
+    if not isinstance(values, Mapping) or "weight" not in values:
+        raise ValueError(f"{key} has no weight; give one, such as {key}.weight=1.0")
+    if "/" in name or not name:
+        raise ValueError(f"data.mixture has a component named {name!r}; use a name without a slash")
+    for unknown in (k for k in values if k not in component_keys()):
+        if unknown in SHARED:
+            raise ValueError(f"{key}.{unknown} is the same for all components; set data.{unknown}")
+        raise ValueError(f"{key}.{unknown} is not a key; {did_you_mean(unknown, component_keys())}")
+    epochs = values.get("epochs")
+    if epochs is not None and (not _is_number(epochs) or epochs <= 0):
+        raise ValueError(f"{key}.epochs={epochs} is no positive number; use 1 or more, or null for no limit")
+    own = {k: value for k, value in values.items() if k not in OWN}
+    try:
+        config = replace(data, mixture={}, curriculum=[], **own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    return Component(
+        config, _points(f"{key}.weight", values["weight"]), None if epochs is None else float(epochs)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _points(key: str, value: Any) -> Points:
+    pairs = [[0, value]] if _is_number(value) else value
+    sound = isinstance(pairs, list) and pairs
+    if not sound or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise ValueError(
+            f"{key}={value} is neither a number nor a list of [step, weight]; use 1.0 or [[0,1.0]]"
+        )
+    if not all(type(step) is int and step >= 0 and _is_number(w) and w >= 0 for step, w in pairs):
+        raise ValueError(f"{key}={value}: steps are whole numbers from 0, weights are numbers from 0")
+    if any(a[0] >= b[0] for a, b in zip(pairs, pairs[1:], strict=False)):
+        raise ValueError(f"{key}={value}: steps must grow from point to point")
+    return [(step, float(weight)) for step, weight in pairs]
+
+
+def weight_at(points: Points, step: int) -> Fraction:
+    """Return a weight at a step, exactly: linear between points, constant outside."""
+    after = next((i for i, (at, _) in enumerate(points) if at >= step), len(points))
+    if after == 0 or after == len(points):
+        return Fraction(points[min(after, len(points) - 1)][1])
+    (a, u), (b, v) = points[after - 1], points[after]
+    return Fraction(u) + (Fraction(v) - Fraction(u)) * Fraction(step - a, b - a)

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.cache import FORMAT, CorruptCache, building, digest_of, locked, resuming, verify
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig, components
 from data.curation.optimize import OptimizedCorpus, corpus_of
 from data.errors import DataError
-from data.loading.mixture import components, final_shares
+from data.loading.mixture import final_shares
 from data.prepared import Prepared
 from data.sources.bad_records import in_words
-from data.sources.corpus import Corpus, Documents
+from data.sources.corpus import Corpus
+from data.sources.documents import Documents
 from data.tokens.chat import FORMAT as CHAT_FORMAT
 from data.tokens.chat import ChatEncoder, ChatEncoding, plain_text
 from data.tokens.chat_template import ChatTemplate, find_template, specials_of

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.files import write_text
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.bigram import bigram_bits_per_byte
 from data.tokens.store import TokenStore
 from data.tokens.tokenizer import Tokenizer

@@ -21,8 +21,7 @@ from parallel.hardware import Machine
 from planner.analytic_memory import memory_of
 from planner.analytic_traffic import traffic_of
 from planner.described_devices import GPUS
-from planner.shapes import Parameter, parameters_of, part_of
-from planner.sizes import Sizes, sizes_of
+from planner.sizes import Parameter, Sizes, parameters_of, part_of, sizes_of
 from planner.work import StepCost
 from training.config import Config
 from training.precision import compute_dtype

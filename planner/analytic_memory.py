@@ -20,8 +20,7 @@ differ between its compilers: they were fitted to 36 GPU and 9 TPU programs of L
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from planner.shapes import state_bytes
-from planner.sizes import Sizes
+from planner.sizes import Sizes, state_bytes
 from training.preflight import Memory
 from training.step import BATCH_DTYPES
 

@@ -14,8 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from planner.shapes import parameters_of, part_of
-from planner.sizes import Sizes, gathered_axes
+from planner.sizes import Sizes, gathered_axes, parameters_of, part_of
 from planner.work import Axes, Traffic
 
 TrafficCount = Counter[tuple[str, Axes]]

@@ -151,7 +151,7 @@ def work_of(program: Program, reading: Reading, analysis: Any, machine: Machine)
     """What the compiler's program and its account of memory say."""
     return StepCost(
         how="compiled",
-        memory=memory_of(program, analysis.temp_size_in_bytes),
+        memory=memory_of(program.state, program.batch, analysis.temp_size_in_bytes),
         flops=flops_of(reading, machine),
         moved_bytes=float(reading.moved_bytes),
         traffic=tuple(

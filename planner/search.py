@@ -20,7 +20,7 @@ from planner.analytic import estimate
 from planner.candidates import Candidate, candidates
 from planner.compiled import compile_step, model_flops
 from planner.roofline import Prediction, predict
-from planner.shapes import model_of
+from planner.sizes import model_of
 from planner.work import StepCost
 from training.config import Config
 

@@ -111,8 +111,8 @@ def compose(words: list[str]) -> "Config":
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from configs.cli import CONFIG_DIR
     from configs.explain import check_overrides, explain
+    from configs.groups import CONFIG_DIR
     from configs.optional_groups import opened
     from configs.schema import from_hydra, register
     from training.config import Config

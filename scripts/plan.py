@@ -112,7 +112,7 @@ def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tu
     from planner.analytic import attention_of, estimate
     from planner.compiled import DoesNotFit, compile_step, model_flops
     from planner.report import About, make_plan
-    from planner.shapes import model_of
+    from planner.sizes import model_of
 
     analytic = estimate(config, machine)
     compiled, refused = None, None
@@ -254,7 +254,7 @@ def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    from configs.cli import groups
+    from configs.groups import groups
     from configs.text_words import as_typed
     from training.config import Config
 

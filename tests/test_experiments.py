@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs.cli import options
+from configs.groups import options
 from parallel.mesh import build_layout
 from tests.configs.composing import config
 from training.legal.check import check

@@ -1,9 +1,9 @@
 """Who may import whom. A back edge here is how a house becomes a ball of mud."""
 
 import ast
-import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -106,15 +106,92 @@ def back_edges(source: str, module: str) -> list[str]:
     ]
 
 
-# Edges that still run upward, each until the code that makes it has moved.
-NOT_YET: set[str] = set()
-
-
 def test_layers_import_only_downward():
     edges = [edge for path in sources() for edge in back_edges(path.read_text("utf-8"), module_name(path))]
-    upward = {re.sub(r":\d+| *;.*", "", edge) for edge in edges}
-    assert not upward - NOT_YET, "\n".join(edges)
-    assert not NOT_YET - upward, "these are no longer there, strike them out"
+    assert not edges, "\n".join(edges)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module → the modules of ours that it imports, wherever in the file, for types too."""
+    modules = {module_name(path): path for path in sources()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        graph[module] = set()
+        for _, name in imports(path.read_text("utf-8"), module):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                graph[module].add(name)
+    return graph
+
+
+def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
+    """How many modules stand on each other below each one, itself counted. ValueError names a circle."""
+    floors: dict[str, int] = {}
+
+    def floor(module: str, above: tuple[str, ...]) -> int:
+        if module in above:
+            raise ValueError(" -> ".join([*above[above.index(module) :], module]))
+        if module not in floors:
+            floors[module] = 1 + max((floor(below, (*above, module)) for below in graph[module]), default=0)
+        return floors[module]
+
+    for module in graph:
+        floor(module, ())
+    return floors
+
+
+def test_no_circle_of_files_and_few_floors():
+    """What a reader must climb to see where a thing comes from."""
+    floors = floors_of(import_graph())
+    tallest = max(floors, key=lambda module: floors[module])
+    assert floors[tallest] <= 12, f"{tallest} stands on floor {floors[tallest]}"
+
+
+def test_a_circle_is_seen():
+    with pytest.raises(ValueError, match="b -> c -> b"):
+        floors_of({"a": {"b"}, "b": {"c"}, "c": {"b"}})
+    assert floors_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 3, "b": 2, "c": 1}
+
+
+def test_no_folder_is_a_corridor():
+    flat = Counter(path.parent for path in sources() if path.name != "__init__.py")
+    crowded = {str(folder.relative_to(ROOT)): count for folder, count in flat.items() if count > 20}
+    assert not crowded, f"more than 20 files lie flat: {crowded}"
+
+
+def class_names(source: str) -> list[str]:
+    """The classes of a file that others can see."""
+    found = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def test_a_class_name_has_one_meaning():
+    where: dict[str, list[str]] = {}
+    for path in sources():
+        for name in class_names(path.read_text("utf-8")):
+            where.setdefault(name, []).append(module_name(path))
+    twice = {name: modules for name, modules in where.items() if len(modules) > 1}
+    assert not twice, twice
+
+
+def untyped_configs(source: str) -> list[str]:
+    """Functions and fields that take `config: Any`."""
+    tree = ast.parse(source)
+    arguments = [node for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg == "config"]
+    fields = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    named = [(f"line {node.lineno}", node.annotation) for node in arguments]
+    named += [(f"line {f.lineno}", f.annotation) for f in fields if ast.unparse(f.target) == "config"]
+    return [line for line, annotation in named if annotation is not None and ast.unparse(annotation) == "Any"]
+
+
+def test_a_config_has_a_type():
+    assert untyped_configs("class A:\n    config: Any\ndef f(config: Any, x: int): ...") == [
+        "line 3",
+        "line 2",
+    ]
+    found = {module_name(path): untyped_configs(path.read_text("utf-8")) for path in sources()}
+    assert not {module: lines for module, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize(

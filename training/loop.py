@@ -29,13 +29,14 @@ from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.evaluate import evaluate, weighed
 from training.profiling import Profile, plan
 from training.recorder import Recorder
+from training.safety.faults import before_the_first_step, in_mid_run
 from training.safety.replica_check import ReplicaCheck
-from training.safety.rollback import ended_by, go_back, remedy
+from training.safety.rollback import ended_by, remedy
 from training.safety.signals import Notices, Stopping
 from training.safety.skip_updates import Trouble, trouble
 from training.safety.watchdog import Watchdog
 from training.samples import on_one_device, write_samples
-from training.setup import Run, Setup, as_now, before_the_first_step, compose, in_mid_run, say, start
+from training.setup import Run, Setup, as_now, compose, go_back, say, start
 from training.state import TrainState
 
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
@@ -93,7 +94,7 @@ def train_to_the_end(run: Run, state: TrainState, first: int, notices: Notices) 
         if not isinstance(ended, Trouble):
             return ended
         if not run.setup.config.guard.rollback_batches:
-            raise ended_by(run, ended)
+            raise ended_by(ended, run.recorder.last)
         del state  # or two of them would lie on the devices
         with run.recorder.outside_steps("rollback"):
             state, first = go_back(run, ended)
@@ -249,7 +250,7 @@ def check_finite(run: Run, step: int, figures: Mapping[str, float]) -> None:
     """Raise RunFault for weights of no use, which a run of skipped updates would otherwise end with."""
     bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
     if bad is not None:
-        raise RunFault(f"{bad}={figures[bad]} at step {step}; {remedy(run)}")
+        raise RunFault(f"{bad}={figures[bad]} at step {step}; {remedy(run.recorder.last['learning_rate'])}")
 
 
 def read_so_far(run: Run, step: int) -> dict[str, float]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from common.text import GIB
 from parallel.hardware import HardwareConfig
-from training.program import Program
 
 OVERRIDE = "hardware.device.preflight=false starts all the same"
 
@@ -39,18 +39,19 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.batch + self.temporaries
 
 
-def refuse_what_cannot_fit(hardware: HardwareConfig, program: Program, step: Any) -> None:
+def refuse_what_cannot_fit(hardware: HardwareConfig, mesh: Mesh, state: Any, batch: Any, step: Any) -> None:
     """Raise ValueError, in the planner's words, where the compiled step needs more than a device has.
 
-    step: anything with XLA's `memory_analysis()`. Says nothing on a CPU, whose memory is everybody's.
+    state, batch: what the step takes, abstract arrays with shardings; step: anything with XLA's
+    `memory_analysis()`. Says nothing on a CPU, whose memory is everybody's.
     """
-    device = program.layout.mesh.local_devices[0]
+    device = mesh.local_devices[0]
     limit = capacity(hardware, device)
     if limit is None:
         return
-    memory = memory_of(program, step.memory_analysis().temp_size_in_bytes)
+    memory = memory_of(state, batch, step.memory_analysis().temp_size_in_bytes)
     if memory.total > limit:
-        stages = program.layout.mesh.shape["pipeline"]
+        stages = mesh.shape["pipeline"]
         parts = "pipeline.microbatches" if stages > 1 else "training.accumulation_steps"
         raise ValueError(
             f"{refusal(memory, limit, device.device_kind)}; training.remat=full, more {parts} or mesh.fsdp "
@@ -75,19 +76,19 @@ def capacity(hardware: HardwareConfig, device: Any) -> int | None:
     return round(datasheet.memory_gib * GIB)
 
 
-def memory_of(program: Program, temporaries: int) -> Memory:
+def memory_of(state: Any, batch: Any, temporaries: int) -> Memory:
     """Classes of bytes on one device: what the step is given, and the compiler's temporaries.
 
-    Gradients are a part of these: float32, placed like the parameters.
+    state, batch: abstract arrays with shardings. Gradients are a part of the temporaries: float32, placed
+    like the parameters.
     """
-    state = program.state
     parameters = bytes_on_device(state.params)
     gradients = sum(4 * math.prod(shard_shape(leaf)) for leaf in jax.tree.leaves(state.params))
     return Memory(
         parameters=parameters,
         optimizer=bytes_on_device(state) - parameters,
         gradients=min(gradients, temporaries),
-        batch=bytes_on_device(program.batch),
+        batch=bytes_on_device(batch),
         temporaries=max(0, temporaries - gradients),
     )
 

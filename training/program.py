@@ -36,8 +36,8 @@ from training.config import Config
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
-from training.safety.signals import abstract_vote
-from training.safety.skip_updates import Skipping, nothing_seen
+from training.safety.signals import VOTE, abstract_vote
+from training.safety.skip_updates import Skipping
 from training.state import (
     TrainState,
     abstract_state,
@@ -47,11 +47,11 @@ from training.state import (
     is_info,
     make_state,
     matrix_dims,
+    nothing_seen,
     placed_like,
     shardings,
 )
 from training.step import (
-    VOTE,
     Batch,
     FlatStep,
     abstract_batch,

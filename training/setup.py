@@ -8,8 +8,8 @@ from and opens what the run writes to. The loop that goes on from there is `trai
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
-from common.errors import Requeue, RunFault
+from common.errors import RunFault
 from common.text import human
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
@@ -50,66 +50,15 @@ from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program, padded_vocab
 from training.progress import Progress, startup_table
 from training.recorder import Recorder, ignored
-from training.safety.skip_updates import none_in_a_row, undone
+from training.safety.faults import before_the_first_step, in_mid_run
+from training.safety.rollback import MOST, in_a_row, remedy
+from training.safety.skip_updates import Trouble, none_in_a_row, undone
 from training.state import TrainState
 from training.step import FlatStep
 from training.xla import check_options, deterministic_row, options_line
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
-# What gloo, NCCL and the coordination service say when the other end of a connection is gone.
-LOST = (
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "unavailable",
-    "aborted",
-    "remote process exited",
-)
-
-
-@contextmanager
-def before_the_first_step() -> Iterator[None]:
-    """Devices that cannot hold what is asked for are the command line's fault while nothing is written."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(device_fault(error)) from error
-
-
-def device_fault(error: Exception) -> str:
-    """One line for whatever XLA says, with a remedy where it says that memory is short."""
-    line = str(error).strip().splitlines()[0][:300]
-    remedy = "raise training.accumulation_steps, set training.remat=full, or split the model by mesh.fsdp"
-    short = any(word in line for word in ("RESOURCE_EXHAUSTED", "ut of memory"))
-    return f"the devices failed: {line.rstrip('.')}" + (f"; {remedy}" if short else "")
-
-
-@contextmanager
-def in_mid_run(directory: RunDirectory, checkpoints: Checkpoints | None = None) -> Iterator[None]:
-    """From here on nothing is the command line's fault: what the data or the devices raise is a RunFault."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        step = checkpoints.newest_committed() if checkpoints is not None else 0
-        raise type(error)(f"interrupted; the same command goes on from step {step}") from None
-    except OSError as error:
-        where, what = error.filename or directory.path, error.strerror or error
-        raise RunFault(
-            f"{where}: {what}; free space or mend the disk, then the same command goes on"
-        ) from error
-    except ValueError as error:
-        raise RunFault(str(error)) from error
-    except processes.PeerFault:
-        raise
-    except processes.ClusterFault as error:
-        raise Requeue(f"{error}; the same command goes on from the last checkpoint") from error
-    except jax.errors.JaxRuntimeError as error:
-        if processes.process_count() > 1 and any(word in str(error).lower() for word in LOST):
-            what = f"process {processes.process_index()} has lost another one"
-            line = device_fault(error)
-            raise Requeue(f"{what}: {line}; the same command goes on from the last checkpoint") from error
-        raise RunFault(device_fault(error)) from error
 
 
 @dataclass(frozen=True)
@@ -232,7 +181,7 @@ def build_setup(
     began = time.perf_counter()
     with ledger.during("compilation"):
         train_step, eval_step = program.compile_train(), program.compile_eval()
-    refuse_what_cannot_fit(config.hardware, program, train_step)
+    refuse_what_cannot_fit(config.hardware, layout.mesh, program.state, program.batch, train_step)
     seconds = time.perf_counter() - began
     return Setup(
         config=config,
@@ -436,6 +385,41 @@ def fresh_state(setup: Setup) -> TrainState:
         return state
     params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
     return program.with_params(state, program.from_canonical(params))
+
+
+def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
+    """The state to go on from, and the steps behind it; rows and checkpoints of later steps are gone.
+
+    Every process calls this after the same step. Raises RunFault where the run was taken back too often.
+    """
+    setup, checkpoints = run.setup, run.checkpoints
+    program, directory, batches = setup.program, setup.directory, setup.config.guard.rollback_batches
+    checkpoints.wait()
+    found = checkpoints.restore_newest(program.canonical, most=trouble.began)
+    if found is None:  # none is so old: one from within has the same weights
+        found = checkpoints.restore_newest(program.canonical, most=trouble.step)
+    first = found[1]["step"] if found else 0
+    entry = {"at_step": trouble.step, "to_step": first, "batches": batches, "reason": trouble.reason}
+    if in_a_row([*directory.rollbacks, entry]) > MOST:
+        raise RunFault(
+            f"{trouble}; {MOST} rollbacks got no further; {remedy(run.recorder.last['learning_rate'])}"
+        )
+    directory.rollbacks.append(entry)
+    processes.from_primary("the run's manifest", directory.write_manifest)
+    processes.from_primary("undone checkpoints", lambda: checkpoints.forget_after(first))
+    checkpoints.reload()
+
+    tokens, run.position = 0, None
+    if found is None:
+        state = fresh_state(setup)
+    else:
+        stored, record, _ = found
+        tokens, run.position = record["tokens"], record["data"]
+        state = program.from_canonical(none_in_a_row(program.with_guard(stored)))
+    run.loader = positioned_loader(setup, run.position)
+    run.recorder.go_back(tokens, *open_log(setup, first, run.outputs))
+    say(f"{trouble}; going on from step {first} without the next {batches} batches")
+    return state, first
 
 
 def with_vocab(config: Config, tokenizer_size: int) -> Config:

@@ -10,7 +10,9 @@ from jaxtyping import Array, Int
 
 from optim.muon import Matrix
 from parallel.axes import Layout
-from training.safety.skip_updates import nothing_seen
+
+WINDOW = 128  # updates that a new one is compared with
+Watched = dict[str, Array]  # of `TrainState.guard`: last [2, WINDOW] losses and norms, counts [2]
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,11 @@ class TrainState:
     def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
         return replace(self, **changes)
+
+
+def nothing_seen() -> Watched:
+    """The guard's part of the state at step 0: no update taken, none skipped."""
+    return {"last": jnp.zeros((2, WINDOW), jnp.float32), "counts": jnp.zeros(2, jnp.int32)}
 
 
 def is_info(leaf: Any) -> bool:

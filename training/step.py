@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from parallel.axes import Layout
 from training.config import GuardConfig
+from training.safety.signals import VOTE
 from training.safety.skip_updates import Skipping, Updated, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
@@ -23,7 +24,6 @@ BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "loss_weights": jnp.float32,
 }
-VOTE = "stop"  # beside the batch where several processes must stop together: see `training.safety.signals`
 
 
 def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:

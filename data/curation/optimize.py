@@ -29,15 +29,17 @@ from data.curation.config import (
     Shard,
     Step,
     StratifiedSample,
+    as_dict,
+    parse_steps,
 )
 from data.curation.length import EDGES as LENGTHS
-from data.curation.parse import as_dict, parse_steps
 from data.curation.passes import WHOLE, BothSplits, Pass, decide, run_pass
 from data.curation.report import check_report, line_of, step_entry, whole_entry
 from data.curation.tally import Tally
 from data.curation.write import NAME, VERSION, CorpusWriter, file_bytes
 from data.errors import DataError
-from data.sources.corpus import Corpus, Documents
+from data.sources.corpus import Corpus
+from data.sources.documents import Documents
 from data.tokens.chat_template import ChatTemplate
 
 FORMAT = 1  # raise it when the same steps make other documents of the same corpus, or the layout changes
@@ -51,6 +53,13 @@ def corpus_of(
 ) -> "Corpus | OptimizedCorpus":
     """Return the corpus of a config: the source's own, or what `data.steps` makes of it."""
     return OptimizedCorpus(config, say, chat) if config.steps else Corpus(config, chat=chat)
+
+
+def documents(config: DataConfig, split: str) -> Documents:
+    """Return the "train" or "validation" documents of a corpus, built into the cache if need be."""
+    corpus = corpus_of(config)
+    corpus.ensure()
+    return corpus.split(split)
 
 
 class OptimizedCorpus:

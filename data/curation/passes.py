@@ -21,7 +21,7 @@ from data.curation.base import SPLITS, DocumentTable, GlobalStep, LocalStep, Ver
 from data.curation.length import EDGES as LENGTHS
 from data.curation.tally import EXAMPLES, Tally, rank_of, shortened
 from data.errors import DataError
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.workers import as_worker
 
 JOB_BYTES = 1 << 20  # text that a worker takes at a time

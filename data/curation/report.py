@@ -5,8 +5,7 @@ from typing import Any
 
 from common.text import aligned
 from data.curation.base import SPLITS
-from data.curation.config import Step
-from data.curation.parse import as_dict
+from data.curation.config import Step, as_dict
 from data.curation.tally import Tally
 from data.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 from common.text import first_line
 from data.curation.config import Compress, Shard
 from data.errors import DataError
-from data.sources.corpus import quiet
+from data.sources.documents import quiet
 
 NAME, VERSION = "optimized", "1.0.0"
 LEVELS = {"zstd": 3, "brotli": 6}

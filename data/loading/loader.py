@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import DataConfig, components
 from data.errors import DataError
 from data.loading.ahead import Ahead
 from data.loading.curriculum import cut_pieces, longest_piece
 from data.loading.input_timing import InputTiming, Seconds, copying, stage
-from data.loading.mixture import Interleaving, components
+from data.loading.mixture import Interleaving
 from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan, permutation
 from data.loading.plan_cache import kept_plan
 from data.loading.streaming import Shards, Stream, open_stream

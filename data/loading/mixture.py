@@ -11,97 +11,13 @@ component never differs from what is due to it by more than about a row, and whi
 global row n is follows from n and the weights alone: nothing has to be counted, stored or restored.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.checks import did_you_mean
-from data.config import OWN, SHARED, DataConfig, component_keys
-
-Points = list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Component:
-    """One corpus of a mixture: its weight by [step, weight] points, and how often it may be read at most."""
-
-    data: DataConfig
-    weight: Points
-    epochs: float | None
-
-
-def components(data: DataConfig) -> dict[str, Component]:
-    """Return the components of `data.mixture` by name, in the order of names.
-
-    Raises ValueError, one line with the key, for what is wrong with one of them.
-    """
-    if data.mode == "streaming":
-        raise ValueError(
-            "data.mixture needs data.mode=cached: a stream cannot say beforehand how many rows a corpus has, "
-            "so neither shares nor epochs would be exact; use data.mode=cached"
-        )
-    found = {name: _component(data, name, data.mixture[name]) for name in sorted(data.mixture)}
-    for step in sorted({step for part in found.values() for step, _ in part.weight}):
-        if not any(_weight_at(part.weight, step) for part in found.values()):
-            raise ValueError(
-                f"data.mixture: all weights are 0 at step {step}; give one of them a weight there"
-            )
-    return found
-
-
-def _component(data: DataConfig, name: str, values: Any) -> Component:
-    key = f"data.mixture.{name}"
-    if not isinstance(values, Mapping) or "weight" not in values:
-        raise ValueError(f"{key} has no weight; give one, such as {key}.weight=1.0")
-    if "/" in name or not name:
-        raise ValueError(f"data.mixture has a component named {name!r}; use a name without a slash")
-    for unknown in (k for k in values if k not in component_keys()):
-        if unknown in SHARED:
-            raise ValueError(f"{key}.{unknown} is the same for all components; set data.{unknown}")
-        raise ValueError(f"{key}.{unknown} is not a key; {did_you_mean(unknown, component_keys())}")
-    epochs = values.get("epochs")
-    if epochs is not None and (not _is_number(epochs) or epochs <= 0):
-        raise ValueError(f"{key}.epochs={epochs} is no positive number; use 1 or more, or null for no limit")
-    own = {k: value for k, value in values.items() if k not in OWN}
-    try:
-        config = replace(data, mixture={}, curriculum=[], **own)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{key}: {error}") from None
-    return Component(
-        config, _points(f"{key}.weight", values["weight"]), None if epochs is None else float(epochs)
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _points(key: str, value: Any) -> Points:
-    pairs = [[0, value]] if _is_number(value) else value
-    sound = isinstance(pairs, list) and pairs
-    if not sound or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise ValueError(
-            f"{key}={value} is neither a number nor a list of [step, weight]; use 1.0 or [[0,1.0]]"
-        )
-    if not all(type(step) is int and step >= 0 and _is_number(w) and w >= 0 for step, w in pairs):
-        raise ValueError(f"{key}={value}: steps are whole numbers from 0, weights are numbers from 0")
-    if any(a[0] >= b[0] for a, b in zip(pairs, pairs[1:], strict=False)):
-        raise ValueError(f"{key}={value}: steps must grow from point to point")
-    return [(step, float(weight)) for step, weight in pairs]
-
-
-def _weight_at(points: Points, step: int) -> Fraction:
-    """Return a weight at a step, exactly: linear between points, constant outside."""
-    after = next((i for i, (at, _) in enumerate(points) if at >= step), len(points))
-    if after == 0 or after == len(points):
-        return Fraction(points[min(after, len(points) - 1)][1])
-    (a, u), (b, v) = points[after - 1], points[after]
-    return Fraction(u) + (Fraction(v) - Fraction(u)) * Fraction(step - a, b - a)
+from data.config import Component, Points, weight_at
 
 
 class Interleaving:
@@ -113,7 +29,7 @@ class Interleaving:
 
     def __init__(self, weights: Sequence[Points], batch_size: int):
         steps = sorted({0, *(step for points in weights for step, _ in points)})
-        table = [[_weight_at(points, step) for step in steps] for points in weights]
+        table = [[weight_at(points, step) for step in steps] for points in weights]
         sums = [sum(column) for column in zip(*table, strict=True)]
         shares = [[w / total for w, total in zip(row, sums, strict=True)] for row in table]
         sizes = [(b - a) * batch_size for a, b in zip(steps, steps[1:], strict=False)]

@@ -20,7 +20,7 @@ from data.config import DataConfig, shards_problem
 from data.errors import DataError
 from data.loading.input_timing import stage
 from data.loading.packing import empty_batch, permutation
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.tokenizer import Tokenizer
 
 AHEAD = 128  # documents tokenized together: enough for the library's threads

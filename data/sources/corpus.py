@@ -8,6 +8,7 @@ or builds one, once, into the cache. From there on they are the same thing: file
 import json
 import shutil
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from data.sources.remote import local_path
 from data.sources.synthetic import SyntheticSource
 from data.sources.tfds import TfdsSource
 from data.tokens.chat import FORMAT as CHAT_FORMAT
-from data.tokens.chat import is_padded, list_chat
+from data.tokens.chat import is_padded, list_chat, read_chat
 from data.tokens.chat_template import ChatTemplate
 
 
@@ -160,7 +161,11 @@ class ChatSource(FolderSource):
         """Return our TFDS builder."""
         from data.sources.tfds_builders import ChatCorpus
 
-        return ChatCorpus(files=self.files, chat=self.chat, **options)
+        return ChatCorpus(files=self.files, read=self.read, **options)
+
+    def read(self, path: Path, found: Callable[[str, str], None]) -> Iterator[str]:
+        """Read a file's conversations, checked with the template."""
+        return read_chat(path, self.chat, found)
 
 
 SOURCES: dict[str, type[Source]] = {
@@ -170,15 +175,6 @@ SOURCES: dict[str, type[Source]] = {
     "hf": HfSource,
     "synthetic": SyntheticSource,
 }
-
-
-def documents(config: DataConfig, split: str) -> Documents:
-    """Return the "train" or "validation" documents of a corpus, built into the cache if need be."""
-    from data.curation.optimize import corpus_of  # which reads what is made here
-
-    corpus = corpus_of(config)
-    corpus.ensure()
-    return corpus.split(split)
 
 
 class Corpus:

@@ -4,7 +4,7 @@ Importing this module imports tfds (about 0.4 s), so `data.sources` does it only
 build.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from data.errors import DataError
 from data.sources.bad_records import BadRecords
 from data.sources.documents import first_line
 from data.sources.files import in_validation, list_folder, list_stdlib, read_documents, relative
-from data.tokens.chat import read_chat
-from data.tokens.chat_template import ChatTemplate
+
+# (file, what a bad record is told to) → conversations as canonical JSON.
+ReadConversations = Callable[[Path, Callable[[str, str], None]], Iterator[str]]
 
 
 class _TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -111,8 +112,8 @@ class FolderCorpus(_TextCorpus):
 class ChatCorpus(_TextCorpus):
     """Conversations of .jsonl (.gz, .zst) and .parquet files, each as canonical JSON."""
 
-    def __init__(self, *, files: list[Path], chat: ChatTemplate, **kwargs: Any):
-        self._chat_files, self._chat = files, chat
+    def __init__(self, *, files: list[Path], read: ReadConversations, **kwargs: Any):
+        self._chat_files, self._read_conversations = files, read
         super().__init__(**kwargs)
 
     def _files(self) -> list[Path]:
@@ -120,4 +121,4 @@ class ChatCorpus(_TextCorpus):
         return [path for path in files if self.names is None or relative(root, path) in self.names]
 
     def _read(self, path: Path, bad: BadRecords) -> Iterator[str]:
-        return read_chat(path, self._chat, bad.found)
+        return self._read_conversations(path, bad.found)

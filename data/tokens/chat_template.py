@@ -300,7 +300,7 @@ def _compile(text: str, name: str) -> Any:
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(jinja2.ext.Extension):
+    class GenerationTag(jinja2.ext.Extension):
         """`{% generation %}…{% endgeneration %}`: its output between the two marks."""
 
         tags = {"generation"}
@@ -322,7 +322,7 @@ def _compile(text: str, name: str) -> Any:
         return json.dumps(value, ensure_ascii=False, **options)  # Jinja's own would escape < and >
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse

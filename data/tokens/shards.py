@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from common.files import file_digest
 from data.cache import Stopped, digest_of
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.encoding import Encoded, Encoder, Encoding
 from data.tokens.workers import as_worker
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from data.cache import verify
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.encoding import Encoding
 from data.tokens.joined_memmap import first_entries, mapped
 from data.tokens.shards import (

@@ -24,7 +24,7 @@ from parallel.schedules.accumulate import Batch, LayeredModel, LayerScan, Params
 from parallel.schedules.split_backward import Taps, defer, replay, tap_shapes
 from parallel.schedules.stage_layout import AXIS, main_segment
 from parallel.schedules.stages import RESIDUAL, Stages
-from parallel.schedules.tables import IDLE, Run, Schedule, fold_runs
+from parallel.schedules.tables import IDLE, Schedule, TickRun, fold_runs
 
 TableRow = dict[str, Array]
 
@@ -195,13 +195,13 @@ class StageProgram:
             name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()
         }
 
-    def run(self, runs: tuple[Run, ...], state: dict[str, Any]) -> dict[str, Any]:
+    def run(self, runs: tuple[TickRun, ...], state: dict[str, Any]) -> dict[str, Any]:
         """All ticks in order, one loop a run; a pattern of runs that repeats is a loop around its loops."""
         for pattern, repeats in fold_runs(runs):
             length = sum(run.count for run in pattern)
             rows = self.rows(pattern[0].start, length * repeats)
 
-            def group(state: Any, rows: TableRow, pattern: tuple[Run, ...] = pattern) -> tuple[Any, None]:
+            def group(state: Any, rows: TableRow, pattern: tuple[TickRun, ...] = pattern) -> tuple[Any, None]:
                 at = 0
                 for run in pattern:
                     part = jax.tree.map(lambda r, a=at, n=run.count: r[a : a + n], rows)
@@ -229,7 +229,7 @@ class StageProgram:
             table |= {"weight": self.schedule.weight, "leave": leave, "fetch": fetch}
         return {name: jnp.asarray(grid[start : start + count], jnp.int32) for name, grid in table.items()}
 
-    def tick(self, run: Run, state: dict[str, Any], row: TableRow) -> tuple[dict[str, Any], None]:
+    def tick(self, run: TickRun, state: dict[str, Any], row: TableRow) -> tuple[dict[str, Any], None]:
         """One tick: forward of one unit a stage, then backward of another, then weights of a third."""
         state = dict(state)
         if run.work.forward:

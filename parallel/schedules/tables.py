@@ -34,7 +34,7 @@ class TickWork:
 
 
 @dataclass(frozen=True)
-class Run:
+class TickRun:
     """`count` ticks from `start` on that all do the same work."""
 
     work: TickWork
@@ -83,12 +83,12 @@ class Schedule:
         )
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[TickRun, ...]:
         """Consecutive ticks of the same work: one compiled loop each."""
         return group_ticks(self.work)
 
     @cached_property
-    def forward_runs(self) -> tuple[Run, ...]:
+    def forward_runs(self) -> tuple[TickRun, ...]:
         """The forward-only twin, for evaluation: the same units until the last has left the last stage."""
         last = self.forward[: self.microbatches * self.chunks + self.stages - 1, -1]
         ends = (last != IDLE) & (last % self.chunks == self.chunks - 1)
@@ -165,10 +165,10 @@ def check_schedule(name: str, stages: int, microbatches: int, virtual_stages: in
         )
 
 
-def group_ticks(work: Sequence[TickWork]) -> tuple[Run, ...]:
+def group_ticks(work: Sequence[TickWork]) -> tuple[TickRun, ...]:
     """Runs of equal work."""
     starts = [t for t, w in enumerate(work) if t == 0 or w != work[t - 1]]
-    return tuple(Run(work[a], a, b - a) for a, b in zip(starts, [*starts[1:], len(work)], strict=True))
+    return tuple(TickRun(work[a], a, b - a) for a, b in zip(starts, [*starts[1:], len(work)], strict=True))
 
 
 def allocate(begin: Grid, end: Grid) -> tuple[Grid, Grid, int]:
@@ -196,9 +196,9 @@ def allocate(begin: Grid, end: Grid) -> tuple[Grid, Grid, int]:
     return taken, left, count
 
 
-def fold_runs(runs: Sequence[Run]) -> list[tuple[tuple[Run, ...], int]]:
+def fold_runs(runs: Sequence[TickRun]) -> list[tuple[tuple[TickRun, ...], int]]:
     """Runs as (pattern, repeats): a pattern that repeats itself is compiled once, whatever M is."""
-    folded: list[tuple[tuple[Run, ...], int]] = []
+    folded: list[tuple[tuple[TickRun, ...], int]] = []
     at = 0
     while at < len(runs):
         repeats = 1
@@ -212,7 +212,7 @@ def fold_runs(runs: Sequence[Run]) -> list[tuple[tuple[Run, ...], int]]:
     return folded
 
 
-def _alike(pattern: Sequence[Run], other: Sequence[Run]) -> bool:
+def _alike(pattern: Sequence[TickRun], other: Sequence[TickRun]) -> bool:
     return [(r.work, r.count) for r in pattern] == [(r.work, r.count) for r in other]
 
 

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from configs import schema
-from configs.cli import CONFIG_DIR
+from configs.groups import CONFIG_DIR
 from configs.optional_groups import opened
 from training.config import Config
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from configs.cli import CONFIG_DIR, main
+from configs.cli import main
+from configs.groups import CONFIG_DIR
 
 DEBUG = "+experiment=debug"
 DEBUG_8 = (DEBUG, "mesh.data=8")

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import train
-from configs.cli import CONFIG_DIR, groups, main, options, override_suffix
+from configs.cli import main, override_suffix
+from configs.groups import CONFIG_DIR, groups, options
 from configs.optional_groups import opened, optional_rooms
 from models.config import MoEConfig, RopeScaling
 from tests.configs.composing import config

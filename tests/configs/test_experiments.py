@@ -11,8 +11,8 @@ from hydra import compose
 from omegaconf import OmegaConf
 
 from configs import schema
-from configs.cli import CONFIG_DIR, groups, options
 from configs.explain import known_keys
+from configs.groups import CONFIG_DIR, groups, options
 from optim.config import OPTIMIZERS, SCHEDULES
 from tests.configs.composing import composer, config, raw
 from training.config import Config

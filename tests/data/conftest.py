@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data.curation.optimize import documents
 from data.pipeline import prepare
 from data.prepared import Prepared
-from data.sources.corpus import documents
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.config import DataConfig, TokenizerConfig
 from data.prepared import Prepared
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.store import TokenStore
 
 BYTES = TokenizerConfig(kind="byte")

@@ -20,7 +20,7 @@ from data.cache import building
 from data.config import DataConfig
 from data.loading.loader import Loader
 from data.prepared import Prepared
-from data.sources.corpus import Documents
+from data.sources.documents import Documents
 from data.tokens.store import TokenStore
 from data.tokens.tokenizer import Tokenizer
 

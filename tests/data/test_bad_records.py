@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources.array_record import text_record, write_prepared
 from data.sources.bad_records import BadRecords
-from data.sources.corpus import Corpus, documents
+from data.sources.corpus import Corpus
 from data.sources.files import read_documents
 from tests.data.corpora import BYTES, folder_config, some_texts, tfds_config, write_texts
 

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
-from data.sources.corpus import documents
 from data.sources.files import column_texts, list_folder, read_documents
 from data.sources.lines import LongInteger, file_lines, load_json
 from data.tokens.chat import conversation_text, read_chat

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.config import DataConfig
+from data.config import DataConfig, components
 from data.errors import DataError
 from data.loading.curriculum import longest_piece
 from data.loading.loader import Loader, held_out_batches
-from data.loading.mixture import Interleaving, components
+from data.loading.mixture import Interleaving
 from data.pipeline import follow, prepare
 from data.tokens.store import TokenStore
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts

@@ -13,9 +13,10 @@ import zstandard
 
 from data.cache import verify
 from data.config import DataConfig, TokenizerConfig
+from data.curation.optimize import documents
 from data.loading.loader import Loader
 from data.pipeline import prepare
-from data.sources.corpus import documents, stdlib_root
+from data.sources.corpus import stdlib_root
 from data.sources.files import STDLIB_EXCLUDED, in_validation, list_stdlib, read_documents
 from data.tokens.bigram import bigram_bits_per_byte
 from data.tokens.store import TokenStore

@@ -14,11 +14,12 @@ import pytest
 from data.cache import verify
 from data.config import SOURCES as NAMES
 from data.config import DataConfig
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources import remote
 from data.sources.array_record import read_records, shard_writer, text_record, write_prepared
-from data.sources.corpus import SOURCES, documents
+from data.sources.corpus import SOURCES
 from data.sources.synthetic import LONGEST, Language
 from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of
 

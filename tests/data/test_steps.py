@@ -17,18 +17,25 @@ from configs.cli import main
 from data.cache import verify
 from data.config import DataConfig
 from data.curation.base import DocumentTable as Seen
-from data.curation.config import FEATURES, PII_KINDS, DedupExact, FilterQuality, MaskPII, StratifiedSample
+from data.curation.config import (
+    FEATURES,
+    PII_KINDS,
+    DedupExact,
+    FilterQuality,
+    MaskPII,
+    StratifiedSample,
+    parse_steps,
+)
 from data.curation.dedup import Clusters, DedupExactStep, chance, choose_bands, normalized
-from data.curation.optimize import OptimizedCorpus
+from data.curation.optimize import OptimizedCorpus, documents
 from data.curation.page import page
-from data.curation.parse import parse_steps
 from data.curation.pii import MaskPIIStep
 from data.curation.quality import FilterQualityStep, features
 from data.curation.report import check_report, line_of
 from data.curation.sample import SampleStep
 from data.errors import DataError
 from data.pipeline import prepare
-from data.sources.corpus import Corpus, documents
+from data.sources.corpus import Corpus
 from scripts.data_report import data_report
 from tests.data.corpora import BYTES, folder_config, some_texts, write_texts
 

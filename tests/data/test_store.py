@@ -20,10 +20,10 @@ import pytest
 import data.tokens.shards
 import data.tokens.store
 from data.config import TokenizerConfig
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.loading.loader import Loader
 from data.pipeline import follow, prepare
-from data.sources.corpus import documents
 from data.tokens.encoding import Encoded, TextEncoder, TextEncoding
 from data.tokens.joined_memmap import ALIGN, first_entries, mapped
 from data.tokens.store import TokenStore, write_store

@@ -9,7 +9,7 @@ from parallel.hardware import machine_of
 from parallel.mesh import build_layout
 from planner.analytic import estimate
 from planner.compiled import with_vocabulary
-from planner.shapes import abstract_layout, model_of, state_bytes
+from planner.sizes import abstract_layout, model_of, state_bytes
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
 from training.preflight import bytes_on_device

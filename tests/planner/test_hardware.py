@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from configs.cli import CONFIG_DIR, options
+from configs.groups import CONFIG_DIR, options
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig, default_torus, machine_of
 from planner.described_devices import GPUS
 

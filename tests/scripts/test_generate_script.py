@@ -22,8 +22,7 @@ from scripts.generate import GenerateOptions, load_config, main, parse_options
 from serving.generator import generate
 from serving.text import encode_prompt
 from training.config import Config
-from training.safety.skip_updates import nothing_seen
-from training.state import TrainState, abstract_state, shardings
+from training.state import TrainState, abstract_state, nothing_seen, shardings
 
 MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32)
 RULES = {

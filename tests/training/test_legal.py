@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs.cli import options
+from configs.groups import options
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model

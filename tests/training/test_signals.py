@@ -13,8 +13,7 @@ from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from tests.training.ground import ROOT
-from training.safety.signals import SIGNALS, Notices, Stopping
-from training.step import VOTE
+from training.safety.signals import SIGNALS, VOTE, Notices, Stopping
 
 
 @pytest.fixture

@@ -21,16 +21,8 @@ from tests.training.ground import ROOT
 from training.config import LocalSGDConfig
 from training.loop import fit
 from training.program import skipping
-from training.safety.skip_updates import (
-    ENOUGH,
-    IN_A_ROW,
-    REASONS,
-    SKIPPED,
-    WINDOW,
-    judge,
-    nothing_seen,
-    through_empty_batches,
-)
+from training.safety.skip_updates import ENOUGH, IN_A_ROW, REASONS, SKIPPED, judge, through_empty_batches
+from training.state import WINDOW, nothing_seen
 
 TINY = {"num_layers": 2, "d_model": 32, "d_ff": 32, "num_heads": 4, "num_kv_heads": 4}
 FAULTS = (pytest.mark.faults, pytest.mark.slow)

@@ -9,48 +9,13 @@ The manifest's `rollbacks` decide: they are written first, and a start that find
 rows of the steps that they undid, whatever a crash has left of these. Checkpoints keep the list as well.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.errors import RunFault
-from parallel import processes
-from training.safety.skip_updates import Trouble, none_in_a_row
-from training.setup import Run, fresh_state, open_log, positioned_loader, say
-from training.state import TrainState
+from training.safety.skip_updates import Trouble
 
 MOST = 3  # rollbacks in a row that get no further than the trouble before
-
-
-def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
-    """The state to go on from, and the steps behind it; rows and checkpoints of later steps are gone.
-
-    Every process calls this after the same step. Raises RunFault where the run was taken back too often.
-    """
-    setup, checkpoints = run.setup, run.checkpoints
-    program, directory, batches = setup.program, setup.directory, setup.config.guard.rollback_batches
-    checkpoints.wait()
-    found = checkpoints.restore_newest(program.canonical, most=trouble.began)
-    if found is None:  # none is so old: one from within has the same weights
-        found = checkpoints.restore_newest(program.canonical, most=trouble.step)
-    first = found[1]["step"] if found else 0
-    entry = {"at_step": trouble.step, "to_step": first, "batches": batches, "reason": trouble.reason}
-    if in_a_row([*directory.rollbacks, entry]) > MOST:
-        raise RunFault(f"{trouble}; {MOST} rollbacks got no further; {remedy(run)}")
-    directory.rollbacks.append(entry)
-    processes.from_primary("the run's manifest", directory.write_manifest)
-    processes.from_primary("undone checkpoints", lambda: checkpoints.forget_after(first))
-    checkpoints.reload()
-
-    tokens, run.position = 0, None
-    if found is None:
-        state = fresh_state(setup)
-    else:
-        stored, record, _ = found
-        tokens, run.position = record["tokens"], record["data"]
-        state = program.from_canonical(none_in_a_row(program.with_guard(stored)))
-    run.loader = positioned_loader(setup, run.position)
-    run.recorder.go_back(tokens, *open_log(setup, first, run.outputs))
-    say(f"{trouble}; going on from step {first} without the next {batches} batches")
-    return state, first
 
 
 def in_a_row(rollbacks: list[dict[str, Any]]) -> int:
@@ -61,12 +26,12 @@ def in_a_row(rollbacks: list[dict[str, Any]]) -> int:
     return count
 
 
-def ended_by(run: Run, trouble: Trouble) -> RunFault:
-    """What ends a run that is not to be taken back."""
-    return RunFault(f"{trouble}; {remedy(run)}, or set guard.rollback_batches to leave out the batches there")
+def ended_by(trouble: Trouble, row: Mapping[str, Any]) -> RunFault:
+    """What ends a run that is not to be taken back; row: the last one that was written."""
+    return RunFault(f"{trouble}; {remedy(row)}, or set guard.rollback_batches to leave out the batches there")
 
 
-def remedy(run: Run) -> str:
-    """What helps where skipping does not."""
-    rate = run.recorder.last["learning_rate"]
+def remedy(row: Mapping[str, Any]) -> str:
+    """What helps where skipping does not; row: the last one that was written."""
+    rate = row["learning_rate"]
     return f"in a new run.name=, lower optim.learning_rate ({rate:.3g} at that step) or set optim.grad_clip"

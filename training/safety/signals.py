@@ -28,8 +28,8 @@ from jaxtyping import Array, Int32
 from common.errors import Ended, Requeue
 from common.terminal import write_at_once
 from parallel import processes
-from training.step import VOTE
 
+VOTE = "stop"  # beside the batch where several processes must stop together: see `training.safety.signals`
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from common.errors import RunFault
 from training.config import GuardConfig
+from training.state import WINDOW, Watched
 
-WINDOW = 128  # updates that a new one is compared with
 ENOUGH = WINDOW // 2  # of them, before anything counts as a spike
 ROUNDING = 1e-6  # of the mean: what equal losses may differ by, where there is no deviation to speak of
 REASONS = (
@@ -32,12 +32,6 @@ SKIPPED, IN_A_ROW = "skipped", "skips_in_a_row"  # a step's metrics: index into 
 
 Updated = tuple[Any, Any, Any]  # parameters, the optimizer's state, the average of the weights (or None)
 Skipping = Literal["branch", "choose", "apart"]
-Watched = dict[str, Array]  # of `TrainState.guard`: last [2, WINDOW] losses and norms, counts [2]
-
-
-def nothing_seen() -> Watched:
-    """The guard's part of the state at step 0: no update taken, none skipped."""
-    return {"last": jnp.zeros((2, WINDOW), jnp.float32), "counts": jnp.zeros(2, jnp.int32)}
 
 
 def judge(

@@ -8,9 +8,9 @@ import pytest
 import zstandard
 
 from data.config import DataConfig
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
-from data.sources.corpus import documents
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require
 

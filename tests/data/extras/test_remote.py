@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources.array_record import text_record, write_prepared
-from data.sources.corpus import documents
 from data.sources.remote import Mirror
 from tests.data.corpora import BYTES, folder_config, some_texts, train_of, write_texts
 from tests.data.extras import require

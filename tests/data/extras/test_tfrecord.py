@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources.array_record import read_records
-from data.sources.corpus import Corpus, documents
+from data.sources.corpus import Corpus
 from data.sources.tfrecord import TFRecordReader
 from tests.data.corpora import BYTES, some_texts, train_of
 from tests.data.extras import require

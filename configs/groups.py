@@ -1,0 +1,15 @@
+"""The groups that a command line may choose from: directories of YAML files, read without Hydra."""
+
+from pathlib import Path
+
+CONFIG_DIR = Path(__file__).resolve().parent
+
+
+def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
+    """What GROUP=NAME may name; files that begin with an underscore are shared parts."""
+    return sorted(p.stem for p in (root / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def groups(root: Path = CONFIG_DIR) -> list[str]:
+    """The groups there are: directories with YAML files."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and options(p.name, root))
