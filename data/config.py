@@ -10,7 +10,14 @@ from typing import Any
 from common.checks import choice, did_you_mean, require, within
 from data.curation.config import parse_steps
 
-SOURCES = ("stdlib", "folder", "tfds", "hf", "synthetic")
+# Kind of source → the class that answers for it (`data.sources.corpus.Source`), imported where it is asked.
+SOURCES = {
+    "stdlib": "data.sources.corpus:StdlibSource",
+    "folder": "data.sources.corpus:FolderSource",
+    "tfds": "data.sources.tfds:TfdsSource",
+    "hf": "data.sources.hf:HfSource",
+    "synthetic": "data.sources.synthetic:SyntheticSource",
+}
 BAD_RECORDS = ("stop", "skip")
 FORMATS = ("text", "chat")
 MODES = ("cached", "streaming")

@@ -2,26 +2,25 @@
 
 A source says what decides its documents and either is a directory of ArrayRecord files that somebody prepared
 or builds one, once, into the cache. From there on they are the same thing: files with random access, so that
-`cached` mode is exact whatever lies before it. A new kind of source is a class and a line in SOURCES.
+`cached` mode is exact whatever lies before it. A new kind of source is a class in a file of its own and a
+line in `data.config.SOURCES`.
 """
 
 import json
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.text import first_line
 from data.cache import CorruptCache, building, digest_of, verify
-from data.config import DataConfig
+from data.config import SOURCES, DataConfig
 from data.errors import DataError
 from data.sources.documents import Documents, Say, quiet, silent
 from data.sources.files import fingerprint, list_folder, list_stdlib
-from data.sources.hf import HfSource
 from data.sources.remote import local_path
-from data.sources.synthetic import SyntheticSource
-from data.sources.tfds import TfdsSource
 from data.tokens.chat import FORMAT as CHAT_FORMAT
 from data.tokens.chat import is_padded, list_chat, read_chat
 from data.tokens.chat_template import ChatTemplate
@@ -168,13 +167,10 @@ class ChatSource(FolderSource):
         return read_chat(path, self.chat, found)
 
 
-SOURCES: dict[str, type[Source]] = {
-    "stdlib": StdlibSource,
-    "folder": FolderSource,
-    "tfds": TfdsSource,
-    "hf": HfSource,
-    "synthetic": SyntheticSource,
-}
+def source_of(config: DataConfig, say: Say) -> Source:
+    """What answers for the kind of source that a config names."""
+    module, _, name = SOURCES[config.source].partition(":")
+    return getattr(import_module(module), name)(config, say)
 
 
 class Corpus:
@@ -188,7 +184,7 @@ class Corpus:
         if chat is not None and config.source == "folder":
             self.source: Source = ChatSource(config, say, chat)
         else:
-            self.source = SOURCES[config.source](config, say)  # type: ignore[call-arg]  # a Protocol has no __init__
+            self.source = source_of(config, say)
         self.inputs = self.source.inputs()
         self.digest = digest_of(self.inputs)
         cached = Path(config.cache_dir) / "documents" / self.digest[:16]

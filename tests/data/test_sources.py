@@ -12,22 +12,25 @@ import numpy as np
 import pytest
 
 from data.cache import verify
-from data.config import SOURCES as NAMES
-from data.config import DataConfig
+from data.config import SOURCES, DataConfig
 from data.curation.optimize import documents
 from data.errors import DataError
 from data.pipeline import prepare
 from data.sources import remote
 from data.sources.array_record import read_records, shard_writer, text_record, write_prepared
-from data.sources.corpus import SOURCES
+from data.sources.corpus import Source
 from data.sources.synthetic import LONGEST, Language
 from tests.data.corpora import BYTES, documents_of, folder_config, some_texts, train_of
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_source_has_a_line_in_the_table():
-    assert tuple(SOURCES) == NAMES
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_has_its_class(kind):
+    module, _, name = SOURCES[kind].partition(":")
+    found = getattr(importlib.import_module(module), name)
+    wanted = [name for name, value in vars(Source).items() if callable(value) and not name.startswith("_")]
+    assert all(callable(getattr(found, name)) for name in wanted) and "build" in wanted
 
 
 # Records --------------------
