@@ -51,6 +51,7 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     import jax.numpy as jnp
 
     from benchmarks.workload import synthetic_batch
+    from kernels.attention import Masks, Scores
     from parallel.attention.choose import build_attention, choose_attention
     from parallel.mesh import build_layout
     from training.config import Config, TrainingConfig
@@ -67,15 +68,8 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     positions, segments = jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"])
 
     def loss(q: Any, k: Any, v: Any) -> Any:
-        masks = {
-            "q_positions": positions,
-            "kv_positions": positions,
-            "q_segments": segments,
-            "kv_segments": segments,
-        }
-        return jnp.sum(
-            attention(q, k, v, window=None, softcap=None, scale=size**-0.5, **masks).astype(jnp.float32)
-        )
+        out = attention(q, k, v, Masks.of_rows(positions, segments), Scores(scale=size**-0.5))
+        return jnp.sum(out.astype(jnp.float32))
 
     return ready(jax.grad(loss, argnums=(0, 1, 2)), *qkv)
 

@@ -7,7 +7,8 @@ and, with a window, i is less than `window` positions behind j's.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,51 @@ from kernels.names import ATTENTION_OUTPUT
 QUERY_BLOCK = 256
 
 
-def attention_mask(
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    window: int | None,
-) -> Bool[Array, "B T S"]:
+class Masks(NamedTuple):
+    """Where queries and keys lie: in which place of their document, and in which document of their row.
+
+    Positions count tokens from any start; a segment is a document's number in its row, 0 for padding. A tuple
+    and no dataclass, so that it is a tree of arrays (or of shapes, or of shardings) without more words.
+    """
+
+    q_positions: Int[Array, "B T"]
+    kv_positions: Int[Array, "B S"]
+    q_segments: Int[Array, "B T"]
+    kv_segments: Int[Array, "B S"]
+
+    @classmethod
+    def of_rows(cls, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> "Masks":
+        """Those of rows that attend to themselves."""
+        return cls(positions, positions, segments, segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How scores are made of products, and which count: static, one value for each kind of layer.
+
+    A score is cap(scale * q·k), where cap(s) = softcap * tanh(s / softcap) bounds it (Gemma 2). window:
+    positions that a query sees, itself included; None: all before it.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    scale: float
+
+    def bounded(self, scores: Array) -> Array:
+        """Scaled products as they are weighed."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def slope(self, bounded: Array) -> Array:
+        """The derivative of `bounded` by what it was made of, from its value; for a soft cap alone."""
+        assert self.softcap is not None
+        return 1.0 - jnp.square(bounded / self.softcap)
+
+
+def attention_mask(masks: Masks, window: int | None) -> Bool[Array, "B T S"]:
     """True where a query may see a key. Segment 0 is padding: it sees nothing and nothing sees it."""
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    same = q_segments[:, :, None] == kv_segments[:, None, :]
-    mask = same & (q_segments > 0)[:, :, None] & (distance >= 0)
+    distance = masks.q_positions[:, :, None] - masks.kv_positions[:, None, :]
+    same = masks.q_segments[:, :, None] == masks.kv_segments[:, None, :]
+    mask = same & (masks.q_segments > 0)[:, :, None] & (distance >= 0)
     return mask if window is None else mask & (distance < window)
 
 
@@ -37,19 +72,12 @@ def reference_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
-    *,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
+    masks: Masks,
+    scores: Scores,
 ) -> Float[Array, "B T N V"]:
     """Masked attention with the softmax in float32 and K/V heads shared by G = N/K query heads.
 
-    `softcap` bounds the scores: cap * tanh(score / cap) (Gemma 2). A padding query gives zeros.
-    Holds [B, N, T, S] scores; see `chunked_attention` for long sequences.
+    A padding query gives zeros. Holds [B, N, T, S] scores; see `chunked_attention` for long sequences.
     """
     batch, length, heads, size = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
@@ -59,12 +87,11 @@ def reference_attention(
     rows = q.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * length, size)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", rows, keys, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
-    scores = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], scores, -1e30)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    products = jnp.einsum("BKRH,BKSH->BKRS", rows, keys, preferred_element_type=jnp.float32)
+    bounded = scores.bounded(products * scores.scale)
+    mask = attention_mask(masks, scores.window)
+    seen = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], bounded, -1e30)
+    weights = jnp.exp(seen - jax.lax.stop_gradient(jnp.max(seen, axis=-1, keepdims=True)))
     out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values)
     out = out.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
     out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
@@ -77,14 +104,9 @@ def chunked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
+    masks: Masks,
+    scores: Scores,
     *,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
     block: int = QUERY_BLOCK,
 ) -> Float[Array, "B T N V"]:
     """`reference_attention` for one block of queries at a time, scores recomputed in the backward pass.
@@ -100,19 +122,10 @@ def chunked_attention(
         # masks of all blocks before the loop over layers, and keep them: T² again.
         q_block, positions, segments = jax.lax.optimization_barrier(queries)
         return reference_attention(
-            q_block,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=kv_positions,
-            q_segments=segments,
-            kv_segments=kv_segments,
-            window=window,
-            softcap=softcap,
-            scale=scale,
+            q_block, k, v, masks._replace(q_positions=positions, q_segments=segments), scores
         )
 
-    blocks = jax.tree.map(lambda a: split_length(a, size), (q, q_positions, q_segments))
+    blocks = jax.tree.map(lambda a: split_length(a, size), (q, masks.q_positions, masks.q_segments))
     return join_length(jax.lax.map(attend_block, blocks))
 
 
@@ -120,26 +133,20 @@ def xla_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    *,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
+    masks: Masks,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
     """`jax.nn.dot_product_attention` by XLA's own operations, with the exact mask; holds [B, N, T, S] scores.
 
-    Raises ValueError for `softcap`, which it does not know.
+    Raises ValueError for a soft cap, which it does not know.
     """
-    if softcap is not None:
+    if scores.softcap is not None:
         raise ValueError(
-            f"training.attention=xla cannot bound scores (model.attention_softcap={softcap}); "
+            f"training.attention=xla cannot bound scores (model.attention_softcap={scores.softcap}); "
             "use model.attention_softcap=null, or use training.attention=chunked"
         )
-    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
+    mask = attention_mask(masks, scores.window)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scores.scale, implementation="xla")
     # A padding query saw every key alike; it is to see none.
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0)
 
@@ -148,30 +155,27 @@ def xla_attention(
 
 
 def with_backward(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    qkv: tuple[Array, ...],
-    masks: tuple[Array, ...],
+    forward: Callable[..., Any], backward: Callable[..., Any], qkv: tuple[Array, ...], masks: Masks
 ) -> Array:
-    """Attention by `forward(*qkv, *masks) -> (output, statistics)`, whose gradient is `backward`'s.
+    """Attention by `forward(q, k, v, masks) -> (output, statistics)`, whose gradient is `backward`'s.
 
-    backward: `(*qkv, *masks, output, statistics, cotangent) -> gradients of q, k and v`.
+    backward: `(q, k, v, masks, output, statistics, cotangent) -> gradients of q, k and v`.
     """
 
     @jax.custom_vjp
-    def attend(*args: Array) -> Array:
+    def attend(*args: Any) -> Array:
         return forward(*args)[0]
 
-    def attend_forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+    def attend_forward(*args: Any) -> tuple[Array, tuple[Any, ...]]:
         # Named, so that a policy can keep them: the kernel is then not run again in the backward pass.
         out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward(*args))
         return out, (*args, out, stats)
 
-    def attend_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-        return (*backward(*saved, cotangent), None, None, None, None)
+    def attend_backward(saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
+        return (*backward(*saved, cotangent), None)  # nothing by the masks, which are integers
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend(*qkv, *masks)
+    return attend(*qkv, masks)
 
 
 def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:

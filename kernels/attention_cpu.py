@@ -23,7 +23,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.attention import attention_mask, join_length, largest_divisor, split_length
+from kernels.attention import Masks, Scores, attention_mask, join_length, largest_divisor, split_length
 from kernels.einsum_cpu import materialize
 from kernels.names import ATTENTION_OUTPUT
 
@@ -38,14 +38,9 @@ def fused_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K V"],
+    masks: Masks,
+    scores: Scores,
     *,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B T"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B T"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
     block: int | None = None,
     dtype: Any = None,
 ) -> Float[Array, "B T N V"]:
@@ -63,44 +58,35 @@ def fused_attention(
             "positions; use training.attention=chunked"
         )
     size = largest_divisor(length, block or max(LEAST, -(-length // BLOCKS)))
-    spec = Spec(softcap, scale, size, jnp.dtype(dtype or q.dtype))
-    masks = (q_positions, kv_positions, q_segments, kv_segments)
-    first, exact = first_seen(*masks, window, size)
+    spec = BlockSpec(scores, size, jnp.dtype(dtype or q.dtype))
+    first, exact = first_seen(masks, scores.window, size)
     out = _attend(_rows(q, k.shape[2], spec), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), first, spec)
     return jnp.where(exact[:, None, None, None], _positions(out, length), jnp.nan)
 
 
-def first_seen(
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B T"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B T"],
-    window: int | None,
-    block: int,
-) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
+def first_seen(masks: Masks, window: int | None, block: int) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
     """The first key that each query sees (T where none), and whether rows see all from it to themselves."""
-    length = q_positions.shape[1]
+    length = masks.q_positions.shape[1]
     keys = jnp.arange(length, dtype=jnp.int32)
 
     def look(queries: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         index, positions, segments = queries
-        mask = attention_mask(positions, kv_positions, segments, kv_segments, window)
+        mask = attention_mask(masks._replace(q_positions=positions, q_segments=segments), window)
         first = jnp.where(jnp.any(mask, axis=2), jnp.argmax(mask, axis=2).astype(jnp.int32), length)
-        told = (keys >= first[..., None]) & (keys <= index[..., None])
-        return first, jnp.all(mask == told, axis=2)
+        stretch = (keys >= first[..., None]) & (keys <= index[..., None])
+        return first, jnp.all(mask == stretch, axis=2)
 
-    index = jnp.broadcast_to(keys, q_positions.shape)
-    blocks = tuple(split_length(x, block) for x in (index, q_positions, q_segments))
+    index = jnp.broadcast_to(keys, masks.q_positions.shape)
+    blocks = tuple(split_length(x, block) for x in (index, masks.q_positions, masks.q_segments))
     first, exact = (join_length(x) for x in jax.lax.map(look, blocks))
     return first, jnp.all(exact, axis=1)
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What is static."""
+class BlockSpec:
+    """Static options of the kernel: how scores are made, queries in a block, what factors are rounded to."""
 
-    softcap: float | None
-    scale: float
+    scores: Scores
     block: int
     dtype: Any
 
@@ -121,18 +107,14 @@ class Spec:
 
     def scaled(self, x: Array) -> Array:
         """Queries, or keys, before their product."""
-        return (x.astype(F32) * self.scale).astype(x.dtype)
-
-    def bound(self, scores: Array) -> Array:
-        """Scores as they are weighed."""
-        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+        return (x.astype(F32) * self.scores.scale).astype(x.dtype)
 
     def slope(self, bounded: Array) -> Array | float:
-        """Of bounded scores by scores."""
-        return 1.0 if self.softcap is None else 1.0 - jnp.square(bounded / self.softcap)
+        """The derivative of bounded scores by scores."""
+        return 1.0 if self.scores.softcap is None else self.scores.slope(bounded)
 
 
-def _rows(q: Array, kv_heads: int, spec: Spec) -> Array:
+def _rows(q: Array, kv_heads: int, spec: BlockSpec) -> Array:
     """[B, T, N, H] to [B, K, blocks, R, H]: the queries that are multiplied with the same keys."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length // spec.block, spec.block, kv_heads, heads // kv_heads, size)
@@ -152,18 +134,18 @@ def _row_by_row(function: Callable[..., Any], *args: Array) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Array:
+def _attend(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Array:
     return _row_by_row(partial(_forward_row, spec), q, k, v, first)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, first: Array, spec: Spec) -> Any:
+def _forward(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Any:
     out, stats = _row_by_row(partial(_forward_row, spec), q, k, v, first)
     # Named, so that a policy of rematerialization can keep them: the forward is then not run again.
     out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in (out, stats))
     return out, (q, k, v, first, out, stats)
 
 
-def _backward(spec: Spec, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+def _backward(spec: BlockSpec, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
     q, k, v, first, out, stats = saved
     columns = jnp.swapaxes(
         spec.scaled(k), 2, 3
@@ -174,12 +156,12 @@ def _backward(spec: Spec, saved: tuple[Array, ...], cotangent: Array) -> tuple[A
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_row(spec: Spec, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
+def _forward_row(spec: BlockSpec, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
     """Output [K, blocks, R, V] and log-sum-exp; q [K, blocks, R, H], k [K, T, H], v [K, T, V]."""
     outs, stats = [], []
     q = spec.scaled(q)
     for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
-        scores = spec.bound(spec.dot("KRH,KSH->KRS", q[:, i], k[:, :end]))
+        scores = spec.scores.bounded(spec.dot("KRH,KSH->KRS", q[:, i], k[:, :end]))
         key = jnp.arange(end, dtype=F32)
         scores = jnp.where((key >= low[:, None]) & (key <= high[:, None]), scores, UNSEEN)
         # Not as low as what is unseen, so that a query that sees nothing weighs nothing.
@@ -192,7 +174,7 @@ def _forward_row(spec: Spec, q: Array, k: Array, v: Array, first: Array) -> tupl
 
 
 def _backward_row(
-    spec: Spec,
+    spec: BlockSpec,
     q: Array,
     k: Array,
     columns: Array,
@@ -210,7 +192,7 @@ def _backward_row(
     q = spec.scaled(q)
     dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
     for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
-        scores = spec.bound(spec.dot("KSH,KRH->KSR", k[:, :end], q[:, i]))
+        scores = spec.scores.bounded(spec.dot("KSH,KRH->KSR", k[:, :end], q[:, i]))
         key = jnp.arange(end, dtype=F32)[:, None]
         seen = (key >= low) & (key <= high)
         weights = jnp.exp(jnp.where(seen, scores, UNSEEN) - stats[:, i, None])

@@ -11,7 +11,7 @@ B batch, T position, N query heads, K key/value heads, H head size, M documents 
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.attention import document_begins, in_order, with_backward
+from kernels.attention import Masks, Scores, document_begins, in_order, with_backward
 from kernels.backends import ELSE, Wanted, facts_of, problem
 
 
@@ -50,38 +50,33 @@ def check_documents(segments: Int[np.ndarray, "B T"], max_documents: int) -> Non
         )
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, *, max_documents: int, **options: Any) -> Array:
+def cudnn_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    masks: Masks,
+    scores: Scores,
+    *,
+    max_documents: int,
+) -> Float[Array, "B T N H"]:
     """Attention for arrays that lie on one device whole, with the signature of `Ops.attention`.
 
     max_documents: M; a row with more is refused by nan. Memory of the backward pass grows with it: 4*B*M*N*T
     bytes. 1 means rows that are not packed. Raises ValueError for what cuDNN cannot do.
     """
-    kernel, masks = prepare(q, k, v, max_documents=max_documents, **options)
+    kernel = prepare(q, k, v, scores, max_documents)
     return with_backward(kernel.forward, kernel.backward, (q, k, v), masks)
 
 
-def prepare(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    max_documents: int,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B T"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B T"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
-) -> tuple["Kernel", tuple[Array, ...]]:
-    """The kernel for these arrays, and its masks. Raises ValueError for what cuDNN cannot do."""
-    check(Wanted(head_dim=q.shape[3], value_dim=v.shape[3], softcap=softcap, dtype=q.dtype.name))
+def prepare(q: Array, k: Array, v: Array, scores: Scores, max_documents: int) -> "CudnnKernel":
+    """The kernel for such arrays. Raises ValueError for what cuDNN cannot do."""
+    check(Wanted(head_dim=q.shape[3], value_dim=v.shape[3], softcap=scores.softcap, dtype=q.dtype.name))
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"training.attention=cudnn needs queries and keys of one row, not {q.shape[1]} and {k.shape[1]} "
             "positions; use context.attention=ulysses or mesh.context=1"
         )
-    return Kernel(scale, window, max_documents), (q_positions, kv_positions, q_segments, kv_segments)
+    return CudnnKernel(scores, max_documents)
 
 
 @dataclass(frozen=True)
@@ -146,35 +141,36 @@ def nth_true(flags: Bool[Array, " L"], count: int) -> Int[Array, " count"]:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CudnnKernel:
     """Forward and backward on one device's arrays; both may be vmapped."""
 
-    scale: float
-    window: int | None
+    scores: Scores
     max_documents: int
 
-    def forward(self, *args: Array) -> tuple[Array, Array]:
+    def forward(self, *args: Any) -> tuple[Array, Array]:
         """(q, k, v, masks) -> output [B, T, N, H], and statistics of the softmax [B, M, N, T]."""
         return folded(self._forward)(*args)
 
-    def backward(self, *args: Array) -> tuple[Array, Array, Array]:
+    def backward(self, *args: Any) -> tuple[Array, Array, Array]:
         """(q, k, v, masks, output, statistics, cotangent) -> gradients of q, k and v."""
         return folded(self._backward)(*args)
 
-    def _forward(self, q: Array, k: Array, v: Array, *masks: Array) -> tuple[Array, Array]:
+    def _forward(self, q: Array, k: Array, v: Array, masks: Masks) -> tuple[Array, Array]:
         documents = self._documents(q, masks)
-        out, stats = fused_forward(q, k, v, *documents.lengths_and_offsets(q, k), self.scale, self._window(q))
+        told = documents.lengths_and_offsets(q, k)
+        out, stats = fused_forward(q, k, v, *told, self.scores.scale, self._window(q))
         return only_exact(out, documents), stats.reshape(q.shape[0], -1, *stats.shape[1:])
 
-    def _backward(self, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:
-        *masks, out, stats, cotangent = rest
+    def _backward(
+        self, q: Array, k: Array, v: Array, masks: Masks, out: Array, stats: Array, cotangent: Array
+    ) -> tuple[Array, ...]:
         documents = self._documents(q, masks)
         told = documents.lengths_and_offsets(q, k)
         stats = stats.reshape(-1, *stats.shape[2:])
-        grads = fused_backward(q, k, v, *told, stats, out, cotangent, self.scale, self._window(q))
+        grads = fused_backward(q, k, v, *told, stats, out, cotangent, self.scores.scale, self._window(q))
         return tuple(only_exact(grad, documents) for grad in grads)
 
-    def _documents(self, q: Array, masks: Sequence[Array]) -> DocumentRanges:
+    def _documents(self, q: Array, masks: Masks) -> DocumentRanges:
         q_positions, kv_positions, q_segments, kv_segments = masks
         if q.size >= 2**31:
             raise ValueError(
@@ -186,7 +182,8 @@ class Kernel:
         return dataclasses.replace(documents, exact=documents.exact & same)
 
     def _window(self, q: Array) -> int | None:
-        return None if self.window is None or self.window >= q.shape[1] else self.window
+        window = self.scores.window
+        return None if window is None or window >= q.shape[1] else window
 
 
 def only_exact(x: Float[Array, "B T N H"], documents: DocumentRanges) -> Float[Array, "B T N H"]:
@@ -200,11 +197,12 @@ def folded(function: Callable[..., Any]) -> Callable[..., Any]:
     mapped = custom_vmap(function)
 
     @mapped.def_vmap
-    def rule(size: int, batched: Sequence[bool], *args: Array) -> tuple[Any, Any]:
-        whole = (
-            x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip(args, batched, strict=True)
-        )
-        out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        def fold(x: Array, has: bool) -> Array:
+            whole = x if has else jnp.broadcast_to(x, (size, *x.shape))
+            return whole.reshape(-1, *x.shape[2:] if has else x.shape[1:])
+
+        out = mapped(*jax.tree.map(fold, args, tuple(batched)))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(
             lambda _: True, out
         )

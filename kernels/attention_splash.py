@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.attention import in_order
+from kernels.attention import Masks, Scores, in_order
 from kernels.backends import LANES, Wanted, problem
 from kernels.names import ATTENTION_OUTPUT
 
@@ -29,14 +29,9 @@ def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K W"],
+    masks: Masks,
+    scores: Scores,
     *,
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float,
     places: Int[Array, " T"] | None = None,
     stretch: int | None = None,
 ) -> Float[Array, "B T N W"]:
@@ -47,18 +42,18 @@ def splash_attention(
     text. Raises ValueError for what the kernel cannot do.
     """
     check_shapes(q, k, v, stretch)
-    positions, segments = kv_positions, kv_segments
+    q_positions, positions, q_segments, segments = masks
     if places is not None:
         positions, segments = positions[:, places], segments[:, places]
     alike = (positions == q_positions) & (segments == q_segments)
-    exact = in_order(kv_positions, kv_segments) & jnp.all(alike, axis=1)
+    exact = in_order(masks.kv_positions, masks.kv_segments) & jnp.all(alike, axis=1)
     # Of whole rows in numpy, so that which blocks meet is a constant of the program.
     rows = np.arange(q.shape[1], dtype=np.int32) if places is None else places
-    run = kernel(rows, k.shape[1], stretch or q.shape[1], window, softcap)
+    run = kernel(rows, k.shape[1], stretch or q.shape[1], scores)
     # The kernel multiplies by no scale of its own.
-    q_scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q_scaled = (q.astype(jnp.float32) * scores.scale).astype(q.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (q_scaled, k, v))
-    out = jax.vmap(run)(*heads_first, _segment_ids(q_segments, kv_segments)).swapaxes(1, 2)
+    out = jax.vmap(run)(*heads_first, _segment_ids(masks)).swapaxes(1, 2)
     # A padding query saw the padding before it; it is to see nothing.
     seen = jnp.where(q_segments > 0, 1.0, 0.0) * jnp.where(exact, 1.0, jnp.nan)[:, None]
     return out * seen[:, :, None, None].astype(out.dtype)
@@ -97,8 +92,7 @@ def kernel(
     places: Int[Array, " T"] | Int[np.ndarray, " T"],
     keys: int,
     part: int,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Callable[..., Any]:
     """JAX's kernel for one row: (q [N, T, H], k [K, S, H], v [K, S, W], segments) -> [N, T, W].
 
@@ -115,7 +109,7 @@ def kernel(
         block_q_dq=rows,
         block_kv_dq=columns,
     )
-    by_queries, by_keys = blocks_that_meet(places, keys, rows, columns, window)
+    by_queries, by_keys = blocks_that_meet(places, keys, rows, columns, scores.window)
     return splash.SplashAttentionKernel(
         by_queries,
         by_queries,
@@ -124,9 +118,9 @@ def kernel(
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=softcap,
+        attn_logits_soft_cap=scores.softcap,
         residual_checkpoint_name=ATTENTION_OUTPUT,
-        mask_function=seen_by(window),
+        mask_function=seen_by(scores.window),
         interpret=INTERPRET,
     )
 
@@ -188,7 +182,7 @@ def blocks_that_meet(
     return info(*by_queries), info(*by_keys)
 
 
-def _segment_ids(q_segments: Array, kv_segments: Array) -> Any:
+def _segment_ids(masks: Masks) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    return SegmentIds(q_segments, kv_segments)
+    return SegmentIds(masks.q_segments, masks.kv_segments)

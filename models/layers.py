@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
+from kernels.attention import Masks, Scores
 from kernels.grouped_experts import GATES, activate
 from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V, MLP_UP
 from models.config import ModelConfig
@@ -87,27 +88,14 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
-        config = self.config
         q, k, v = self.project(x, batch["positions"], spec, ops)
-        positions, segments = batch["positions"], batch["segment_ids"]
         if cache is not None:
             new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
-            cache = extend_cache(cache, new, positions[0, 0], axis=2)
+            cache = extend_cache(cache, new, batch["positions"][0, 0], axis=2)
             k, v = (cache[name].astype(x.dtype).swapaxes(1, 2) for name in new)
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
         q, k, v = name_inputs(q, k, v)
-        mixed = ops.attention(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=batch.get("kv_positions", positions),
-            q_segments=segments,
-            kv_segments=batch.get("kv_segment_ids", segments),
-            window=spec.window,
-            softcap=config.attention_softcap,
-            scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
-        )
+        mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
         out = ops.einsum("BTNH,NHD->BTD", mixed, self.o[...])
         return add_bias(out, self.o_bias), cache
 
@@ -128,6 +116,20 @@ class Attention(nnx.Module):
             frequencies, amplitude = rope_frequencies(self.config, spec)
             q, k = rotate((q, k), positions, frequencies, amplitude, ops.materialize)
         return q, k, v
+
+
+def masks_of(batch: dict[str, Array]) -> Masks:
+    """The masks of a batch [B, T] with itself or, where it is decoded, with the keys of a cache [B, S]."""
+    positions, segments = batch["positions"], batch["segment_ids"]
+    return Masks(
+        positions, batch.get("kv_positions", positions), segments, batch.get("kv_segment_ids", segments)
+    )
+
+
+def scores_of(config: ModelConfig, spec: LayerSpec, factor: float = 1.0) -> Scores:
+    """How a layer makes its scores; `factor` is on their scale."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    return Scores(window=spec.window, softcap=config.attention_softcap, scale=scale * factor)
 
 
 def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -193,26 +195,15 @@ class LatentAttention(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Attend within the batch, or, with a cache of earlier latents, to it and the batch."""
-        config, positions, segments = self.config, batch["positions"], batch["segment_ids"]
+        positions = batch["positions"]
         q, latent, k_rope = self.project(x, positions, spec, ops)
         if cache is not None:
             cache = extend_cache(cache, {"latent": latent, "k_rope": k_rope}, positions[0, 0])
             latent, k_rope = cache["latent"].astype(x.dtype), cache["k_rope"].astype(x.dtype)
         q, k, v = name_inputs(q, *self.expand(latent, k_rope, ops))
-        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-        mixed = ops.attention(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=batch.get("kv_positions", positions),
-            q_segments=segments,
-            kv_segments=batch.get("kv_segment_ids", segments),
-            window=spec.window,
-            softcap=config.attention_softcap,
-            # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
-            scale=scale * rope_frequencies(config, spec)[1] ** 2,
-        )
+        # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
+        scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
+        mixed = ops.attention(q, k, v, masks_of(batch), scores)
         return ops.einsum("BTNH,NHD->BTD", mixed, self.o[...]), cache
 
     def project(

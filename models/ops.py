@@ -22,8 +22,7 @@ def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
 class Ops:
     """What training decides; the default is one device in float32.
 
-    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], *, q_positions [B,T], kv_positions [B,S],
-    q_segments [B,T], kv_segments [B,S], window, softcap, scale) -> [B,T,N,V]`; the last three are static.
+    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], Masks, Scores) -> [B,T,N,V]`; `Scores` are static.
     experts: as `kernels.grouped_experts.run_experts`: tokens to their experts and back.
     einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
     contract_rows: `(x [M, K], y [M, N]) -> x^T y [K, N]` in float32, for the head's gradient by its table

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.attention import with_backward
+from kernels.attention import Masks, Scores, with_backward
 from kernels.attention_splash import splash_attention
 from parallel.attention.ring import AXIS, Ring
 from parallel.attention.sharded import TOKENS, differentiable, placement, split_heads
@@ -32,12 +32,11 @@ def context_attention(
 ) -> Callable[..., Array]:
     """Attention over global arrays [B, T, heads, size] whose T is split over mesh.context.
 
-    The result has the signature of `local`, a kernel for one device: `(q, k, v, *, q_positions, kv_positions,
-    q_segments, kv_segments, window, softcap, scale)`; `ring` computes for itself and does not call it, and
-    `allgather` in zigzag order hands it keys in that order. Where mesh.context is 1, `local` itself.
-    zigzag: whether T is in `zigzag_order` (never so for ulysses, whose work is even by heads).
-    Ring counts on positions to grow by one from token to token within a document. Raises ValueError for an
-    unknown kind and, when called, for sizes that do not divide.
+    The result has the signature of `local`, a kernel for one device: `(q, k, v, masks, scores)`; `ring`
+    computes for itself and does not call it, and `allgather` in zigzag order hands it keys in that order.
+    Where mesh.context is 1, `local` itself. zigzag: whether T is in `zigzag_order` (never so for ulysses,
+    whose work is even by heads). Ring counts on positions to grow by one from token to token within a
+    document. Raises ValueError for an unknown kind and, when called, for sizes that do not divide.
     Ulysses: arXiv:2309.14509; all-gather: arXiv:2407.21783, 3.3.2; ring: arXiv:2310.01889.
     """
     size = layout.mesh.shape[AXIS]
@@ -55,30 +54,22 @@ def context_attention(
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K W"],
-        *,
-        q_positions: Int[Array, "B T"],
-        kv_positions: Int[Array, "B S"],
-        q_segments: Int[Array, "B T"],
-        kv_segments: Int[Array, "B S"],
-        window: int | None = None,
-        softcap: float | None = None,
-        scale: float,
+        masks: Masks,
+        scores: Scores,
     ) -> Float[Array, "B T N W"]:
         tensor = layout.ways("act_heads")
         zigzags = uses_zigzag(kind, zigzag)
         check_context(kind, zigzags, size, tensor=tensor, num_heads=q.shape[2], seq_len=q.shape[1])
         k, v = split_heads(k, tensor), split_heads(v, tensor)
         place = placement(layout, f"context.attention={kind}", q, k, v)
-        masks = (q_positions, kv_positions, q_segments, kv_segments)
-        options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
         if kind == "ring":
-            ring = Ring(size, zigzags, **options)
+            ring = Ring(size, zigzags, scores)
             forward = place.map(ring.forward, place.arguments, (place.out, place.lse))
             backward = place.map(
                 ring.backward, (*place.arguments, place.out, place.lse, place.out), place.qkv
             )
             return with_backward(forward, backward, (q, k, v), masks)
-        inner = functools.partial(INNER[kind], functools.partial(local, **options), size)
+        inner = functools.partial(INNER[kind], functools.partial(local, scores=scores), size)
         return differentiable(inner, place, (q, k, v), masks)
 
     return attention
@@ -117,19 +108,18 @@ def check_context(
         )
 
 
-def _ulysses(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, *masks: Array) -> Array:
+def _ulysses(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, masks: Masks) -> Array:
     """[B, T/C, N, H] to [B, T, N/C, H], the kernel, and back."""
     k, v = split_heads(k, size), split_heads(v, size)
     q, k, v = (jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    out = local(q, k, v, **_named(*(_gather(m) for m in masks)))
+    out = local(q, k, v, Masks(*map(_gather, masks)))
     return jax.lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _allgather(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, *masks: Array) -> Array:
+def _allgather(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, masks: Masks) -> Array:
     """Queries stay; its transpose is a reduce-scatter of the gradients of keys and values."""
-    q_positions, kv_positions, q_segments, kv_segments = masks
-    k, v, kv_positions, kv_segments = (_gather(x) for x in (k, v, kv_positions, kv_segments))
-    return local(q, k, v, **_named(q_positions, kv_positions, q_segments, kv_segments))
+    k, v, positions, segments = (_gather(x) for x in (k, v, masks.kv_positions, masks.kv_segments))
+    return local(q, k, v, masks._replace(kv_positions=positions, kv_segments=segments))
 
 
 INNER = {"ulysses": _ulysses, "allgather": _allgather}
@@ -137,17 +127,6 @@ INNER = {"ulysses": _ulysses, "allgather": _allgather}
 
 def _gather(x: Array) -> Array:
     return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
-
-
-def _named(
-    q_positions: Array, kv_positions: Array, q_segments: Array, kv_segments: Array
-) -> dict[str, Array]:
-    return {
-        "q_positions": q_positions,
-        "kv_positions": kv_positions,
-        "q_segments": q_segments,
-        "kv_segments": kv_segments,
-    }
 
 
 def zigzag_order(length: int, size: int) -> np.ndarray:
@@ -185,17 +164,15 @@ def splash_of_parts(parts: int, *, zigzag: bool) -> Callable[..., Array]:
     For use inside the `shard_map` of `context_attention`. zigzag: whether rows are in `zigzag_order`.
     """
 
-    def attention(
-        q: Array, k: Array, v: Array, *, kv_positions: Array, kv_segments: Array, **rest: Any
-    ) -> Array:
+    def attention(q: Array, k: Array, v: Array, masks: Masks, scores: Scores) -> Array:
         if zigzag:
-            k, v, kv_positions, kv_segments = (
-                text_order(x, parts) for x in (k, v, kv_positions, kv_segments)
+            k, v, positions, segments = (
+                text_order(x, parts) for x in (k, v, masks.kv_positions, masks.kv_segments)
             )
+            masks = masks._replace(kv_positions=positions, kv_segments=segments)
         length = q.shape[1]
         places, stretch = query_places(length, parts, zigzag), length // 2 if zigzag else length
-        masks = {"kv_positions": kv_positions, "kv_segments": kv_segments, **rest}
-        return splash_attention(q, k, v, places=places, stretch=stretch, **masks)
+        return splash_attention(q, k, v, masks, scores, places=places, stretch=stretch)
 
     return attention
 

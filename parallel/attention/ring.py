@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.attention import Masks, Scores
+
 AXIS = "context"
 ATTENTION_OUTPUT = "ring_attention"  # checkpoint name of what ring's backward needs: a policy may keep it
 TILE = 512  # queries whose scores exist at once
@@ -30,22 +32,17 @@ class Ring:
 
     size: int
     zigzag: bool
-    window: int | None
-    softcap: float | None
-    scale: float
+    scores: Scores
 
     def forward(
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K W"],
-        q_positions: Int[Array, "B T"],
-        kv_positions: Int[Array, "B T"],
-        q_segments: Int[Array, "B T"],
-        kv_segments: Int[Array, "B T"],
+        masks: Masks,
     ) -> tuple[Float[Array, "B T N W"], Float[Array, "B K G T"]]:
         """Output and log-sum-exp of this device's queries over all keys; zeros for a padding query."""
-        dtype, queries = q.dtype, (q_positions, q_segments)
+        dtype, queries = q.dtype, (masks.q_positions, masks.q_segments)
         q, k, v = _queries_first(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
         length = q.shape[3]
         tile = self._tile(length)
@@ -62,7 +59,7 @@ class Ring:
 
         rows = q.shape[:-1]
         empty = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, HIDDEN), jnp.zeros(rows))
-        total, top, weight = self._walk(visit, empty, (k, v, kv_positions, kv_segments), length)
+        total, top, weight = self._walk(visit, empty, (k, v, masks.kv_positions, masks.kv_segments), length)
         weight = jnp.where(weight > 0, weight, 1.0)  # a padding query saw nothing: its total is 0
         return _heads_last(total / weight[..., None]).astype(dtype), top + jnp.log(weight)
 
@@ -71,10 +68,7 @@ class Ring:
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K W"],
-        q_positions: Int[Array, "B T"],
-        kv_positions: Int[Array, "B T"],
-        q_segments: Int[Array, "B T"],
-        kv_segments: Int[Array, "B T"],
+        masks: Masks,
         out: Float[Array, "B T N W"],
         lse: Float[Array, "B K G T"],
         dout: Float[Array, "B T N W"],
@@ -83,7 +77,8 @@ class Ring:
 
         A block's dk and dv travel one step behind it, in float32, and then go home.
         """
-        dtypes, kv_heads, queries = (q.dtype, k.dtype, v.dtype), k.shape[2], (q_positions, q_segments)
+        dtypes, kv_heads = (q.dtype, k.dtype, v.dtype), k.shape[2]
+        queries = masks.q_positions, masks.q_segments
         q, out, dout = (_queries_first(x, kv_heads) for x in (q, out, dout))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         length = q.shape[3]
@@ -111,7 +106,7 @@ class Ring:
             return dq, added if travelling is None else jax.tree.map(jnp.add, travelling, added)
 
         start = (jnp.zeros(q.shape), None)
-        dq, travelling = self._walk(visit, start, (k, v, kv_positions, kv_segments), length)
+        dq, travelling = self._walk(visit, start, (k, v, masks.kv_positions, masks.kv_segments), length)
         dk, dv = self._shift(travelling, 1 - self._steps(length))
         dq, dk, dv = _heads_last(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
         return dq.astype(dtypes[0]), dk.astype(dtypes[1]), dv.astype(dtypes[2])
@@ -134,9 +129,10 @@ class Ring:
 
     def _steps(self, length: int) -> int:
         """Blocks worth a visit: in text order a window reaches only so far back, on every device alike."""
-        if self.window is None or self.zigzag:
+        window = self.scores.window
+        if window is None or self.zigzag:
             return self.size
-        return min(self.size, 1 + -(-(self.window - 1) // length))
+        return min(self.size, 1 + -(-(window - 1) // length))
 
     def _shift(self, tree: Any, by: int) -> Any:
         """Every device's arrays to the device `by` further on."""
@@ -178,13 +174,12 @@ class Ring:
         )
         behind = q_positions - kv_positions
         mask = (q_segments == kv_segments) & (q_segments > 0) & (behind >= 0)
-        if self.window is not None:
-            mask &= behind < self.window
+        if self.scores.window is not None:
+            mask &= behind < self.scores.window
         return _cut(keys, part, length, 2), _cut(values, part, length, 2), mask[:, None, None]
 
     def _scores(self, q: Array, keys: Array) -> Float[Array, "B K G T S"]:
-        scores = self.scale * _dot("BKGTH,BKSH->BKGTS", q, keys)
-        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+        return self.scores.bounded(self.scores.scale * _dot("BKGTH,BKSH->BKGTS", q, keys))
 
     def _merge(self, old: Sequence[Array], q: Array, keys: Array, values: Array, mask: Array) -> list[Array]:
         """Add a tile to (sum of weighted values, top score, sum of weights), weights relative to the top."""
@@ -202,9 +197,9 @@ class Ring:
         scores = self._scores(q, keys)
         weights = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0.0)
         dscores = weights * (_dot("BKGTW,BKSW->BKGTS", dout, values) - shared[..., None])
-        if self.softcap is not None:
-            dscores *= 1.0 - jnp.square(scores / self.softcap)
-        dscores = (self.scale * dscores).astype(keys.dtype)
+        if self.scores.softcap is not None:
+            dscores *= self.scores.slope(scores)
+        dscores = (self.scores.scale * dscores).astype(keys.dtype)
         return [
             _dot("BKGTS,BKSH->BKGTH", dscores, keys),
             _dot("BKGTS,BKGTH->BKSH", dscores, q),

@@ -10,15 +10,16 @@ size, W value head size, M documents a row at most.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels import attention_cudnn, attention_splash
-from kernels.attention import with_backward
+from kernels.attention import Masks, Scores, with_backward
 from parallel.axes import Layout
 
 HEADS = ("batch", "length", "act_heads", None)
@@ -35,9 +36,13 @@ def sharded_cudnn(layout: Layout, max_documents: int) -> Callable[..., Array]:
     check_whole_rows(layout, "cudnn")
 
     def attention(
-        q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K W"], **options: Any
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K W"],
+        masks: Masks,
+        scores: Scores,
     ) -> Float[Array, "B T N H"]:
-        kernel, masks = attention_cudnn.prepare(q, k, v, max_documents=max_documents, **options)
+        kernel = attention_cudnn.prepare(q, k, v, scores, max_documents)
         k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
         place = placement(layout, "training.attention=cudnn", q, k, v)
         stats = PartitionSpec(place.out[0], None, place.out[2], None)  # [B, M, N, T]
@@ -61,24 +66,14 @@ def sharded_splash(layout: Layout) -> Callable[..., Array]:
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K W"],
-        *,
-        q_positions: Int[Array, "B T"],
-        kv_positions: Int[Array, "B T"],
-        q_segments: Int[Array, "B T"],
-        kv_segments: Int[Array, "B T"],
-        **options: Any,
+        masks: Masks,
+        scores: Scores,
     ) -> Float[Array, "B T N W"]:
         k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
 
-        def inner(q: Array, k: Array, v: Array, *masks: Array) -> Array:
-            names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
-            named: dict[str, Any] = dict(zip(names, masks, strict=True))
-            return attention_splash.splash_attention(q, k, v, **named, **options)
-
-        masks = (q_positions, kv_positions, q_segments, kv_segments)
-        return differentiable(
-            inner, placement(layout, "training.attention=splash", q, k, v), (q, k, v), masks
-        )
+        inner = partial(attention_splash.splash_attention, scores=scores)
+        place = placement(layout, "training.attention=splash", q, k, v)
+        return differentiable(inner, place, (q, k, v), masks)
 
     return attention
 
@@ -112,12 +107,12 @@ class Placement:
 
     mesh: Mesh
     qkv: tuple[PartitionSpec, PartitionSpec, PartitionSpec]
-    tokens: PartitionSpec  # positions and segments
+    tokens: PartitionSpec  # of positions and segments
 
     @property
     def arguments(self) -> tuple[PartitionSpec, ...]:
-        """Of q, k, v, and the positions and segments of queries and keys."""
-        return (*self.qkv, *(self.tokens,) * 4)
+        """Of q, k, v and, all alike, the arrays of `Masks`."""
+        return (*self.qkv, self.tokens)
 
     @property
     def out(self) -> PartitionSpec:
@@ -152,7 +147,7 @@ def placement(layout: Layout, what: str, q: Array, k: Array, v: Array) -> Placem
 
 
 def differentiable(
-    inner: Callable[..., Array], place: Placement, qkv: tuple[Array, ...], masks: tuple[Array, ...]
+    inner: Callable[..., Array], place: Placement, qkv: tuple[Array, ...], masks: Masks
 ) -> Array:
     """`inner`, what one device does, over global arrays, with a shard_map each for forward and backward.
 
@@ -161,22 +156,22 @@ def differentiable(
     """
 
     @jax.custom_vjp
-    def attend(*args: Array) -> Array:
+    def attend(*args: Any) -> Array:
         return place.map(inner, place.arguments, place.out)(*args)
 
-    def local_forward(*args: Array) -> tuple[Array, Any]:
-        out, pull = jax.vjp(lambda *qkv: inner(*qkv, *args[3:]), *args[:3])
+    def local_forward(*args: Any) -> tuple[Array, Any]:
+        out, pull = jax.vjp(lambda *qkv: inner(*qkv, args[3]), *args[:3])
         return out, jax.tree.map(lambda x: x[None], pull)
 
     def local_backward(pull: Any, cotangent: Array) -> tuple[Array, ...]:
         return jax.tree.map(lambda x: x[0], pull)(cotangent)
 
-    def attend_forward(*args: Array) -> tuple[Array, Any]:
+    def attend_forward(*args: Any) -> tuple[Array, Any]:
         return place.map(local_forward, place.arguments, (place.out, place.everywhere))(*args)
 
     def attend_backward(pull: Any, cotangent: Array) -> tuple[Array | None, ...]:
         grads = place.map(local_backward, (place.everywhere, place.out), place.qkv)(pull, cotangent)
-        return (*grads, None, None, None, None)
+        return (*grads, None)
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend(*qkv, *masks)
+    return attend(*qkv, masks)

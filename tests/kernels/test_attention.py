@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import chunked_attention, reference_attention, xla_attention
+from kernels.attention import Masks, Scores, chunked_attention, reference_attention, xla_attention
 from kernels.attention_cpu import fused_attention
 from tests.models.decoders import loop_attention, make_batch, slope
 
@@ -37,9 +37,8 @@ def make_inputs(kv_heads: int, documents: list, length: int = 8, heads: int = 4,
     return (q, k, v), jax.random.normal(keys[3], q.shape), make_batch(documents, length)
 
 
-def masks(batch: dict) -> dict:
-    positions, segments = jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"])
-    return dict(q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments)
+def masks(batch: dict) -> Masks:
+    return Masks.of_rows(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
 
 
 # What xla cannot do, it refuses.
@@ -49,7 +48,7 @@ PAIRS = [(b, f) for b in BACKENDS for f in FEATURES if b != "xla" or f not in ("
 def test_scores_that_xla_cannot_bound_are_refused():
     (q, k, v), _, batch = make_inputs(2, [[8]])
     with pytest.raises(ValueError, match=r"training.attention=xla cannot bound scores .* use training.att"):
-        xla_attention(q, k, v, **masks(batch), softcap=5.0, scale=0.5)
+        xla_attention(q, k, v, masks(batch), Scores(softcap=5.0, scale=0.5))
 
 
 @pytest.mark.parametrize(("backend", "feature"), PAIRS)
@@ -60,7 +59,7 @@ def test_attention_equals_loops_in_forward_and_gradient(backend, feature):
 
     @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def run(q, k, v):
-        out = BACKENDS[backend](q, k, v, **masks(batch), window=window, softcap=softcap, scale=0.5)
+        out = BACKENDS[backend](q, k, v, masks(batch), Scores(window=window, softcap=softcap, scale=0.5))
         return jnp.vdot(out, cotangent), out
 
     grads, out = jax.jit(run)(*inputs)
@@ -78,7 +77,7 @@ def test_padding_gives_zeros_and_finite_gradients(backend):
     (q, k, v), cotangent, batch = make_inputs(2, [[3], []])
 
     def run(q):
-        out = BACKENDS[backend](q, k, v, **masks(batch), scale=0.5)
+        out = BACKENDS[backend](q, k, v, masks(batch), Scores(scale=0.5))
         return jnp.vdot(out, cotangent), out
 
     grad, out = jax.jit(jax.grad(run, has_aux=True))(q)
@@ -106,7 +105,7 @@ def test_only_the_reference_holds_a_square_buffer(backend, quadratic):
     (q, k, v), _, batch = make_inputs(2, [[length]], length)
 
     def run(q, k, v):
-        return BACKENDS[backend](q, k, v, **masks(batch), scale=0.5).sum()
+        return BACKENDS[backend](q, k, v, masks(batch), Scores(scale=0.5)).sum()
 
     shapes = shapes_in(jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(q, k, v).jaxpr)
     assert any(shape.count(length) >= 2 for shape in shapes) == quadratic
@@ -115,7 +114,7 @@ def test_only_the_reference_holds_a_square_buffer(backend, quadratic):
 @pytest.mark.parametrize("attention", [chunked_attention, fused_attention])
 def test_blocks_need_not_divide_the_length(attention):
     (q, k, v), _, batch = make_inputs(2, [[7], [3, 4]], 7)
-    got = jax.jit(partial(attention, scale=0.5, block=4))(q, k, v, **masks(batch))
+    got = jax.jit(partial(attention, scores=Scores(scale=0.5), block=4))(q, k, v, masks(batch))
     expected = loop_attention(q, k, v, batch, None, None, 0.5)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
@@ -124,14 +123,14 @@ def test_fused_attention_refuses_rows_out_of_order_by_nan():
     (q, k, v), _, batch = make_inputs(2, [[8], [3, 5]])
     order = np.array([4, 5, 6, 7, 0, 1, 2, 3])
     batch["positions"][0] = order  # a query sees keys that lie behind it
-    out = fused_attention(q, k, v, **masks(batch), scale=0.5, block=4)
+    out = fused_attention(q, k, v, masks(batch), Scores(scale=0.5), block=4)
     assert np.all(np.isnan(out[0])) and np.all(np.isfinite(out[1]))
 
 
 def test_fused_attention_refuses_keys_of_another_row():
     (q, k, v), _, batch = make_inputs(2, [[8], [3, 5]])
     with pytest.raises(ValueError, match="not 4 and 8 positions; use training.attention=chunked"):
-        fused_attention(q[:, :4], k, v, **masks(batch), scale=0.5)
+        fused_attention(q[:, :4], k, v, masks(batch), Scores(scale=0.5))
 
 
 def test_fused_attention_in_bfloat16_rounds_factors_alone():
@@ -139,7 +138,7 @@ def test_fused_attention_in_bfloat16_rounds_factors_alone():
 
     @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def run(q, k, v, dtype):
-        out = fused_attention(q, k, v, **masks(batch), scale=0.5, dtype=dtype)
+        out = fused_attention(q, k, v, masks(batch), Scores(scale=0.5), dtype=dtype)
         return jnp.vdot(out, cotangent), out
 
     rough, exact = run(q, k, v, jnp.bfloat16), run(q, k, v, None)
@@ -152,13 +151,12 @@ def test_fused_attention_in_bfloat16_rounds_factors_alone():
 def test_masks_of_blocks_are_not_kept_for_all_layers():
     """They hang on positions alone, so that JAX would move them out of a loop over layers, T² of them."""
     x, positions = jnp.ones((1, 64, 4, 8)), jnp.arange(64)[None]
-    names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
-    rows = dict.fromkeys(names, positions)
+    rows = Masks.of_rows(positions, positions)
 
     def loss(x):
         def layer(x, scale):
             x = x * scale
-            return x + chunked_attention(x, x, x, **rows, scale=1.0, block=16), None
+            return x + chunked_attention(x, x, x, rows, Scores(scale=1.0), block=16), None
 
         return jnp.sum(jax.lax.scan(layer, x, jnp.ones(3))[0])
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import chunked_attention, reference_attention
+from kernels.attention import Masks, Scores, chunked_attention, reference_attention
 from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model
@@ -60,18 +60,14 @@ def test_values_may_be_narrower_or_wider_than_keys(size):
     draw = lambda heads, size: jnp.asarray(rng.normal(size=(2, 8, heads, size)), jnp.float32)  # noqa: E731
     q, k, v = draw(4, 8), draw(2, 8), draw(2, size)
     batch = make_batch([[3, 5], [6]], 8)
-    places = {
-        f"{side}_{what}": batch[name]
-        for side in ("q", "kv")
-        for what, name in (("positions", "positions"), ("segments", "segment_ids"))
-    }
-    out = reference_attention(q, k, v, **places, scale=0.3)
+    places, scores = Masks.of_rows(batch["positions"], batch["segment_ids"]), Scores(scale=0.3)
+    out = reference_attention(q, k, v, places, scores)
     assert out.shape == (2, 8, 4, size)
     for piece in range(0, size, 3):
         square = jnp.pad(v[..., piece : piece + 3], ((0, 0), (0, 0), (0, 0), (0, 5)))
-        want = reference_attention(q, k, square, **places, scale=0.3)[..., :3]
+        want = reference_attention(q, k, square, places, scores)[..., :3]
         np.testing.assert_allclose(out[..., piece : piece + 3], want, atol=1e-6)
-    blocks = chunked_attention(q, k, v, **places, scale=0.3, block=4)
+    blocks = chunked_attention(q, k, v, places, scores, block=4)
     np.testing.assert_allclose(blocks, out, atol=1e-6)
 
 

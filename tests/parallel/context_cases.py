@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.attention import Masks, Scores
 from parallel.config import MESH_AXES, MeshConfig
 from parallel.mesh import build_layout
 
@@ -26,19 +27,18 @@ def layout_of(**sizes):
     return build_layout(config, jax.devices()[:devices])
 
 
-def dense_attention(
-    q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, window=None, softcap=None, scale
-):
+def dense_attention(q, k, v, masks, scores):
     """Attention as its definition reads, K/V heads repeated: nothing to get wrong."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    q_positions, kv_positions, q_segments, kv_segments = masks
+    products = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scores.scale
+    if (cap := scores.softcap) is not None:
+        products = cap * jnp.tanh(products / cap)
     behind = q_positions[:, :, None] - kv_positions[:, None, :]
     mask = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments > 0)[:, :, None] & (behind >= 0)
-    if window is not None:
-        mask &= behind < window
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1) * mask[:, None]
+    if scores.window is not None:
+        mask &= behind < scores.window
+    weights = jax.nn.softmax(jnp.where(mask[:, None], products, -1e30), axis=-1) * mask[:, None]
     return jnp.einsum("BNTS,BSNW->BTNW", weights, v).astype(q.dtype)
 
 
@@ -64,9 +64,8 @@ def make_inputs(kv_heads=HEADS, value_size=8, heads=HEADS, size=8, length=LENGTH
 
 def value_and_grads(attention, q, k, v, cotangent, positions, segments, **options):
     """Output, and gradients of q, k and v."""
-    masks = {"q_positions": positions, "kv_positions": positions}
-    masks |= {"q_segments": segments, "kv_segments": segments}
-    out, pull = jax.vjp(lambda *qkv: attention(*qkv, **masks, scale=0.3, **options), q, k, v)
+    masks, scores = Masks.of_rows(positions, segments), Scores(scale=0.3, **options)
+    out, pull = jax.vjp(lambda *qkv: attention(*qkv, masks, scores), q, k, v)
     return out, *pull(cotangent)
 
 

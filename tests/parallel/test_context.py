@@ -95,9 +95,9 @@ def test_stages_side_by_side_equal_one_device(kind, zigzag):
     sizes, options = FEATURES["all"]
     inner = context_attention(kind, layout, dense_attention, zigzag=zigzag)
 
-    def attention(q, k, v, **rest):
+    def attention(q, k, v, masks, scores):
         def layer(total, share):
-            return total + share * jax.checkpoint(functools.partial(inner, **rest))(q, k, v), None
+            return total + share * jax.checkpoint(lambda *qkv: inner(*qkv, masks, scores))(q, k, v), None
 
         zeros = jnp.zeros((*q.shape[:3], v.shape[3]))
         return jax.lax.scan(layer, zeros, jnp.array([0.25, 0.75]))[0]
@@ -231,7 +231,7 @@ def test_merging_blocks_without_the_cotangent_of_their_lse_would_be_seen():
         lse = jax.lax.stop_gradient(jax.nn.logsumexp(scores, axis=-1))
         return jnp.einsum("BNTS,BSNW->BTNW", jax.nn.softmax(scores, axis=-1) * mask[:, None], v), lse
 
-    def naive(q, k, v, **_):
+    def naive(q, k, v, masks, scores):
         (one, lse_one), (two, lse_two) = (
             block(q, *(jnp.split(x, 2, axis=1)[half] for x in (k, v)), half) for half in (0, 1)
         )
@@ -255,8 +255,8 @@ def test_remat_may_keep_what_the_backward_ring_needs():
     attention = context_attention("ring", layout_of(**EIGHT), dense_attention, zigzag=True)
 
     def work(policy):
-        def kept(q, k, v, **rest):
-            return jax.checkpoint(functools.partial(attention, **rest), policy=policy)(q, k, v)
+        def kept(q, k, v, masks, scores):
+            return jax.checkpoint(lambda *qkv: attention(*qkv, masks, scores), policy=policy)(q, k, v)
 
         run = functools.partial(value_and_grads, kept)
         return dot_flops(jax.make_jaxpr(run)(*make_inputs(), *make_masks()).jaxpr)

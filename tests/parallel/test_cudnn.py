@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import attention_cudnn as cudnn
 from kernels import backends
-from kernels.attention import attention_mask, reference_attention
+from kernels.attention import Masks, Scores, attention_mask, reference_attention
 from parallel.attention.context import context_attention
 from parallel.attention.sharded import sharded_cudnn
 from parallel.axes import Layout
@@ -90,13 +90,7 @@ def one_device():
 
 
 def masks_of(positions, segments):
-    positions, segments = jnp.asarray(positions), jnp.asarray(segments)
-    return {
-        "q_positions": positions,
-        "kv_positions": positions,
-        "q_segments": segments,
-        "kv_segments": segments,
-    }
+    return Masks.of_rows(jnp.asarray(positions), jnp.asarray(segments))
 
 
 def both(attention, inputs, positions, segments, **options):
@@ -135,24 +129,16 @@ def test_equals_the_reference_on_a_mesh(kernel, sizes):
 def test_rows_that_are_not_packed_need_no_offsets(kernel, monkeypatch):
     def told(q, k, v, q_lengths, kv_lengths, q_offsets, kv_offsets, scale, window):
         assert q_lengths.shape == (2,) and q_offsets.size == kv_offsets.size == 0
-        return reference_attention(
-            q,
-            k,
-            v,
-            q_positions=jnp.arange(LENGTH)[None],
-            kv_positions=jnp.arange(LENGTH)[None],
-            q_segments=1 * (jnp.arange(LENGTH) < q_lengths[:, None]),
-            kv_segments=1 * (jnp.arange(LENGTH) < q_lengths[:, None]),
-            scale=scale,
-        ), jnp.zeros((2, q.shape[2], LENGTH))
+        masks = masks_of(jnp.arange(LENGTH)[None], 1 * (jnp.arange(LENGTH) < q_lengths[:, None]))
+        return reference_attention(q, k, v, masks, Scores(scale=scale)), jnp.zeros((2, q.shape[2], LENGTH))
 
     monkeypatch.setattr(cudnn, "fused_forward", told)
     positions, segments = cases.make_masks([[20], [32]], LENGTH)
     attention = sharded_cudnn(one_device(), 1)
     q, k, v, _ = make_inputs(2, 2)
     masks = masks_of(positions, segments)
-    expected = reference_attention(q, k, v, **masks, scale=0.3)
-    assert close([attention(q, k, v, **masks, scale=0.3)], [expected])
+    expected = reference_attention(q, k, v, masks, Scores(scale=0.3))
+    assert close([attention(q, k, v, masks, Scores(scale=0.3))], [expected])
 
 
 @pytest.mark.parametrize("axis", ["pipeline", "replica"])
@@ -166,8 +152,8 @@ def test_vmapped_over_a_mesh_axis(kernel, axis):
     inputs = [jnp.stack([x, x + 1]) for x in make_inputs(2, 2)]
     masks = [np.stack(pair) for pair in zip((positions, segments), other, strict=True)]
 
-    def recomputed(q, k, v, **masks):
-        return jax.checkpoint(lambda *qkv: attention(*qkv, **masks))(q, k, v)
+    def recomputed(q, k, v, masks, scores):
+        return jax.checkpoint(lambda *qkv: attention(*qkv, masks, scores))(q, k, v)
 
     stages = jax.vmap(lambda *args: cases.value_and_grads(recomputed, *args), spmd_axis_name=axis)
     got = jax.jit(stages)(*inputs, *masks)
@@ -220,7 +206,7 @@ def test_where_exact_the_lists_say_what_the_mask_says(seed):
     positions, segments = random_rows(np.random.default_rng(seed), rows)
     documents = cudnn.find_documents(jnp.asarray(positions), jnp.asarray(segments), DOCUMENTS)
     exact = np.asarray(documents.exact)
-    mask = np.asarray(attention_mask(positions, positions, segments, segments, None))
+    mask = np.asarray(attention_mask(Masks.of_rows(positions, segments), None))
     np.testing.assert_array_equal(mask_told(documents, rows)[exact], mask[exact])
     counts = segments.max(axis=1)
     assert (exact <= (counts <= DOCUMENTS)).all()
@@ -263,8 +249,8 @@ def test_a_row_that_cannot_be_told_is_nan_and_its_neighbour_is_not(kernel, what)
 def test_keys_of_another_row_are_nan(kernel):
     positions, segments = cases.make_masks([[20, 12]], LENGTH)
     q, k, v, _ = make_inputs(1, 2)
-    masks = {**masks_of(positions, segments), "kv_segments": jnp.asarray(segments[:, ::-1])}
-    out = sharded_cudnn(one_device(), 3)(q, k, v, **masks, scale=0.3)
+    masks = masks_of(positions, segments)._replace(kv_segments=jnp.asarray(segments[:, ::-1]))
+    out = sharded_cudnn(one_device(), 3)(q, k, v, masks, Scores(scale=0.3))
     assert np.isnan(out).all()
 
 
@@ -298,9 +284,9 @@ def test_the_problem_is_raised_where_it_is_called(kernel):
     attention = sharded_cudnn(one_device(), 3)
     q, k, v, _ = make_inputs(1, 2)
     with pytest.raises(ValueError, match="attention_softcap=5"):
-        attention(q, k, v, **masks, scale=1.0, softcap=5.0)
+        attention(q, k, v, masks, Scores(scale=1.0, softcap=5.0))
     with pytest.raises(ValueError, match="not 32 and 16 positions; use context.attention=ulysses"):
-        attention(q, k[:, :16], v[:, :16], **masks, scale=1.0)
+        attention(q, k[:, :16], v[:, :16], masks, Scores(scale=1.0))
 
 
 def fake_device(platform, capability, kind):
@@ -348,7 +334,7 @@ def test_compiles_for_a_described_gpu_under_a_pipeline(window):
     def stage(q, k, v, positions, segments):
         def loss(*qkv):
             masks = masks_of(positions, segments)
-            return jnp.sum(attention(*qkv, **masks, scale=0.1, window=window).astype(jnp.float32))
+            return jnp.sum(attention(*qkv, masks, Scores(scale=0.1, window=window)).astype(jnp.float32))
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 

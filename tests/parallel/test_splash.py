@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kernels import attention_splash as splash
-from kernels.attention import attention_mask, reference_attention
+from kernels.attention import Masks, Scores, attention_mask, reference_attention
 from parallel.attention.context import (
     context_attention,
     permute_batch,
@@ -115,9 +115,8 @@ def test_a_row_in_another_order_is_nan_and_its_neighbour_is_not():
     segments = np.stack([*NOT_IN_ORDER.values(), np.repeat([1, 2], 128)]).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), segments.shape)
     q, k, v, _ = make_inputs(1, heads=1, rows=3)
-    masks = {"q_positions": positions, "kv_positions": positions}
-    masks |= {"q_segments": segments, "kv_segments": segments}
-    out = jax.jit(lambda *qkv: splash.splash_attention(*qkv, **masks, scale=0.3))(q, k, v)
+    masks, scores = Masks.of_rows(positions, segments), Scores(scale=0.3)
+    out = jax.jit(lambda *qkv: splash.splash_attention(*qkv, masks, scores))(q, k, v)
     assert np.isnan(out[:2]).all() and np.isfinite(out[2]).all()
 
 
@@ -143,7 +142,7 @@ def test_the_mask_is_that_of_attention():
     places = jnp.arange(64)[None]
     ones = jnp.ones_like(places)
     for window in (None, 1, 7):
-        expected = attention_mask(places, places, ones, ones, window)[0]
+        expected = attention_mask(Masks.of_rows(places, ones), window)[0]
         np.testing.assert_array_equal(splash.seen_by(window)(places.T, places), expected)
 
 
@@ -152,11 +151,11 @@ def test_what_cannot_be_is_refused(monkeypatch):
         sharded_splash(cases.layout_of(context=2))
     q, k, v, _ = make_inputs(1)
     one = jnp.ones((2, LENGTH), jnp.int32)
-    masks = {"q_positions": one, "kv_positions": one, "q_segments": one, "kv_segments": one}
+    masks, scores = Masks.of_rows(one, one), Scores(scale=1.0)
     with pytest.raises(ValueError, match=r"queries and keys of one row, not 256 and 128 positions"):
-        splash.splash_attention(q, k[:, :128], v[:, :128], **masks, scale=1.0)
+        splash.splash_attention(q, k[:, :128], v[:, :128], masks, scores)
     with pytest.raises(ValueError, match="in multiples of 128, not data.seq_len=100; use data.seq_len=128"):
-        splash.splash_attention(q[:, :100], k[:, :100], v[:, :100], **masks, scale=1.0)
+        splash.splash_attention(q[:, :100], k[:, :100], v[:, :100], masks, scores)
     monkeypatch.setattr(splash, "INTERPRET", False)
     with pytest.raises(ValueError, match="splash needs TPUs, not cpu; use training.attention=chunked"):
         sharded_splash(SimpleNamespace(mesh=SimpleNamespace(devices=np.array(jax.devices()[:1]))))
