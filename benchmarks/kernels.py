@@ -52,16 +52,19 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
 
     from benchmarks.workload import synthetic_batch
     from kernels.attention import Masks, Scores
-    from parallel.attention.choose import build_attention, choose_attention
+    from parallel.attention.choose import build_attention
     from parallel.mesh import build_layout
     from training.config import Config, TrainingConfig
+    from training.legal.attention import documents_of
+    from training.program import attention_of
 
     rows, length, size = asked.rows, asked.length, asked.size
     batch = synthetic_batch(rows, length, 128, seed=0, packed=True)
     config = Config(training=TrainingConfig(attention=name, max_documents=int(batch["segment_ids"].max())))
     config.mesh.rules = read_rules()
     layout, dtype = build_layout(config.mesh, jax.devices()[:1]), jnp.dtype(asked.precision)
-    attention = build_attention(choose_attention(config, layout, dtype).name, config, layout)
+    backend = attention_of(config, layout, dtype).name
+    attention = build_attention(backend, layout, config.context, documents_of(config))
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (asked.heads, asked.kv_heads, asked.kv_heads)
     qkv = [jax.random.normal(k, (rows, length, n, size), dtype) for k, n in zip(keys, heads, strict=True)]

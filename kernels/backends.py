@@ -1,8 +1,8 @@
 """Attention backends: one table of what each can do, one sentence for what it cannot, and the choice of one.
 
-Only numbers and names are compared: `training.legal.nearest` asks before devices are known,
-`training.attention` when they are, and kernels by the shapes that reach them. Masks are exact for packed
-documents on every backend, in forward and gradient; the table says for which rows.
+Only numbers and names are compared: `training.legal` asks before devices are known, `parallel.attention`
+when they are, and kernels by the shapes that reach them. Masks are exact for packed documents on every
+backend, in forward and gradient; the table says for which rows.
 """
 
 from collections.abc import Mapping
@@ -113,31 +113,6 @@ class Wanted:
     capability: tuple[int, ...] | None = None
     devices: int | None = None
     device: str = "this device"
-
-
-def wanted_of(config: Any, context: int, **known: Any) -> Wanted:
-    """What a root Config asks for where mesh.context splits rows so many ways; `known`: of the devices."""
-    model, length = config.model, config.data.seq_len
-    kind = config.context.attention if context > 1 else None
-    parts = context * (2 if config.context.zigzags else 1) if kind not in (None, "ulysses") else 1
-    return Wanted(
-        head_dim=model.head_dim,
-        value_dim=model.mla.v_head_dim if model.mla is not None else model.head_dim,
-        grouped=model.num_kv_heads < model.num_heads,
-        window=model.window,
-        softcap=model.attention_softcap,
-        packed=documents_of(config) > 1,
-        order="text" if parts > 1 else "whole",
-        context=kind,
-        part=length // parts,
-        **known,
-    )
-
-
-def documents_of(config: Any) -> int:
-    """Documents that a row may hold, for kernels that must be told of them."""
-    alone = config.data.packing == "none" and not config.data.curriculum  # which cuts a document into several
-    return 1 if alone else config.training.max_documents
 
 
 def facts_of(device: Any) -> dict[str, Any]:

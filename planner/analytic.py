@@ -14,7 +14,7 @@
 Memory: `planner.analytic_memory`; collectives: `planner.analytic_traffic`.
 """
 
-from kernels.backends import choose, wanted_of
+from kernels.backends import choose
 from kernels.einsum_8bit import PRODUCTS
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
@@ -24,6 +24,7 @@ from planner.described_devices import GPUS
 from planner.sizes import Parameter, Sizes, parameters_of, part_of, sizes_of
 from planner.work import StepCost
 from training.config import Config
+from training.legal.attention import wanted_attention
 from training.precision import compute_dtype
 
 HALVES = ("cudnn", "splash", "fused", "ring")  # compute only what a causal mask leaves
@@ -57,7 +58,7 @@ def attention_of(config: Config, machine: Machine) -> tuple[str, str]:
         "devices": machine.devices,
     }
     context = mesh_shape(config.mesh, machine.devices)["context"]
-    choice = choose(config.training.attention, wanted_of(config, context, **facts))
+    choice = choose(config.training.attention, wanted_attention(config, context, **facts))
     return choice.name, choice.why
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from kernels.attention import QUERY_BLOCK
-from kernels.backends import documents_of
 from models.config import ModelConfig
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
@@ -27,6 +26,7 @@ from parallel.schedules.stage_layout import main_segment
 from parallel.schedules.tables import Schedule
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from training.config import Config
+from training.legal.attention import documents_of
 from training.state import balance_mask, decay_mask, is_info, make_state, matrix_dims
 
 Path = tuple[str, ...]

@@ -20,13 +20,13 @@ from artifacts.summary import print_summary, summarize
 from common.errors import RunFault
 from data.loading.loader import Prefetcher
 from kernels.attention_cudnn import check_documents
-from kernels.backends import documents_of
 from parallel import processes
 from training.autoscale.apply import scale
 from training.compile_cache import start_compile_cache
 from training.config import Config, inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.evaluate import evaluate, weighed
+from training.legal.attention import documents_of
 from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.safety.faults import before_the_first_step, in_mid_run

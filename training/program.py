@@ -24,7 +24,7 @@ from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel import processes
 from parallel.attention.choose import build_attention, choose_attention
-from parallel.attention.context import Zigzag, uses_zigzag
+from parallel.attention.context import Zigzag
 from parallel.axes import Layout, kv_repeats
 from parallel.experts import expert_dispatch
 from parallel.schedules.accumulate import GradientAccumulation, check_remat
@@ -33,6 +33,7 @@ from parallel.schedules.stage_layout import Arrangement, main_segment
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from parallel.sharded_matrices import ShardedMatrices
 from training.config import Config
+from training.legal.attention import documents_of, wanted_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.precision import build_einsum, compute_dtype
@@ -203,7 +204,7 @@ def build_strategy(config: Config, born: ParamLayout, layout: Layout) -> Gradien
 def in_order(config: Config, strategy: GradientAccumulation | Pipeline, layout: Layout) -> Any:
     """The strategy on batches whose positions lie as attention across devices wants them."""
     split = layout.mesh.shape["context"] > 1
-    zigzag = split and uses_zigzag(config.context.attention, config.context.zigzag)
+    zigzag = split and config.context.zigzags
     return Zigzag(strategy, layout) if zigzag else strategy
 
 
@@ -268,8 +269,9 @@ def cpu_ops(ops: Ops) -> Ops:
 def common_ops(config: Config, layout: Layout, device: Any) -> Ops:
     """The same on any device."""
     dtype = compute_dtype(config.training.precision, device.platform)
+    backend = attention_of(config, layout, dtype).name
     return Ops(
-        attention=build_attention(choose_attention(config, layout, dtype).name, config, layout),
+        attention=build_attention(backend, layout, config.context, documents_of(config)),
         experts=expert_dispatch(layout, run_experts),
         einsum=build_einsum(config.training, device),
         constrain=layout.constrain,
@@ -279,6 +281,12 @@ def common_ops(config: Config, layout: Layout, device: Any) -> Ops:
         z_loss=config.training.z_loss,
         repeat_kv=kv_repeats(config.model.num_kv_heads, layout),
     )
+
+
+def attention_of(config: Config, layout: Layout, dtype: Any) -> Choice:
+    """The backend of attention on these devices, and why."""
+    wanted = wanted_attention(config, layout.mesh.shape["context"])
+    return choose_attention(config.training.attention, wanted, layout, dtype)
 
 
 def build_program(config: Config, layout: Layout) -> Program:
@@ -338,7 +346,7 @@ def build_program(config: Config, layout: Layout) -> Program:
         options,
         born,
         canonical,
-        choose_attention(config, layout, ops.compute_dtype),
+        attention_of(config, layout, ops.compute_dtype),
         replicas,
     )
 

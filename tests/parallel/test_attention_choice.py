@@ -9,11 +9,13 @@ import pytest
 from kernels.attention import reference_attention
 from kernels.attention_cpu import fused_attention
 from kernels.backends import BACKENDS, Choice
-from parallel.attention.choose import build_attention, choose_attention
+from parallel.attention.choose import build_attention
+from parallel.config import ContextConfig
 from tests.configs.composing import config
 from tests.parallel.context_cases import layout_of
 from training.config import ATTENTION
 from training.loop import checked
+from training.program import attention_of
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +25,23 @@ def debug():
 
 def test_auto_on_cpu_is_the_fused_one_on_one_device_and_the_reference_itself_on_several(debug):
     assert debug.training.attention == "auto"
-    choice = choose_attention(debug, layout_of(), jnp.dtype("float32"))
+    choice = attention_of(debug, layout_of(), jnp.dtype("float32"))
     assert choice == Choice("fused", "auto on cpu")
-    assert build_attention(choice.name, debug, layout_of()) is fused_attention
+    assert build_attention(choice.name, layout_of(), ContextConfig(), 1) is fused_attention
     several = layout_of(data=2)
-    choice = choose_attention(debug, several, jnp.dtype("float32"))
+    choice = attention_of(debug, several, jnp.dtype("float32"))
     assert choice == Choice("reference", "auto on cpu; fused runs on one device, not in a mesh of 2")
-    assert build_attention(choice.name, debug, several) is reference_attention
+    assert build_attention(choice.name, several, ContextConfig(), 1) is reference_attention
 
 
-def test_every_name_has_a_function(debug):
+def test_every_name_has_a_function():
     assert ATTENTION == ("auto", *BACKENDS)
     for name in set(BACKENDS) - {"cudnn", "splash"}:
-        assert callable(build_attention(name, debug, layout_of()))
+        assert callable(build_attention(name, layout_of(), ContextConfig(), 64))
     for name, words in (("cudnn", "needs NVIDIA GPUs, not cpu"), ("splash", "needs TPUs, not cpu")):
         with pytest.raises(ValueError, match=words):
-            build_attention(name, debug, layout_of())
-        assert callable(build_attention(name, debug, layout_of(context=2)))  # in ulysses
+            build_attention(name, layout_of(), ContextConfig(), 64)
+        assert callable(build_attention(name, layout_of(context=2), ContextConfig(), 64))  # in ulysses
 
 
 def test_rows_are_looked_at_where_cudnn_is_what_auto_chose(debug):

@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from kernels.backends import problem as backend_problem
-from kernels.backends import wanted_of
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
+from training.legal.attention import wanted_attention
 from training.legal.mesh_case import MeshCase, around, remedy, values
 
 VOCAB_MULTIPLE = 128  # to which a vocabulary of -1 is rounded up
@@ -360,7 +360,8 @@ def _kernel(case: MeshCase) -> str | None:
     if training.attention == "auto":
         return None
     dtype = None if training.precision == "auto" else training.precision
-    return backend_problem(training.attention, wanted_of(case.config, case.sizes["context"], dtype=dtype))
+    wanted = wanted_attention(case.config, case.sizes["context"], dtype=dtype)
+    return backend_problem(training.attention, wanted)
 
 
 # In the order in which a person would look: the mesh itself, then stages, rows, positions, tensors.
