@@ -1,6 +1,5 @@
 """The one screen a finished run leaves; kept as `summary.json`, printed when the run is started again."""
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -79,15 +78,6 @@ def _plain(summary: Mapping[str, Any]) -> str:
     width = max(len(label) for label, _ in rows)
     table = [f"  {label:{width}}  {text}" for label, text in rows]
     return "\n".join([*(["a sample:", *sample] if sample else []), f"{summary['name']}:", *table])
-
-
-def summary_text(summary: Mapping[str, Any], width: int = 100) -> str:
-    """The terminal's screen without its colours."""
-    out = io.StringIO()
-    print_summary(
-        summary, Console(file=out, width=width, force_terminal=True, no_color=True, color_system=None)
-    )
-    return out.getvalue()
 
 
 def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -32,7 +32,7 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from serving.text import complete
     from training.config import Config, TrainingConfig
     from training.evaluate import evaluate
-    from training.program import build_program, padded_vocab, trace
+    from training.program import build_program, padded_vocab
     from training.state import init_state, shardings
 
 TEXTS = [f"{number} " + "def f(x): return x\n" * (number % 4) for number in range(40)]
@@ -88,7 +88,8 @@ def compute():
 
 def trace_variants():
     for optim, model in zip((MuonConfig(), LionConfig(), AdamWConfig()), VARIANTS, strict=True):
-        trace(program_of(optim, WSDConfig(), model)[1])
+        program = program_of(optim, WSDConfig(), model)[1]
+        jax.eval_shape(program.train_step, program.state, program.batch)
 
 
 def refuse():

@@ -7,7 +7,7 @@ from configs.groups import options
 from parallel.mesh import build_layout
 from tests.configs.composing import config
 from training.legal.check import check
-from training.program import build_program, trace
+from training.program import build_program
 from training.setup import with_vocab
 
 BYTES = 257  # tokens of tokenizer=byte
@@ -28,7 +28,7 @@ def test_experiment_traces_abstractly(name):
     made = with_vocab(made, BYTES if made.tokenizer.kind == "byte" else made.tokenizer.vocab_size)
     before = len(jax.live_arrays())
     program = build_program(made, build_layout(made.mesh))
-    state, metrics = trace(program)
+    state, metrics = jax.eval_shape(program.train_step, program.state, program.batch)
     assert jax.tree.structure(state) == jax.tree.structure(program.state)
     kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(s)] for s in (state, program.state)]
     assert kinds[0] == kinds[1]

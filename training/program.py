@@ -362,8 +362,3 @@ def canonical_state(born: ParamLayout, state: TrainState, layout: Layout) -> Tra
         return state
     joined = jax.eval_shape(born.arrangement.join, state)
     return placed_like(joined, layout.tree(born.canonical_info, is_info), layout)
-
-
-def trace(program: Program) -> Any:
-    """Trace the step without devices' memory: every shape error of a config surfaces here."""
-    return jax.eval_shape(program.train_step, program.state, program.batch)

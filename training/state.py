@@ -117,8 +117,3 @@ def init_state(
         return make_state(model.init(key), tx, ema)
 
     return jax.jit(init, out_shardings=shardings(abstract))(jax.random.key(seed))
-
-
-def state_bytes_per_device(state: TrainState) -> int:
-    """Bytes of the state that the first device holds."""
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))

@@ -309,10 +309,11 @@ class EvalBatches:
     Documents are concatenated whatever the training's packing, so that figures compare; conversations are
     packed whole, so that an answer keeps its question. Rows come shuffled by a fixed key: the first few
     batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
-    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. Raises DataError where there is none.
+    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. max_batches: -1 for all. Raises
+    DataError where there is none.
     """
 
-    def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int):
+    def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1):
         self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
         packing = "concat" if store.weights is None else "best_fit"
         self.plan = make_plan(packing, store.starts, store.lengths, data.seq_len)
@@ -357,13 +358,6 @@ class EvalBatches:
             num_bytes += int(self.store.token_bytes[batch["targets"][real]].sum())
         # The bytes of a conversation are its JSON's: what is learnt of it is counted by its tokens alone.
         return tokens, num_bytes if self.store.weights is not None else self.store.text_bytes(num_bytes)
-
-
-def eval_batches(
-    store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1
-) -> EvalBatches:
-    """Return the held-out batches, all of them where `max_batches` is -1. They can be gone through again."""
-    return EvalBatches(store, data, batch_size=batch_size, max_batches=max_batches)
 
 
 def held_out_batches(

@@ -23,7 +23,6 @@ from launch.check.verdict import MATMUL, DeviceReading
 
 PATTERNS = (0x00000000, 0xFFFFFFFF, 0xAAAAAAAA, 0x55555555)
 LARGEST = 31  # of whole numbers in a product: sums of 8192 squares stay exact in float32
-PATIENCE = 0.005  # seconds of asking without a pause whether a result is there
 
 # A function that is told what is going on, so that a hang can be named.
 Say = Callable[[str], None]

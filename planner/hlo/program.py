@@ -91,10 +91,6 @@ class Reading:
                 sizes[key] += collective.times * collective.bytes
         return {key: (times[key], sizes[key]) for key in sorted(times)}
 
-    def in_branches(self) -> list[Collective]:
-        """Collectives that only some devices may reach: those inside conditionals."""
-        return [c for c in self.collectives if c.branch is not None]
-
     def table(self) -> str:
         """`totals`, a line each."""
         rows = [

@@ -171,10 +171,3 @@ def _mesh_groups(
 
 def _integers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
-
-
-def group_axes(groups: Int[np.ndarray, "groups size"], axes: Mapping[str, int]) -> Axes:
-    """The mesh axes along which members of any group differ."""
-    places = np.stack(np.unravel_index(groups, tuple(axes.values())))
-    differ = np.any(places != places[..., :1], axis=(1, 2))
-    return tuple(name for name, does in zip(axes, differ, strict=True) if does)

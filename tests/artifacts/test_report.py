@@ -11,7 +11,7 @@ from rich.console import Console
 
 from artifacts.metrics import MetricsLog, encode_row
 from artifacts.plots import plot_loss, smoothed
-from artifacts.summary import print_summary, summarize, summary_text
+from artifacts.summary import print_summary, summarize
 from training.progress import Progress, startup_table
 
 
@@ -23,6 +23,14 @@ def _rows(n=300):
         if step % 100 == 0:
             rows.append({"step": step, "eval/loss": loss + 0.1, "eval/bits_per_byte": 1.5})
     return rows
+
+
+def summary_text(summary, width=100):
+    """The terminal's screen without its colours."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, no_color=True, color_system=None)
+    print_summary(summary, console)
+    return out.getvalue()
 
 
 def _drive(terminal, **options):

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from common.files import file_digest
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loading.loader import Loader, eval_batches
+from data.loading.loader import EvalBatches, Loader
 from data.pipeline import follow, prepare
 from data.sources.corpus import Corpus
 from data.tokens.bigram import bigram_bits_per_byte
@@ -402,7 +402,7 @@ def test_batches_weigh_the_assistants_tokens_and_nothing_else(prepared):
 
 def test_held_out_figures_count_the_assistants_bytes(prepared):
     config, made = prepared
-    held_out = eval_batches(made.validation, config, batch_size=4)
+    held_out = EvalBatches(made.validation, config, batch_size=4)
     weights = sum(float(batch["loss_weights"].sum()) for batch in held_out)
     assert held_out.num_tokens == weights == np.count_nonzero(made.validation.weights)
     ends = (made.validation.tokens[np.flatnonzero(made.validation.weights)] == made.tokenizer.eos_id).sum()
@@ -442,7 +442,7 @@ def test_batches_without_an_answer_are_refused_and_so_is_what_cannot_weigh(prepa
     config, made = prepared
     silent = replace(made.validation, weights=np.zeros_like(made.validation.weights))
     with pytest.raises(DataError, match="eval.batches=1 .* nothing of an assistant"):
-        eval_batches(silent, config, batch_size=1, max_batches=1)
+        EvalBatches(silent, config, batch_size=1, max_batches=1)
     with pytest.raises(ValueError, match="data.mode=streaming cannot"):
         DataConfig(source="folder", path="x", format="chat", mode="streaming")
     with pytest.raises(ValueError, match="did you mean chat"):

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data.config import TokenizerConfig
-from data.loading.loader import eval_batches
+from data.loading.loader import EvalBatches
 from data.pipeline import follow, prepare
 from data.tokens.encoding import TextEncoding
 from data.tokens.tokenizer import CONFIG, train_tokenizer
@@ -69,12 +69,12 @@ def test_bytes_are_the_texts_own_however_much_is_evaluated(prepared):
     config, made = prepared
     store = made.validation
     assert store.text_bytes(0) == 0
-    whole = eval_batches(store, config, batch_size=2)
+    whole = EvalBatches(store, config, batch_size=2)
     assert whole.num_bytes == store.num_bytes == whole._covered()[1]
     pieces = int(store.token_bytes[store.tokens].sum())
     assert pieces != store.num_bytes  # so that there is something to share out
     for count in (1, 3, len(whole) - 1, len(whole)):
-        part = eval_batches(store, config, batch_size=2, max_batches=count)
+        part = EvalBatches(store, config, batch_size=2, max_batches=count)
         counted = sum(
             int(store.token_bytes[b["targets"][b["loss_weights"] > 0]].sum()) for b in list(whole)[:count]
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.loading.loader import Loader, Prefetcher, eval_batches
+from data.loading.loader import EvalBatches, Loader, Prefetcher
 from data.loading.packing import KEYS
 from tests.data.corpora import documents_of, folder_config, train_of
 
@@ -86,7 +86,7 @@ def test_rows_are_the_global_batchs_rows_on_any_number_of_hosts(prepared, stream
 
 def test_a_batch_larger_than_an_epoch_spans_epochs(prepared, corpus):
     one = cached(prepared, corpus, batch=1)
-    rows = len(list(eval_batches(train_of(prepared), folder_config(*corpus), batch_size=1)))
+    rows = len(list(EvalBatches(train_of(prepared), folder_config(*corpus), batch_size=1)))
     big = cached(prepared, corpus, batch=3 * rows).batch(0)
     for row in (0, rows - 1, rows, 2 * rows, 3 * rows - 1):
         assert np.array_equal(big["tokens"][row], one.batch(row)["tokens"][0])
@@ -164,22 +164,22 @@ def test_stream_refuses_steps_out_of_order_and_another_batch_size(streamed, prep
 
 def test_eval_covers_every_held_out_pair_once(prepared, corpus):
     store, config = prepared.validation, folder_config(*corpus)
-    batches = eval_batches(store, config, batch_size=3)
+    batches = EvalBatches(store, config, batch_size=3)
     assert sum((pairs(batch) for batch in batches), Counter()) == epoch_pairs(store)
     assert {batch["tokens"].shape for batch in batches} == {(3, 16)}
     assert len(list(batches)) == len(batches)
     assert (batches.num_tokens, batches.num_bytes) == (store.num_tokens, store.num_bytes)
-    assert all(same(a, b) for a, b in zip(batches, eval_batches(store, config, batch_size=3), strict=True))
+    assert all(same(a, b) for a, b in zip(batches, EvalBatches(store, config, batch_size=3), strict=True))
 
 
 def test_part_of_eval_counts_the_bytes_it_covers(prepared, corpus):
     store, config = prepared.validation, folder_config(*corpus)
-    part = eval_batches(store, config, batch_size=3, max_batches=2)
+    part = EvalBatches(store, config, batch_size=3, max_batches=2)
     assert len(part) == len(list(part)) == 2
     assert part.num_tokens == sum(int(batch["loss_weights"].sum()) for batch in part)
     separators = sum(int((batch["targets"] == store.eos_id).sum()) for batch in part)
     assert part.num_bytes == part.num_tokens - separators  # the byte tokenizer: a token is a byte
-    counted = eval_batches(store, config, batch_size=3)._covered()
+    counted = EvalBatches(store, config, batch_size=3)._covered()
     assert counted == (store.num_tokens, store.num_bytes)
 
 
@@ -219,7 +219,7 @@ def test_prefetcher_raises_what_the_loader_raised():
 
 
 def test_describe_counts_rows_and_steps(prepared, streamed, corpus):
-    rows = len(eval_batches(train_of(prepared), folder_config(*corpus), batch_size=1))
+    rows = len(EvalBatches(train_of(prepared), folder_config(*corpus), batch_size=1))
     line = cached(prepared, corpus).describe()
     assert f"{train_of(prepared).num_documents} documents" in line and f"{rows} rows of 16" in line
     assert "streaming" in streaming(streamed, corpus).describe()

@@ -15,7 +15,7 @@ from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from training.config import Config, TrainingConfig
 from training.program import build_program
-from training.state import init_state, shardings, state_bytes_per_device
+from training.state import init_state, shardings
 
 RULES = {
     "embed": ["fsdp"],
@@ -73,6 +73,10 @@ def run(mesh=ONE, optim="adamw", **training):
     return run_once(mesh, optim, tuple(training.items()))
 
 
+def bytes_of_first_device(state):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+
+
 @functools.cache
 def run_once(mesh, optim, training):
     config = make_config(dict(mesh), optim, **dict(training))
@@ -80,14 +84,14 @@ def run_once(mesh, optim, training):
     devices = math.prod(size for _, size in mesh)
     program = build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
     state = init_state(program.model, program.tx, program.state, seed=0, ema=ema)
-    before = state_bytes_per_device(state)
+    before = bytes_of_first_device(state)
     step = program.compile_train()
     losses = []
     for i in range(STEPS):
         batch = jax.device_put(packed_batch(i), shardings(program.batch))
         state, metrics = step(state, batch)
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(losses), state, (before, state_bytes_per_device(state))
+    return np.array(losses), state, (before, bytes_of_first_device(state))
 
 
 def mesh_of(**sizes):

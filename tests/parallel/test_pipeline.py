@@ -74,7 +74,7 @@ def test_split_backward_does_what_its_table_says():
 @pytest.mark.parametrize(("schedule", "P", "M", "v"), [*TABLES, ("zero_bubble", 4, 8, 1)])
 def test_stages_pass_on_once_a_tick_and_never_in_a_branch(schedule, P, M, v):
     program, _, reading = compiled(P, schedule, M, v)
-    assert reading.in_branches() == []
+    assert all(c.branch is None for c in reading.collectives)
     work = program.strategy.schedule.work
     ticks = sum(w.forward for w in work) + sum(w.backward for w in work)
     totals = reading.totals()

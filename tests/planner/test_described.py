@@ -172,7 +172,7 @@ def test_a_step_on_64_described_gpus(sizes, schedule):
     layers = config.model.num_layers // sizes.get("pipeline", 1)
     ticks = reading.custom_calls["__cudnn$fmhaSoftmaxBackward"] / layers
     assert ticks == (1 if layers == 8 else 8 + 3)
-    assert not reading.in_branches() and not reading.uncounted_loops
+    assert all(c.branch is None for c in reading.collectives) and not reading.uncounted_loops
     by_kind = {}
     for (kind, axes), (_, size) in reading.totals().items():
         by_kind.setdefault(kind, {})[axes] = size

@@ -83,14 +83,15 @@ def test_a_collective_in_a_branch_is_found_and_one_beside_it_is_not():
     def branch(x):
         return jax.lax.cond(x[0, 0] > 0, lambda y: jax.lax.psum(y, "fsdp"), lambda y: y, x)
 
-    got = by_hand(branch).in_branches()
+    got = [c for c in by_hand(branch).collectives if c.branch is not None]
     assert [(c.kind, c.axes) for c in got] == [("all-reduce", ("fsdp",))]
     assert "psum" in got[0].source
 
     def beside(x):
         return jax.lax.psum(jax.lax.cond(x[0, 0] > 0, lambda y: 2 * y, lambda y: y, x), "fsdp")
 
-    assert by_hand(beside, out_specs=P(None, "tensor")).in_branches() == []
+    found = by_hand(beside, out_specs=P(None, "tensor")).collectives
+    assert found and all(c.branch is None for c in found)
 
 
 def test_a_partitioned_product():

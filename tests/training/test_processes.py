@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.errors import DataError
-from data.loading.loader import Loader, eval_batches
+from data.loading.loader import EvalBatches, Loader
 from data.pipeline import follow, prepare
 from tests.training.ground import ROOT
 from tests.training.test_resume import assert_few_redone
@@ -233,7 +233,7 @@ def test_another_process_opens_what_one_has_prepared(ground, prepared, tmp_path)
 def test_a_process_makes_any_rows_of_a_batch(ground, prepared, rows):
     config = ground.config("rows")
     loader = Loader(prepared, config.data, global_batch_size=8, seed=0)
-    held_out = eval_batches(prepared.validation, config.data, batch_size=8)
+    held_out = EvalBatches(prepared.validation, config.data, batch_size=8)
     for step in (0, 1, 1000):
         whole = loader.batch(step)
         for key, value in loader.batch(step, rows).items():
