@@ -8,6 +8,7 @@ from models.config import ModelConfig, MTPConfig, RopeScaling, regrouped
 from models.rope import rope_frequencies
 from models.spec import layer_spec, make_segments
 from models.transformer import build_model
+from tests.configs.composing import config as composed
 from tests.models.decoders import FAMILIES, family, loop_frequencies
 from tests.models.mixtures import MIXTURES
 
@@ -53,6 +54,16 @@ def test_rope_scalings_equal_their_formulas(scaling, kind):
     assert amplitude == pytest.approx(expected_amplitude if kind == "global" else 1.0, rel=1e-12)
     plain = 1e4 ** -(np.arange(32) / 32)
     assert (kind == "local") == np.allclose(frequencies, plain)
+
+
+def test_gemma3_stretches_its_global_layers_eight_times():
+    model = composed("run.name=any", "model=gemma3_4b").model
+    turns = [rope_frequencies(model, spec)[0] for spec in layers_in_order(model)]
+    planes = range(128)  # of a head of 256
+    near = [10_000.0 ** -(i / 128) for i in planes]
+    far = [1_000_000.0 ** -(i / 128) / 8 for i in planes]
+    want = [far if (n + 1) % 6 == 0 else near for n in range(34)]
+    np.testing.assert_allclose(turns, want, rtol=1e-12)
 
 
 def test_rope_scalings_keep_fast_planes_and_stretch_slow_ones():
