@@ -38,7 +38,8 @@ class MoEConfig:
     groups_per_token: int = 1
     load_balance_weight: float = 0.01  # of the load-balance loss, summed over layers; 0: off
     router_z_weight: float = 0.0  # of log²(sum exp router logits), summed over layers
-    bias_update_rate: float = 0.0  # step of the selection bias after each update; 0: no bias
+    bias_update_rate: float = 0.0  # step of the selection bias after each update; 0: none is made
+    selection_bias: bool = False  # have one with bias_update_rate=0 too: imported, and held still
     dispatch: str = "dropless"  # dropless: every choice is computed | capacity: those past it are dropped
     capacity_factor: float = 1.25  # 1: room for an even spread and no more
 

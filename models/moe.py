@@ -148,8 +148,8 @@ class Experts(nnx.Module):
         )
         down_axes = ("experts", "mlp", "expert_embed")
         self.down = param(rngs, (E, F, D), down_axes, residual_init, reduction=(1,), output=(2,))
-        balanced = config.moe.bias_update_rate > 0
-        self.bias = param(rngs, (E,), (None,), zeros, role="balance", decay=False) if balanced else None
+        biased = config.moe.selection_bias or config.moe.bias_update_rate > 0
+        self.bias = param(rngs, (E,), (None,), zeros, role="balance", decay=False) if biased else None
 
     def __call__(
         self, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops, *, decoding: bool

@@ -287,14 +287,14 @@ def test_decode_equals_forward_and_drops_nothing():
 # -- balance by bias -------------------------------------------------------------------------------------
 
 
-def make_tx(optim, model):
+def make_tx(optim, model, rate=0.25):
     return make_optimizer(
         optim,
         make_schedule(ConstantConfig(warmup_steps=9), num_steps=9),
         decay_mask=decay_mask(model.info),
         matrices=matrix_dims(model.info),
         balance=balance_mask(model.info),
-        balance_rate=0.25,
+        balance_rate=rate,
     )
 
 
@@ -360,6 +360,34 @@ def test_biases_even_out_the_load_and_stay_out_of_the_norm():
     assert norm < 0.999 * optax.tree.norm(grads)
     state, metrics = run(make_state(params, tx, ema=False), batch)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def test_a_bias_without_a_rate_chooses_experts_and_stands_still():
+    plain, model = (build_model(mixture({"selection_bias": has}, num_layers=1)) for has in (False, True))
+    params, batch = lively(model), make_batch([[12]] * 4, 12)
+    experts = params["segments"]["0"]["0"]["mlp"]["experts"]
+    bias = experts["bias"] = jnp.asarray([[2.0, -2.0, 2.0, -2.0, -2.0, -2.0]])
+    tx = make_tx(AdamWConfig(), model, rate=0.0)
+    settings = dict(learning_rate=lambda count: jnp.asarray(0.0), grad_clip=1.0, ema_decay=None, seed=0)
+    step = jax.jit(make_train_step(model, tx, GradientAccumulation(), Ops(), **settings))
+    state = make_state(params, tx, ema=False)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    trained = state.params["segments"]["0"]["0"]["mlp"]["experts"]
+    np.testing.assert_array_equal(trained["bias"], bias)
+    assert np.all(trained["router"] != experts["router"])
+    loads = gradient(model)(params, batch)[0]["moe/load"]
+    np.testing.assert_array_equal(loads > 0, bias[0] > 0)  # the two that it favours, and no other
+    # At zero, where it begins, it changes nothing; and without it every weight begins as it did.
+    experts["bias"] = jnp.zeros_like(bias)
+    own = {name: x for name, x in experts.items() if name != "bias"}
+    others = {"segments": {"0": {"0": {**params["segments"]["0"]["0"], "mlp": {"experts": own}}}}}
+    means, want = gradient(model)(params, batch)[0], gradient(plain)({**params, **others}, batch)[0]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), means, want)
+    born = dict(jax.tree_util.tree_leaves_with_path(jax.jit(model.init)(KEY)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(plain.init)(KEY)):
+        np.testing.assert_array_equal(born.pop(path), leaf)
+    assert [np.any(leaf) for leaf in born.values()] == [False]
 
 
 # -- counts and configs ----------------------------------------------------------------------------------
