@@ -56,6 +56,7 @@ class MLAConfig:
     qk_nope_head_dim: int = 128  # of a query or key head: the part that is not rotated
     qk_rope_head_dim: int = 64  # the part that is; its key is one for all heads
     v_head_dim: int = 128
+    norm_eps: float | None = None  # of the latents' norms; null: model.norm_eps
 
     def __post_init__(self) -> None:
         for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
@@ -64,6 +65,8 @@ class MLAConfig:
             _check_count(
                 "model.mla.q_lora_rank", self.q_lora_rank, "a positive number, or null for no latent"
             )
+        if self.norm_eps is not None:
+            _check_positive("model.mla.norm_eps", self.norm_eps, "null for model.norm_eps")
         if self.qk_rope_head_dim % 2:
             size = self.qk_rope_head_dim
             raise ValueError(f"model.mla.qk_rope_head_dim={size} must be even; use {size + 1}")

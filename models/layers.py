@@ -5,6 +5,7 @@ V vocabulary; C counts the two of a fused pair (key and value, gate and up).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,8 +42,17 @@ def residual_init(config: ModelConfig) -> Any:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dim, computed in float32, returned in the input's dtype."""
 
-    def __init__(self, config: ModelConfig, size: int, axis: str | None, kind: str, rngs: nnx.Rngs):
-        self.kind, self.eps, self.offset = kind, config.norm_eps, config.norm_unit_offset
+    def __init__(
+        self,
+        config: ModelConfig,
+        size: int,
+        axis: str | None,
+        kind: str,
+        rngs: nnx.Rngs,
+        eps: float | None = None,
+    ):
+        self.kind, self.offset = kind, config.norm_unit_offset
+        self.eps = config.norm_eps if eps is None else eps
         self.scale = vector(rngs, (size,), (axis,), zeros if self.offset else ones)
         has_bias = config.bias and kind == "layernorm"
         self.bias = vector(rngs, (size,), (axis,), zeros) if has_bias else None
@@ -177,10 +187,11 @@ class LatentAttention(nnx.Module):
             return param(rngs, (D, size), ("embed", None), init, reduction=(0,), output=(1,))
 
         self.q_down = None if queries is None else shrink(queries)
-        self.q_norm = None if queries is None else Norm(config, queries, None, "rmsnorm", rngs)
+        norm = partial(Norm, config, axis=None, kind="rmsnorm", rngs=rngs, eps=config.mla.norm_eps)
+        self.q_norm = None if queries is None else norm(queries)
         self.q = project(queries or D, config.head_dim)
         self.kv_down, self.k_rope = shrink(R), shrink(self.mla.qk_rope_head_dim)
-        self.kv_norm = Norm(config, R, None, "rmsnorm", rngs)
+        self.kv_norm = norm(R)
         self.k, self.v = project(R, self.mla.qk_nope_head_dim), project(R, self.mla.v_head_dim)
         out_axes = ("heads", "head_dim", "embed")
         shape, out_init = (N, self.mla.v_head_dim, D), residual_init(config)

@@ -137,11 +137,12 @@ class LoopDecoder:
         hidden = self.feed_forward(layer["mlp"], self.norm(layer["mlp_norm"], x, config.norm))
         return x + (self.norm(layer["mlp_post_norm"], hidden, config.norm) if config.post_norms else hidden)
 
-    def norm(self, weights: dict, x: np.ndarray, kind: str) -> np.ndarray:
+    def norm(self, weights: dict, x: np.ndarray, kind: str, eps: float | None = None) -> np.ndarray:
+        eps = eps or self.config.norm_eps
         if kind == "layernorm":
-            y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + self.config.norm_eps)
+            y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
         else:
-            y = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.norm_eps)
+            y = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
         return y * (weights["scale"] + self.config.norm_unit_offset) + weights.get("bias", 0.0)
 
     def attention(self, weights: dict, x: np.ndarray, batch: dict, kind: str) -> np.ndarray:

@@ -157,9 +157,11 @@ class LoopMixture(LoopDecoder):
         mla = self.config.mla
         if mla is None:
             return super().attention(weights, x, batch, kind)
-        queries = self.norm(weights["q_norm"], x @ weights["q_down"], "rmsnorm") if "q_down" in weights else x
+        queries = x
+        if "q_down" in weights:
+            queries = self.norm(weights["q_norm"], x @ weights["q_down"], "rmsnorm", mla.norm_eps)
         q = np.einsum("btr,rnh->btnh", queries, weights["q"])
-        small = self.norm(weights["kv_norm"], x @ weights["kv_down"], "rmsnorm")
+        small = self.norm(weights["kv_norm"], x @ weights["kv_down"], "rmsnorm", mla.norm_eps)
         k = np.einsum("btr,rnh->btnh", small, weights["k"])
         v = np.einsum("btr,rnh->btnh", small, weights["v"])
         cut = mla.qk_nope_head_dim

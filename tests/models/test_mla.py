@@ -18,6 +18,7 @@ from tests.models.mixtures import LoopMixture, latent
 PACKED = [[5, 7], [3, 1, 6]]
 LATENTS = {
     "plain": latent({"q_lora_rank": None}, num_layers=1),
+    "latents' norms apart": latent({"norm_eps": 0.5}, num_layers=1),
     "yarn": latent({"v_head_dim": 6}, num_layers=1, rope_scaling=RopeScaling("yarn", 4.0, 64)),
 }
 
@@ -76,6 +77,7 @@ def test_values_may_be_narrower_or_wider_than_keys(size):
     [
         (dict(kv_lora_rank=0), ["model.mla.kv_lora_rank=0", "above 0"]),
         (dict(q_lora_rank=0), ["model.mla.q_lora_rank=0", "null"]),
+        (dict(norm_eps=0.0), ["model.mla.norm_eps=0.0", "null"]),
         (dict(qk_rope_head_dim=7), ["model.mla.qk_rope_head_dim=7", "use 8"]),
     ],
 )
