@@ -60,7 +60,7 @@ def many_leaves() -> Program:
     """A tiny model of many parameters, AdamW, on one device."""
     model = ModelConfig(
         vocab_size=128,
-        num_layers=PLACES,
+        num_layers=2 * PLACES,  # twice, or the period would be cut into runs
         d_model=8,
         num_heads=1,
         num_kv_heads=1,

@@ -116,7 +116,8 @@ class ModelConfig:
 
     `vocab_size=-1` takes the tokenizer's size, rounded up to a multiple of 128 to split over devices.
     `window_pattern` is the repeating order of layer kinds: `["local", "global"]` is Gemma 2, `["global"]` is
-    Llama. `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained.
+    Llama; it may list every layer. `max_seq_len` is the rows of a learned position table; with RoPE it only
+    says what was trained.
     """
 
     name: str = "llama"  # the family, for tables and logs

@@ -1,8 +1,13 @@
 """Which layers a model has, in what order: static, hashable, known before any array."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import itemgetter
 
 from models.config import ModelConfig
+
+Kinds = tuple[str, ...]  # of layers, in order: "local" or "global"
+Repeated = tuple[int, Kinds]  # how many times, and what
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,54 @@ def layer_spec(config: ModelConfig, kind: str) -> LayerSpec:
 
 
 def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """Whole periods of `window_pattern`, and a segment for what is left (Gemma 3: 26 layers in sixes).
-
-    First dense layers and those with experts have different parameters: they never share a segment.
-    """
-    pattern = [layer_spec(config, kind) for kind in config.window_pattern]
-    specs = tuple(pattern[i % len(pattern)] for i in range(config.num_layers))
+    """The layers as `cut_layers` cuts them; those from `first_dense_layers` on have experts, if any have."""
     dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
-    parts = (specs[:dense], tuple(replace(spec, moe=True) for spec in specs[dense:]))
-    return tuple(segment for part in parts for segment in split_periods(part, len(pattern)))
+    specs = {kind: layer_spec(config, kind) for kind in config.window_pattern}
+    segments, first = [], 0
+    for count, kinds in cut_layers(tuple(config.window_pattern), config.num_layers, dense):
+        period = tuple(replace(specs[kind], moe=first >= dense) for kind in kinds)
+        segments.append(Segment(count, period))
+        first += count * len(period)
+    return tuple(segments)
 
 
-def split_periods(specs: tuple[LayerSpec, ...], period: int) -> list[Segment]:
-    """Layers that repeat every `period`: a segment of whole periods and one of the rest, if there are any."""
-    whole = len(specs) // period * period
-    return [fold_repetition(part) for part in (specs[:whole], specs[whole:]) if part]
+@lru_cache(maxsize=4096)  # the planner asks about the same few models for thousands of meshes
+def cut_layers(pattern: Kinds, num_layers: int, dense: int) -> tuple[Repeated, ...]:
+    """Repetitions that are the layers in order: what a segment is, before its kinds have become specs.
+
+    Whole periods of the pattern, and one for what is left (Gemma 3: 26 layers in sixes). The first `dense`
+    layers and those behind them have different parameters: they never share a segment. A checkpoint's names
+    count segments and places, so that what comes out for a pattern may not change.
+    """
+    kinds = tuple(pattern[i % len(pattern)] for i in range(num_layers))
+    cut: list[Repeated] = []
+    for part in filter(None, (kinds[:dense], kinds[dense:])):
+        whole = len(part) // len(pattern) * len(pattern)
+        pieces = [fold_repetition(piece) for piece in (part[:whole], part[whole:]) if piece]
+        # A pattern as long as the model would be one period of all layers, each compiled by itself.
+        listed = num_layers <= len(pattern) and pieces[0][0] == 1
+        cut += cheapest_cut(part) if listed else pieces
+    return tuple(cut)
 
 
-def fold_repetition(specs: tuple[LayerSpec, ...]) -> Segment:
-    """The shortest period whose repetition gives `specs`: fewer distinct layers are less to compile."""
-    for size in range(1, len(specs) + 1):
-        if len(specs) % size == 0 and specs[:size] * (len(specs) // size) == specs:
-            return Segment(len(specs) // size, specs[:size])
+def cheapest_cut(kinds: Kinds) -> tuple[Repeated, ...]:
+    """The cut into repetitions whose periods are the fewest layers to compile; of equals the fewest pieces.
+
+    Of these the one with the shortest last piece: what is left of a period comes last, as in `cut_layers`.
+    """
+    best: list[tuple[int, int, tuple[Repeated, ...]]] = [(0, 0, ())]  # of the first 0, 1, 2, ... layers
+    for end in range(1, len(kinds) + 1):
+        ways = []
+        for start in reversed(range(end)):
+            (compiled, pieces, cut), last = best[start], fold_repetition(kinds[start:end])
+            ways.append((compiled + len(last[1]), pieces + 1, (*cut, last)))
+        best.append(min(ways, key=itemgetter(0, 1)))
+    return best[-1][2]
+
+
+def fold_repetition(kinds: Kinds) -> Repeated:
+    """The shortest period whose repetition gives `kinds`: fewer distinct layers are less to compile."""
+    for size in range(1, len(kinds) + 1):
+        if len(kinds) % size == 0 and kinds[:size] * (len(kinds) // size) == kinds:
+            return len(kinds) // size, kinds[:size]
     raise AssertionError("a sequence repeats itself at least once")

@@ -312,8 +312,8 @@ class Checkpoints:
         for name in differing(saved, mine):
             raise ValueError(
                 f"{self.directory}/{step}: {name} is {saved.get(name, 'nothing')} there and "
-                f"{mine.get(name, 'nothing')} in this config; use the config that wrote it "
-                f"(config.yaml beside checkpoints/)"
+                f"{mine.get(name, 'nothing')} in this config; use the config and the version that wrote it "
+                "(config.yaml and manifest.json beside checkpoints/)"
             )
         with corruption(step):
             read = self._checkpointer.checkpointables_metadata(step).metadata

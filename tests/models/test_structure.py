@@ -1,15 +1,18 @@
+import itertools
 from dataclasses import asdict
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from models.config import ModelConfig, MTPConfig, RopeScaling, regrouped
+from models.ops import Ops
 from models.rope import rope_frequencies
-from models.spec import layer_spec, make_segments
+from models.spec import Segment, cut_layers, layer_spec, make_segments
 from models.transformer import build_model
 from tests.configs.composing import config as composed
-from tests.models.decoders import FAMILIES, family, loop_frequencies
+from tests.models.decoders import FAMILIES, LoopDecoder, family, lively, loop_frequencies, make_batch
 from tests.models.mixtures import MIXTURES
 
 
@@ -28,6 +31,71 @@ def test_layers_left_over_from_the_pattern_make_a_segment(num_layers, counts):
     kinds = [pattern[i % 6] for i in range(num_layers)]
     assert layers_in_order(config) == [layer_spec(config, kind) for kind in kinds]
     assert [spec.window for spec in layers_in_order(config)] == [8 if k == "local" else None for k in kinds]
+
+
+def shortest_period(kinds):
+    sizes = [n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0]
+    return next((len(kinds) // n, kinds[:n]) for n in sizes if kinds == kinds[:n] * (len(kinds) // n))
+
+
+@pytest.mark.parametrize("dense", [0, 2, 5])
+def test_a_pattern_that_repeats_keeps_the_segments_that_checkpoints_name(dense):
+    """Whole periods, then what is left, each folded; as a pattern that lists its layers that repeat."""
+    for size in range(1, 7):
+        for pattern in itertools.product(("local", "global"), repeat=size):
+            for layers in range(max(size, dense + 1), 2 * size + 3):
+                kinds = tuple(pattern[n % size] for n in range(layers))
+                want = []
+                for part in filter(None, (kinds[:dense], kinds[dense:])):
+                    whole = len(part) // size * size
+                    want += [shortest_period(piece) for piece in (part[:whole], part[whole:]) if piece]
+                if layers > size or all(count > 1 for count, _ in want):
+                    assert cut_layers(pattern, layers, dense) == tuple(want), (pattern, layers)
+
+
+def test_a_pattern_that_lists_every_layer_is_cut_into_the_fewest_to_compile():
+    for size in range(1, 9):
+        for kinds in itertools.product(("local", "global"), repeat=size):
+            cut = cut_layers(kinds, size, size)
+            assert sum((period * count for count, period in cut), ()) == kinds
+            one = shortest_period(kinds)
+            if one[0] > 1:
+                assert cut == (one,)
+                continue
+            costs = []  # of every way to cut between layers
+            for places in itertools.product((False, True), repeat=size - 1):
+                ends = [0, *(n + 1 for n, here in enumerate(places) if here), size]
+                pieces = [shortest_period(kinds[a:b]) for a, b in itertools.pairwise(ends)]
+                costs.append((sum(len(period) for _, period in pieces), len(pieces)))
+            assert (sum(len(period) for _, period in cut), len(cut)) == min(costs), kinds
+
+
+@pytest.mark.parametrize(
+    ("listed", "cut"),
+    [
+        (["global"] * 21 + ["local"] * 7, [(21, ["global"]), (7, ["local"])]),  # Qwen 2's max_window_layers
+        (
+            [*(["local"] * 5 + ["global"]) * 5, *["local"] * 4],
+            [(5, ["local"] * 5 + ["global"]), (4, ["local"])],
+        ),
+        (["local", "global", "local"], [(1, ["local", "global", "local"])]),  # nothing to win
+    ],
+    ids=["qwen2", "gemma3", "short"],
+)
+def test_layers_as_published_configs_list_them(listed, cut):
+    config = family(num_layers=len(listed), window=8, window_pattern=listed)
+    assert layers_in_order(config) == [layer_spec(config, kind) for kind in listed]
+    kinds = [tuple(layer_spec(config, kind) for kind in period) for _, period in cut]
+    assert make_segments(config) == tuple(Segment(count, k) for (count, _), k in zip(cut, kinds, strict=True))
+
+
+def test_a_listed_pattern_computes_what_loops_do():
+    config = family(num_layers=5, window=3, window_pattern=["local"] * 2 + ["global"] * 3)
+    model, batch = build_model(config), make_batch([[5, 7], [3, 9]], 12)
+    assert [segment.count for segment in model.segments] == [2, 3]
+    params = lively(model)
+    want = LoopDecoder(config).logits(jax.tree.map(lambda x: np.asarray(x, np.float64), params), batch)
+    np.testing.assert_allclose(jax.jit(partial(model.apply, ops=Ops()))(params, batch), want, atol=2e-4)
 
 
 def test_a_uniform_pattern_is_one_layer_repeated():

@@ -444,7 +444,10 @@ def test_sequence_parallelism_differs_from_the_other_tables_in_one_rule():
     assert all(set(rules) <= set(LOGICAL_AXES) for rules in tables.values())
 
 
-PATTERNS = (["global"], ["local", "global"], ["local"] * 5 + ["global"], ["global", "global"])
+PATTERNS = (
+    *(["global"], ["local", "global"], ["local"] * 5 + ["global"], ["global", "global"]),
+    ["local"] * 9 + ["global"] * 5,  # which lists the layers of a model as deep
+)
 
 
 def test_the_segment_that_is_split_is_the_models_own():

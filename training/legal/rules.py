@@ -8,10 +8,10 @@ B rows of a batch, M microbatches, P stages, v chunks of layers a stage holds (v
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any
 
 from kernels.backends import problem as backend_problem
+from models.config import ModelConfig
+from models.spec import cut_layers
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
 from training.legal.attention import wanted_attention
@@ -146,36 +146,15 @@ def _layers_split(
     return main_segment(case.config.model, layers)[0] % ways == 0
 
 
-def main_segment(model: Any, num_layers: int | None = None) -> tuple[int, int]:
-    """(repetitions, layers in a period) of the segment that a pipeline splits: the one with most layers.
-
-    model: a ModelConfig. Agrees with `models.spec.make_segments`, which this room may not import; a test
-    holds the two together.
-    """
-    return _main_segment(tuple(model.window_pattern), num_layers or model.num_layers, _dense(model))
+def main_segment(model: ModelConfig, num_layers: int | None = None) -> tuple[int, int]:
+    """(repetitions, layers in a period) of the segment that a pipeline splits: the one with most layers."""
+    cut = cut_layers(tuple(model.window_pattern), num_layers or model.num_layers, _dense(model))
+    return max(((count, len(period)) for count, period in cut), key=math.prod)
 
 
-def _dense(model: Any) -> int:
+def _dense(model: ModelConfig) -> int:
     """First layers without experts, in a model that has some; a dense model is of one kind all through."""
     return 0 if model.moe is None else model.moe.first_dense_layers
-
-
-@lru_cache(maxsize=4096)
-def _main_segment(pattern: tuple[str, ...], num_layers: int, dense: int) -> tuple[int, int]:
-    kinds = [pattern[i % len(pattern)] for i in range(num_layers)]
-    found = []
-    for part in (kinds[:dense], kinds[dense:]):
-        whole = len(part) // len(pattern) * len(pattern)
-        found += [_fold(piece) for piece in (part[:whole], part[whole:]) if piece]
-    return max(found, key=lambda segment: segment[0] * segment[1])
-
-
-def _fold(kinds: list[str]) -> tuple[int, int]:
-    """(repetitions, length) of the shortest period whose repetition gives these."""
-    for size in divisors(len(kinds)):
-        if kinds[:size] * (len(kinds) // size) == kinds:
-            return len(kinds) // size, size
-    raise AssertionError("a sequence repeats itself at least once")
 
 
 # -- rows and positions --------------------------------------------------------------------------------------
