@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.names import ATTENTION_OUTPUT
 
+# Queries whose scores exist at once in `chunked_attention`: [B, N, 256, S], by which the planner counts too.
 QUERY_BLOCK = 256
 
 
@@ -34,7 +35,7 @@ class Masks(NamedTuple):
 
     @classmethod
     def of_rows(cls, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> "Masks":
-        """Those of rows that attend to themselves."""
+        """The masks of rows that attend to themselves."""
         return cls(positions, positions, segments, segments)
 
 
@@ -51,7 +52,7 @@ class Scores:
     scale: float
 
     def bounded(self, scores: Array) -> Array:
-        """Scaled products as they are weighed."""
+        """Scores as the softmax takes them: scaled products, capped where there is a soft cap."""
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def slope(self, bounded: Array) -> Array:
@@ -93,6 +94,7 @@ def reference_attention(
     seen = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], bounded, -1e30)
     weights = jnp.exp(seen - jax.lax.stop_gradient(jnp.max(seen, axis=-1, keepdims=True)))
     out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values)
+    # Divided after the product: a quotient for each element of the output and not for each weight.
     out = out.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
     out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
     out = out.reshape(batch, length, heads, v.shape[-1])
@@ -185,6 +187,8 @@ def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 def in_order(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, " B"]:
     """Whether documents are runs of one segment, of numbers that grow, in which positions grow by one."""
+    # Segments that grow, not merely change: a document that comes back later in its row would be one segment
+    # in two places, which no kernel here can be told of.
     goes_on = positions[:, 1:] == positions[:, :-1] + 1
     grows = segments[:, 1:] > jax.lax.cummax(segments, axis=1)[:, :-1]
     ordered = jnp.where(document_begins(segments)[:, 1:], grows, goes_on)
@@ -205,6 +209,6 @@ def split_length(x: Array, size: int) -> Array:
 
 
 def join_length(x: Array) -> Array:
-    """The inverse of `split_length`."""
+    """Put blocks of positions together again: the inverse of `split_length`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

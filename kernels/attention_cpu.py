@@ -29,6 +29,7 @@ from kernels.names import ATTENTION_OUTPUT
 
 F32 = jnp.float32
 UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum that scores are taken to have
+# What a query that sees nothing is divided by: its weights sum to 0.
 TINY = 1e-30
 BLOCKS = 8  # of a row at most: each is compiled by itself
 LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
@@ -59,14 +60,19 @@ def fused_attention(
         )
     size = largest_divisor(length, block or max(LEAST, -(-length // BLOCKS)))
     spec = BlockSpec(scores, size, jnp.dtype(dtype or q.dtype))
+    # What a query sees in a row of documents in order is one stretch of keys that ends with itself, so a mask
+    # [T, T] shrinks to one number a query; `exact` says where it did not.
     first, exact = first_seen(masks, scores.window, size)
     out = _attend(_rows(q, k.shape[2], spec), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), first, spec)
+    # Traced code cannot raise: nan reaches the loss, and the run stops there, where a wrong number would
+    # train on.
     return jnp.where(exact[:, None, None, None], _positions(out, length), jnp.nan)
 
 
 def first_seen(masks: Masks, window: int | None, block: int) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
     """The first key that each query sees (T where none), and whether rows see all from it to themselves."""
     length = masks.q_positions.shape[1]
+    # In blocks of queries as well, or finding out would need the [T, T] mask that the kernel avoids.
     keys = jnp.arange(length, dtype=jnp.int32)
 
     def look(queries: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -102,15 +108,15 @@ class BlockSpec:
             yield end, materialize(low).reshape(rows), high
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
-        """A product added up in float32."""
+        """The einsum of factors rounded to `dtype`, added up in float32."""
         return jnp.einsum(spec, a.astype(self.dtype), b.astype(self.dtype), preferred_element_type=F32)
 
     def scaled(self, x: Array) -> Array:
-        """Queries, or keys, before their product."""
+        """Queries, or keys, times the scale of scores; rounded once, as their dtype asks."""
         return (x.astype(F32) * self.scores.scale).astype(x.dtype)
 
     def slope(self, bounded: Array) -> Array | float:
-        """The derivative of bounded scores by scores."""
+        """The derivative of bounded scores by the scaled products that they were made of."""
         return 1.0 if self.scores.softcap is None else self.scores.slope(bounded)
 
 
@@ -122,7 +128,7 @@ def _rows(q: Array, kv_heads: int, spec: BlockSpec) -> Array:
 
 
 def _positions(x: Array, length: int) -> Array:
-    """The inverse of `_rows`."""
+    """[B, K, blocks, R, H] to [B, T, N, H]: the inverse of `_rows`."""
     batch, kv_heads, blocks, rows, size = x.shape
     block = length // blocks
     x = x.reshape(batch, kv_heads, blocks, rows // block, block, size).transpose(0, 2, 4, 1, 3, 5)
@@ -130,6 +136,7 @@ def _positions(x: Array, length: int) -> Array:
 
 
 def _row_by_row(function: Callable[..., Any], *args: Array) -> Any:
+    # Row after row and not as a batch: one row's scores fit the caches, those of a batch do not.
     return jax.lax.map(lambda row: function(*row), args)
 
 
@@ -188,8 +195,11 @@ def _backward_row(
 
     Scores are [S, R] here, so that no product contracts rows of both factors.
     """
+    # sum_s weight_s * dweight_s, which the softmax's derivative takes off every dweight; by the output it
+    # costs T * V products and no scores.
     delta = jnp.sum(cotangent.astype(F32) * out.astype(F32), axis=-1)
     q = spec.scaled(q)
+    # Keys get gradients from every block that sees them: summed in float32, whatever factors are rounded to.
     dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
     for i, (end, low, high) in enumerate(spec.bounds(first, q.shape[2])):
         scores = spec.scores.bounded(spec.dot("KSH,KRH->KSR", k[:, :end], q[:, i]))

@@ -37,7 +37,7 @@ def check_devices(devices: Any, max_documents: int) -> None:
 
 
 def check_documents(segments: Int[np.ndarray, "B T"], max_documents: int) -> None:
-    """Raise ValueError where a row, its documents numbered from 1, holds more than the kernel is told of.
+    """Raise ValueError where a row, its documents numbered from 1, holds more than the kernel can take.
 
     For batches on the host, before a step: on the device such a row is nan.
     """
@@ -81,10 +81,10 @@ def prepare(q: Array, k: Array, v: Array, scores: Scores, max_documents: int) ->
 
 @dataclass(frozen=True)
 class DocumentRanges:
-    """Rows as cuDNN is told of them: the documents of all rows in one list, unused places at its end.
+    """The documents of all rows in one list, as cuDNN takes them, unused places at its end.
 
     starts: index of the first token among all B*T, B*T where unused. lengths: 0 where unused. Where M is 1 a
-    row is a document: lengths are of rows and starts are not told. exact: whether this says all that the
+    row is a document: lengths are of rows and starts are not used. exact: whether this says all that the
     masks of a row say. real: not padding.
     """
 
@@ -102,11 +102,16 @@ class DocumentRanges:
         Both are lists that only look like rows.
         """
         rows = self.real.shape[0]
+        # One document a row is cuDNN's ordinary padded form: without offsets it takes kernels that know no
+        # ragged rows, which are the only ones before Hopper.
         if self.lengths.size == rows:
             unused = jnp.zeros(0, q.dtype)
             return self.lengths, self.lengths, unused, unused
         lengths = self.lengths.reshape(rows, -1)
+        # One entry more than places in each row, as the shape [B, M + 1] demands; the kernel reads one flat
+        # list, and what its last places say is the end of memory.
         starts = jnp.pad(self.starts, (0, rows), constant_values=self.real.size).reshape(rows, -1)
+        # In elements: a token of keys is shorter than one of queries where K/V heads are shared.
         q_offsets, kv_offsets = (starts * (x.shape[2] * x.shape[3]) for x in (q, k))
         return lengths, lengths, q_offsets, kv_offsets
 
@@ -120,11 +125,15 @@ def find_documents(
     `max_documents`, or in any other order, are not exact. Segment 0 is padding.
     """
     real = segments > 0
+    # Beginnings and ends are found by comparing neighbours and counted by a running sum: no sort, no loop
+    # over documents, and the list has a static size whatever a batch holds.
     begins, after = document_begins(segments), jnp.pad(segments, ((0, 0), (0, 1)))
     ends = real & (segments != after[:, 1:])
     counts = jnp.sum(begins, axis=1)
-    told = jnp.cumsum(counts) <= counts.size * max_documents
-    exact = in_order(positions, segments) & (counts <= max_documents) & told
+    # A row with more documents than its share takes places too: rows behind it are exact only where what came
+    # before left them theirs.
+    in_list = jnp.cumsum(counts) <= counts.size * max_documents
+    exact = in_order(positions, segments) & (counts <= max_documents) & in_list
     if max_documents == 1:
         lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
         return DocumentRanges(jnp.zeros_like(lengths), lengths, exact & (real[:, 0] | (counts == 0)), real)
@@ -142,7 +151,7 @@ def nth_true(flags: Bool[Array, " L"], count: int) -> Int[Array, " count"]:
 
 @dataclass(frozen=True)
 class CudnnKernel:
-    """Forward and backward on one device's arrays; both may be vmapped."""
+    """cuDNN's forward and backward on one device's arrays; both may be vmapped."""
 
     scores: Scores
     max_documents: int
@@ -157,43 +166,50 @@ class CudnnKernel:
 
     def _forward(self, q: Array, k: Array, v: Array, masks: Masks) -> tuple[Array, Array]:
         documents = self._documents(q, masks)
-        told = documents.lengths_and_offsets(q, k)
-        out, stats = fused_forward(q, k, v, *told, self.scores.scale, self._window(q))
+        ranges = documents.lengths_and_offsets(q, k)
+        out, stats = fused_forward(q, k, v, *ranges, self.scores.scale, self._window(q))
         return only_exact(out, documents), stats.reshape(q.shape[0], -1, *stats.shape[1:])
 
     def _backward(
         self, q: Array, k: Array, v: Array, masks: Masks, out: Array, stats: Array, cotangent: Array
     ) -> tuple[Array, ...]:
         documents = self._documents(q, masks)
-        told = documents.lengths_and_offsets(q, k)
+        ranges = documents.lengths_and_offsets(q, k)
         stats = stats.reshape(-1, *stats.shape[2:])
-        grads = fused_backward(q, k, v, *told, stats, out, cotangent, self.scores.scale, self._window(q))
+        grads = fused_backward(q, k, v, *ranges, stats, out, cotangent, self.scores.scale, self._window(q))
         return tuple(only_exact(grad, documents) for grad in grads)
 
     def _documents(self, q: Array, masks: Masks) -> DocumentRanges:
         q_positions, kv_positions, q_segments, kv_segments = masks
+        # Offsets are int32: past them they would wrap, and the kernel would read other memory without a word.
         if q.size >= 2**31:
             raise ValueError(
                 f"training.attention=cudnn counts elements in 32 bits, but a device's queries are {q.shape}; "
                 f"use more pipeline.microbatches or training.accumulation_steps, {ELSE}"
             )
         documents = find_documents(q_positions, q_segments, self.max_documents)
+        # The kernel takes one list for both sides. A part of a row against the whole row (allgather) would be
+        # masked as if it began the row.
         same = jnp.all((q_positions == kv_positions) & (q_segments == kv_segments), axis=1)
         return dataclasses.replace(documents, exact=documents.exact & same)
 
     def _window(self, q: Array) -> int | None:
+        # A window as long as the row hides nothing: cuDNN is then asked for none.
         window = self.scores.window
         return None if window is None or window >= q.shape[1] else window
 
 
 def only_exact(x: Float[Array, "B T N H"], documents: DocumentRanges) -> Float[Array, "B T N H"]:
-    """Zeros at padding, where the kernel writes nothing; nan in rows that it was not told of rightly."""
+    """Zeros at padding, where the kernel writes nothing; nan in rows whose documents it cannot be given."""
+    # What the kernel leaves unwritten may be any bits, nan among them: chosen away, since nan * 0 is nan.
     x = jnp.where(documents.real[:, :, None, None], x, 0)
     return jnp.where(documents.exact[:, None, None, None], x, jnp.nan)
 
 
 def folded(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of arrays [B, ...] whose vmapped form takes the new dim into B; no kernel has a dim more."""
+    # A pipeline's stages and local SGD's replicas call the kernel under vmap. JAX would add a dim that the
+    # kernel does not have, or loop; rows are independent, so the dim joins them.
     mapped = custom_vmap(function)
 
     @mapped.def_vmap
@@ -222,8 +238,8 @@ def fused_forward(
     window: int | None,
 ) -> tuple[Array, Array]:
     """Forward by cuDNN: output [B, T, N, H] and log-sum-exp [B*M, N, T], both undefined at padding."""
-    told = (q_lengths, kv_lengths, q_offsets, kv_offsets)
-    out, stats = _bind("fwd", (q, k, v), told, (), scale, window, is_training=True)
+    ranges = (q_lengths, kv_lengths, q_offsets, kv_offsets)
+    out, stats = _bind("fwd", (q, k, v), ranges, (), scale, window, is_training=True)
     return out, stats
 
 
@@ -242,15 +258,15 @@ def fused_backward(
     window: int | None,
 ) -> tuple[Array, Array, Array]:
     """Gradients by cuDNN of q, k and v, undefined at padding."""
-    told = (q_lengths, kv_lengths, q_offsets, kv_offsets)
-    dq, dk, dv = _bind("bwd", (q, k, v), told, (stats, out, cotangent), scale, window)
+    ranges = (q_lengths, kv_lengths, q_offsets, kv_offsets)
+    dq, dk, dv = _bind("bwd", (q, k, v), ranges, (stats, out, cotangent), scale, window)
     return dq, dk, dv
 
 
 def _bind(
     which: str,
     qkv: tuple[Array, ...],
-    told: tuple[Array, ...],
+    ranges: tuple[Array, ...],
     saved: tuple[Array, ...],
     scale: float,
     window: int | None,
@@ -261,6 +277,7 @@ def _bind(
     # K/V heads). So the primitive itself, with offsets of ours.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
+    # The arguments that are bound are those of JAX 0.10 to 0.12; `score_mod` came between.
     primitive = getattr(fused, f"_dot_product_attention_{which}_p")
     takes = inspect.signature(getattr(fused, f"_dot_product_attention_{which}_impl")).parameters
     if "score_mod" in takes:  # JAX 0.11 on
@@ -269,7 +286,7 @@ def _bind(
     return primitive.bind(
         *qkv,
         unused,
-        *told,
+        *ranges,
         unused,
         unused,
         *saved,
@@ -277,6 +294,7 @@ def _bind(
         seed=0,
         dropout_rate=0.0,
         variadic_args=(False, False),
+        # Padding and causal: by lengths for each document of the list, and causal within it.
         mask_type=fused.MaskType.PADDING_CAUSAL,
         layout=fused.AttentionLayout.BTNH.value,
         sliding_window_length=window,

@@ -51,6 +51,7 @@ def splash_attention(
     rows = np.arange(q.shape[1], dtype=np.int32) if places is None else places
     run = kernel(rows, k.shape[1], stretch or q.shape[1], scores)
     # The kernel multiplies by no scale of its own.
+    # Scaled in float32 and rounded once, or a scale that is no power of two would cost bfloat16 a bit twice.
     q_scaled = (q.astype(jnp.float32) * scores.scale).astype(q.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (q_scaled, k, v))
     out = jax.vmap(run)(*heads_first, _segment_ids(masks)).swapaxes(1, 2)
@@ -71,7 +72,7 @@ def check(wanted: Wanted) -> None:
 
 
 def check_shapes(q: Array, k: Array, v: Array, stretch: int | None) -> None:
-    """The same of arrays; `stretch` as in `splash_attention`."""
+    """Raise ValueError for arrays that splash cannot take; `stretch` as in `splash_attention`."""
     sizes: dict[str, Any] = {"head_dim": q.shape[3], "value_dim": v.shape[3], "dtype": q.dtype.name}
     if stretch is not None:
         return check(Wanted(part=stretch, order="text", context="allgather", **sizes))
@@ -85,6 +86,8 @@ def check_shapes(q: Array, k: Array, v: Array, stretch: int | None) -> None:
 
 def block_size(length: int) -> int:
     """The largest tile that divides so many positions and fills the lanes."""
+    # A tile has to divide the positions and to consist of whole vector registers; below that, fewer and
+    # larger ones are fewer steps of the grid.
     return next(n for n in range(min(BLOCK, length), 0, -LANES) if length % n == 0)
 
 
@@ -162,6 +165,8 @@ def blocks_that_meet(
     high = last // columns
     low_q = xp.sum(last[None, :] < starts[:, None], axis=1)
     high_q = xp.sum(first[None, :] <= ends[:, None] + reach, axis=1) - 1
+    # Static bounds of how many blocks one may meet: with a window few, so that the grid of the kernel is as
+    # long as the work and not as the row.
     width = min(count, -(-(reach + rows - 1) // columns) + 1)
     height = min(blocks, -(-(reach + columns - 1) // rows) + 1)
 

@@ -11,12 +11,13 @@ from typing import Any
 
 HALF = ("bfloat16", "float16")
 LANES = 128  # of a TPU's vector registers: positions come in multiples of them
+# The remedy that always works: it computes everything, on everything, at some cost in speed.
 ELSE = "or use training.attention=chunked"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What one backend supports. An empty tuple: any.
+    """What one attention backend supports; an empty tuple stands for any.
 
     packing: several documents in a row, from `packed_capability` on where NVIDIA GPUs differ. order: of the
     positions that it takes: `any`; `text`, queries and keys by their place in the row, the queries perhaps a
@@ -80,19 +81,22 @@ BACKENDS: dict[str, Backend] = {
     ),
 }
 # By platform, fastest first; the last can do everything.
+# The first that can do what is wanted is taken, so each list ends with one that can do everything: `auto`
+# never refuses.
 FASTEST = {
     "cpu": ("fused", "reference"),
     "gpu": ("cudnn", "chunked"),
     "cuda": ("cudnn", "chunked"),
     "tpu": ("splash", "chunked"),
 }
+# Of a platform that nobody has measured: plain XLA operations, and no [T, T] array.
 OTHERWISE = ("chunked",)
 PLATFORM_NAMES = {"cpu": "a CPU", "gpu": "NVIDIA GPUs", "cuda": "NVIDIA GPUs", "tpu": "TPUs"}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What attention is asked for; None where it is not known (and then not checked).
+    """What attention must be able to do; None where that is not known (and then not checked).
 
     order: as `Backend.order`, what the rows are that reach the kernel. context: the kind of
     context.attention that splits rows, where one does. part: positions of a row that lie together.
@@ -116,8 +120,9 @@ class Wanted:
 
 
 def facts_of(device: Any) -> dict[str, Any]:
-    """What a `Wanted` says of a device."""
+    """The fields of a `Wanted` that a device answers: platform, capability and name."""
     version = str(getattr(device, "compute_capability", None) or "")
+    # Compared as numbers: as words, 10.0 would come before 9.0.
     numbers = version.split(".")  # AMD's are words
     capability = tuple(map(int, numbers)) if all(n.isdigit() for n in numbers) else None
     return {"platform": device.platform, "capability": capability, "device": device.device_kind}
@@ -125,6 +130,8 @@ def facts_of(device: Any) -> dict[str, Any]:
 
 def problem(name: str, wanted: Wanted) -> str | None:
     """Why this backend cannot do what is wanted, in one sentence with the remedy; None where it can."""
+    # The first reason is enough: a user mends one value at a time, and remedies of later rules may be moot by
+    # then.
     found = (rule(f"training.attention={name}", BACKENDS[name], wanted) for rule in RULES)
     return next((reason for reason in found if reason is not None), None)
 
@@ -139,6 +146,8 @@ def _ring(key: str, backend: Backend, wanted: Wanted) -> str | None:
 
 
 def _order(key: str, backend: Backend, wanted: Wanted) -> str | None:
+    # Whole rows are in order of the text in any case: loaders make no others, and zigzag order is of parts
+    # alone.
     if backend.order in ("any", wanted.order) or wanted.order == "whole":
         return None
     return (
@@ -150,6 +159,7 @@ def _order(key: str, backend: Backend, wanted: Wanted) -> str | None:
 def _device(key: str, backend: Backend, wanted: Wanted) -> str | None:
     if wanted.platform is None or not backend.platforms:
         return None
+    # AMD's devices call their platform gpu as well; only NVIDIA's capability is a number.
     nvidia = wanted.platform in ("gpu", "cuda")
     if wanted.platform not in backend.platforms or (nvidia and wanted.capability is None):
         return (
@@ -167,6 +177,8 @@ def _device(key: str, backend: Backend, wanted: Wanted) -> str | None:
 
 
 def _alone(key: str, backend: Backend, wanted: Wanted) -> str | None:
+    # Its loop goes over the rows of a batch: were they split over devices, each round would need a row that
+    # lies on one of them.
     if not backend.one_device or wanted.devices in (None, 1):
         return None
     return f"{key} runs on one device, not in a mesh of {wanted.devices}; use training.attention=reference"
@@ -192,6 +204,7 @@ def _heads(key: str, backend: Backend, wanted: Wanted) -> str | None:
 
 
 def _near_head(size: int, multiple: int, limit: int | None) -> str:
+    # The two nearest sizes that are legal: a head's size is a free choice only before a run.
     below = min(size, limit or size) // multiple * multiple
     sizes = [n for n in (below, below + multiple) if n >= multiple and (limit is None or n <= limit)]
     return " or ".join(map(str, sizes))
@@ -218,6 +231,7 @@ def _scores(key: str, backend: Backend, wanted: Wanted) -> str | None:
 def _dtype(key: str, backend: Backend, wanted: Wanted) -> str | None:
     if wanted.dtype is None or not backend.dtypes or wanted.dtype in backend.dtypes:
         return None
+    # A remedy has to be a value that the key takes.
     legal = [dtype for dtype in backend.dtypes if dtype != "float16"]  # no value of training.precision
     return (
         f"{key} computes in {' or '.join(backend.dtypes)}, not {wanted.dtype}; "
@@ -231,6 +245,7 @@ def _part(key: str, backend: Backend, wanted: Wanted) -> str | None:
         return None
     near = part // multiple * multiple
     sizes = " or ".join(str(n) for n in (near, near + multiple) if n)
+    # A row that is cut has its seq_len divided by a mesh: naming the part's size as seq_len would mislead.
     if wanted.order == "whole":
         return (
             f"{key} takes positions in multiples of {multiple}, not data.seq_len={part}; "
@@ -242,6 +257,7 @@ def _part(key: str, backend: Backend, wanted: Wanted) -> str | None:
     )
 
 
+# In the order in which a person would mend them: what computes at all, then device, rows, heads, precision.
 RULES = (_ring, _order, _device, _alone, _documents, _heads, _values, _scores, _dtype, _part)
 
 
@@ -264,6 +280,7 @@ def choose(asked: str, wanted: Wanted, fastest: Mapping[str, tuple[str, ...]] = 
         return Choice(asked, "training.attention")
     if wanted.context == "ring":
         return Choice("ring", "context.attention=ring computes for itself")
+    # What was passed over is said at start-up: a slower backend than the user hoped for is no secret.
     refused: list[str] = []
     for name in fastest.get(wanted.platform or "", OTHERWISE):
         reason = problem(name, wanted)

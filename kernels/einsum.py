@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 def plain_einsum(spec: str, x: Array, w: Array) -> Array:
     """`jnp.einsum` in the activation's dtype: a float32 master weight is cast where it is used."""
+    # Cast here and not once a step: no rounded copy of all weights lives through it.
     return jnp.einsum(spec, x, w.astype(x.dtype))
 
 
@@ -27,6 +28,8 @@ def count_contracted(spec: str) -> int:
 
     Raises ValueError where the spec is no such product.
     """
+    # Rows, then contracted dims; contracted dims, then outputs: so the three arrays are matrices as they lie
+    # in memory, and a projection is one product without a transpose.
     x, w, y = letters_of(spec)
     contracted = sum(letter in w for letter in x)
     if not contracted or x[-contracted:] != w[:contracted] or y != x[:-contracted] + w[contracted:]:

@@ -78,9 +78,13 @@ def fp8_scale(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, ""]:
     Over all devices: the maximum of a tensor that is split is the maximum over its parts.
     """
     top = largest(x)
+    # frexp gives mantissa and exponent, so the power is found without a logarithm, whose rounding could miss
+    # the next power of two and overflow.
     most, limit = math.frexp(float(jnp.finfo(dtype).max))
     mantissa, exponent = jnp.frexp(top)
     power = jnp.clip(limit - exponent - (mantissa > most), -126, 126)
+    # The float32 whose exponent is `power`, made from its bits: exact on every device, which exp2 need not
+    # be.
     scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
     scale = jnp.where(top > 0, jnp.where(top < jnp.inf, scale, jnp.nan), 1.0)
     return checkpoint_name(jax.lax.stop_gradient(scale), QUANTIZED)
@@ -109,6 +113,8 @@ def _fp8_forward(spec: str, x: Array, w: Array) -> Any:
 def _fp8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     (x, w), (left, right, out) = saved, letters_of(spec)
     grad = to_fp8(dy, GRADIENT)
+    # Operands are rounded again and not saved from the forward pass: eight bits of each would have to be kept
+    # beside what a policy keeps, and rounding is cheap beside the product.
     dx = fp8_dot(f"{out},{right}->{left}", grad, to_fp8(w, FORWARD), x.dtype)
     dw = fp8_dot(f"{left},{out}->{right}", to_fp8(x, FORWARD), grad, jnp.float32)
     return dx, dw.astype(w.dtype)
@@ -132,6 +138,7 @@ def _int8(spec: str, x: Array, w: Array) -> Array:
     (x8, rows), (w8, columns) = to_int8(x, left, shared), to_int8(w, right, shared)
     free = [[c for c in letters if c not in shared] for letters in (left, right)]
     assert [*free[0], *free[1]] == list(out), spec
+    # Scales are of rows and of outputs, never of what is contracted, so both come out of the sum.
     rows = rows.reshape(*rows.shape, *[1] * columns.ndim)
     y = dot(spec, x8, w8, jnp.int32).astype(jnp.float32) * rows * columns
     # Named: kept as the int32 of the product it would be twice as large. The one behind attention, which
@@ -151,7 +158,7 @@ def _int8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Ar
 
 
 def differentiable(product: Einsum, forward: Any, backward: Any) -> Einsum:
-    """`product`, with a gradient of its own."""
+    """`product(spec, x, w)` with a gradient of its own; `spec` is static."""
     made = jax.custom_vjp(product, nondiff_argnums=(0,))
     made.defvjp(forward, backward)
     return made

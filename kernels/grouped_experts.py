@@ -25,6 +25,7 @@ INT = jnp.int32
 
 def activate(x: Float[Array, "*rows F"], activation: str) -> Float[Array, "*out F"]:
     """In float32: [..., 2, F] (gate, up) to [..., F] where gated, else [..., F] to itself."""
+    # Rounded once, at the end: in bfloat16 the gate and its product would each be rounded.
     y = x.astype(jnp.float32)
     if activation in GATES:
         y = GATES[activation](y[..., 0, :]) * y[..., 1, :]
@@ -37,7 +38,10 @@ def activate(x: Float[Array, "*rows F"], activation: str) -> Float[Array, "*out 
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What is static. capacity: places of an expert for a row of the batch; None: nothing is dropped."""
+    """Static options of a layer of experts.
+
+    capacity: places of an expert for a row of the batch; None: nothing is dropped.
+    """
 
     activation: str
     capacity: int | None = None
@@ -59,33 +63,34 @@ class ExpertMesh(Protocol):
         """[B, T here, ...] to [B, T, ...], from the devices that hold the rest of these rows."""
 
     def rows_here(self, x: Array) -> Array:
-        """The inverse: this device's positions."""
+        """[B, T, ...] to [B, T here, ...]: the inverse of `whole_rows`."""
 
 
 class OneDevice:
-    """One device that holds everything."""
+    """The `ExpertMesh` of one device, which holds everything."""
 
     ways = 1
 
     def exchange(self, x: Array) -> Array:
-        """Nobody to exchange with."""
+        """`x` itself: there is nobody to exchange with."""
         return x
 
     def first_expert(self, here: int) -> Any:
-        """All experts are here."""
+        """Number 0: all experts are on this device."""
         return 0
 
     def whole_rows(self, x: Array) -> Array:
-        """Rows are whole."""
+        """`x` itself: rows lie whole on this device."""
         return x
 
     def rows_here(self, x: Array) -> Array:
-        """All positions are here."""
+        """`x` itself: all positions are on this device."""
         return x
 
 
 def capacity_of(length: int, per_token: int, experts: int, factor: float) -> int:
     """Places of an expert for a row of `length` tokens: ceil(length * k / E * factor), at most `length`."""
+    # Less a hair: a product of floats just above a whole number is that number, not one place more.
     return min(length, math.ceil(length * per_token / experts * factor - 1e-9))
 
 
@@ -124,7 +129,7 @@ def dropless(
     spec: ExpertSpec,
     others: ExpertMesh,
 ) -> Array:
-    """Every choice is computed, whatever the load.
+    """The experts' output where every choice is computed, whatever the load.
 
     With W devices each token is sent to all of them once, however many of its experts they hold: [W, n, D]
     there and as much back, forward and backward. Static shapes leave no less: buffers that stay exact when
@@ -140,9 +145,11 @@ def dropless(
     # Numbers travel with the gates: a float32 holds them exactly, and it is one exchange less.
     number = jnp.where(real[..., None], experts, here * ways).astype(jnp.float32)
     numbers, shares = jnp.split(send(jnp.concatenate([number, gates], axis=-1)), 2, axis=-1)
+    # Numbers came as floats beside gates, so JAX would ask for their gradient.
     mine = jax.lax.stop_gradient(numbers).astype(INT) - others.first_expert(here)
     mine = jnp.where((mine >= 0) & (mine < here), mine, here)
     y = grouped_feed_forward(send(x), mine, shares, up, down, spec.activation)
+    # Sent back in the compute dtype, half the traffic; only the W partial sums are added in float32.
     back = others.exchange(y.astype(x.dtype).reshape(ways, -1, shape[-1]))
     return jnp.sum(back, axis=0, dtype=jnp.float32).astype(x.dtype).reshape(shape)
 
@@ -167,18 +174,24 @@ def with_capacity(
     assert spec.capacity is not None
     (rows, length, size), per_token, here = x.shape, experts.shape[-1], up.shape[0]
     total, places = here * others.ways, min(spec.capacity, length)
+    # Who is first in the text is known only with the whole row. Numbers alone are gathered, k a token, not
+    # the tokens' vectors.
     row_experts, row_order, row_real = (others.whole_rows(a) for a in (experts, order, real))
     first = rank_in_row(row_experts, row_order, row_real, total) < spec.capacity
     taken = others.rows_here(first) & real[..., None]
     rank = rank_in_row(experts, order, taken, total)
     row = jnp.arange(rows, dtype=INT)[:, None, None]
+    # One flat number for (expert, row, place); a choice without a place points past the end, where scatters
+    # drop and gathers fill zeros: no branch, no mask on [.., D].
     place = jnp.where(taken, (experts * rows + row) * places + rank, total * rows * places).reshape(-1)
     choice = invert(place, total * rows * places)
     choices = jnp.broadcast_to(x[:, :, None], (*experts.shape, size)).reshape(-1, size)
     buffer = permute(choices, choice, place).reshape(others.ways, here, rows * places, size)
     hidden = activate(feed("WERD,ED{pair}F->WER{pair}F", others.exchange(buffer), up), spec.activation)
     out = others.exchange(feed("WERF,EFD->WERD", hidden, down)).reshape(-1, size)
+    # The way back is the same map read in the other direction, zeros for what was dropped.
     served = permute(out, place, choice).reshape(*experts.shape, size)
+    # A token's k parts are added in float32 and rounded once.
     y = jnp.sum(gates[..., None] * served, axis=2, dtype=jnp.float32)
     dropped = jnp.sum(~taken & real[..., None], axis=-1) / per_token
     return y.astype(x.dtype), dropped.astype(jnp.float32)
@@ -203,6 +216,8 @@ def rank_in_row(
         length = order.shape[0]
         # Position in the text may exceed this device's share of it: rank it first.
         turn = invert(jnp.argsort(order).astype(INT), length)
+        # One sort by (expert, turn in the text) ranks all choices at once. Tokens that take no place sort
+        # behind every expert.
         keys = jnp.where(taking, experts * length + turn[:, None], count * length).reshape(-1)
         by_key = jnp.argsort(keys).astype(INT)
         first = jnp.searchsorted(keys[by_key], jnp.arange(count, dtype=INT) * length).astype(INT)
@@ -215,6 +230,7 @@ def rank_in_row(
 def invert(places: Int[Array, " S"], size: int) -> Int[Array, " R"]:
     """For each of `size` places who took it: an index into `places`, or their number for nobody."""
     number = places.shape[0]
+    # A scatter of integers: each place is taken once, so no order of writes can change it.
     return jnp.full(size, number, INT).at[places].set(jnp.arange(number, dtype=INT), mode="drop")
 
 
@@ -261,6 +277,8 @@ def grouped_feed_forward(
 
 def block_size(choices: int, experts: int) -> int:
     """Rows of one product: a power of two, about half of an expert's even share, so that few are empty."""
+    # An expert's last block is half empty on average: with blocks of half its share that is a quarter more
+    # work, with larger ones more, and smaller products are slower.
     share = max(choices // (2 * experts), 1)
     return max(BLOCKS[0], min(BLOCKS[1], 2 ** int(math.log2(share))))
 
@@ -322,8 +340,10 @@ class Blocks:
 
     @staticmethod
     def of(experts: Int[Array, "n k"], count: int, size: int) -> "Blocks":
-        """From each token's experts; `count` and above are nobody's."""
+        """The blocks of a batch, from each token's experts; numbers from `count` on belong to none here."""
         flat = experts.reshape(-1)
+        # Stable, so that an expert's tokens stay in the order of the text: sums come out the same in every
+        # run.
         by_expert = jnp.argsort(flat).astype(INT)
         starts = jnp.searchsorted(flat[by_expert], jnp.arange(count + 1, dtype=flat.dtype)).astype(INT)
         ends = jnp.cumsum(-(-(starts[1:] - starts[:-1]) // size)).astype(INT)
@@ -331,6 +351,8 @@ class Blocks:
 
     def block(self, i: Array) -> tuple[Array, Array, Array]:
         """(expert, choices, tokens) of block i; both are out of bounds, and unique, where it is empty."""
+        # Which expert a block belongs to depends on data; the loop's body does not, so there is one program
+        # for any load.
         expert = jnp.searchsorted(self.ends, i, side="right").astype(INT)
         before = jnp.where(expert > 0, self.ends[expert - 1], 0)
         row = jnp.arange(self.size, dtype=INT)
@@ -365,6 +387,8 @@ def _forward(
         out = product("RF,FD->RD", activate(pre, activation), down[expert])
         return y.at[token].add(take(flat, choice)[:, None] * out, mode="drop", unique_indices=True)
 
+    # As many rounds as there are blocks in this batch: a bound from data, which is why JAX cannot
+    # differentiate the loop itself and backward is written out.
     return jax.lax.fori_loop(0, blocks.ends[-1], add, jnp.zeros(x.shape, jnp.float32))
 
 
@@ -380,7 +404,9 @@ def _backward(
         expert, choice, token = blocks.block(i)
         rows, dout, gate = take(x, token), take(dy, token), take(flat, choice)[:, None]
         pre = product("RD,D{pair}F->R{pair}F", rows, up[expert]).astype(x.dtype)
+        # Made again from the inputs: keeping hidden layers of all choices would take k times a dense layer's.
         hidden, pull = jax.vjp(lambda pre: activate(pre, activation), pre)
+        # Used twice: for the gate's gradient and, times the gate, for the hidden layer's.
         through = product("RD,FD->RF", dout, down[expert])
         dgate = jnp.sum(hidden.astype(jnp.float32) * through, axis=-1)
         ddown = ddown.at[expert].add(product("RF,RD->FD", (gate * hidden).astype(x.dtype), dout))

@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int
 from kernels.attention import largest_divisor
 
 LOGIT_AXES = ("batch", "length", "act_vocab")
+# Each group of devices adds up its own gradient of the table over all chunks, and they meet once, at the end:
+# an all-reduce of [V, D] for every chunk would dwarf the products.
 PARTIAL = ("batch", "length", "act_vocab", None)  # a gradient of the table for each group of devices
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What of the loss is static: positions in a chunk, parts of rows and positions, caps and weights."""
+    """Static options of the loss: positions in a chunk, parts of rows and positions, caps and weights."""
 
     size: int
     parts: tuple[int, int]
@@ -58,6 +60,8 @@ def chunked_cross_entropy(
     `contract_rows`: how dw is made of a chunk that lies on one device (see `models.ops.Ops`).
     """
     share = parts[1]
+    # A chunk takes the same stretch of every device's positions: chunks of consecutive ones would be the work
+    # of one device after another, while the others wait.
     size = share * largest_divisor(x.shape[1] // share, chunk // x.shape[0] // share)
     spec = LossSpec(size, parts, softcap, z_loss, constrain, contract_rows, jnp.dtype(dtype or x.dtype))
     loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
@@ -84,6 +88,7 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec)
     def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         nll_sum, z_sum, dw = carry
         nll, z, dlogits = _chunk_loss(*chunk, table, spec)
+        # Here, while the logits are there: backward would have to make them again, a fourth product.
         dx = jnp.einsum("BTV,VD->BTD", dlogits.astype(spec.dtype), table, preferred_element_type=x.dtype)
         dw += _by_table(dlogits, chunk[0], spec)
         return (nll_sum + nll, z_sum + z, spec.constrain(dw, PARTIAL)), dx
@@ -91,11 +96,13 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec)
     zero = jnp.zeros(spec.parts, jnp.float32)
     start = (zero, zero, spec.constrain(jnp.zeros((*spec.parts, *w.shape), jnp.float32), PARTIAL))
     (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
+    # What is saved is dx and dw, of the size of x and w, and nothing of the size of the logits.
     return _results(nll, z), (_join(dx, spec), jnp.sum(dw, axis=(0, 1)).astype(w.dtype))
 
 
 def _by_table(dlogits: Array, x: Array, spec: LossSpec) -> Array:
     """Each group's gradient by the table, [R, P, V, D]."""
+    # Its form wants all rows on one device; split rows go through an einsum that the partitioner understands.
     if spec.contract_rows is not None and spec.parts == (1, 1):
         rows = (a.reshape(-1, a.shape[-1]) for a in (dlogits, x))
         return spec.contract_rows(*rows)[None, None]
@@ -110,6 +117,7 @@ def _results(nll: Array, z: Array) -> tuple[Array, dict[str, Array]]:
 
 def _backward(spec: LossSpec, residuals: tuple[Array, Array], cotangents: Any) -> Any:
     dx, dw = residuals
+    # The loss is a sum, so its cotangent is one number, known only now (1 / the batch's weight).
     scale = cotangents[0]
     return (scale * dx).astype(dx.dtype), (scale * dw).astype(dw.dtype), None, None
 
@@ -129,7 +137,7 @@ def _split(x: Array, spec: LossSpec) -> Array:
 
 
 def _join(x: Array, spec: LossSpec) -> Array:
-    """The inverse of `_split`."""
+    """[T/size, B, size, ...] to [B, T, ...]: the inverse of `_split`."""
     blocks = x.reshape(*x.shape[:2], spec.parts[1], spec.size // spec.parts[1], *x.shape[3:])
     return jnp.moveaxis(blocks, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
@@ -147,6 +155,7 @@ def _chunk_loss(
     logits = jnp.einsum("BTD,VD->BTV", x.astype(spec.dtype), table, preferred_element_type=jnp.float32)
     logits = spec.constrain(logits, LOGIT_AXES)
     capped = softcap_logits(logits, spec.softcap)
+    # In float32 from here on: a log of a sum over 100,000 terms is what bfloat16 has no bits for.
     top = jnp.max(capped, axis=-1, keepdims=True)
     exps = jnp.exp(capped - top)
     total = jnp.sum(exps, axis=-1, keepdims=True)
@@ -155,8 +164,10 @@ def _chunk_loss(
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
     nll = log_total - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)
     z = spec.z_loss * jnp.square(log_total)
+    # d/dl of weight * (lse + z lse²) is softmax(l) times this; only the target's column has more.
     share = (weights * (1.0 + 2.0 * spec.z_loss * log_total))[..., None]
     dlogits = exps / total * share - jnp.where(hit, weights[..., None], 0.0)
+    # Through the cap: tanh' = 1 - tanh², and capped / softcap is that tanh.
     if spec.softcap is not None:
         dlogits *= 1.0 - jnp.square(capped / spec.softcap)
     nll, z = (jnp.sum(_groups(weights * term, spec), axis=(1, 3)) for term in (nll, z))

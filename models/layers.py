@@ -1,7 +1,7 @@
 """The parts of a decoder layer as Flax nnx modules. Float32 where it matters: norms, rotations, activations.
 
-B batch, T query position, D model, N query heads, K key/value heads, H head size, F feed-forward,
-V vocabulary; C counts the two of a fused pair (key and value, gate and up).
+B batch, T query position, S key position, D model, N query heads, K key/value heads, H head size,
+F feed-forward, V vocabulary; C counts the two of a fused pair (key and value, gate and up).
 """
 
 import math
@@ -34,6 +34,7 @@ Sums = dict[str, Array]
 
 def residual_init(config: ModelConfig) -> Any:
     """Projections back into the residual: spread over sqrt(2L), so that its variance is even over depths."""
+    # Each layer then begins as the identity, whatever its depth.
     if config.zero_init:
         return zeros
     return normal(config.init_std / math.sqrt(2 * config.num_layers))
@@ -58,11 +59,13 @@ class Norm(nnx.Module):
         self.bias = vector(rngs, (size,), (axis,), zeros) if has_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalize, then scale and shift."""
+        """`x` normalized over its last dim, then scaled and shifted, in its own dtype."""
+        # A mean of squares over thousands of elements: bfloat16 has eight bits for the sum.
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        # Gemma's checkpoints hold scales less one.
         y = y * (1.0 + self.scale[...] if self.offset else self.scale[...])
         if self.bias is not None:
             y = y + self.bias[...]
@@ -82,6 +85,7 @@ class Attention(nnx.Module):
         self.kv = param(rngs, (D, 2, K, H), ("embed", *kv_axes), init, reduction=(0,), output=(2, 3))
         out_axes = ("heads", "head_dim", "embed")
         self.o = param(rngs, (N, H, D), out_axes, residual_init(config), reduction=(0, 1), output=(2,))
+        # Qwen2 has biases in these projections alone: models differ in where, so where is what config says.
         biased = config.bias or config.qkv_bias
         self.q_bias = vector(rngs, (N, H), ("heads", "head_dim"), zeros) if biased else None
         self.kv_bias = vector(rngs, (2, K, H), kv_axes, zeros) if biased else None
@@ -100,10 +104,14 @@ class Attention(nnx.Module):
         """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
         q, k, v = self.project(x, batch["positions"], spec, ops)
         if cache is not None:
+            # Kept heads first, as the products of attention read them: else each new token would cost a copy
+            # of the whole cache into that order.
             new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
             cache = extend_cache(cache, new, batch["positions"][0, 0], axis=2)
             k, v = (cache[name].astype(x.dtype).swapaxes(1, 2) for name in new)
+        # Behind the cache, which holds each head once.
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
+        # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
         q, k, v = name_inputs(q, k, v)
         mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
         out = ops.einsum("BTNH,NHD->BTD", mixed, self.o[...])
@@ -115,11 +123,17 @@ class Attention(nnx.Module):
         """Queries, keys and values, normalized and rotated as the family wants them."""
         q = add_bias(ops.einsum("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
         kv = add_bias(ops.einsum("BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
+        # Said where heads appear: all that follows up to the kernel then lies by heads, whatever else splits
+        # the weight.
         q = ops.constrain(q, HEADS)
         kv = ops.constrain(
-            kv, ("batch", "length", None, "act_kv_heads" if ops.repeat_kv == 1 else None, None)
+            # Fewer K/V heads than devices of tensor: whole on each until they are repeated.
+            kv,
+            ("batch", "length", None, "act_kv_heads" if ops.repeat_kv == 1 else None, None),
         )
         k, v = kv[:, :, 0], kv[:, :, 1]
+        # Before the rotation: behind it, a scale for each element would make scores hang on absolute
+        # positions.
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
@@ -131,13 +145,14 @@ class Attention(nnx.Module):
 def masks_of(batch: dict[str, Array]) -> Masks:
     """The masks of a batch [B, T] with itself or, where it is decoded, with the keys of a cache [B, S]."""
     positions, segments = batch["positions"], batch["segment_ids"]
+    # A batch attends to itself; `kv_positions` are there only where a cache's places are the keys.
     return Masks(
         positions, batch.get("kv_positions", positions), segments, batch.get("kv_segment_ids", segments)
     )
 
 
 def scores_of(config: ModelConfig, spec: LayerSpec, factor: float = 1.0) -> Scores:
-    """How a layer makes its scores; `factor` is on their scale."""
+    """The static options of a layer's scores, whose scale is multiplied by `factor`."""
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     return Scores(window=spec.window, softcap=config.attention_softcap, scale=scale * factor)
 
@@ -153,6 +168,7 @@ def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 def extend_cache(cache: Cache, new: Cache, start: Array, *, axis: int = 1) -> Cache:
     """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; S is at `axis`."""
+    # One slice for all rows: a batch is decoded in step, so rows have the same length.
     write = jax.lax.dynamic_update_slice_in_dim
     return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=axis) for name in new}
 
@@ -161,6 +177,7 @@ def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"
     """Each K/V head `ops.repeat_kv` times in place, so that query head n still finds its own at n // G."""
     if ops.repeat_kv == 1:
         return ops.constrain(x, ("batch", "length", "act_kv_heads", None))
+    # Repeating is exact, and its gradient is the copies' sum: what a single head would have got.
     return ops.constrain(jnp.repeat(x, ops.repeat_kv, axis=2), HEADS)
 
 
@@ -240,6 +257,8 @@ class LatentAttention(nnx.Module):
         """Keys and values of every head."""
         k = ops.einsum("BSR,RNH->BSNH", latent, self.k[...])
         v = ops.einsum("BSR,RNH->BSNH", latent, self.v[...])
+        # One rotated part for all heads: stored once in the cache, spread only for the kernel, which knows
+        # plain heads.
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         return ops.constrain(jnp.concatenate([k, shared], axis=-1), HEADS), ops.constrain(v, HEADS)
 
@@ -266,10 +285,14 @@ class FeedForward(nnx.Module):
         self.down_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
 
     def __call__(self, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
-        """Up, activate, down."""
+        """The projection up, the activation in float32, and the projection down."""
+        # Gate and value in one product, side by side in a dim of their own: one read of x, and a split of F
+        # over tensor leaves each device its pairs.
         gated = self.activation in GATES
         spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
         hidden = checkpoint_name(ops.einsum(spec, x, self.up[...]), MLP_UP)
+        # The name is on the bare product, the widest array of the layer: with it at hand, backward repeats
+        # only what is elementwise.
         hidden = add_bias(hidden, self.up_bias)
         hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
         hidden = ops.constrain(hidden, ("batch", "length", "act_mlp"))  # and so does its gradient lie
@@ -293,7 +316,7 @@ class Mixture(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops, *, decoding: bool
     ) -> tuple[Float[Array, "B T D"], Sums]:
-        """Their sum, and what the router reports."""
+        """The sum of routed and shared experts' outputs, and what the router reports."""
         y, sums = self.experts(x, batch, ops, decoding=decoding)
         return (y if self.shared is None else y + self.shared(x, ops)), sums
 
@@ -306,6 +329,7 @@ class Block(nnx.Module):
             return Norm(config, config.d_model, "embed", config.norm, rngs)
 
         self.attention_norm, self.mlp_norm = norm(), norm()
+        # Module names are parameter paths: initial weights are folded from them, and checkpoints hold them.
         self.attention = Attention(config, rngs) if config.mla is None else LatentAttention(config, rngs)
         self.mlp = Mixture(config, rngs) if moe else FeedForward(config, config.d_ff, rngs)
         self.attention_post_norm = norm() if config.post_norms else None
@@ -320,6 +344,7 @@ class Block(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
         """The residual stream after this layer, the cache with its keys and values, what it reports."""
+        # Scopes name operations in the compiled program: a profile then shows layers and not fusions.
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
             x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
@@ -331,6 +356,8 @@ class Block(nnx.Module):
             else:
                 hidden = self.mlp(hidden, ops)
             x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+        # Between blocks the stream may be split over more axes than inside (sequence parallelism): norms and
+        # sums need no whole rows.
         return ops.constrain(x, RESIDUAL), cache, sums
 
 
@@ -340,6 +367,8 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         init = normal(config.init_std)
         V, D = config.vocab_size, config.d_model
+        # Gemma: the table is the head's as well, with elements of about 1/sqrt(D); in the stream they are to
+        # be about one.
         self.multiplier = math.sqrt(D) if config.embed_scale else 1.0
         self.table = param(rngs, (V, D), ("vocab", "embed"), init, role="embedding")
         learned = config.position == "learned"

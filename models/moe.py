@@ -34,16 +34,20 @@ class Routing:
 
 def route(logits: Float[Array, "B T E"], bias: Float[Array, " E"] | None, config: MoEConfig) -> Routing:
     """The k experts of each token with the best scores plus bias; gates are scores, which have no bias."""
+    # Also where scores are sigmoids: the z-loss, which keeps logits small, is of the logits.
     log_total = jax.nn.logsumexp(logits, axis=-1)
     if config.score == "softmax":
         scores = shares = jnp.exp(logits - log_total[..., None])
     else:
         scores = jax.nn.sigmoid(logits)
         shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    # The bias moves tokens, not outputs (DeepSeek-V3): it enters the choice alone, which has no gradient, and
+    # gates stay scores.
     choice = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups_per_token < config.num_groups:
         choice = in_best_groups(choice, config.num_groups, config.groups_per_token)
     experts, gates = best(choice, scores, config.experts_per_token)
+    # Over the chosen ones: the rest of the scores belongs to experts that do not speak.
     if config.normalize_gates:
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     return Routing(experts, gates * config.gate_scale, shares, log_total)
@@ -51,6 +55,8 @@ def route(logits: Float[Array, "B T E"], bias: Float[Array, " E"] | None, config
 
 def in_best_groups(choice: Float[Array, "B T E"], groups: int, keep: int) -> Float[Array, "B T E"]:
     """Minus infinity outside of the `keep` groups of neighbouring experts that a token may use."""
+    # Neighbouring experts lie on one device or host, so that fewer groups a token are fewer places to send it
+    # to.
     grouped = choice.reshape(*choice.shape[:-1], groups, -1)
     _, top = best(grouped, grouped, min(BEST_OF_GROUP, grouped.shape[-1]))
     worth = jnp.sum(top, axis=-1)
@@ -69,6 +75,7 @@ def best(choice: Float[Array, "*B E"], values: Float[Array, "*B E"], k: int) -> 
     found, there = [], []
     for _ in range(k):
         index = jnp.argmax(choice, axis=-1).astype(jnp.int32)
+        # By comparison and a sum instead of a gather: elementwise, so each device works on its own tokens.
         hit = numbers == index[..., None]
         found.append(index)
         there.append(jnp.sum(jnp.where(hit, values, 0.0), axis=-1))
@@ -94,8 +101,10 @@ def router_sums(
     by the batch's weight, is their mean over tokens. A row is never split into microbatches, so no schedule
     and no mesh changes them; documents packed into a row share its f and P, as they share its capacity.
     """
+    # Padding counts in no mean, also in a batch whose weights say nothing of it.
     weights = weights * real
     hits = (routing.experts[..., None] == jnp.arange(config.num_experts)) & real[:, :, None, None]
+    # A row at a time: a row is never cut into microbatches, so no schedule changes its balance.
     counts = jnp.sum(hits, axis=(1, 2), dtype=jnp.float32)  # [B, E]
     tokens = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)[:, None]
     share = jnp.sum(routing.shares * real[..., None], axis=1) / tokens
@@ -106,6 +115,8 @@ def router_sums(
     load = jnp.sum(counts, axis=0)
     if bias is not None:
         loss = loss + overload(load, bias)
+    # Reported, not minimized: low entropy of a token is a sure router, even load is the balance term's
+    # matter.
     entropy = -jnp.sum(routing.shares * jnp.log(routing.shares + 1e-20), axis=-1)
     reports = {
         LOAD: load,
@@ -163,6 +174,7 @@ class Experts(nnx.Module):
         limited = config.dispatch == "capacity" and not decoding
         sizes = (x.shape[1], config.experts_per_token, config.num_experts, config.capacity_factor)
         spec = ExpertSpec(self.activation, capacity_of(*sizes) if limited else None)
+        # Cast before the dispatch: what is gathered from other devices is half as wide.
         up, down = (w[...].astype(x.dtype) for w in (self.up, self.down))
         order = batch.get("order") if limited else None
         y, dropped = ops.experts(

@@ -21,6 +21,8 @@ def shifted(x: Array, order: Int[Array, "B T"] | None, fill: float) -> Array:
     length = x.shape[1]
     if order is None:
         return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
+    # In zigzag order the next token of the text may lie anywhere in the row, even on another device. Integers
+    # travel, not the stream.
     where = jnp.argsort(order, axis=1)  # of each place in the text
     following = jnp.take_along_axis(where, jnp.minimum(order + 1, length - 1), axis=1)
     return jnp.where(order + 1 < length, jnp.take_along_axis(x, following, axis=1), fill).astype(x.dtype)

@@ -13,7 +13,8 @@ from kernels.grouped_experts import run_experts
 
 
 def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """On one device an array is where it is."""
+    """`x` itself: on one device an array is where it is."""
+    # Checked on one device as well, where most tests run.
     assert len(axes) == x.ndim, (axes, x.shape)
     return x
 
@@ -36,6 +37,7 @@ class Ops:
     repeat_kv: copies of each K/V head in the activations, so that `tensor` > num_kv_heads divides them.
     """
 
+    # The defaults are the definitions, in float32: what every faster form is tested against.
     attention: Callable[..., Array] = reference_attention
     experts: Callable[..., tuple[Array, Array]] = run_experts
     einsum: Callable[[str, Array, Array], Array] = plain_einsum

@@ -54,6 +54,8 @@ def param(
 ) -> nnx.Param:
     """A float32 parameter that remembers, as metadata, all that ParamInfo holds."""
     assert len(axes) == len(shape) and role in ROLES, (axes, shape, role)
+    # Only shapes come of this: the model is described under eval_shape, and values are made later, each by
+    # the key of its name (`models.transformer.init_leaf`).
     value = init(rngs.params(), shape, jnp.float32)
     # `axes`, not Flax's own sharding keys: those would make Flax look for a mesh when the value is created.
     return nnx.Param(value, axes=axes, init=init, reduction=reduction, output=output, role=role, decay=decay)

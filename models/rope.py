@@ -19,6 +19,7 @@ def rope_frequencies(
     size: H, where it is not the whole head that is rotated.
     """
     size = size or config.head_dim
+    # In numpy and float64: static numbers, rounded once, where they meet positions.
     planes = np.arange(0, size, 2, dtype=np.float64) / size
     frequencies = spec.rope_theta**-planes
     scaling = config.rope_scaling
@@ -33,6 +34,8 @@ def rope_frequencies(
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Llama 3.1: slow planes are stretched, fast ones kept, others blended by turns in the old context."""
+    # Planes that turned many times within the old context know all angles and are kept; those that never came
+    # round would meet new ones, and are slowed.
     turns = scaling.original_length * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -46,6 +49,7 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float, size: int
         ratio = scaling.original_length / (turns * 2 * math.pi)
         return size * math.log(ratio) / (2 * math.log(theta))
 
+    # The plane that makes so many turns in the old context; theta^(-2i/size) solved for i.
     low = max(math.floor(plane(scaling.beta_fast)), 0)
     high = min(math.ceil(plane(scaling.beta_slow)), size - 1)
     stretched = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0.0, 1.0)
@@ -63,10 +67,13 @@ def rotate(
 
     `materialize` may hold sines and cosines [B, T, H/2] fast, see `models.ops.Ops`.
     """
+    # Positions of a document and not of the row, so that packing documents together changes none of them.
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     cos, sin = (materialize(wave(angles) * amplitude)[:, :, None] for wave in (jnp.cos, jnp.sin))
 
     def turn(x: Array) -> Array:
+        # Halves and not neighbours, as Hugging Face's checkpoints have it: two contiguous slices, no shuffle
+        # of elements.
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -50,19 +50,24 @@ def build_model(config: ModelConfig) -> "Model":
         parts[block_name(True)] = partial(Block, config, True)
     if config.mtp_depth:
         parts["mtp"] = partial(MTPBlock, config)
+    # nnx is the notation only: a module is split once into structure and parameters, and from here on
+    # parameters are a plain tree that any JAX transformation takes.
     graphs, info = {}, {}
     for name, make in parts.items():
         graphs[name], info[name] = describe(make)
+    # A block is described once, whatever the number of layers: in the tree it appears stacked, by segment and
+    # place in the period.
     blocks = {name: info.pop(name) for name in map(block_name, (False, True)) if name in info}
     segments = make_segments(config)
     info["segments"] = {str(s): stack_info(blocks, segment) for s, segment in enumerate(segments)}
     if config.mtp_depth:
+        # Not stacked: there are one or two, each run by itself.
         info["mtp"] = {str(depth): info["mtp"] for depth in range(config.mtp_depth)}
     return Model(config, segments, info, graphs)
 
 
 def block_name(moe: bool) -> str:
-    """Of the module that a layer with or without experts is."""
+    """The name of the module that a layer with or without experts is."""
     return "expert_block" if moe else "block"
 
 
@@ -110,6 +115,8 @@ class Model:
         for s, segment in enumerate(self.segments):
             places = tree["segments"][str(s)] = {}
             for p in range(len(segment.period)):
+                # Layer p of every repetition: counted over the whole model, so that a layer's initial values
+                # do not hang on how the pattern folds.
                 layers = first + p + len(segment.period) * jnp.arange(segment.count)
                 make = partial(init_stacked, key, arrange(s, layers))
                 places[str(p)] = jax.tree_util.tree_map_with_path(make, self.info["segments"][str(s)][str(p)])
@@ -132,6 +139,7 @@ class Model:
     ) -> tuple[Float[Array, "B T D"], Tree]:
         """One layer with its own (unstacked) parameters, and what it reports; `key` is for random layers."""
         del key
+        # Merging a module costs tracing time alone: structure is static, so the program sees bare arrays.
         x, _, sums = self._block(spec, params)(x, batch, spec, ops)
         return x, self._mean_over_layers(sums)
 
@@ -145,6 +153,7 @@ class Model:
         report.
         """
         normed = self._module("final_norm", params["final_norm"])(x)
+        # The table never meets [B, T, V]: `chunked_cross_entropy` makes logits for a few positions at a time.
         loss, sums = self._loss(params, normed, batch["targets"], batch["loss_weights"], ops, ops.z_loss)
         if self.config.mtp is None:
             return loss, sums
@@ -179,10 +188,13 @@ class Model:
         loss is the sum over the positions whose document goes on that far, over the same total weight as the
         main loss.
         """
+        # A layer for a further token is one more of the last layer's kind, experts included.
         spec, settings = self.segments[-1].period[-1], self.config.mtp
         assert settings is not None
         totals: Tree = {}
         loss = nll = jnp.zeros((), jnp.float32)
+        # Targets shift by one a depth; where a document ends their weight becomes 0, so no depth predicts
+        # across it.
         ahead = dict(batch)
 
         @jax.checkpoint  # outside of the schedule's rematerialization, its scores would outweigh all layers
@@ -198,6 +210,7 @@ class Model:
             ahead["targets"], ahead["loss_weights"] = next_targets(ahead)
             part, parts = self._loss(params, normed, ahead["targets"], ahead["loss_weights"], ops, 0.0)
             sums = self._mean_over_layers(sums)
+            # What routers of these layers add to the objective is theirs whole, as in every other layer.
             loss = loss + settings.weight / settings.depth * part + sums.pop("loss", 0.0)
             nll = nll + parts["nll"] / settings.depth
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
@@ -205,6 +218,8 @@ class Model:
 
     def _mean_over_layers(self, sums: Tree) -> Tree:
         """What one layer's router reports, as its share of the mean over layers; counts and losses stay."""
+        # Known statically, so every layer can report its share at once: a pipeline's stages never compare
+        # notes.
         routers = self.config.mtp_depth + sum(
             s.count * len(s.period) for s in self.segments if s.period[0].moe
         )
@@ -213,6 +228,8 @@ class Model:
     def logits(self, params: Tree, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T V"]:
         """Float32 next-token logits of the residual stream after the last layer."""
         x = self._module("final_norm", params["final_norm"])(x)
+        # Summed in float32 from factors in the compute dtype, as in the loss: sampling compares logits that
+        # differ in their last bits.
         table = self._output_table(params).astype(x.dtype)
         logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
         return softcap_logits(ops.constrain(logits, LOGIT_AXES), self.config.logit_softcap)
@@ -232,6 +249,8 @@ class Model:
         if config.mla is None:
             shapes: Tree = {name: (config.num_kv_heads, length, config.head_dim) for name in ("k", "v")}
         else:
+            # Latent attention caches what keys and values are made of: R + rope numbers a token instead of 2
+            # * N * H.
             widths = {"latent": config.mla.kv_lora_rank, "k_rope": config.mla.qk_rope_head_dim}
             shapes = {name: (length, width) for name, width in widths.items()}
         places: Tree = {
@@ -255,7 +274,10 @@ class Model:
         positions, max_seq_len): past it the last entries would be overwritten.
         """
         size, length = tokens.shape[1], cache["length"]
+        # The cache has one static length, so that every token of a text runs the same program. Places not yet
+        # filled are masked by segment 0.
         capacity = jax.tree.leaves(cache["segments"])[0].shape[-2]
+        # A place in the cache is the position of its token: rows begin at 0 and are decoded in step.
         slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
         batch = {
             "tokens": tokens,
@@ -275,6 +297,7 @@ class Model:
         `total` and `non_embedding`, not of `active`.
         """
         leaves = jax.tree.leaves(self.info)
+        # Without tables: scaling laws count what multiplies, and a vocabulary would outweigh a small model.
         body = [leaf for leaf in leaves if leaf.role not in ("embedding", "head")]
         further = jax.tree.leaves(self.info.get("mtp", {}))
         active = sum(map(self._active, leaves)) - sum(map(self._active, further))
@@ -285,6 +308,7 @@ class Model:
         """Parameters that one token meets: of experts, the chosen ones."""
         if "experts" not in info.axes or self.config.moe is None:
             return _size(info)
+        # Of E experts a token meets k.
         return _size(info) // self.config.moe.num_experts * self.config.moe.experts_per_token
 
     def flops_per_token(self, seq_len: int) -> dict[str, float]:
@@ -295,6 +319,8 @@ class Model:
         those of them that are not in the future, on average.
         """
         config = self.config
+        # From what parameters are, not from a second list of layers: a new matrix is counted without a word
+        # here. Tables are looked up, not multiplied, and the head is added by hand since it may be the table.
         weights = [leaf for leaf in jax.tree.leaves(self.info) if leaf.role == "matrix"]
         heads = (1 + config.mtp_depth) * config.vocab_size * config.d_model
         matmul = 2 * (sum(map(self._active, weights)) + heads)
@@ -304,6 +330,7 @@ class Model:
         layers.append((config.mtp_depth, self.segments[-1].period[-1]))
         full = causal = 0.0
         for count, spec in layers:
+            # A window's first queries see fewer keys: the triangle at a row's begin, seen² / 2 of seen * T.
             seen = min(seq_len, spec.window or seq_len)
             full += count * per_key * seen
             causal += count * per_key * (seen - seen * seen / (2 * seq_len))
@@ -338,17 +365,19 @@ class Model:
 
             stacked = params["segments"][str(s)]
             if caches is None:
+                # One layer in the program, however many there are: compile time does not grow with depth.
                 x, _ = jax.lax.scan(period, x, (stacked, None))
                 continue
             filled[str(s)] = []
             for i, cache in enumerate(caches[str(s)]):
+                # Unrolled: compiled once per shape and run for every token, so what a step costs comes first.
                 x, out = period(x, (jax.tree.map(itemgetter(i), stacked), cache))
                 filled[str(s)].append(out)
         return x, filled
 
 
 def init_leaf(key: Array, part: str, path: Any, info: ParamInfo) -> Array:
-    """The value of one unstacked parameter."""
+    """The value of one parameter that is not stacked over layers."""
     return info.init(fold_name(key, part, path), info.shape, info.dtype)
 
 
@@ -359,13 +388,15 @@ def init_stacked(key: Array, layers: Int[Array, "*stack"], path: Any, info: Para
     def make(layer: Array) -> Array:
         return info.init(jax.random.fold_in(key, layer), info.shape[1:], info.dtype)
 
+    # vmap over keys: the same bits as one layer at a time, in one program.
     for _ in range(layers.ndim):
         make = jax.vmap(make)
     return make(layers)
 
 
 def fold_name(key: Array, part: str, path: Any) -> Array:
-    """A key that belongs to a parameter's name."""
+    """The random key that belongs to a parameter's name, by its part of the model and its path."""
+    # A checksum of the name, not a counter: adding or leaving out a parameter changes no other's values.
     name = "/".join((part, *(str(entry.key) for entry in path)))
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 

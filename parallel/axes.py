@@ -20,7 +20,7 @@ REPEATABLE = ("kv_heads",)
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place tensors on it."""
+    """A mesh, and the rules that say which of its axes split which logical axis of a tensor."""
 
     mesh: Mesh
     rules: Mapping[str, Sequence[str]]
@@ -39,6 +39,7 @@ class Layout:
         mesh axis.
         """
         assert len(axes) == len(shape), (what, axes, shape)
+        # JAX refuses an axis that stands twice in one spec, in words that name neither tensor nor rule.
         used: dict[str, str] = {}
         entries: list[tuple[str, ...] | None] = []
         for name, size in zip(axes, shape, strict=True):
@@ -54,10 +55,13 @@ class Layout:
         return PartitionSpec(*entries)
 
     def _split(self, name: str | None, size: int, what: str) -> tuple[str, ...]:
+        # Axes of size 1 are left out, so that a spec reads the same on one device and prints what really
+        # splits.
         mesh_axes = tuple(a for a in self.rules.get(name or "", ()) if self.mesh.shape[a] > 1)
         ways = self.ways(name)
         if size % ways == 0:
             return mesh_axes
+        # Left whole: what is computed from them is repeated until it divides.
         if name in REPEATABLE and ways % size == 0:
             return ()
         asked = " * ".join(f"mesh.{a}={self.mesh.shape[a]}" for a in mesh_axes)
@@ -67,15 +71,16 @@ class Layout:
     def sharding(
         self, axes: Sequence[str | None], shape: Sequence[int], what: str = "tensor"
     ) -> NamedSharding:
-        """The same as `spec`, on this mesh."""
+        """NamedSharding of a tensor with these logical axes: `spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape, what))
 
     def replicated(self) -> NamedSharding:
-        """Every device holds the whole."""
+        """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def constrain(self, x: Array, axes: Sequence[str | None]) -> Array:
         """Pin an activation inside a jitted function to the layout of its logical axes."""
+        # On one device there is nothing to choose, and the program stays readable.
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, "activation"))

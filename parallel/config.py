@@ -87,7 +87,7 @@ def dcn_problem(dcn: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def divisors(n: int) -> tuple[int, ...]:
-    """All of them, in order."""
+    """All divisors of `n`, in order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return tuple(sorted({*small, *(n // d for d in small)}))
 

@@ -44,7 +44,7 @@ class Exchange:
         return jax.lax.all_gather(x, self.length, axis=1, tiled=True) if self.length else x
 
     def rows_here(self, x: Array) -> Array:
-        """The inverse."""
+        """[B, T, ...] to [B, T here, ...]: the inverse of `whole_rows`."""
         if not self.length:
             return x
         size = x.shape[1] // jax.lax.axis_size(self.length)
@@ -81,16 +81,22 @@ def expert_dispatch(
         down_spec = layout.spec(("experts", "mlp", "expert_embed"), down.shape, "experts' down")
         tokens, choices = (layout.spec(TOKENS, a.shape, "tokens of experts") for a in (x, experts))
         rows = layout.spec(ROWS, real.shape, "tokens of experts")
+        # Read from the specs and not from the rules: axes of size 1 are gone, and what does not split asks
+        # for no exchange.
         owners = names(up_spec[0])
         others = Exchange(owners, names(rows[1]), math.prod(layout.mesh.shape[a] for a in owners))
 
         def local(
             x: Array, experts: Array, gates: Array, up: Array, down: Array, real: Array, order: Array
         ) -> tuple[Array, Array]:
+            # Gathered inside, so that its transpose is a reduce-scatter: gradients arrive in the parts that
+            # the optimizer holds, and are never whole on a device.
             up, down = gather(up, 1, names(up_spec[1])), gather(down, 2, names(down_spec[2]))
             y, dropped = compute(
                 x, experts, gates, up, down, real=real, order=order, spec=spec, others=others
             )
+            # Each device of tensor has made a part of every expert's sum over F. Added when tokens are home,
+            # where there are as many as came, and not where capacity padded them.
             return (jax.lax.psum(y, names(down_spec[1])) if names(down_spec[1]) else y), dropped
 
         if order is None:  # here, where positions are still those of whole rows

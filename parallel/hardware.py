@@ -109,7 +109,7 @@ class Machine:
 
     @property
     def topology(self) -> str:
-        """As `planner.described_devices.described_devices` takes it."""
+        """The topology in the words that `planner.described_devices` takes: `8x8`, or `2*4x4x4`."""
         if self.kind != "tpu":
             return f"{-(-self.devices // self.per_node)}x{min(self.devices, self.per_node)}"
         torus = "x".join(map(str, self.torus))
@@ -154,21 +154,21 @@ def machine_of(hardware: HardwareConfig, mesh_devices: int | None = None) -> Mac
 def _sizes(
     hardware: HardwareConfig, device: DeviceConfig, mesh_devices: int | None
 ) -> tuple[int, tuple[int, ...], int]:
-    """Slices, torus and devices in all."""
-    slices, torus, told = 1, tuple[int, ...](), None
+    """The number of slices, one slice's torus, and devices in all."""
+    slices, torus, total = 1, tuple[int, ...](), None
     if hardware.topology is not None:
         slices, torus = _parse_topology(hardware.topology, device)
-        told = slices * math.prod(torus)
+        total = slices * math.prod(torus)
     count = hardware.nodes * device.per_node if hardware.nodes is not None else None
-    if told is not None and count is not None and told != count:
+    if total is not None and count is not None and total != count:
         raise ValueError(
-            f"hardware.topology={hardware.topology} is {told} devices, but hardware.nodes={hardware.nodes} "
+            f"hardware.topology={hardware.topology} is {total} devices, but hardware.nodes={hardware.nodes} "
             f"of {device.per_node} are {count}; give only one of them"
         )
-    devices = told or count or mesh_devices or device.per_node
+    devices = total or count or mesh_devices or device.per_node
     if device.torus_dims == 0:
         return 1, (), devices
-    if told is None:
+    if total is None:
         torus = default_torus(devices, device.torus_dims)
     return slices, torus, devices
 

@@ -28,6 +28,7 @@ def build_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> La
         if unknown := sorted(set(axes) - set(MESH_AXES)):
             legal = ", ".join(MESH_AXES)
             raise ValueError(f"mesh.rules.{name} names {unknown[0]}, no mesh axis; use one of {legal}")
+    # Auto: shardings are said at parameters and at a few activations, and the partitioner finds the rest.
     mesh = Mesh(
         device_grid(sizes, config.dcn, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
@@ -41,6 +42,8 @@ def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Seque
     Raises ValueError, naming how many slices there are, where the factors' product is another.
     """
     factors = {axis: dcn.get(axis, 1) for axis in sizes}
+    # One slice: JAX's own placement, which folds the axes into a TPU's torus. Physical axes may be split,
+    # since a mesh of seven names seldom is the torus's three.
     if math.prod(factors.values()) == 1:
         return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     by_process = slice_attribute(devices) == "process_index"
@@ -56,6 +59,7 @@ def device_grid(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Seque
 
 def slice_attribute(devices: Sequence[Any]) -> str:
     """What tells slices apart: CPU devices of one machine say that they are one, however many processes."""
+    # Where devices know no slices, hosts stand for them: they are what the slow network joins.
     by_process = any(d.platform == "cpu" or not hasattr(d, "slice_index") for d in devices)
     return "process_index" if by_process else "slice_index"
 
@@ -72,5 +76,6 @@ def _check_slices(factors: Mapping[str, int], devices: Sequence[Any], attribute:
             f"{slices}; {remedy}"
         )
     if len(set(found.values())) > 1:
+        # A mesh is a full array: slices of unequal size leave places that no device fills.
         held = ", ".join(str(count) for _, count in sorted(found.items()))
         raise ValueError(f"{asked} needs slices of one size, but they hold {held} devices; use equal slices")

@@ -57,6 +57,8 @@ class Place:
 
 def place_in(environment: Mapping[str, str]) -> Place | None:
     """What our own three variables say; None where none of them is set. ValueError on nonsense."""
+    # All or none of the three: a job with one missing would start as several runs of one process each, which
+    # write into one directory.
     names = (COORDINATOR, PROCESSES, PROCESS)
     missing = [name for name in names if not environment.get(name)]
     if len(missing) == len(names):
@@ -115,6 +117,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
 
     if jax.distributed.is_initialized():
         return
+    # For CPUs alone: GPUs and TPUs have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It takes SIGTERM away from the process for a notice that nobody here reads.
     jax.config.update("jax_enable_preemption_service", False)
@@ -128,6 +131,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
                 jax.distributed.initialize(*at, cluster_detection_method="deactivate", **common)
             else:
                 jax.distributed.initialize(cluster_detection_method=method, **common)
+    # One line, since gRPC's errors are pages: the place and the first line say what to look at.
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, ClusterFault):
             raise
@@ -182,6 +186,8 @@ def _report_to(place: Place, end: float, limit: float) -> None:
 def _gather(place: Place, end: float, limit: float) -> None:
     port = int(place.coordinator.rpartition(":")[2])
     try:
+        # The coordinator's own port: JAX takes it a moment later, so what blocks it is found here, with a
+        # remedy.
         server = socket.create_server(("", port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
@@ -204,6 +210,7 @@ def _gather(place: Place, end: float, limit: float) -> None:
                     f"of {place.count} processes these did not join {place.coordinator} within {limit:g} s: "
                     f"{late}; see why they did not start, or raise {JOIN}"
                 )
+        # Only now: nobody goes on to JAX until all are there.
         for line in there.values():
             line.sendall(b"!")
 
@@ -218,7 +225,7 @@ def _client() -> Any:
 
 
 def process_count() -> int:
-    """Processes in the job."""
+    """How many processes the job has: 1 without a cluster."""
     if _client() is None:
         return 1
     import jax
@@ -260,10 +267,13 @@ def exchange(name: str, value: Any, seconds: float = WAIT_SECONDS) -> list[Any]:
         return [value]
     if _alone:
         raise ClusterFault(f"process {process_index()} has left the job; start the command again")
+    # JAX's barriers and keys are used once: a counter makes each use another, and since all come in one
+    # order, it is the same on every process.
     _uses[name] += 1
     key = f"cambrian/{name}/{_uses[name]}"
     try:
         client.key_value_set(f"{key}/{process_index()}", json.dumps(value))
+        # Set, wait, read: behind the barrier every value is there, and no one reads before.
         client.wait_at_barrier(key, int(seconds * 1000))
         found = {int(k.rsplit("/", 1)[1]): json.loads(v) for k, v in client.key_value_dir_get(key)}
     except RuntimeError as error:
@@ -298,11 +308,13 @@ def _said(error: Exception | None) -> list[str] | None:
     kind = "input" if isinstance(error, ValueError | OSError) else "fault"
     if isinstance(error, ClusterFault) and not isinstance(error, PeerFault):
         kind = "cluster"
+    # An error of ours, not of the input: its message alone (`KeyError: 'x'`) says nothing without its type.
     defect = isinstance(error, AssertionError | TypeError | LookupError | AttributeError)
     return [kind, f"{type(error).__name__}: {error}" if defect else str(error)]
 
 
 def _compare(said: list[Any], mine: Exception | None) -> None:
+    # The lowest number's, so that all say the same line and one of them prints it.
     first = next((i for i, what in enumerate(said) if what), None)
     if first is None:
         return
@@ -310,6 +322,7 @@ def _compare(said: list[Any], mine: Exception | None) -> None:
     _agreed.add(line)
     if mine is not None and first == process_index():
         raise mine
+    # The class decides the exit status, so it has to be the same on every process as on the one that failed.
     raise {"input": ValueError, "fault": PeerFault, "cluster": ClusterFault}[kind](line) from mine
 
 
@@ -381,6 +394,7 @@ def leave(status: int) -> NoReturn:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
+    # The service may be gone already, with the process that held it: then there is nobody to tell.
     with contextlib.suppress(RuntimeError):
         client.key_value_set(f"cambrian/left/{process_index()}", "")
         end = time.monotonic() + PARTING_SECONDS
@@ -411,6 +425,7 @@ def restart_as(count: int, variables: Mapping[str, str]) -> NoReturn:
     if index >= count:
         os._exit(0)
     own = {COORDINATOR: f"{host}:{port}", PROCESSES: str(count), PROCESS: str(index)}
+    # The same process id: a launcher that waits for it sees no end, and the new job needs no launcher.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **own, **variables})
 
 

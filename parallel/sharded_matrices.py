@@ -55,7 +55,10 @@ class ShardedMatrices:
         """
         same = tuple(a for a in self.axes if a not in (*batch, *rows, *columns) and self.mesh.shape[a] > 1)
         count, ways = stack.shape[0], self._size((*rows, *columns, *same))
+        # All-to-all wants equal parts. Matrices of zeros cost their share of the work and change nothing.
         x = jnp.pad(stack, ((0, -count % ways), (0, 0), (0, 0)))
+        # Along these axes all devices hold the same parts: each takes a share, or all would compute
+        # everything.
         if same:
             share = x.shape[0] // self._size(same)
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(same) * share, share)

@@ -30,7 +30,7 @@ PLAIN: dict[str, Callable[..., Array]] = {
 
 
 def choose_attention(asked: str, wanted: Wanted, layout: Layout, dtype: Any) -> Choice:
-    """The backend for these devices, and why.
+    """The backend that attention runs with on these devices, and why.
 
     asked: training.attention; wanted: what the run needs, whatever it runs on; dtype: of the compute. Raises
     ValueError, in one line, where one asked for by name cannot do it.
@@ -45,6 +45,8 @@ def build_attention(name: str, layout: Layout, split: ContextConfig, documents: 
     split: how rows cross devices where mesh.context is above 1; documents: in a row, at most.
     """
     context, kind, zigzag = layout.mesh.shape["context"], split.attention, split.zigzags
+    # Kernels that XLA cannot partition need a shard_map even where rows are whole: heads and rows lie on
+    # several devices all the same.
     if context == 1 and name == "cudnn":
         return sharded_cudnn(layout, documents)
     if context == 1 and name == "splash":

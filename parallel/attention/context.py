@@ -60,10 +60,15 @@ def context_attention(
         tensor = layout.ways("act_heads")
         zigzags = uses_zigzag(kind, zigzag)
         check_context(kind, zigzags, size, tensor=tensor, num_heads=q.shape[2], seq_len=q.shape[1])
+        # Before the shard_map, which needs heads that divide.
         k, v = split_heads(k, tensor), split_heads(v, tensor)
         place = placement(layout, f"context.attention={kind}", q, k, v)
         if kind == "ring":
             ring = Ring(size, zigzags, scores)
+            # Forward and backward are a walk around the ring each. Backward is written out: differentiating
+            # through the merge of blocks would need the cotangent of each block's log-sum-exp, which kernels
+            # drop. With the output and log-sum-exp of the whole row, a block's weights are exp(score - lse),
+            # and nothing of the merge is left to differentiate.
             forward = place.map(ring.forward, place.arguments, (place.out, place.lse))
             backward = place.map(
                 ring.backward, (*place.arguments, place.out, place.lse, place.out), place.qkv
@@ -110,14 +115,18 @@ def check_context(
 
 def _ulysses(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, masks: Masks) -> Array:
     """[B, T/C, N, H] to [B, T, N/C, H], the kernel, and back."""
+    # In here heads are already split over tensor; what is left of them is split once more, over context.
     k, v = split_heads(k, size), split_heads(v, size)
     q, k, v = (jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    # Positions and segments are integers a token: gathering them is little beside the exchange of heads.
     out = local(q, k, v, Masks(*map(_gather, masks)))
     return jax.lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
 def _allgather(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, masks: Masks) -> Array:
     """Queries stay; its transpose is a reduce-scatter of the gradients of keys and values."""
+    # Gathered in the order in which devices lie, so zigzag rows come in zigzag order: kernels that go by
+    # positions do not care, splash puts them back (`splash_of_parts`).
     k, v, positions, segments = (_gather(x) for x in (k, v, masks.kv_positions, masks.kv_segments))
     return local(q, k, v, masks._replace(kv_positions=positions, kv_segments=segments))
 
@@ -182,12 +191,15 @@ def query_places(length: int, parts: int, zigzag: bool) -> Int[Array, " T"]:
     mine, places = jax.lax.axis_index(AXIS), jnp.arange(length, dtype=jnp.int32)
     if not zigzag:
         return mine * length + places
+    # Device c has chunks c and 2P-1-c: its first half of queries is early in the text, its second late. Both
+    # ascend, which the kernel's ranges of blocks count on.
     late = (2 * parts - 1 - mine) * (length // 2) + places - length // 2
     return jnp.where(places < length // 2, mine * (length // 2) + places, late)
 
 
 def text_order(x: Array, parts: int) -> Array:
     """[B, S, ...] from zigzag order, device after device, to the order of the text."""
+    # Early chunks lie in order, late ones in reverse.
     chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
@@ -203,14 +215,16 @@ class Zigzag:
     layout: Layout
 
     def value_and_grad(self, model: Any, params: Any, batch: dict[str, Array], key: Array, ops: Any) -> Any:
-        """As the schedule's own."""
+        """Means and gradients as the schedule's own, of the batch in zigzag order."""
         return self.schedule.value_and_grad(model, params, self.permuted(batch), key, ops)
 
     def evaluate(self, model: Any, params: Any, batch: dict[str, Array], ops: Any) -> Any:
-        """As the schedule's own."""
+        """Sums as the schedule's own, of the batch in zigzag order."""
         return self.schedule.evaluate(model, params, self.permuted(batch), ops)
 
     def permuted(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The batch in zigzag order, and `order`: where in the row each position was."""
+        # Once a step and not once a layer; `order` goes with the batch, for what must know the text's order
+        # (experts' capacity, further tokens).
         arrays = permute_batch(batch, self.layout.mesh.shape[AXIS])
         return {name: self.layout.constrain(x, TOKENS) for name, x in arrays.items()}

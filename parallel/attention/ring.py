@@ -1,7 +1,8 @@
 """What one device of ring attention does: its queries stay, blocks of keys and values pass by.
 
-B batch, T query position, S key position, K key/value heads, G query heads to each of them, H query and key
-head size, W value head size. Inside, heads come first: queries [B, K, G, T, H], keys [B, K, S, H].
+B batch, T query position, S key position, N query heads, K key/value heads, G query heads to each of them,
+H query and key head size, W value head size. Inside, heads come first: queries [B, K, G, T, H], keys
+[B, K, S, H].
 """
 
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class Ring:
         tile = self._tile(length)
 
         def visit(state: Any, block: KeyBlock, step: Any) -> Any:
+            # Tiles, so that scores of a block never exist at once; by a scan, so that they are one program.
             def body(state: Any, index: Array) -> tuple[Any, None]:
                 start = index[0] * tile
                 keys, values, mask = self._meet(queries, block, index, tile)
@@ -58,6 +60,7 @@ class Ring:
             return jax.lax.scan(body, state, self._tiles(step, length // tile))[0]
 
         rows = q.shape[:-1]
+        # Float32 throughout: the running sums are rescaled at every block, and each time would round.
         empty = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, HIDDEN), jnp.zeros(rows))
         total, top, weight = self._walk(visit, empty, (k, v, masks.kv_positions, masks.kv_segments), length)
         weight = jnp.where(weight > 0, weight, 1.0)  # a padding query saw nothing: its total is 0
@@ -106,7 +109,10 @@ class Ring:
             return dq, added if travelling is None else jax.tree.map(jnp.add, travelling, added)
 
         start = (jnp.zeros(q.shape), None)
+        # The same walk: a block's gradients follow it around and collect what every device adds.
         dq, travelling = self._walk(visit, start, (k, v, masks.kv_positions, masks.kv_segments), length)
+        # The last block that was here came from steps - 1 devices before this one: its gradients go as far
+        # back.
         dk, dv = self._shift(travelling, 1 - self._steps(length))
         dq, dk, dv = _heads_last(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
         return dq.astype(dtypes[0]), dk.astype(dtypes[1]), dv.astype(dtypes[2])
@@ -114,6 +120,7 @@ class Ring:
     def _walk(self, visit: Callable[..., Any], state: Any, block: KeyBlock, length: int) -> Any:
         """Visit the own block and then those of earlier devices, each sent on before it is worked on."""
         steps = self._steps(length)
+        # A window that reaches into no other device: nothing is sent at all.
         if steps == 1:
             return visit(state, block, 0)
         ahead = self._shift(block, 1)
@@ -124,6 +131,8 @@ class Ring:
             ahead = self._shift(block, 1)
             return (visit(state, block, step), ahead), None
 
+        # First and last visit stand outside: the own block needs other tiles in zigzag order, and the last is
+        # not sent on.
         (state, block), _ = jax.lax.scan(turn, (state, ahead), jnp.arange(1, steps - 1))
         return visit(state, block, steps - 1)
 
@@ -132,10 +141,12 @@ class Ring:
         window = self.scores.window
         if window is None or self.zigzag:
             return self.size
+        # Not in zigzag order, where neighbours in the text may lie on any two devices.
         return min(self.size, 1 + -(-(window - 1) // length))
 
     def _shift(self, tree: Any, by: int) -> Any:
         """Every device's arrays to the device `by` further on."""
+        # A rotation: each device sends as much as it receives, and none waits for a root.
         pairs = [(i, (i + by) % self.size) for i in range(self.size)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree) if by else tree
 
@@ -155,6 +166,8 @@ class Ring:
         if isinstance(step, int) and step == 0:
             pairs: list[tuple[Any, Any]] = [(0, 0), (1, 0), (1, 1)]
         else:
+            # Known by rank alone: the block that arrives at step s comes from the device s before this one,
+            # or, around the end of the ring, from a later one.
             owner_is_later = jnp.where(jax.lax.axis_index(AXIS) < step, 1, 0)
             pairs = [(1, 0), (owner_is_later, owner_is_later)]
         tiles = jnp.arange(count // 2)
@@ -186,7 +199,10 @@ class Ring:
         total, top, weight = old
         scores = jnp.where(mask, self._scores(q, keys), HIDDEN)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        # Masked again: in a tile that a query sees nothing of, score and top are both HIDDEN, and exp(0) is
+        # one.
         weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
+        # What was added relative to the old maximum, relative to the new one.
         fade = jnp.exp(top - new_top)
         total = total * fade[..., None] + _dot("BKGTS,BKSW->BKGTW", weights.astype(values.dtype), values)
         return [total, new_top, weight * fade + jnp.sum(weights, axis=-1)]
@@ -199,6 +215,7 @@ class Ring:
         dscores = weights * (_dot("BKGTW,BKSW->BKGTS", dout, values) - shared[..., None])
         if self.scores.softcap is not None:
             dscores *= self.scores.slope(scores)
+        # Rounded once, for both products that it goes into.
         dscores = (self.scores.scale * dscores).astype(keys.dtype)
         return [
             _dot("BKGTS,BKSH->BKGTH", dscores, keys),

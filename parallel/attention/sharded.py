@@ -46,6 +46,8 @@ def sharded_cudnn(layout: Layout, max_documents: int) -> Callable[..., Array]:
         k, v = (split_heads(x, layout.ways("act_heads")) for x in (k, v))
         place = placement(layout, "training.attention=cudnn", q, k, v)
         stats = PartitionSpec(place.out[0], None, place.out[2], None)  # [B, M, N, T]
+        # Two shard_maps and not one that is differentiated: what backward needs is then named outside, where
+        # policies of rematerialization see it.
         forward = place.map(kernel.forward, place.arguments, (place.out, stats))
         backward = place.map(kernel.backward, (*place.arguments, place.out, stats, place.out), place.qkv)
         return with_backward(forward, backward, (q, k, v), masks)
@@ -80,6 +82,7 @@ def sharded_splash(layout: Layout) -> Callable[..., Array]:
 
 def check_whole_rows(layout: Layout, name: str) -> None:
     """Raise ValueError where the positions of a row lie on several devices."""
+    # A part of a row would be masked as if it were the whole: wrong numbers, and no error from any kernel.
     if layout.ways("length") > 1:
         raise ValueError(
             f"training.attention={name} needs whole rows, but mesh.rules.length splits them over "
@@ -98,6 +101,7 @@ def kv_copies(num_kv_heads: int, ways: int) -> int:
 def split_heads(x: Float[Array, "B S K W"], ways: int) -> Float[Array, "B S R W"]:
     """K/V heads, each repeated as often as a split in `ways` needs."""
     copies = kv_copies(x.shape[2], ways)
+    # In place, head by head: query head n still finds its own at n // G, now with a smaller G.
     return x if copies == 1 else jnp.repeat(x, copies, axis=2)
 
 
@@ -111,23 +115,23 @@ class Placement:
 
     @property
     def arguments(self) -> tuple[PartitionSpec, ...]:
-        """Of q, k, v and, all alike, the arrays of `Masks`."""
+        """The specs of q, k, v and, one for all four, the arrays of `Masks`."""
         return (*self.qkv, self.tokens)
 
     @property
     def out(self) -> PartitionSpec:
-        """As q, of which the output has every dim but the last, which is whole."""
+        """The spec of the output: q's, since they share every dim but the last, which is whole."""
         return self.qkv[0]
 
     @property
     def lse(self) -> PartitionSpec:
-        """Of [B, K, G, T]."""
+        """The spec of the log-sum-exp [B, K, G, T]."""
         batch, length, heads, _ = self.out
         return PartitionSpec(batch, heads, None, length)
 
     @property
     def everywhere(self) -> PartitionSpec:
-        """Of a leading dim with one entry for each device that holds something of its own."""
+        """The spec of a leading dim with one entry for each device that holds something of its own."""
         entries = [(entry,) if isinstance(entry, str) else entry or () for entry in self.out]
         return PartitionSpec(tuple(axis for entry in entries for axis in entry))
 
@@ -160,6 +164,8 @@ def differentiable(
         return place.map(inner, place.arguments, place.out)(*args)
 
     def local_forward(*args: Any) -> tuple[Array, Any]:
+        # The pull-back is a tree of a device's own residuals. A leading dim of one entry a device lets it
+        # leave the shard_map and come back untouched, whatever it holds.
         out, pull = jax.vjp(lambda *qkv: inner(*qkv, args[3]), *args[:3])
         return out, jax.tree.map(lambda x: x[None], pull)
 

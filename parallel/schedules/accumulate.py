@@ -3,6 +3,8 @@
 One value of the interface that every schedule shares: `value_and_grad(model, params, batch, key, ops) ->
 (metrics, grads)` and its forward-only twin `evaluate`. It knows a model only by `embed`, `segments`, `layer`,
 `head`.
+
+B rows, T position, D model.
 """
 
 from collections.abc import Iterable
@@ -31,7 +33,7 @@ class LayeredModel(Protocol):
         """(count, period) of each stretch of layers with the same period."""
 
     def embed(self, params: Params, batch: Batch, ops: Any) -> Float[Array, "B T D"]:
-        """Tokens to the residual stream."""
+        """The residual stream before the first layer, from token ids."""
 
     def layer(
         self,
@@ -42,7 +44,7 @@ class LayeredModel(Protocol):
         key: Array,
         ops: Any,
     ) -> tuple[Float[Array, "B T D"], Sums]:
-        """One layer, its own parameters unstacked."""
+        """The stream after one layer, whose parameters are not stacked, and what the layer reports."""
 
     def head(self, params: Params, x: Float[Array, "B T D"], batch: Batch, ops: Any) -> tuple[Array, Sums]:
         """The sum over tokens of what is minimized, and sums to report."""
@@ -71,6 +73,7 @@ def _is_output_projection(prim: Any, kwargs: Any) -> bool:
 def _attention_only(prim: Any, *args: Any, **kwargs: Any) -> Any:
     if prim.name == "name" and kwargs["name"] in ATTENTION_INPUTS:
         return True
+    # Products are refused by name of the primitive: what is left of the other policy are kernels' outputs.
     return prim.name != "dot_general" and _attention_or_dots(prim, *args, **kwargs)
 
 
@@ -127,15 +130,18 @@ class LayerScan:
         return self.over(self.period_of_layers, x, (stacked, self.layer_numbers(stacked, layers_before)))
 
     def layer_numbers(self, stacked: Params, layers_before: Any) -> Array:
-        """Of the first layer in each repetition."""
+        """The number in the model of the first layer in each repetition, [repetitions]."""
         count = jax.tree.leaves(stacked)[0].shape[0]
         return layers_before + jnp.arange(count) * len(self.period)
 
     def over(self, body: Any, x: Array, items: Any, *, remat: bool = True) -> tuple[Array, Sums]:
         """Loop `body(x, item) -> (x, sums)` over items [repetitions, ...]; sums are added up."""
+        # prevent_cse keeps XLA from finding a layer and its second computation equal and keeping the first
+        # after all. Inside a scan's body it cannot, and the barriers would only cost fusions.
         if remat and self.remat != "none":
             body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=not self.scan_layers)
         count = jax.tree.leaves(items)[0].shape[0]
+        # Unrolled it is still a scan: one code path, and gradients stay stacked.
         x, sums = jax.lax.scan(body, x, items, unroll=1 if self.scan_layers else count)
         return x, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
@@ -144,6 +150,7 @@ class LayerScan:
         params, first = item
         totals: Sums = {}
         for i, spec in enumerate(self.period):
+            # By the layer's number in the model, so that any schedule and any cut into stages draws the same.
             key = jax.random.fold_in(self.key, first + i)
             with jax.named_scope(f"layer_{i}"):
                 x, sums = self.model.layer(spec, params[str(i)], x, self.batch, key, self.ops)
@@ -193,6 +200,8 @@ class GradientAccumulation:
         def grad(params: Params, micro: Batch) -> tuple[Params, Sums]:
             grads, means = jax.grad(loss_of, has_aux=True)(params, micro)
             if self.shardings is not None:
+                # Scattered here, microbatch by microbatch: summing whole gradients first and scattering the
+                # sum would hold all of them on every device.
                 grads = jax.lax.with_sharding_constraint(grads, self.shardings)
             return grads, means
 
@@ -204,8 +213,12 @@ class GradientAccumulation:
             grads, means = grad(params, micro)
             return jax.tree.map(jnp.add, carry, (means, grads)), None
 
+        # A scan with the sums as carry: one microbatch's activations live at a time, and one program does
+        # all.
         micros = split_microbatches(batch, self.accumulation_steps, ops)
         shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micros))
+        # Sums begin at zero and not at the first microbatch's gradients: that one would be compiled a second
+        # time.
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0]))
         (means, grads), _ = jax.lax.scan(add, zeros, micros)
         return means, grads
@@ -220,6 +233,7 @@ def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
     """[B, T] to [steps, B/steps, T]; row r goes to microbatch r mod steps: each spreads over all devices."""
 
     def split(x: Array) -> Array:
+        # Consecutive rows lie on one device: taking them as a microbatch would leave the others idle.
         rows = x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)
         return ops.constrain(rows, (None, "batch", "length"))
 
@@ -227,7 +241,7 @@ def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
 
 
 def add_sums(left: Sums, right: Sums) -> Sums:
-    """Both, with what they share added."""
+    """The sums of both; what has the same name is added."""
     totals = dict(left)
     for key, value in right.items():
         totals[key] = totals[key] + value if key in totals else value

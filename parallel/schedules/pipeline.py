@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from parallel.axes import Layout
 from parallel.schedules.accumulate import Batch, LayeredModel, LayerScan, Params, Sums, add_sums
-from parallel.schedules.split_backward import Taps, defer, replay, tap_shapes
+from parallel.schedules.split_backward import DeferredGradients, ReplayedGradients, Taps, tap_shapes
 from parallel.schedules.stage_layout import AXIS, main_segment
 from parallel.schedules.stages import RESIDUAL, Stages
 from parallel.schedules.tables import IDLE, Schedule, TickRun, fold_runs
@@ -31,7 +31,7 @@ TableRow = dict[str, Array]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A schedule as a value of the interface that `parallel.schedules.accumulate` describes.
+    """A pipeline as a value of the interface that `parallel.schedules.accumulate` describes.
 
     specs: PartitionSpecs of the parameters as they lie in memory, the main segment's of [v, P, n/(vP), ...].
     """
@@ -65,25 +65,29 @@ class StageProgram:
     ) -> None:
         self.layout, self.schedule, self.plan = plan.layout, plan.schedule, plan
         self.model, self.key, self.ops = model, key, ops
+        # Only one segment is split: stages must run the same layers, and segments differ in theirs.
         self.main = str(main_segment(model.segments))
         self.params = params["segments"][self.main]
+        # Embedding and head are computed by all stages at once, a part each, instead of by the first and the
+        # last while others wait for them.
         self.rest = without(params, self.main)
         self.at = Stages(
             plan.layout, plan.schedule.stages, plan.schedule.chunks, plan.specs["segments"][self.main]
         )
         self.micros = split_rows(batch, self.schedule.microbatches)
+        # Of the whole batch, before any microbatch: each adds its share of the exact mean as it passes.
         self.weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
         self.stage_ids = jnp.arange(self.schedule.stages)
 
     # -- what is computed ------------------------------------------------------------------------------
 
     def begin(self, rest: Params, micro: Batch) -> tuple[Array, Sums]:
-        """Embedding, and the segments before the stages."""
+        """The stream [B, T, D] that enters the first stage: embedding, and the segments before the stages."""
         x = self.model.embed(rest, micro, self.ops)
         return self._segments(rest, x, micro, range(int(self.main)))
 
     def end(self, rest: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
-        """The segments after the stages, and the head: what is minimized, and sums to report."""
+        """What is minimized, and sums to report: by the segments after the stages, and the head."""
         x, sums = self._segments(rest, x, micro, range(int(self.main) + 1, len(self.model.segments)))
         loss, head_sums = self.model.head(rest, x, micro, self.ops)
         return loss + sums.get("loss", 0.0), add_sums(sums, head_sums)
@@ -117,11 +121,11 @@ class StageProgram:
     def tapped_stages(
         self, params: Params, x: Array, micro: Batch, chunk: Int[Array, " P"], taps: Taps
     ) -> tuple[Array, Sums]:
-        """The same numbers; its gradient by `taps` is what the weights' gradients will be made of."""
+        """The numbers of `stages`; its gradient by `taps` is what weights' gradients will be made of."""
         before = self._layers_before_stage(chunk)
 
         def stage(params: Params, x: Array, micro: Batch, before: Array, taps: Taps) -> tuple[Array, Sums]:
-            return defer(self._scan(int(self.main), micro))(params, x, before, taps)
+            return DeferredGradients(self._scan(int(self.main), micro))(params, x, before, taps)
 
         return jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before, taps)
 
@@ -133,8 +137,9 @@ class StageProgram:
 
         def total(params: Params) -> Array:
             def stage(params: Params, x: Array, micro: Batch, before: Array, taps: Taps) -> Array:
-                return replay(self._scan(int(self.main), micro))(params, x, before, taps)
+                return ReplayedGradients(self._scan(int(self.main), micro))(params, x, before, taps)
 
+            # The stages' scalars share no parameter, so their sum's gradient is each stage's own.
             return jnp.sum(jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before, taps))
 
         return jax.grad(total)(params)
@@ -149,16 +154,21 @@ class StageProgram:
     # -- ticks -----------------------------------------------------------------------------------------
 
     def start(self, *, gradients: bool = True) -> dict[str, Any]:
-        """The state before the first tick."""
+        """The state before the first tick: everything zero, streams pinned to their stages."""
+        # Shapes alone: what a microbatch looks like is the model's to say.
         x, _ = jax.eval_shape(self.begin, self.rest, self.micro(0))
         residual = self.at.constrain(jnp.zeros((self.schedule.stages, *x.shape), x.dtype))
         state: dict[str, Any] = {"x": residual, "sums": self._zero_sums(x)}
         if gradients:
             places = self.schedule.slots[2]
+            # As many places as units are ever alive at once (`Schedule.slots`), and none for each microbatch:
+            # this is the memory that 1F1B saves over GPipe.
             inputs = jnp.zeros((places, *residual.shape), residual.dtype)
             state |= {
                 "dx": residual,
                 "inputs": self.layout.constrain(inputs, (None, *RESIDUAL)),
+                # In the shape of the parameters in stages, so that adding to them moves nothing between
+                # devices.
                 "grads": jax.tree.map(jnp.zeros_like, self.params),
                 "rest": jax.tree.map(jnp.zeros_like, self.rest),
             }
@@ -197,6 +207,8 @@ class StageProgram:
 
     def run(self, runs: tuple[TickRun, ...], state: dict[str, Any]) -> dict[str, Any]:
         """All ticks in order, one loop a run; a pattern of runs that repeats is a loop around its loops."""
+        # Ticks of different work are different programs. A tick that did everything and chose by a condition
+        # would pay for all of it, always: all stages go through it together.
         for pattern, repeats in fold_runs(runs):
             length = sum(run.count for run in pattern)
             rows = self.rows(pattern[0].start, length * repeats)
@@ -204,6 +216,7 @@ class StageProgram:
             def group(state: Any, rows: TableRow, pattern: tuple[TickRun, ...] = pattern) -> tuple[Any, None]:
                 at = 0
                 for run in pattern:
+                    # Defaults bind loop variables now: the scan calls these later.
                     part = jax.tree.map(lambda r, a=at, n=run.count: r[a : a + n], rows)
                     state, _ = jax.lax.scan(partial(self.tick, run), state, part)
                     at += run.count
@@ -231,6 +244,7 @@ class StageProgram:
 
     def tick(self, run: TickRun, state: dict[str, Any], row: TableRow) -> tuple[dict[str, Any], None]:
         """One tick: forward of one unit a stage, then backward of another, then weights of a third."""
+        # A copy, since the methods below write into it; of references, not of arrays.
         state = dict(state)
         if run.work.forward:
             y = self.forward(state, row)
@@ -245,13 +259,17 @@ class StageProgram:
     def forward(self, state: dict[str, Any], row: TableRow) -> Array:
         """Each stage passes a microbatch through a chunk and hands the result to the next."""
         unit, micro, chunk = self.units(row["forward"])
+        # Every stage computes the embedding of the unit that enters, and only the first one's choice keeps
+        # it: by where, since a branch on the stage would be a branch of the partitioned program.
         begins = (self.stage_ids == 0) & (chunk == 0)
         start, _ = self.begin(self.rest, self.micro(micro[0]))
         x = self.at.constrain(jnp.where(widen(begins, state["x"]), start[None], state["x"]))
+        # Evaluation has no backward pass and keeps none.
         if "inputs" in state:
             state["inputs"] = self.at.keep(state["inputs"], x, row["keep"], unit != IDLE)
         y, _ = self.stages(self.at.chunk(self.params, chunk), x, self.micro(micro), chunk)
         y = self.at.constrain(y)
+        # Sent as soon as it is there: this tick's backward does not wait for it.
         state["x"] = self.at.shift(y, 1)
         return y
 
@@ -268,6 +286,7 @@ class StageProgram:
         x = self.at.take(state["inputs"], row["take"])
         if self.schedule.split:
             shapes = self.tap_shapes(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+            # Zeros that nothing reads: only their gradient is asked for, so XLA can drop them.
             empty = jax.tree.map(lambda t: self.at.pin(jnp.zeros(t.shape, t.dtype), t.axes), shapes)
             (y, sums), pull = jax.vjp(
                 lambda p, x, taps: self.tapped_stages(p, x, mine, chunk, taps), params, x, empty
@@ -278,6 +297,8 @@ class StageProgram:
         if head:
             ends = (self.stage_ids == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
             dy = jnp.where(widen(ends, dy), self.pull_end(state, y, self.micro(micro[-1]))[None], dy)
+        # An idle stage works on stale numbers. With a zero cotangent all its gradients are zero, so nothing
+        # has to be masked afterwards.
         dy = self.at.constrain(jnp.where(widen(busy, dy), dy, 0))
         dparams, dx, *taps = pull((dy, self.cotangents(sums, busy)))
         if taps:
@@ -291,8 +312,11 @@ class StageProgram:
         state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
         self.count(state, sums, busy)
         dx = self.at.constrain(dx)
+        # The gradient that leaves the first stage's first chunk belongs to the embedding, whose pull-back all
+        # stages run in every backward tick, mostly on zeros.
         begins = busy[0] & (chunk[0] == 0)
         self.pull_begin(state, jnp.where(begins, self.at.of_stage(dx, 0), 0), self.micro(micro[0]), begins)
+        # Against the direction of the forward pass, around the same ring.
         state["dx"] = self.at.shift(dx, -1)
 
     def weights(self, state: dict[str, Any], row: TableRow) -> None:
@@ -303,9 +327,15 @@ class StageProgram:
         taps = jax.tree.map(
             lambda t, places: self.at.take(places, row["fetch"], t.axes), shapes, state["taps"]
         )
+        # Gradients are linear in a tap's half, so zeros give zeros, as with a zero cotangent.
         taps = jax.tree.map(lambda t: jnp.where(widen(busy, t), t, 0), taps)
         dparams = self.weight_gradients(
-            self.at.chunk(self.params, chunk), jnp.zeros_like(state["x"]), self.micro(micro), chunk, taps
+            # The layer's own input is not needed: every product takes its input from the tap.
+            self.at.chunk(self.params, chunk),
+            jnp.zeros_like(state["x"]),
+            self.micro(micro),
+            chunk,
+            taps,
         )
         state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
 
@@ -314,6 +344,7 @@ class StageProgram:
         (loss, sums), pull = jax.vjp(
             lambda rest, x: self.end(rest, x, micro), self.rest, self.at.of_stage(y, -1)
         )
+        # Sums are reported and not minimized: their cotangents are zero.
         nothing = jax.tree.map(jnp.zeros_like, sums)
         drest, dy = pull(((1.0 / self.weight).astype(loss.dtype), nothing))
         state["rest"] = self.add_rest(state["rest"], drest)
@@ -329,6 +360,7 @@ class StageProgram:
 
     def cotangents(self, sums: Sums, busy: Array) -> Sums:
         """Of what layers report only `loss` is minimized, and only where there was work."""
+        # A router's loss is made inside a stage, so its cotangent enters there and not by way of the head.
         share = jnp.where(busy, 1.0 / self.weight, 0.0)
         return {
             name: share.astype(s.dtype) if name == "loss" else jnp.zeros_like(s) for name, s in sums.items()
@@ -343,12 +375,14 @@ class StageProgram:
 
         totals = {name: total(s) for name, s in sums.items()}
         if "loss" in totals:
+            # Here as well as in `pull_end`: the objective is the head's loss plus what layers add.
             totals["objective"] = totals["loss"]
         state["sums"] = add_sums(state["sums"], totals)
 
     def finish(self, state: dict[str, Any]) -> tuple[Sums, Params]:
         """Means, and gradients in the shape of the parameters."""
         segments = {**state["rest"]["segments"], self.main: state["grads"]}
+        # Gradients are divided already: their cotangent was 1 / weight.
         means = jax.tree.map(lambda s: s / self.weight, state["sums"])
         return means, {**state["rest"], "segments": segments}
 
@@ -370,17 +404,21 @@ class StageProgram:
             }
         return {
             name: self.layout.constrain(
-                jnp.moveaxis(jnp.take(x, index, axis=1), 1, 0), ("stages", "batch", "length")
+                # Integers and weights [B, T] are looked up by every stage anew instead of travelling with the
+                # stream: all devices of a stage hold all microbatches of their rows.
+                jnp.moveaxis(jnp.take(x, index, axis=1), 1, 0),
+                ("stages", "batch", "length"),
             )
             for name, x in self.micros.items()
         }
 
     def add_rest(self, grads: Params, more: Params) -> Params:
-        """The same for what all stages have together."""
+        """Gradients of what all stages have together with those of one microbatch added."""
         specs = without(self.plan.specs, self.main)
 
         def add(g: Array, m: Array, spec: PartitionSpec) -> Array:
             placed = NamedSharding(self.layout.mesh, spec)
+            # Scattered before the sum, as in `GradientAccumulation`.
             return g + jax.lax.with_sharding_constraint(m, placed)
 
         return jax.tree.map(add, grads, more, specs)
@@ -398,5 +436,5 @@ def without(params: Params, segment: str) -> Params:
 
 
 def widen(mask: Array, x: Array) -> Array:
-    """A mask of the first dims of x, against x."""
+    """A mask of the first dims of x with as many dims as x, so that it broadcasts."""
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -5,6 +5,8 @@ pair (input, gradient by output) of one projection. In the first part each proje
 the gradient of a tap that it never reads; in the second the layer is traced again with projections that only
 contract their pair with the weights, and everything else in it is dead code.
 Parameters that no projection holds (norms, biases) get their gradients in the first part.
+
+B rows, T position, N and K heads, F feed-forward, in the einsums' letters.
 """
 
 import dataclasses
@@ -33,7 +35,9 @@ def _forward(einsum: Einsum, spec: str, x: Array, w: Array, tap: tuple[Array, Ar
 
 def _backward(einsum: Einsum, spec: str, residuals: tuple[Array, Array], dy: Array) -> Any:
     x, w = residuals
+    # By its input alone: the product for the weights is what waits.
     _, pull = jax.vjp(lambda x: einsum(spec, x, w), x)
+    # A cotangent has the form of its argument: a tap is shaped like (x, y), so the pair fits into it.
     return pull(dy)[0], jnp.zeros_like(w), (x, dy)
 
 
@@ -41,7 +45,7 @@ _tapped.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class defer:
+class DeferredGradients:
     """A stretch of layers whose gradients by projections' weights are left in `taps`."""
 
     scan: LayerScan
@@ -63,8 +67,8 @@ class defer:
 
 
 @dataclasses.dataclass(frozen=True)
-class replay:
-    """The same stretch as a scalar whose gradient by the parameters is what `defer` left out."""
+class ReplayedGradients:
+    """The same stretch as a scalar whose gradient by the parameters is what `DeferredGradients` left out."""
 
     scan: LayerScan
 
@@ -76,9 +80,12 @@ class replay:
             rest, totals = iter(taps), []
 
             def einsum(spec: str, x: Array, w: Array) -> Array:
+                # In the order of the trace, which is the same in both parts: the layer's code is the same.
                 tap_x, tap_dy = next(rest)
                 y = self.scan.ops.einsum(spec, tap_x, w)
+                # <y, dy> has the gradient x dy by w: the one product that was left out.
                 totals.append(jnp.sum(y.astype(jnp.float32) * tap_dy.astype(jnp.float32)))
+                # Zeros end the chain: what follows in the layer depends on nothing, and XLA drops it.
                 return jnp.zeros_like(y)
 
             frozen = with_einsum(self.scan, einsum)
@@ -86,13 +93,17 @@ class replay:
             return x, {"total": sum(totals, jnp.zeros((), jnp.float32))}
 
         _, sums = self.scan.over(
-            period, x, (stacked, self.scan.layer_numbers(stacked, layers_before), taps), remat=False
+            # Nothing is recomputed here: the taps are all that it needs.
+            period,
+            x,
+            (stacked, self.scan.layer_numbers(stacked, layers_before), taps),
+            remat=False,
         )
         return sums["total"]
 
 
 def with_einsum(scan: LayerScan, einsum: Einsum) -> LayerScan:
-    """The same layers with another projection."""
+    """The same stretch of layers with another function for its projections."""
     return dataclasses.replace(scan, ops=dataclasses.replace(scan.ops, einsum=einsum))
 
 
@@ -116,6 +127,7 @@ def tap_shapes(scan: LayerScan, params: Params, x: jax.ShapeDtypeStruct) -> list
     def einsum(spec: str, x: Array, w: Array) -> Array:
         y = scan.ops.einsum(spec, x, w)
         inputs, out = spec.split("->")
+        # Letters without a place (embed, latents) are whole where activations are.
         pairs = ((x, inputs.split(",")[0]), (y, out))
         found = [TapShape(a.shape, a.dtype, tuple(PLACES.get(i) for i in letters)) for a, letters in pairs]
         shapes.append((found[0], found[1]))

@@ -18,6 +18,8 @@ AXIS = "pipeline"
 
 def main_segment(segments: tuple[Any, ...]) -> int:
     """The segment that is split into stages: the one with the most layers."""
+    # The most layers, not the most parameters: ticks take as long as layers do. The first of equals, as `max`
+    # has it, so that checkpoints and rules agree on which.
     return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))
 
 
@@ -45,6 +47,8 @@ class Arrangement:
         """Birth certificates of the canonical stacks, whose layers are spread over stages all the same."""
 
         def place(leaf: Any) -> Any:
+            # Spread over stages in a checkpoint as well: each writes and reads a part, and none keeps the
+            # whole stack.
             return dataclasses.replace(leaf, axes=("stages", *leaf.axes[1:]))
 
         return self._map(place, info, is_info)
@@ -54,7 +58,7 @@ class Arrangement:
         return self._split(numbers) if str(segment) == self.main else numbers
 
     def join(self, tree: Any) -> Any:
-        """A tree as it lies in memory with canonical stacks."""
+        """The tree with canonical stacks [n, ...] where it lies in stages in memory."""
         return self._map(self._join, tree)
 
     def relocate(self, tree: Any, shardings: Any, *, join: bool) -> Any:
@@ -66,12 +70,15 @@ class Arrangement:
 
         def move(leaf: Array, sharding: NamedSharding) -> Array:
             assert isinstance(leaf.sharding, NamedSharding)
+            # With one chunk a stage the two forms are split alike, and nothing moves.
             whole = without_axis(leaf.sharding, AXIS) if self.chunks > 1 else None
             return _mover(reshape, whole, sharding)(leaf)
 
         return self._map(move, tree, None, shardings)
 
     def _split(self, x: Array) -> Array:
+        # Chunk-major, since consecutive layers go from stage to stage before they come back to the first: the
+        # reshape moves no element, so checkpoints need no index.
         return x.reshape(self.chunks, self.stages, -1, *x.shape[1:])
 
     def _join(self, x: Array) -> Array:
@@ -86,6 +93,8 @@ class Arrangement:
     ) -> Any:
         def apply(path: Any, leaf: Any, *more: Any) -> Any:
             names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+            # By path, so that optimizer states and averages, which hold the parameters' tree somewhere
+            # inside, are found as well.
             inside = ("segments", self.main) in zip(names, names[1:], strict=False)
             return function(leaf, *more) if inside else leaf
 
@@ -108,7 +117,7 @@ class Arrangement:
 
 
 def without_axis(sharding: NamedSharding, axis: str) -> NamedSharding:
-    """The same placement, but whole along a mesh axis."""
+    """The placement of an array that is whole along a mesh axis, and as before along all others."""
 
     def drop(entry: Any) -> Any:
         names = (entry,) if isinstance(entry, str) else entry or ()

@@ -24,7 +24,10 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a mesh. specs: PartitionSpecs of the parameters in stages, each [v, P, n/(vP), ...]."""
+    """The stages of a mesh, and what moves between them.
+
+    specs: PartitionSpecs of the parameters in stages, each [v, P, n/(vP), ...].
+    """
 
     layout: Layout
     count: int
@@ -32,7 +35,7 @@ class Stages:
     specs: Any
 
     def constrain(self, x: Float[Array, "P B T D"]) -> Float[Array, "P B T D"]:
-        """Pin a residual stream of every stage."""
+        """Every stage's residual stream, pinned to where the rules put it."""
         return self.layout.constrain(x, RESIDUAL)
 
     def spec(self, x: Array, axes: Axes = RESIDUAL) -> PartitionSpec:
@@ -46,28 +49,32 @@ class Stages:
         return self.layout.spec(names, x.shape, "activation")
 
     def pin(self, x: Array, axes: Axes) -> Array:
-        """Any array with these logical axes."""
+        """Any array with these logical axes, pinned to where the rules put it."""
         placed = NamedSharding(self.layout.mesh, self.spec(x, axes))
         return jax.lax.with_sharding_constraint(x, placed)
 
     def local(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function` of the parts that a device has."""
+        """`function` of the parts that a device has, as a function of whole arrays."""
         return jax.shard_map(
             function, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
     def shift(self, x: Float[Array, "P B T D"], by: int) -> Float[Array, "P B T D"]:
         """Stage s gets what stage s - by had, around the ring."""
+        # A ring, although nothing of use goes from the last to the first stage but with several chunks: then
+        # it is the way to the next chunk.
         ring = [(s, (s + by) % self.count) for s in range(self.count)]
         spec = self.spec(x)
         return self.local(lambda x: jax.lax.ppermute(x, AXIS, ring), spec, spec)(x)
 
     def of_stage(self, x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
-        """What one stage has, given to all."""
+        """The entry of one stage, given to all stages."""
         spec, number = self.spec(x), stage % self.count
 
         def pick(x: Array) -> Array:
             mine = jax.lax.axis_index(AXIS) == number
+            # A sum in which all but one add zeros: a broadcast that every backend has, and whose transpose is
+            # one too.
             return jax.lax.psum(jnp.where(mine, x[0], 0), AXIS)
 
         return self.local(pick, spec, PartitionSpec(*spec[1:]))(x)
@@ -85,6 +92,7 @@ class Stages:
         many = PartitionSpec(None, *spec)
 
         def put(places: Array, x: Array, place: Array, busy: Array) -> Array:
+            # Read, choose, write in place: a where over all places would copy every kept input in every tick.
             old = jax.lax.dynamic_index_in_dim(places, place[0], 0, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(places, jnp.where(busy[0], x, old), place[0], 0)
 
@@ -93,7 +101,7 @@ class Stages:
     def take(
         self, places: Float[Array, "R P ..."], place: Int[Array, " P"], axes: Axes = RESIDUAL
     ) -> Float[Array, "P ..."]:
-        """What each stage kept in its place."""
+        """The entries that stages kept, each from a place of its own."""
         spec = self.spec(places[0], axes)
 
         def get(places: Array, place: Array) -> Array:
@@ -103,6 +111,7 @@ class Stages:
 
     def chunk(self, params: Any, chunk: Int[Array, " P"]) -> Any:
         """Each stage's parameters of a chunk, [v, P, n/(vP), ...] to [P, n/(vP), ...]."""
+        # Nothing to choose: no copy of the parameters by a traced index.
         if self.chunks == 1:
             return jax.tree.map(lambda p: p[0], params)
 
@@ -111,6 +120,8 @@ class Stages:
                 lambda p: jax.lax.dynamic_index_in_dim(p, chunk[0], 0, keepdims=False), params
             )
 
+        # Per device: each stage is at another chunk, and a gather over the stage's dim would be partitioned
+        # as traffic between stages.
         return self.local(pick, (self.specs, ONE), self._chunk_specs())(params, chunk)
 
     def add_chunk(self, grads: Any, more: Any, chunk: Int[Array, " P"]) -> Any:
@@ -118,6 +129,7 @@ class Stages:
 
         def add(grads: Any, more: Any, chunk: Array) -> Any:
             def put(g: Array, m: Array) -> Array:
+                # Added into the one chunk: the others' gradients are not touched.
                 old = jax.lax.dynamic_index_in_dim(g, chunk[0], 0, keepdims=False)
                 return jax.lax.dynamic_update_index_in_dim(g, old + m, chunk[0], 0)
 

@@ -30,6 +30,7 @@ class TickWork:
 
     def cost(self, split: bool) -> int:
         """In forward passes of a chunk: forward 1, recompute 1, gradient by input 1, by weights 1."""
+        # A chunk's input is all that was kept, so backward begins with a forward pass again.
         return self.forward + (2 if split else 3) * self.backward + self.weight
 
 
@@ -69,14 +70,15 @@ class Schedule:
 
     @cached_property
     def weight_slots(self) -> tuple[Grid, Grid, int]:
-        """The same for what waits from a unit's backward tick to its weight tick."""
+        """As `slots`, for what waits from a unit's backward tick to its weight tick."""
         return allocate(self.backward, self.weight)
 
     @cached_property
     def work(self) -> tuple[TickWork, ...]:
-        """Of every tick."""
+        """What is done in each tick, in order."""
         last = self.backward[:, -1]
         ends = (last != IDLE) & (last % self.chunks == self.chunks - 1)
+        # One busy stage makes the tick cost: the others compute beside it, on something or on nothing.
         busy = [(grid != IDLE).any(axis=1) for grid in (self.forward, self.backward, self.weight)]
         return tuple(
             TickWork(bool(f), bool(b), bool(head), bool(w)) for f, b, w, head in zip(*busy, ends, strict=True)
@@ -90,6 +92,7 @@ class Schedule:
     @cached_property
     def forward_runs(self) -> tuple[TickRun, ...]:
         """The forward-only twin, for evaluation: the same units until the last has left the last stage."""
+        # Without backward ticks in between, the forward units of all schedules follow each other alike.
         last = self.forward[: self.microbatches * self.chunks + self.stages - 1, -1]
         ends = (last != IDLE) & (last % self.chunks == self.chunks - 1)
         return group_ticks([TickWork(forward=True, head=bool(end)) for end in ends])
@@ -102,6 +105,7 @@ class Schedule:
     @property
     def bubble(self) -> float:
         """Share of the time in which a stage waits for others."""
+        # Of one stage: forward, recompute and two gradients for each of its units.
         useful = 4 * self.microbatches * self.chunks
         return 1.0 - useful / self.cost
 
@@ -112,7 +116,7 @@ class Schedule:
 
 
 def make_schedule(name: str, *, stages: int, microbatches: int, virtual_stages: int = 1) -> Schedule:
-    """The named table.
+    """The table of a schedule by its name.
 
     gpipe: all forward passes, then all backward (Huang et al. 2019); keeps M inputs.
     1f1b: backward follows as soon as it can; keeps at most 2P - 1 (Narayanan et al. 2019, in lockstep).
@@ -122,19 +126,27 @@ def make_schedule(name: str, *, stages: int, microbatches: int, virtual_stages: 
     Raises ValueError where the numbers make no such table.
     """
     check_schedule(name, stages, microbatches, virtual_stages)
+    # The letters of the table above: the formulas below are unreadable in words.
     P, M, v = stages, microbatches, virtual_stages
     begin = M * v + P - 1 if name == "gpipe" else v * P - 1  # of backward: when the last stage has its first
+    # Every unit enters one tick after the one before it, and the last needs P - 1 more to come through.
     ticks = begin + M * v + P - 1
     forward = np.full((ticks, P), IDLE)
     backward, weight = forward.copy(), forward.copy()
     for unit in range(M * v):
         m, c = divmod(unit, v)
+        # Microbatches go in groups of P: while the first of a group passes the other stages, the rest keep
+        # the first stage busy; then the group comes back for its next chunk.
         group, j = divmod(m, P)
         base = group * v * P + j
         for s in range(P):
+            # One stage a tick, and P ticks until the same stage's next chunk.
             forward[base + c * P + s, s] = unit
+            # The mirror image: chunks and stages in reverse, `begin` ticks later.
             backward[begin + base + (v - 1 - c) * P + P - 1 - s, s] = unit
             if name == "zero_bubble":
+                # In the tick in which the first stage, the last to be reached, has its backward: then all
+                # have it, and the weights' work fills a tick on every stage.
                 weight[begin + base + P - 1, s] = unit
     return Schedule(name, P, M, v, forward, backward, weight)
 
@@ -166,7 +178,7 @@ def check_schedule(name: str, stages: int, microbatches: int, virtual_stages: in
 
 
 def group_ticks(work: Sequence[TickWork]) -> tuple[TickRun, ...]:
-    """Runs of equal work."""
+    """Consecutive ticks of equal work as one run each."""
     starts = [t for t, w in enumerate(work) if t == 0 or w != work[t - 1]]
     return tuple(TickRun(work[a], a, b - a) for a, b in zip(starts, [*starts[1:], len(work)], strict=True))
 
@@ -179,6 +191,7 @@ def allocate(begin: Grid, end: Grid) -> tuple[Grid, Grid, int]:
     taken, left = np.zeros_like(begin), np.zeros_like(end)
     count = 0
     for s in range(begin.shape[1]):
+        # Stage by stage, then the largest number for all: arrays have one shape on every device.
         free: list[int] = []
         held: dict[int, int] = {}
         size = 0
@@ -191,6 +204,7 @@ def allocate(begin: Grid, end: Grid) -> tuple[Grid, Grid, int]:
                 free.remove(held[unit])
             if (unit := int(end[t, s])) != IDLE:
                 left[t, s] = held.pop(unit)
+                # Free from the next tick on: in this one it is still read.
                 free.append(int(left[t, s]))
         count = max(count, size)
     return taken, left, count
@@ -203,6 +217,7 @@ def fold_runs(runs: Sequence[TickRun]) -> list[tuple[tuple[TickRun, ...], int]]:
     while at < len(runs):
         repeats = 1
         pattern = tuple(runs[at : at + 2])
+        # Patterns of two: one forward, one backward is what 1F1B repeats M times over.
         while len(pattern) == 2 and _alike(pattern, runs[at + 2 * repeats : at + 2 * repeats + 2]):
             repeats += 1
         if repeats == 1:
