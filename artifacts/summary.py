@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from artifacts.checkpoints.location import as_stored, place
-from artifacts.config import CheckpointConfig
+from artifacts.checkpoints.location import place
+from artifacts.load import stored_checkpoints
 from artifacts.metrics import MetricsLog, json_value
 from common.files import write_text
 from common.text import duration, human
@@ -101,7 +101,7 @@ def _training_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _outputs(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    checkpoints = place(run_dir, as_stored(run_dir, CheckpointConfig()).directory)
+    checkpoints = place(run_dir, stored_checkpoints(run_dir).directory)
     steps = [p for p in checkpoints.glob("*") if p.is_dir() and p.name.isdecimal()]
     if steps:
         newest = max(steps, key=lambda p: int(p.name))

@@ -22,8 +22,8 @@ from configs import schema
 from configs.groups import CONFIG_DIR
 from configs.optional_groups import opened
 from parallel.hardware import machine_of
-from planner.compiled import Compiled, compile_step, with_vocabulary
-from training.config import Config
+from planner.compiled import Compiled, compile_step
+from training.config import Config, with_vocab
 from training.legal.check import check
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -61,7 +61,7 @@ def compile_case(words: tuple[str, ...]) -> Compiled:
     schema.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = compose("config", overrides=opened(["run.name=golden", *words], Config))
-    config = with_vocabulary(schema.from_hydra(composed))
+    config = with_vocab(schema.from_hydra(composed))
     machine = machine_of(config.hardware)
     check(config, machine.devices)
     return compile_step(config, machine)

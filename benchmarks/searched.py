@@ -19,9 +19,8 @@ from configs.groups import CONFIG_DIR, options
 from configs.optional_groups import opened
 from parallel.hardware import Machine, machine_of
 from planner.candidates import POLICIES, Candidate
-from planner.compiled import with_vocabulary
 from planner.search import Evaluated, compiled_work, evaluate, search
-from training.config import Config
+from training.config import Config, with_vocab
 from training.legal.nearest import legal
 
 CASES = {
@@ -38,7 +37,7 @@ def config_of(*words: str) -> Any:
     """Composed, its vocabulary known."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = compose("config", overrides=opened(["run.name=searched", *words], Config))
-    return with_vocabulary(schema.from_hydra(composed))
+    return with_vocab(schema.from_hydra(composed))
 
 
 def by_hand(words: tuple[str, ...], machine: Machine) -> list[Evaluated]:

@@ -5,7 +5,7 @@ B rows, T positions of a row.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from parallel.mesh import build_layout
+from training.config import with_vocab
 from training.device_batches import placing, rows_here
 from training.legal.check import check
-from training.program import Program, build_program, padded_vocab
+from training.program import Program, build_program
 from training.state import TrainState
 
 MEAN_DOCUMENT = 0.4  # of a row, where rows are packed
-BYTES = 257  # of the byte tokenizer: all values and the end of a document
 ZIPF_SHIFT = 2.7  # Mandelbrot's: the commonest words are less common than Zipf's law alone would have them
 
 
@@ -48,15 +48,7 @@ class Workload:
 
 def resolve(config: Any) -> Any:
     """The config with `model.vocab_size` as its tokenizer would set it. ValueError where only a file says."""
-    if config.model.vocab_size > 0:
-        return config
-    sizes = {"bpe": config.tokenizer.vocab_size, "byte": BYTES}
-    if config.tokenizer.kind not in sizes:
-        raise ValueError(
-            f"model.vocab_size=-1 with tokenizer.kind={config.tokenizer.kind}: there is no tokenizer here to "
-            "ask; give model.vocab_size"
-        )
-    return replace(config, model=replace(config.model, vocab_size=padded_vocab(sizes[config.tokenizer.kind])))
+    return with_vocab(config)
 
 
 def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None) -> Workload:

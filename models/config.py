@@ -13,6 +13,12 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 WINDOW_KINDS = ("global", "local")
 SCORES = ("softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
+VOCAB_MULTIPLE = 128  # so that tables split over devices and fill matrix units
+
+
+def padded_vocab(size: int) -> int:
+    """The vocabulary that `vocab_size=-1` stands for: a tokenizer's size, rounded up to a multiple of 128."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass
@@ -114,7 +120,7 @@ class MTPConfig:
 class ModelConfig:
     """Shape and features of the model; sizes in elements, angles in radians, initial spread as a deviation.
 
-    `vocab_size=-1` takes the tokenizer's size, rounded up to a multiple of 128 to split over devices.
+    `vocab_size=-1` takes the tokenizer's size, rounded up by `padded_vocab`.
     `window_pattern` is the repeating order of layer kinds: `["local", "global"]` is Gemma 2, `["global"]` is
     Llama; it may list every layer. `max_seq_len` is the rows of a learned position table; with RoPE it only
     says what was trained.

@@ -32,7 +32,7 @@ OPTIMIZER_PASSES = 7  # parameter, two moments: read and written; gradient: read
 
 
 def estimate(config: Config, machine: Machine) -> StepCost:
-    """What one step asks of one device. config: with its vocabulary known; see `compiled.with_vocabulary`.
+    """What one step asks of one device. config: with its vocabulary known; see `training.config.with_vocab`.
 
     Raises ValueError where mesh and sizes do not divide, or attention that was asked for cannot be had.
     """

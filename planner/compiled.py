@@ -27,7 +27,7 @@ from planner.work import StepCost, Traffic
 from training.config import Config
 from training.flops import training_flops
 from training.preflight import bytes_on_device, memory_of
-from training.program import Program, build_program, padded_vocab
+from training.program import Program, build_program
 
 AMOUNT = r"([\d.]+[KMGT]?)"
 
@@ -40,22 +40,6 @@ class Compiled:
     program: Program
     reading: Reading
     compile_seconds: float
-
-
-def with_vocabulary(config: Config) -> Config:
-    """The config with `model.vocab_size` known: the tokenizer's, as far as the config says it.
-
-    Raises ValueError where it is only in the tokenizer's file.
-    """
-    if config.model.vocab_size != -1:
-        return config
-    size = {"bpe": config.tokenizer.vocab_size, "byte": 257}.get(config.tokenizer.kind)
-    if size is None:
-        raise ValueError(
-            f"model.vocab_size=-1 is that of tokenizer.kind={config.tokenizer.kind}, which a plan does not "
-            "open; give model.vocab_size"
-        )
-    return replace(config, model=replace(config.model, vocab_size=padded_vocab(size)))
 
 
 class DoesNotFit(ValueError):

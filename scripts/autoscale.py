@@ -10,7 +10,6 @@ No device is touched. Exit status: 0, or 2 for bad input.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,15 @@ def main(argv: list[str]) -> int:
 
 def answer(asked: argparse.Namespace, last_facts: Any) -> int:
     """What was asked about the run, printed."""
-    from scripts.generate import find_run, load_config
+    from artifacts.load import load
     from training.autoscale.apply import nodes_wanted, settled
+    from training.config import from_stored
 
-    directory = find_run(asked.run)
-    config = load_config(directory / "config.yaml")
+    run = load(asked.run, from_stored)
+    config = run.config
     if config.autoscale is None:
-        raise ValueError(f"{directory} was not started with autoscale; add autoscale=nodes or queue to it")
-    facts = last_facts(json.loads((directory / "manifest.json").read_text("utf-8")))
+        raise ValueError(f"{run.path} was not started with autoscale; add autoscale=nodes or queue to it")
+    facts = last_facts(run.manifest())
     last = facts["mesh"]
     if asked.devices is not None:
         print("\n".join(settled(config, asked.devices, last, asked.queue).lines))

@@ -18,16 +18,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from artifacts.load import find_run, open_saved, steps_until
 from common.terminal import steady_streams
-
-if TYPE_CHECKING:
-    from artifacts.checkpoints.manager import Checkpoints
 
 DIFFERENT = 3
 PART = 1 << 30  # bytes of arrays that are read at a time
@@ -63,33 +61,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_run(name: str) -> tuple[Path, "Checkpoints"]:
-    """A run's directory and its checkpoints. Raises ValueError where there is neither."""
-    from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
-    from artifacts.config import CheckpointConfig
-    from common.buckets import is_remote
-    from scripts.generate import find_run
-
-    run = find_run(name)
-    config = as_stored(run, CheckpointConfig())
-    if not (is_remote(config.directory) or place(run, config.directory).is_dir()):
-        raise ValueError(f"{run} has no checkpoint yet; the first comes at checkpoint.every")
-    return run, open_checkpoints_of(run, config, read_only=True)
-
-
-def chosen(checkpoints: "Checkpoints", step: int | None) -> int:
-    """The step asked for, or the newest. Raises ValueError where that has no checkpoint."""
-    from scripts.generate import wanted_steps
-
-    return wanted_steps(checkpoints, "latest" if step is None else str(step))[-1]
-
-
 def verify(options: argparse.Namespace) -> int:
     """Name every bad file and array of the steps asked for; 1 where there is one."""
     from artifacts.checkpoints.inspect import bad_parts
 
-    _, checkpoints = open_run(options.run)
-    newest = chosen(checkpoints, options.step)
+    checkpoints = open_saved(find_run(options.run))
+    newest = steps_until(checkpoints, options.step)[-1]
     status = 0
     for step in checkpoints.steps() if options.all else [newest]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +82,7 @@ def show_list(options: argparse.Namespace) -> int:
     """A line a step; 1 where one is damaged."""
     from artifacts.checkpoints.inspect import overview
 
-    _, checkpoints = open_run(options.run)
+    checkpoints = open_saved(find_run(options.run))
     rows = overview(checkpoints, quick=options.quick)
     if not rows:
         raise ValueError(f"{checkpoints.directory} is empty; the first checkpoint comes at checkpoint.every")
@@ -125,8 +102,8 @@ def diff(options: argparse.Namespace) -> int:
         name, colon, step = word.rpartition(":")
         if colon and not step.isdecimal():
             raise ValueError(f"{word} is no RUN:STEP; give a run's name, or one with a step, as in quick:200")
-        _, checkpoints = open_run(name if colon else word)
-        sides.append((checkpoints, chosen(checkpoints, int(step) if colon else None)))
+        checkpoints = open_saved(find_run(name if colon else word))
+        sides.append((checkpoints, steps_until(checkpoints, step if colon else None)[-1]))
     lines, same = differences(sides[0], sides[1])
     for line in lines:
         print(line)
@@ -138,8 +115,9 @@ def export(options: argparse.Namespace) -> int:
     """Write the directory; what was written."""
     from artifacts.checkpoints.inspect import export_weights
 
-    run, checkpoints = open_run(options.run)
-    step = chosen(checkpoints, options.step)
+    run = find_run(options.run)
+    checkpoints = open_saved(run)
+    step = steps_until(checkpoints, options.step)[-1]
     item = "ema" if options.weights == "ema" else "params"
     written = export_weights(run, checkpoints, step, Path(options.output), item=item, dtype=options.dtype)
     print(f"{options.output}: {', '.join(written)} of step {step}")

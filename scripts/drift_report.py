@@ -24,6 +24,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from artifacts.load import find_run, load
 from common.terminal import steady_streams
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def known_tokenizer(options: argparse.Namespace) -> tuple["Tokenizer | None", Path | None]:
     """The tokenizer that movers are spelled with, and its file: given, or one of the runs'."""
     from data.tokens.tokenizer import load_tokenizer
-    from scripts.generate import find_run
 
     runs = [find_run(options.run)] if options.run else []
     runs += [Path(p) for p in (options.old, options.new) if (Path(p) / "config.yaml").is_file()]
@@ -131,31 +131,24 @@ def losses(options: argparse.Namespace, old: "StoreSample", new: "StoreSample") 
 
     The interval holds 95 % of the differences of resampled documents (Efron's percentile bootstrap).
     """
-    import jax
-
-    from models.transformer import build_model
-    from parallel.config import MeshConfig
-    from parallel.mesh import build_layout
     from parallel.schedules.accumulate import GradientAccumulation
-    from scripts.generate import GenerateOptions, find_run, load_config, load_run_tokenizer, load_weights
+    from training.config import from_stored
     from training.evaluate import row_losses
-    from training.program import build_ops, padded_vocab
+    from training.samples import trained_model
 
-    directory = find_run(options.run)
-    config = load_config(directory / "config.yaml")
-    tokenizer = load_run_tokenizer(directory, config)
+    run = load(options.run, from_stored)
+    from data.pipeline import prepare
+
+    config = run.config
+    tokenizer = run.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
     if not np.array_equal(tokenizer.token_bytes(), old.store.token_bytes):
         raise ValueError(
             f"--run={options.run} has another tokenizer than {old.store.path}; prepare both with it"
         )
-    if config.model.vocab_size == -1:
-        config.model.vocab_size = padded_vocab(tokenizer.vocab_size)
-    layout = build_layout(MeshConfig(data=1, rules=config.mesh.rules), jax.devices()[:1])
-    model, ops = build_model(config.model), build_ops(config, layout)
-    params = load_weights(directory, config, model, layout, GenerateOptions(run=options.run))
+    model, ops, params = trained_model(run, tokenizer.vocab_size)
 
     def of(one: "StoreSample") -> tuple[np.ndarray, np.ndarray]:
-        rows = beginnings(one, options.rows, config.data.seq_len)
+        rows = beginnings(one, options.rows, run.config.data.seq_len)
         nll, weight = row_losses(
             lambda p, b: GradientAccumulation().evaluate(model, p, b, ops), params, [rows]
         )

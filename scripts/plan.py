@@ -62,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
 
 def task(config: "Config", options: PlanConfig, words: Sequence[str]) -> int:
     """Plan, and search where that is asked."""
-    from planner.compiled import with_vocabulary
+    from training.config import with_vocab
 
-    config = with_vocabulary(config)
+    config = with_vocab(config)
     config, machine, notes = settle(config)
     if options.search:
         return look_further(config, machine, options, notes, words)

@@ -73,12 +73,13 @@ from common.host import enough_threads
 keep_freed_memory()
 enough_threads()
 from parallel import processes
-from scripts.generate import load_config
+import yaml
+from training.config import from_stored
 from common.errors import RunFault
 import train
 try:
     processes.initialize()
-    status = train.train(load_config(Path(sys.argv[3])))
+    status = train.train(from_stored(yaml.safe_load(Path(sys.argv[3]).read_text("utf-8"))))
 except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     status = 2
@@ -149,9 +150,10 @@ def look_around(original: Original, root: Path) -> list[Difference]:
 def sources(original: Original) -> dict[str, Any]:
     """Digests of what the run was made from, as it is now; the reason in their place where it is not here."""
     from data.pipeline import prepare
+    from training.config import from_stored
     from training.initial_weights import find_parent, tokenizer_config
 
-    config = load(original.config)
+    config = from_stored(original.config)
     wanted = original.manifest["data"]["digest"]
     found: dict[str, Any] = {"parent": None}
     try:
@@ -163,16 +165,6 @@ def sources(original: Original) -> dict[str, Any]:
         reason = {"digest": f"none: {' '.join(str(error).split())}"}
         return found | {"data": reason, "tokenizer": reason}
     return found | {"data": {"digest": prepared.digest}, "tokenizer": {"digest": prepared.tokenizer.digest}}
-
-
-def load(tree: dict[str, Any]) -> Any:
-    """The typed config of plain values."""
-    from scripts.generate import load_config
-
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "config.yaml"
-        path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
-        return load_config(path)
 
 
 def table(found: Sequence[Difference]) -> Iterator[str]:

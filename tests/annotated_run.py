@@ -25,14 +25,14 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from data.tokens.store import TokenStore
     from data.tokens.tokenizer import train_tokenizer
     from kernels.token_losses import chunked_cross_entropy
-    from models.config import ModelConfig, RopeScaling
+    from models.config import ModelConfig, RopeScaling, padded_vocab
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
     from serving.sampling import Sampling, sample, sample_keys
     from serving.text import complete
     from training.config import Config, TrainingConfig
     from training.evaluate import evaluate
-    from training.program import build_program, padded_vocab
+    from training.program import build_program
     from training.state import init_state, shardings
 
 TEXTS = [f"{number} " + "def f(x): return x\n" * (number % 4) for number in range(40)]

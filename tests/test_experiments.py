@@ -6,9 +6,9 @@ import pytest
 from configs.groups import options
 from parallel.mesh import build_layout
 from tests.configs.composing import config
+from training.config import with_vocab
 from training.legal.check import check
 from training.program import build_program
-from training.setup import with_vocab
 
 BYTES = 257  # tokens of tokenizer=byte
 PARAMETERS = {  # what the name promises, in millions

@@ -1,14 +1,16 @@
 """The root of a run's configuration, and what training itself is told: how long, in what precision."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from artifacts.config import CheckpointConfig, RunConfig
 from common.checks import choice, require
 from data.config import DataConfig, TokenizerConfig
 from kernels.backends import BACKENDS
 from kernels.names import NAMES
-from models.config import ModelConfig
-from optim.config import OptimConfig, ScheduleConfig
+from models.config import ModelConfig, padded_vocab, regrouped
+from optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
 from parallel.config import AutoscaleConfig, ContextConfig, MeshConfig, PipelineConfig
 from parallel.hardware import HardwareConfig
 from serving.config import SampleConfig
@@ -17,6 +19,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
 EXCHANGES = ("float32", "bfloat16", "int8")
+BYTES = 257  # tokens of the byte tokenizer: all values and the end of a document
 
 
 @dataclass
@@ -161,3 +164,48 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)  # how it is measured
     sample: SampleConfig = field(default_factory=SampleConfig)  # what it writes at the end
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # what is shown on the way
+
+
+def from_stored(stored: Mapping[str, Any]) -> Config:
+    """The config that a run's directory holds as plain values; keys that are newer have their defaults.
+
+    Raises ValueError where it is no run's config.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tree = OmegaConf.create({**stored, "model": regrouped(dict(stored["model"]))})
+        optim = {schema.name: schema for schema in OPTIMIZERS}[tree.optim.name]()
+        schedule = {schema.name: schema for schema in SCHEDULES}[tree.schedule.name]()
+        typed = OmegaConf.merge(OmegaConf.structured(Config(optim=optim, schedule=schedule)), tree)
+        config = OmegaConf.to_object(typed)
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def with_vocab(config: Config, tokenizer_size: int | None = None) -> Config:
+    """`model.vocab_size=-1` becomes the tokenizer's padded size; a given one must hold every token.
+
+    tokenizer_size: None where no tokenizer is opened; then the config itself must say it.
+    """
+    size = config.model.vocab_size
+    if tokenizer_size is None and size != -1:
+        return config
+    if tokenizer_size is None:
+        tokenizer_size = {"bpe": config.tokenizer.vocab_size, "byte": BYTES}.get(config.tokenizer.kind)
+    if tokenizer_size is None:
+        raise ValueError(
+            f"model.vocab_size=-1 is that of tokenizer.kind={config.tokenizer.kind}, which is not read; "
+            "give model.vocab_size"
+        )
+    if size == -1:
+        return replace(config, model=replace(config.model, vocab_size=padded_vocab(tokenizer_size)))
+    if size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; "
+            f"use model.vocab_size=-1 or at least {padded_vocab(tokenizer_size)}"
+        )
+    return config

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from artifacts.checkpoints.location import as_stored, open_checkpoints_of, place
+from artifacts.checkpoints.location import open_checkpoints_of, place
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import state_digest
 from artifacts.directory import RunDirectory
+from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
 from training.config import Config
@@ -39,7 +40,7 @@ def find_parent(config: Config, only_step: int | None = None) -> Parent | None:
     asked = Path(config.init_from)
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
-        where = as_stored(candidate, config.checkpoint)
+        where = stored_checkpoints(candidate, config.checkpoint)
         if place(candidate, where.directory).is_dir():
             checkpoints = open_checkpoints_of(candidate, where, read_only=True, bucket=False)
             steps = checkpoints.steps()

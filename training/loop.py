@@ -250,7 +250,7 @@ def check_finite(run: Run, step: int, figures: Mapping[str, float]) -> None:
     """Raise RunFault for weights of no use, which a run of skipped updates would otherwise end with."""
     bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
     if bad is not None:
-        raise RunFault(f"{bad}={figures[bad]} at step {step}; {remedy(run.recorder.last['learning_rate'])}")
+        raise RunFault(f"{bad}={figures[bad]} at step {step}; {remedy(run.recorder.last)}")
 
 
 def read_so_far(run: Run, step: int) -> dict[str, float]:

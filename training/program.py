@@ -63,8 +63,6 @@ from training.step import (
 )
 from training.xla import largest_layer_bytes, needed_options, profile_options, resolve_profile
 
-VOCAB_MULTIPLE = 128
-
 
 @dataclass(frozen=True)
 class Program:
@@ -206,11 +204,6 @@ def in_order(config: Config, strategy: GradientAccumulation | Pipeline, layout: 
     split = layout.mesh.shape["context"] > 1
     zigzag = split and config.context.zigzags
     return Zigzag(strategy, layout) if zigzag else strategy
-
-
-def padded_vocab(size: int) -> int:
-    """The next multiple of 128, so that tables split over devices and fill matrix units."""
-    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def muon_dtype(precision: str, platform: str) -> Any:

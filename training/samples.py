@@ -12,14 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from artifacts.load import LATEST, LoadedRun
 from data.tokens.tokenizer import Tokenizer
+from models.ops import Ops
+from models.transformer import Model, build_model
 from parallel import processes
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from serving.python_share import parse_share
 from serving.text import complete
-from training.config import Config
-from training.program import Program, build_program
+from training.config import Config, with_vocab
+from training.program import Program, build_ops, build_program
+from training.state import is_info
 
 ROOM = 0.8  # of what is free on a device; the rest is for the caches of generation
 # After two blank lines, as a function at the top level stands in a file: at the very start of one the model
@@ -56,6 +60,29 @@ def single(config: Config, device: Any) -> Program:
     """The same model's program on one device, layers as checkpoints have them."""
     mesh = MeshConfig(data=1, rules=config.mesh.rules)
     return build_program(replace(config, mesh=mesh), build_layout(mesh, [device]))
+
+
+def trained_model(
+    run: LoadedRun[Config], tokenizer_size: int, *, tensor: int = 1, step: str = LATEST, weights: str = "raw"
+) -> tuple[Model, Ops, Any]:
+    """(model, operations, verified parameters) of a run's checkpoint, over the first `tensor` devices here.
+
+    Raises ValueError where there is no such checkpoint or not so many devices, RunFault where it is damaged.
+    """
+    if tensor > len(jax.devices()):
+        raise ValueError(f"tensor={tensor} is more than the {len(jax.devices())} devices here; use fewer")
+    config = with_vocab(run.config, tokenizer_size)
+    mesh = MeshConfig(data=1, tensor=tensor, rules=config.mesh.rules)
+    layout = build_layout(mesh, jax.devices()[:tensor])
+    model = build_model(config.model)
+    abstract = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        model.info,
+        layout.tree(model.info, is_info),
+        is_leaf=is_info,
+    )
+    params = run.weights(abstract, step=step, weights=weights, mean_of=config.checkpoint.average_last)
+    return model, build_ops(config, layout), params
 
 
 def _fits(needed: int) -> bool:

@@ -1,7 +1,6 @@
 """A job before its first step: what a config asks for, composed, checked and opened.
 
 `compose` makes data, program and executables while nothing has been written; `start` finds the state to go on
-from training.config import Config
 from and opens what the run writes to. The loop that goes on from there is `training.loop`.
 """
 
@@ -10,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ from parallel.axes import Layout
 from parallel.mesh import build_layout
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
-from training.config import Config
+from training.config import Config, with_vocab
 from training.device_batches import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.initial_weights import (
@@ -47,7 +46,7 @@ from training.initial_weights import (
 from training.input_watch import InputWatch
 from training.precision import precision_row
 from training.preflight import refuse_what_cannot_fit
-from training.program import Program, build_program, padded_vocab
+from training.program import Program, build_program
 from training.progress import Progress, startup_table
 from training.recorder import Recorder, ignored
 from training.safety.faults import before_the_first_step, in_mid_run
@@ -401,9 +400,7 @@ def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
     first = found[1]["step"] if found else 0
     entry = {"at_step": trouble.step, "to_step": first, "batches": batches, "reason": trouble.reason}
     if in_a_row([*directory.rollbacks, entry]) > MOST:
-        raise RunFault(
-            f"{trouble}; {MOST} rollbacks got no further; {remedy(run.recorder.last['learning_rate'])}"
-        )
+        raise RunFault(f"{trouble}; {MOST} rollbacks got no further; {remedy(run.recorder.last)}")
     directory.rollbacks.append(entry)
     processes.from_primary("the run's manifest", directory.write_manifest)
     processes.from_primary("undone checkpoints", lambda: checkpoints.forget_after(first))
@@ -420,19 +417,6 @@ def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
     run.recorder.go_back(tokens, *open_log(setup, first, run.outputs))
     say(f"{trouble}; going on from step {first} without the next {batches} batches")
     return state, first
-
-
-def with_vocab(config: Config, tokenizer_size: int) -> Config:
-    """`model.vocab_size=-1` becomes the tokenizer's padded size; a given one must hold every token."""
-    size = config.model.vocab_size
-    if size == -1:
-        return replace(config, model=replace(config.model, vocab_size=padded_vocab(tokenizer_size)))
-    if size < tokenizer_size:
-        raise ValueError(
-            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; "
-            f"use model.vocab_size=-1 or at least {padded_vocab(tokenizer_size)}"
-        )
-    return config
 
 
 def describe(

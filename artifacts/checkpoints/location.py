@@ -1,9 +1,6 @@
 """Where a run's checkpoints are: in its directory, in another, or sent from there to a bucket."""
 
-from dataclasses import replace
 from pathlib import Path
-
-import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.remote import Remote
@@ -58,13 +55,3 @@ def _steps(directory: str) -> list[int]:
     path = Path(directory)
     names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-def as_stored(run: Path, config: CheckpointConfig) -> CheckpointConfig:
-    """`config` with the directory that the run itself was made with."""
-    try:
-        stored = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-        directory = stored["checkpoint"].get("directory")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        directory = None
-    return replace(config, directory=directory)

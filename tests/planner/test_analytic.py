@@ -8,10 +8,10 @@ import pytest
 from parallel.hardware import machine_of
 from parallel.mesh import build_layout
 from planner.analytic import estimate
-from planner.compiled import with_vocabulary
 from planner.sizes import abstract_layout, model_of, state_bytes
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
+from training.config import with_vocab
 from training.preflight import bytes_on_device
 from training.program import build_program
 
@@ -24,7 +24,7 @@ MESHES = {
 
 
 def planned(*words):
-    return with_vocabulary(config("run.name=planned", *words))
+    return with_vocab(config("run.name=planned", *words))
 
 
 def work(*words, name="h100"):

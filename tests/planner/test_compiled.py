@@ -9,11 +9,12 @@ import pytest
 from parallel.hardware import machine_of
 from parallel.mesh import build_layout
 from planner.analytic import estimate
-from planner.compiled import DoesNotFit, compile_step, planned_program, refused, with_vocabulary
+from planner.compiled import DoesNotFit, compile_step, planned_program, refused
 from planner.fixes import fixes
 from tests.compilers import skip_without
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
+from training.config import with_vocab
 from training.legal.nearest import legal
 from training.program import build_program
 
@@ -32,7 +33,7 @@ def text(program):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_plan_is_of_the_program_that_trains(mesh):
-    asked = with_vocabulary(config("run.name=planned", "+experiment=debug", *mesh))
+    asked = with_vocab(config("run.name=planned", "+experiment=debug", *mesh))
     devices = jax.devices()[:4]
     planned = planned_program(asked, devices)
     trained = build_program(asked, build_layout(asked.mesh, devices))
@@ -45,7 +46,7 @@ def test_the_plan_is_of_the_program_that_trains(mesh):
 
 def described(*words, nodes=1):
     """A step for described GPUs, compiled; skipped where their compiler is missing."""
-    asked = with_vocabulary(config("run.name=planned", "hardware=h100", *words))
+    asked = with_vocab(config("run.name=planned", "hardware=h100", *words))
     machine = machine_of(hardware("h100", nodes=nodes))
     try:
         compiled = compile_step(asked, machine)
@@ -96,7 +97,7 @@ def test_a_refusal_comes_home_from_another_process():
 )
 def test_what_the_compiler_refuses_is_read(message, gib):
     program = build_program(
-        with_vocabulary(config("run.name=planned", "+experiment=debug", "mesh=single")),
+        with_vocab(config("run.name=planned", "+experiment=debug", "mesh=single")),
         build_layout(config("run.name=planned", "mesh=single").mesh, jax.devices()[:1]),
     )
     error = refused(message, program, "v5e")

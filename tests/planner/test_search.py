@@ -10,19 +10,20 @@ from parallel.config import MESH_AXES, mesh_shape
 from parallel.hardware import machine_of
 from planner.analytic import estimate
 from planner.candidates import candidates
-from planner.compiled import DoesNotFit, with_vocabulary
+from planner.compiled import DoesNotFit
 from planner.fixes import fixes
 from planner.pareto import draw, front
 from planner.search import compile_all, search
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
+from training.config import with_vocab
 from training.legal.nearest import legal
 
 WORDS = ("+experiment=llama3_8b", "hardware=h100", "training.global_batch_size=64")
 
 
 def asked(*words):
-    return with_vocabulary(config("run.name=searched", *WORDS, *words))
+    return with_vocab(config("run.name=searched", *WORDS, *words))
 
 
 MACHINE = machine_of(hardware("h100", nodes=2))

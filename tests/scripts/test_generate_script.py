@@ -10,6 +10,7 @@ import yaml
 
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.config import CheckpointConfig, RunConfig
+from artifacts.load import load
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import train_tokenizer
 from models.config import ModelConfig
@@ -18,10 +19,10 @@ from models.transformer import build_model
 from optim.config import ConstantConfig, LionConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
-from scripts.generate import GenerateOptions, load_config, main, parse_options
+from scripts.generate import GenerateOptions, main, parse_options
 from serving.generator import generate
 from serving.text import encode_prompt
-from training.config import Config
+from training.config import Config, from_stored
 from training.state import TrainState, abstract_state, nothing_seen, shardings
 
 MODEL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32)
@@ -123,7 +124,7 @@ def test_samples_are_numbered_and_repeat_under_their_seed(run, capsys):
 
 
 def test_a_config_comes_back_from_its_file_as_it_was(run):
-    config = load_config(run / "config.yaml")
+    config = load(str(run), from_stored).config
     assert isinstance(config.optim, LionConfig) and isinstance(config.schedule, ConstantConfig)
     assert config.model == MODEL and asdict(config) == yaml.safe_load((run / "config.yaml").read_text())
 

@@ -13,11 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from planner import compiled
-from planner.compiled import DoesNotFit, with_vocabulary
+from planner.compiled import DoesNotFit
 from planner.screen import screen
 from scripts.plan import experiment_text, plan_of, settle
 from scripts.plan_config import PlanConfig, split_words
 from tests.configs.composing import config
+from training.config import with_vocab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIG = ("+experiment=llama3_70b", "hardware=h100", "plan.compile=never")
@@ -137,7 +138,7 @@ def test_a_compiler_that_refuses_is_a_plan_that_does_not_fit(monkeypatch):
 
     monkeypatch.setattr(compiled, "compile_step", refuses)
     words = ("run.name=planned", "+experiment=llama3_8b", "hardware=h200", "training.global_batch_size=16")
-    asked, machine, notes = settle(with_vocabulary(config(*words)))
+    asked, machine, notes = settle(with_vocab(config(*words)))
     made = plan_of(asked, machine, PlanConfig(), notes)
     assert made.work.how == "analytic" and made.work.memory.total < made.capacity
     assert not made.fits and not made.json()["fits"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.checkpoints.location import as_stored, open_checkpoints_of
-from artifacts.config import CheckpointConfig
+from artifacts.checkpoints.location import open_checkpoints_of
+from artifacts.load import stored_checkpoints
 from artifacts.metrics import MetricsLog
 from tests.configs.composing import config
 from training.config import Config
@@ -77,7 +77,7 @@ class Ground:
 
     def record(self, name: str, step: int) -> dict:
         """A checkpoint's record: digests of every array, data position, tokens."""
-        where = as_stored(self.run(name), CheckpointConfig())
+        where = stored_checkpoints(self.run(name))
         return open_checkpoints_of(self.run(name), where, read_only=True).record(step)
 
     def summary(self, name: str) -> dict:

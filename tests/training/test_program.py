@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from models.config import ModelConfig
+from models.config import ModelConfig, padded_vocab
 from parallel.axes import kv_repeats
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout, mesh_shape
 from tests.parallel.small import make_config, make_program
-from training.config import Config
+from training.config import Config, with_vocab
 from training.precision import compute_dtype
-from training.program import build_ops, padded_vocab
-from training.setup import with_vocab
+from training.program import build_ops
 
 
 def layout_of(rules, **sizes):

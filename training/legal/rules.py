@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterable
 
 from kernels.backends import problem as backend_problem
-from models.config import ModelConfig
+from models.config import VOCAB_MULTIPLE, ModelConfig
 from models.spec import cut_layers
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
 from training.legal.attention import wanted_attention
 from training.legal.mesh_case import MeshCase, around, remedy, values
 
-VOCAB_MULTIPLE = 128  # to which a vocabulary of -1 is rounded up
 # What an axis does is written for one logical axis and this rule.
 NEEDED_RULES = {"pipeline": "stages", "expert": "experts", "context": "length"}
 # Logical axes that meet in one tensor, so that no mesh axis may split two of them.
