@@ -1,23 +1,34 @@
 """Optimizers and schedules by name. What belongs to one optimizer lives in its own class and its own YAML."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from common.checks import require
 
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 
-def _check_positive(key: str, value: float) -> None:
-    require(0 < value < math.inf, key, value, "a finite number above 0")
+def _ruled(ok: Callable[[Any], bool], limit: str) -> Callable[[Any], Any]:
+    """Make fields, from their defaults, whose values must be `ok`."""
+    return lambda default: field(default=default, metadata={"ok": ok, "limit": limit})
 
 
-def _check_decay_rate(key: str, value: float) -> None:
-    require(0 <= value < 1, key, value, "at least 0 and below 1")
+_above_zero = _ruled(lambda x: 0 < x < math.inf, "a finite number above 0")
+_decay_rate = _ruled(lambda x: 0 <= x < 1, "at least 0 and below 1")
+_fraction = _ruled(lambda x: 0 <= x <= 1, "between 0 and 1")
+_not_negative = _ruled(lambda x: 0 <= x < math.inf, "at least 0")
+_count = _ruled(lambda x: x >= 1, "at least 1")
+_norm = _ruled(lambda x: x is None or 0 < x < math.inf, "above 0, or null for no clipping")
+_dtype = _ruled(MOMENT_DTYPES.__contains__, " or ".join(MOMENT_DTYPES))
 
 
-def _check_fraction(key: str, value: float) -> None:
-    require(0 <= value <= 1, key, value, "between 0 and 1")
+def _check(config: Any, room: str) -> None:
+    for rule in fields(config):
+        if rule.metadata:
+            value = getattr(config, rule.name)
+            require(rule.metadata["ok"](value), f"{room}.{rule.name}", value, rule.metadata["limit"])
 
 
 @dataclass
@@ -29,20 +40,14 @@ class OptimConfig:
     """
 
     name: str = "???"  # adamw | muon | lion | sgd, chosen with optim=NAME
-    learning_rate: float = 3e-4  # the peak; schedule= shapes it
-    weight_decay: float = 0.1  # per step, times the learning rate
-    grad_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
-    moment_dtype: str = "float32"  # float32 | bfloat16, of what the optimizer remembers (docs/optimizers.md)
+    learning_rate: float = _above_zero(3e-4)  # the peak; schedule= shapes it
+    weight_decay: float = _not_negative(0.1)  # per step, times the learning rate
+    grad_clip: float | None = _norm(1.0)  # largest global gradient norm; null: no clipping
+    moment_dtype: str = _dtype("float32")  # float32 | bfloat16, of what it remembers (docs/optimizers.md)
 
     def __post_init__(self) -> None:
-        """ValueError where a value every optimizer has is out of its range."""
-        _check_positive("optim.learning_rate", self.learning_rate)
-        require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "at least 0")
-        if self.grad_clip is not None:
-            valid = 0 < self.grad_clip < math.inf
-            require(valid, "optim.grad_clip", self.grad_clip, "above 0, or null for no clipping")
-        valid = self.moment_dtype in MOMENT_DTYPES
-        require(valid, "optim.moment_dtype", self.moment_dtype, " or ".join(MOMENT_DTYPES))
+        """ValueError where a value is out of its range."""
+        _check(self, "optim")
 
 
 @dataclass
@@ -50,16 +55,9 @@ class AdamWConfig(OptimConfig):
     """Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
     name: str = "adamw"  # chosen with optim=adamw
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_decay_rate("optim.b1", self.b1)
-        _check_decay_rate("optim.b2", self.b2)
-        _check_positive("optim.eps", self.eps)
+    b1: float = _decay_rate(0.9)  # decay of the mean of gradients
+    b2: float = _decay_rate(0.95)  # decay of the mean of their squares
+    eps: float = _above_zero(1e-8)  # added to the root
 
 
 @dataclass
@@ -73,24 +71,14 @@ class MuonConfig(OptimConfig):
     """
 
     name: str = "muon"  # chosen with optim=muon
-    learning_rate: float = 0.02  # peak for hidden matrices
-    momentum: float = 0.95  # decay of the mean of gradients
+    learning_rate: float = _above_zero(0.02)  # peak for hidden matrices
+    momentum: float = _decay_rate(0.95)  # decay of the mean of gradients
     nesterov: bool = True  # look one momentum step ahead
-    ns_steps: int = 5  # Newton–Schulz iterations
-    adam_learning_rate: float = 3e-3  # peak for everything that is not a hidden matrix
-    adam_b1: float = 0.9  # AdamW's b1
-    adam_b2: float = 0.95  # AdamW's b2
-    adam_eps: float = 1e-8  # AdamW's eps
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_decay_rate("optim.momentum", self.momentum)
-        require(self.ns_steps >= 1, "optim.ns_steps", self.ns_steps, "at least 1")
-        _check_positive("optim.adam_learning_rate", self.adam_learning_rate)
-        _check_decay_rate("optim.adam_b1", self.adam_b1)
-        _check_decay_rate("optim.adam_b2", self.adam_b2)
-        _check_positive("optim.adam_eps", self.adam_eps)
+    ns_steps: int = _count(5)  # Newton–Schulz iterations
+    adam_learning_rate: float = _above_zero(3e-3)  # peak for everything that is not a hidden matrix
+    adam_b1: float = _decay_rate(0.9)  # AdamW's b1
+    adam_b2: float = _decay_rate(0.95)  # AdamW's b2
+    adam_eps: float = _above_zero(1e-8)  # AdamW's eps
 
 
 @dataclass
@@ -98,16 +86,10 @@ class LionConfig(OptimConfig):
     """Chen et al. 2023, arXiv:2302.06675."""
 
     name: str = "lion"  # chosen with optim=lion
-    learning_rate: float = 1e-4  # the peak; a third to a tenth of AdamW's
-    weight_decay: float = 1.0  # larger than AdamW's by what the learning rate is smaller
-    b1: float = 0.9  # share of the old mean in the step
-    b2: float = 0.99  # share of the old mean in the new one
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_decay_rate("optim.b1", self.b1)
-        _check_decay_rate("optim.b2", self.b2)
+    learning_rate: float = _above_zero(1e-4)  # the peak; a third to a tenth of AdamW's
+    weight_decay: float = _not_negative(1.0)  # larger than AdamW's by what the learning rate is smaller
+    b1: float = _decay_rate(0.9)  # share of the old mean in the step
+    b2: float = _decay_rate(0.99)  # share of the old mean in the new one
 
 
 @dataclass
@@ -115,15 +97,10 @@ class SGDConfig(OptimConfig):
     """Gradient descent with momentum (Sutskever et al. 2013); the mean of such steps is such a step."""
 
     name: str = "sgd"  # chosen with optim=sgd
-    learning_rate: float = 0.1  # the peak
-    weight_decay: float = 0.0  # per step, times the learning rate
-    momentum: float = 0.9  # share of the last step that goes on; 0: off
+    learning_rate: float = _above_zero(0.1)  # the peak
+    weight_decay: float = _not_negative(0.0)  # per step, times the learning rate
+    momentum: float = _decay_rate(0.9)  # share of the last step that goes on; 0: off
     nesterov: bool = False  # look one momentum step ahead
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_decay_rate("optim.momentum", self.momentum)
 
 
 @dataclass
@@ -131,11 +108,11 @@ class ScheduleConfig:
     """Learning rate as a share of its peak, over steps: linear warm-up, then the named shape."""
 
     name: str = "???"  # constant | cosine | linear | wsd, chosen with schedule=NAME
-    warmup_steps: int = 100  # linear from 0 to the peak
+    warmup_steps: int = _not_negative(100)  # linear from 0 to the peak
 
     def __post_init__(self) -> None:
-        """ValueError where the warm-up is negative."""
-        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
+        """ValueError where a value is out of its range."""
+        _check(self, "schedule")
 
 
 @dataclass
@@ -150,12 +127,7 @@ class CosineConfig(ScheduleConfig):
     """Half a cosine from the end of the warm-up down to `final_fraction` at `training.num_steps`."""
 
     name: str = "cosine"  # chosen with schedule=cosine
-    final_fraction: float = 0.1  # of the peak
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_fraction("schedule.final_fraction", self.final_fraction)
+    final_fraction: float = _fraction(0.1)  # of the peak
 
 
 @dataclass
@@ -163,12 +135,7 @@ class LinearConfig(ScheduleConfig):
     """A line from the end of the warm-up down to `final_fraction` at `training.num_steps`."""
 
     name: str = "linear"  # chosen with schedule=linear
-    final_fraction: float = 0.0  # of the peak
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_fraction("schedule.final_fraction", self.final_fraction)
+    final_fraction: float = _fraction(0.0)  # of the peak
 
 
 @dataclass
@@ -180,14 +147,8 @@ class WSDConfig(ScheduleConfig):
     """
 
     name: str = "wsd"  # chosen with schedule=wsd
-    decay_fraction: float = 0.2  # share of num_steps
-    final_fraction: float = 0.0  # of the peak
-
-    def __post_init__(self) -> None:
-        """ValueError where a value is out of its range."""
-        super().__post_init__()
-        _check_fraction("schedule.decay_fraction", self.decay_fraction)
-        _check_fraction("schedule.final_fraction", self.final_fraction)
+    decay_fraction: float = _fraction(0.2)  # share of num_steps
+    final_fraction: float = _fraction(0.0)  # of the peak
 
 
 # What optim=NAME and schedule=NAME may name: a class above is all that a new one needs here.

@@ -1,5 +1,6 @@
 """Schedules against their closed formulas."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from optim.config import (
+    OPTIMIZERS,
+    SCHEDULES,
     AdamWConfig,
     ConstantConfig,
     CosineConfig,
@@ -102,3 +105,9 @@ def test_a_value_out_of_range_is_named(config, key, value):
     room = "schedule" if issubclass(config, ScheduleConfig) else "optim"
     with pytest.raises(ValueError, match=f"{room}.{key}={value} must be "):
         config(**{key: value})
+
+
+@pytest.mark.parametrize("config", [*OPTIMIZERS, *SCHEDULES], ids=lambda config: config.name)
+def test_every_number_has_a_range(config):
+    open_fields = [one.name for one in dataclasses.fields(config) if not one.metadata]
+    assert set(open_fields) <= {"name", "nesterov"}
