@@ -10,9 +10,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from common.text import first_line
 from data.errors import DataError
 from data.sources.bad_records import BadRecords
-from data.sources.documents import first_line
 from data.sources.files import in_validation, list_folder, list_stdlib, read_documents, relative
 
 # (file, what a bad record is told to) → conversations as canonical JSON.
