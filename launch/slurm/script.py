@@ -60,10 +60,9 @@ status=$?
 
 # Told to leave before Python could listen, a task ends by USR1's default: nothing was under way.
 REQUEUE = f"""
-# {Requeue.status}: saved and to be started again. 138: told to leave while Python was still starting.
-# Above 128 (a task was killed, hung or aborted): where this start had come to the run's directory, as
-# run.max_restarts ends rows of it. Anything else is for a person to look at, and so is a job that somebody
-# has ended meanwhile.
+# 75: saved and to be started again. 138: told to leave while Python was still starting. Above 128 (a task was
+# killed, hung or aborted): where this start had come to the run's directory, as run.max_restarts ends rows of
+# it. Anything else is for a person to look at, and so is a job that somebody has ended meanwhile.
 again=
 case $status in
     {Requeue.status} | 138) again=yes ;;

@@ -97,8 +97,8 @@ def test_a_signal_ends_all_of_them_and_what_they_started(number, tmp_path):
         f"{number} == 9 or subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
     script = (
-        "import sys; from scripts.launch_local import Job, Options; "
-        "sys.exit(Job(Options(2, 1, 1, []), [sys.executable, '-c', sys.argv[1]]).run())"
+        "import sys; from scripts.launch_local import LaunchOptions, LocalJob; "
+        "sys.exit(LocalJob(LaunchOptions(2, 1, 1, []), [sys.executable, '-c', sys.argv[1]]).run())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, ME + code])
     end = time.monotonic() + 30

@@ -154,5 +154,5 @@ def test_the_seed_decides_the_rounding():
 
 
 def test_another_type_is_refused():
-    with pytest.raises(ValueError, match="optim.moment_dtype=float16 .* must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="optim.moment_dtype=float16 must be float32 or bfloat16"):
         OptimConfig(moment_dtype="float16")
