@@ -223,6 +223,6 @@ def _bits(s: Mapping[str, Any]) -> str:
 
 
 def _next(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "generate", f'python scripts/generate.py run={s["name"]} prompt="def "'
+    yield "generate", f'python scripts/generate.py {s["name"]} prompt="def "'
     yield "curves", f"tensorboard --logdir {s['run_dir']}/tensorboard"
     yield "start from it", f"python train.py +experiment=NAME run.name=NEW init_from={s['name']}"

@@ -10,10 +10,11 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from antlr4 import CommonTokenStream, InputStream, Token
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener
 from hydra.errors import HydraException
-from hydra.grammar.gen.OverrideLexer import OverrideLexer
+
+# antlr4's names come from Hydra's own generated files: the version that it pins, and no dependency of ours.
+from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer, Token
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from configs.groups import groups

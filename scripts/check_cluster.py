@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command  # noqa: F401  # by which the rooms are found in a clone
 
 from common.terminal import steady_streams, write_at_once
 from parallel import processes
+from scripts.command import refuse
 
 if TYPE_CHECKING:
     from launch.check.verdict import Report
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 def _say(line: str, status: int) -> int:
     if processes.prints_error(line):
-        print(f"error: {line}", file=sys.stderr)
+        refuse(line)
     return status
 
 

@@ -1,9 +1,10 @@
 """Look into a run's checkpoints: `python scripts/checkpoint.py verify|list|diff|export|fetch ...`.
 
-    verify RUN [--step N | --all]     every file's sha256 and every array's digest, of the newest step
-    list RUN [--quick]                step, bytes, date, tokens, verified or why not
+    verify RUN [step=N | all=true]    every file's sha256 and every array's digest, of the newest step
+    list RUN [quick=true]             step, bytes, date, tokens, verified or why not; quick: small files only
     diff A B                          arrays that differ, and by how much; A, B: RUN or RUN:STEP
-    export RUN --output DIR           weights as safetensors, with the config and the tokenizer
+    export RUN output=DIR             weights as safetensors, with the config and the tokenizer; step=N,
+                                      dtype=float32 or bfloat16, weights=raw or ema
     fetch URL DIR                     a run whose directory was lost, from the bucket it was sent to
 
 RUN is a name in runs/ or a path. Where checkpoint.directory is a URL, what is not in the run's directory is
@@ -12,59 +13,74 @@ looked at in the bucket. Nothing is changed in either.
 Exit status: 0 sound, or equal; 3 different (diff); 1 a damaged checkpoint; 2 bad input.
 """
 
-import argparse
-import os
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 from artifacts.load import find_run, open_saved, steps_until
-from common.terminal import steady_streams
+from common.checks import choice
+from scripts.command import parse, run
 
 DIFFERENT = 3
 PART = 1 << 30  # bytes of arrays that are read at a time
 DTYPES = ("float32", "bfloat16")
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verify = verbs.add_parser("verify", help="every file and every array")
-    verify.add_argument("run", help="a name in runs/, or a path")
-    which = verify.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="the step (the newest)")
-    which.add_argument("--all", action="store_true", help="every step there is")
-    listing = verbs.add_parser("list", help="what there is")
-    listing.add_argument("run", help="a name in runs/, or a path")
-    listing.add_argument("--quick", action="store_true", help="hash small files only, those of arrays not")
-    diff = verbs.add_parser("diff", help="where two checkpoints differ")
-    diff.add_argument("a", help="RUN or RUN:STEP")
-    diff.add_argument("b", help="RUN or RUN:STEP")
-    export = verbs.add_parser("export", help="weights for elsewhere")
-    export.add_argument("run", help="a name in runs/, or a path")
-    export.add_argument("--step", type=int, help="the step (the newest)")
-    export.add_argument("--output", required=True, help="the directory to make")
-    export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
-    export.add_argument("--weights", choices=("raw", "ema"), default="raw", help="or their average (raw)")
-    fetch = verbs.add_parser("fetch", help="a run from its bucket")
-    fetch.add_argument("url", help="its checkpoint.directory")
-    fetch.add_argument("directory", help="the run's directory to make, such as runs/NAME")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `verify` is asked."""
+
+    run: str
+    step: int | None = None  # the newest
+    all: bool = False
 
 
-def verify(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class ListOptions:
+    """What `list` is asked."""
+
+    run: str
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What `diff` is asked: RUN or RUN:STEP, twice."""
+
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export` is asked."""
+
+    run: str
+    output: Path
+    step: int | None = None  # the newest
+    dtype: str = "float32"
+    weights: str = "raw"
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """What `fetch` is asked: a run's checkpoint.directory, and the run's directory to make."""
+
+    url: str
+    directory: Path
+
+
+def verify(options: VerifyOptions) -> int:
     """Name every bad file and array of the steps asked for; 1 where there is one."""
     from artifacts.checkpoints.inspect import bad_parts
 
+    if options.all and options.step is not None:
+        raise ValueError(f"step={options.step} and all=true both say which steps; use one of them")
     checkpoints = open_saved(find_run(options.run))
     newest = steps_until(checkpoints, options.step)[-1]
     status = 0
@@ -78,7 +94,7 @@ def verify(options: argparse.Namespace) -> int:
     return status
 
 
-def show_list(options: argparse.Namespace) -> int:
+def show_list(options: ListOptions) -> int:
     """A line a step; 1 where one is damaged."""
     from artifacts.checkpoints.inspect import overview
 
@@ -93,7 +109,7 @@ def show_list(options: argparse.Namespace) -> int:
     return int(any(row.damaged for row in rows))
 
 
-def diff(options: argparse.Namespace) -> int:
+def diff(options: DiffOptions) -> int:
     """A line for each array that is not the same in both; 3 where there is one."""
     from artifacts.checkpoints.inspect import differences
 
@@ -111,25 +127,27 @@ def diff(options: argparse.Namespace) -> int:
     return DIFFERENT if lines else 0
 
 
-def export(options: argparse.Namespace) -> int:
-    """Write the directory; what was written."""
+def export(options: ExportOptions) -> int:
+    """Write the directory, and say what was written."""
+    choice("dtype", options.dtype, DTYPES)
+    choice("weights", options.weights, ("raw", "ema"))
     from artifacts.checkpoints.inspect import export_weights
 
-    run = find_run(options.run)
-    checkpoints = open_saved(run)
+    directory = find_run(options.run)
+    checkpoints = open_saved(directory)
     step = steps_until(checkpoints, options.step)[-1]
     item = "ema" if options.weights == "ema" else "params"
-    written = export_weights(run, checkpoints, step, Path(options.output), item=item, dtype=options.dtype)
+    written = export_weights(directory, checkpoints, step, options.output, item=item, dtype=options.dtype)
     print(f"{options.output}: {', '.join(written)} of step {step}")
     return 0
 
 
-def fetch(options: argparse.Namespace) -> int:
+def fetch(options: FetchOptions) -> int:
     """Make a run's directory from what its bucket has of it; its checkpoints come when it is started."""
     from artifacts.checkpoints.remote import Remote
     from common.buckets import is_remote
 
-    target = Path(options.directory)
+    target = options.directory
     if not is_remote(options.url):
         raise ValueError(
             f"{options.url} is no URL; give the run's checkpoint.directory, as in s3://bucket/run"
@@ -145,29 +163,28 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-VERBS: dict[str, Any] = {
-    "verify": verify,
-    "list": show_list,
-    "diff": diff,
-    "export": export,
-    "fetch": fetch,
+# Verb → what does it, its words, and those that come without a key.
+VERBS: dict[str, tuple[Callable[[Any], int], type, tuple[str, ...]]] = {
+    "verify": (verify, VerifyOptions, ("run",)),
+    "list": (show_list, ListOptions, ("run",)),
+    "diff": (diff, DiffOptions, ("a", "b")),
+    "export": (export, ExportOptions, ("run",)),
+    "fetch": (fetch, FetchOptions, ("url", "directory")),
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Do what is asked; the exit status."""
-    from common.errors import RunFault
+def do(arguments: Sequence[str]) -> int:
+    """Do what the verb asks. Raises ValueError where there is none."""
+    verb, *words = arguments or [""]
+    choice("VERB", verb, VERBS)
+    action, options, positional = VERBS[verb]
+    return action(parse(words, options, positional))
 
-    options = parse(arguments)
-    try:
-        return VERBS[options.verb](options)
-    except (ValueError, OSError, RunFault) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            raise
-        print("error: " + "; ".join(str(error).split("\n")), file=sys.stderr)
-        return 1 if isinstance(error, RunFault) else 2
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(do, arguments, __doc__)
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

@@ -4,9 +4,12 @@ Takes the overrides that `train.py` takes. Runs the steps where their result is 
 bytes before and after each, and says where the page with plots and examples lies.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    import command
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -37,11 +40,12 @@ def data_report(config: "Config") -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common.terminal import steady_streams
-    from configs.cli import main
+def main(words: Sequence[str]) -> int:
+    """The command, which takes train.py's words; its exit status."""
+    from configs.cli import main as compose
 
-    steady_streams()
-    sys.exit(main(data_report, script="python scripts/data_report.py", purpose=PURPOSE))
+    return compose(data_report, words, script="python scripts/data_report.py", purpose=PURPOSE)
+
+
+if __name__ == "__main__":
+    command.start(main)

@@ -1,31 +1,35 @@
-"""Has the data moved? `python scripts/drift_report.py --old STORE --new STORE --run NAME`.
+"""Has the data moved? `python scripts/drift_report.py RUN old=STORE new=STORE`.
+
+    RUN                    a run whose newest checkpoint's loss is compared on both; may be left out
+    old= new=              token stores (directories that scripts/prepare_data.py prints), runs (their$
+                           training data), or folders of documents, tokenized with the run's tokenizer first
+    tokenizer=FILE         a tokenizer.json, where no run has it
+    documents=2000         documents sampled of each
+    rows=128               documents of each whose loss is taken
+    seed=0                 of samples and resamples
+    cache_dir=.cache/data  where folders are tokenized to
+    out=drift              PREFIX of the two files
 
 Compares two prepared corpora of one tokenizer: the distribution of tokens, features of documents, how well
 the tokenizer still fits, and the loss of a trained model on both. Each figure stands beside its floor, what
 two samples of the old corpus differ by. Writes PREFIX.json and PREFIX.html, a page with plots in one file.
 
---old and --new are token stores (the directories that scripts/prepare_data.py prints), runs (their training
-data), or folders of documents, which are tokenized with the run's tokenizer or --tokenizer first.
-
 Exit status: 0 no drift, 3 drift (the verdict, one line, says of what), 1 a damaged checkpoint, 2 bad input.
 """
 
-import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 from artifacts.load import find_run, load
-from common.terminal import steady_streams
+from scripts.command import parse, run
 
 if TYPE_CHECKING:
     from data.curation.drift import StoreSample
@@ -37,31 +41,29 @@ LOSS_LIMIT = 0.05  # nats a token by which a mean loss may differ
 RESAMPLES = 1000
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="drift_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--old", required=True, help="a token store, a run, or a folder of documents")
-    parser.add_argument("--new", required=True, help="the same")
-    parser.add_argument("--run", help="a run whose newest checkpoint's loss is compared on both")
-    parser.add_argument("--tokenizer", help="a tokenizer.json, where no run has it")
-    parser.add_argument("--documents", type=int, default=2000, help="documents sampled of each (2000)")
-    parser.add_argument("--rows", type=int, default=128, help="documents of each whose loss is taken (128)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and resamples (0)")
-    parser.add_argument("--cache-dir", default=".cache/data", help="where folders are tokenized to")
-    parser.add_argument("--out", default="drift", help="PREFIX of the two files (drift)")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class DriftOptions:
+    """The command line; see the module's docstring."""
+
+    old: str
+    new: str
+    run: str | None = None
+    tokenizer: Path | None = None
+    documents: int = 2000
+    rows: int = 128
+    seed: int = 0
+    cache_dir: str = ".cache/data"
+    out: str = "drift"
 
 
-def report(options: argparse.Namespace) -> dict[str, Any]:
+def report(options: DriftOptions) -> dict[str, Any]:
     """The whole report; features keep their arrays under "old" and "new" for the plots."""
     from data.curation.drift import compare, findings, sample
     from data.errors import DataError
 
     for key in ("documents", "rows"):
         if getattr(options, key) < 20:
-            raise DataError(f"--{key}={getattr(options, key)} says nothing about a corpus; use 20 or more")
+            raise DataError(f"{key}={getattr(options, key)} says nothing about a corpus; use 20 or more")
     tokenizer, path = known_tokenizer(options)
     stores = [open_store(key, getattr(options, key), path, options.cache_dir) for key in ("old", "new")]
     # Other documents of the two where they are the same store: the same corpus is no drift, and no identity.
@@ -90,18 +92,18 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def known_tokenizer(options: argparse.Namespace) -> tuple["Tokenizer | None", Path | None]:
+def known_tokenizer(options: DriftOptions) -> tuple["Tokenizer | None", Path | None]:
     """The tokenizer that movers are spelled with, and its file: given, or one of the runs'."""
     from data.tokens.tokenizer import load_tokenizer
 
     runs = [find_run(options.run)] if options.run else []
     runs += [Path(p) for p in (options.old, options.new) if (Path(p) / "config.yaml").is_file()]
-    files = [Path(options.tokenizer)] if options.tokenizer else [run / "tokenizer.json" for run in runs]
+    files = [options.tokenizer] if options.tokenizer else [run / "tokenizer.json" for run in runs]
     return (load_tokenizer(files[0]), files[0]) if files else (None, None)
 
 
 def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> "TokenStore":
-    """The token store that `--old` or `--new` means. Raises DataError."""
+    """The token store that `old=` or `new=` means. Raises DataError."""
     from data.config import DataConfig, TokenizerConfig
     from data.errors import DataError
     from data.pipeline import prepare
@@ -113,12 +115,12 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     if (path / "manifest.json").is_file():
         data = json.loads((path / "manifest.json").read_text("utf-8"))["data"]["description"]
         if "train" not in data:
-            raise DataError(f"--{key}={where} is a run that streamed; give a token store or its documents")
+            raise DataError(f"{key}={where} is a run that streamed; give a token store or its documents")
         return TokenStore.open(data["train"]["path"])
     if not path.exists():
-        raise DataError(f"--{key}={where} does not exist; give a token store, a run or a folder of documents")
+        raise DataError(f"{key}={where} does not exist; give a token store, a run or a folder of documents")
     if tokenizer is None:
-        raise DataError(f"--{key}={where} has to be tokenized first; give --run=NAME or --tokenizer=FILE")
+        raise DataError(f"{key}={where} has to be tokenized first; give a RUN or tokenizer=FILE")
     # Documents are held out too, of which there must be some; the comparison is of the others.
     data = DataConfig(source="folder", path=where, cache_dir=cache_dir, seq_len=2, validation_fraction=0.1)
     store = prepare(data, TokenizerConfig(kind="file", path=str(tokenizer))).train
@@ -126,29 +128,28 @@ def open_store(key: str, where: str, tokenizer: Path | None, cache_dir: str) -> 
     return store
 
 
-def losses(options: argparse.Namespace, old: "StoreSample", new: "StoreSample") -> dict[str, Any]:
+def losses(options: DriftOptions, old: "StoreSample", new: "StoreSample") -> dict[str, Any]:
     """Mean loss of the run's newest checkpoint on the beginnings of some documents of each, and its spread.
 
     The interval holds 95 % of the differences of resampled documents (Efron's percentile bootstrap).
     """
+    from data.pipeline import prepare
     from parallel.schedules.accumulate import GradientAccumulation
     from training.config import from_stored
     from training.evaluate import row_losses
     from training.samples import trained_model
 
-    run = load(options.run, from_stored)
-    from data.pipeline import prepare
-
-    config = run.config
-    tokenizer = run.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
+    loaded = load(str(options.run), from_stored)
+    config = loaded.config
+    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
     if not np.array_equal(tokenizer.token_bytes(), old.store.token_bytes):
         raise ValueError(
-            f"--run={options.run} has another tokenizer than {old.store.path}; prepare both with it"
+            f"run={options.run} has another tokenizer than {old.store.path}; prepare both with it"
         )
-    model, ops, params = trained_model(run, tokenizer.vocab_size)
+    model, ops, params = trained_model(loaded, tokenizer.vocab_size)
 
     def of(one: "StoreSample") -> tuple[np.ndarray, np.ndarray]:
-        rows = beginnings(one, options.rows, run.config.data.seq_len)
+        rows = beginnings(one, options.rows, loaded.config.data.seq_len)
         nll, weight = row_losses(
             lambda p, b: GradientAccumulation().evaluate(model, p, b, ops), params, [rows]
         )
@@ -197,26 +198,23 @@ def plain(value: Any) -> Any:
     return value
 
 
-def main(arguments: Sequence[str]) -> int:
+def write_report(arguments: Sequence[str]) -> int:
     """Write the report and print the verdict; the exit status."""
-    from common.errors import RunFault
     from data.curation.drift_page import page
 
-    options = parse(arguments)
-    try:
-        made = report(options)
-        Path(f"{options.out}.json").write_text(json.dumps(plain(made), indent=1) + "\n", encoding="utf-8")
-        Path(f"{options.out}.html").write_text(page(made), encoding="utf-8")
-    except (ValueError, OSError, RunFault) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            raise
-        print("error: " + "; ".join(str(error).split("\n")), file=sys.stderr)
-        return 1 if isinstance(error, RunFault) else 2
+    options = parse(arguments, DriftOptions)
+    made = report(options)
+    Path(f"{options.out}.json").write_text(json.dumps(plain(made), indent=1) + "\n", encoding="utf-8")
+    Path(f"{options.out}.html").write_text(page(made), encoding="utf-8")
     print(made["verdict"])
     print(f"{options.out}.json, {options.out}.html")
     return DRIFTED if made["drifted"] else 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(write_report, arguments, __doc__)
+
+
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

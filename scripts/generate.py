@@ -1,6 +1,6 @@
-"""Text from a run's checkpoint: `python scripts/generate.py run=NAME prompt="def "`.
+"""Text from a run's checkpoint: `python scripts/generate.py RUN prompt="def "`.
 
-    run=NAME              a directory in runs/, or a path to one
+    RUN                   a directory in runs/, or a path to one
     prompt="def "         what the text begins with
     max_new_tokens=128    tokens to write after it
     samples=1             texts to write
@@ -17,20 +17,17 @@ The text goes to stdout, what was loaded to stderr. Exit status: 0 done, 1 a che
 trusted, 2 bad input.
 """
 
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 from artifacts.load import WEIGHTS
-from common.checks import as_text
-from common.terminal import steady_streams
+from common.checks import as_text, choice, within
+from scripts.command import parse, run
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -57,21 +54,8 @@ class GenerateOptions:
 
 
 def parse_options(arguments: Sequence[str]) -> GenerateOptions:
-    """`key=value` words to Options. ValueError, in one line, for anything else."""
-    from common.checks import choice, did_you_mean, within
-
-    types = {item.name: item.type for item in fields(GenerateOptions)}
-    values: dict[str, Any] = {}
-    for word in arguments:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word!r} is no key=value; --help lists the keys")
-        if key not in types:
-            raise ValueError(f"{key} is no key of generate.py; {did_you_mean(key, types)}")
-        values[key] = _value(key, text, types[key])
-    if not values.get("run"):
-        raise ValueError("run= is missing; give the name of a run, as in run=quickstart")
-    options = GenerateOptions(**values)
+    """The command line, each value in its range. ValueError, in one line, for anything else."""
+    options = parse(arguments, GenerateOptions)
     options = replace(options, prompt=as_text("prompt", options.prompt))
     for key in ("samples", "tensor", "max_new_tokens"):
         within(key, getattr(options, key), 1)
@@ -81,31 +65,23 @@ def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     return options
 
 
-def _value(key: str, text: str, kind: Any) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        a_number = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{key}={text} is not {a_number}") from None
-
-
 def generate_text(options: GenerateOptions) -> list[str]:
     """The texts, each with its prompt. ValueError for bad input, RunFault for a corrupt checkpoint."""
     from artifacts.load import load
     from training.config import from_stored
 
-    run = load(options.run, from_stored)  # first: JAX and Orbax take their seconds
+    loaded = load(options.run, from_stored)  # first: JAX and Orbax take their seconds
 
     from data.pipeline import prepare
     from serving.generator import generate
     from serving.text import encode_prompt, shown, stop_id
     from training.samples import trained_model
 
-    config = run.config
-    tokenizer = run.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
-    with_chat(tokenizer, run.path, run.config, options.chat)
+    config = loaded.config
+    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
+    with_chat(tokenizer, loaded.path, config, options.chat)
     model, ops, params = trained_model(
-        run, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
+        loaded, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
     )
     prompt = encode_prompt(tokenizer, options.prompt)
     tails = generate(
@@ -135,20 +111,9 @@ def with_chat(tokenizer: Any, directory: Path, config: "Config", chat: str) -> N
         tokenizer.chat = ChatEncoder(tokenizer, template)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the texts; the exit status."""
-    from common.errors import RunFault
-
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__, end="")
-        return 0
-    try:
-        texts = generate_text(parse_options(arguments))
-    except (ValueError, OSError, RunFault) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            raise
-        print("error: " + "; ".join(str(error).split("\n")), file=sys.stderr)
-        return 1 if isinstance(error, RunFault) else 2
+def print_texts(arguments: Sequence[str]) -> int:
+    """Print the texts asked for; the exit status."""
+    texts = generate_text(parse_options(arguments))
     for number, text in enumerate(texts):
         if len(texts) > 1:
             print(f"--- {number}")
@@ -156,6 +121,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(print_texts, arguments, __doc__)
+
+
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

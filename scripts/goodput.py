@@ -1,23 +1,21 @@
 """Where a run's time went, alive, finished or killed: `python scripts/goodput.py RUN`.
 
     RUN              a directory in runs/, or a path to one
-    --runs DIR       where runs lie, runs/ by default
+    runs=DIR         where runs lie, runs/ by default
 
 Reads `ledger.jsonl` (`artifacts/ledger.py`); nothing is written. Exit status: 0 done, 2 bad input.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 from artifacts.ledger import CATEGORIES, NAME, Start, account_of_run, last_step, read_starts
-from common.terminal import steady_streams
 from common.text import counted, duration
+from scripts.command import parse, run
 
 
 def lines(run_dir: Path) -> Iterator[str]:
@@ -41,26 +39,29 @@ def of_a_start(start: Start, last: int) -> str:
     return f"  start {start.number}: {steps} in {age}, {ended}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    options = parser.parse_args(arguments)
-    run_dir = next((p for p in (options.runs / options.run, Path(options.run)) if (p / NAME).is_file()), None)
+@dataclass(frozen=True)
+class GoodputOptions:
+    """The command line; see the module's docstring."""
+
+    run: str
+    runs: Path = Path("runs")
+
+
+def print_account(arguments: Sequence[str]) -> int:
+    """Print where the run's time went. Raises ValueError where it has no ledger."""
+    options = parse(arguments, GoodputOptions)
+    places = (options.runs / options.run, Path(options.run))
+    run_dir = next((place for place in places if (place / NAME).is_file()), None)
     if run_dir is None:
-        where = options.runs / options.run
-        print(
-            f"error: {where} has no {NAME}; give the name of a run that has reached its steps",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(f"{places[0]} has no {NAME}; give the name of a run that has reached its steps")
     print("\n".join(lines(run_dir)))
     return 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(print_account, arguments, __doc__)
+
+
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main())
+    command.start(main)

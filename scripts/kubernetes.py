@@ -7,7 +7,6 @@ sent to a cluster. docs/kubernetes.md explains what is rendered and why.
 
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 import yaml
 
-from common.terminal import steady_streams
 from common.text import counted
 from launch.kubernetes import objects
 from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_port, parse_kube
 from launch.kubernetes.objects import Object, Request
+from scripts.command import refuse
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -206,12 +204,10 @@ def run(argv: Sequence[str]) -> int:
         helps = bool({"-h", "--help"} & set(words))
         kube = KubeConfig(image="?") if helps else parse_kube(ours)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     task = partial(render, kube=kube, words=words, command=[*script.split(), *argv])
     return main(task, words, script=script, purpose=PURPOSE.format(keys=key_table()))
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(run(sys.argv[1:]))
+    command.start(run)

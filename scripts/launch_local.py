@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import IO, Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 from common.errors import Requeue
-from common.terminal import steady_streams
 from parallel.processes import COORDINATOR, PROCESS, PROCESSES, free_port
+from scripts.command import refuse
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -241,11 +240,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return LocalJob(options, [sys.executable, str(options.script), *options.words]).run()
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

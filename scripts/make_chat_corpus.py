@@ -8,17 +8,15 @@ Exit status: 0 done, 2 bad input.
 import ast
 import inspect
 import json
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
-from common.terminal import steady_streams
+from scripts.command import run
 
 LONGEST = 400  # characters of an answer: a docstring's first paragraph, left out where it is longer
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -58,37 +56,33 @@ def _first_paragraph(node: Definition) -> str:
 
 def _turns(name: str, node: Definition, answer: str) -> list[dict[str, str]]:
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    turns = [_said("user", f"What does the {kind} {name} do?"), _said("assistant", answer)]
+    turns = [_turn("user", f"What does the {kind} {name} do?"), _turn("assistant", answer)]
     if not isinstance(node, ast.ClassDef):
         call = f"def {node.name}({ast.unparse(node.args)})"
-        turns += [_said("user", "How is it called?"), _said("assistant", call)]
+        turns += [_turn("user", "How is it called?"), _turn("assistant", call)]
     return turns
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the file; the exit status."""
+def write_corpus(arguments: Sequence[str]) -> int:
+    """Write the file that is named. Raises ValueError where it is none of conversations, OSError."""
     from data.sources.corpus import stdlib_root
 
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__, end="")
-        return 0
     if len(arguments) != 1 or not arguments[0].endswith(".jsonl"):
-        print("error: give the file to write, as in: make_chat_corpus.py chat.jsonl", file=sys.stderr)
-        return 2
+        raise ValueError("give the file to write, as in: make_chat_corpus.py chat.jsonl")
     lines = [json.dumps(one, ensure_ascii=False) for one in conversations(stdlib_root())]
-    try:
-        Path(arguments[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        print(f"error: {arguments[0]} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    Path(arguments[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{arguments[0]}: {len(lines):,} conversations")
     return 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(write_corpus, arguments, __doc__)
+
+
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

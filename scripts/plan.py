@@ -8,17 +8,15 @@ import inspect
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import command
 
-from common.terminal import steady_streams
+from scripts.command import refuse
 from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
 
 if TYPE_CHECKING:
@@ -53,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options, words = split_words(argv)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     # No device of this machine is wanted, and none is waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return compose(lambda config: task(config, options, words), words, script=COMMAND, purpose=purpose())
@@ -293,5 +290,4 @@ def experiment_text(name: str, words: Sequence[str], found: "Searched") -> str:
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

@@ -6,11 +6,14 @@ killed, it goes on from its finished shards.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+if __name__ == "__main__":
+    import command
+
+from scripts.command import refuse
 
 if TYPE_CHECKING:
     from data.prepared import Prepared
@@ -107,16 +110,10 @@ def run(argv: Sequence[str]) -> int:
     try:
         options, words = split_options(argv)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     task: Callable[[Config], int] = partial(prepare_data, options=options)
     return main(task, words, script="python scripts/prepare_data.py", purpose=PURPOSE)
 
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common.terminal import steady_streams
-
-    steady_streams()
-    sys.exit(run(sys.argv[1:]))
+    command.start(run)

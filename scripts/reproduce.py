@@ -1,21 +1,20 @@
 """A run again, and whether it comes out the same: `python scripts/reproduce.py RUN`.
 
     RUN              a directory in runs/, or a path to one
-    --steps N        only the first N steps (the schedule stays that of the whole run)
-    --output DIR     where the rerun writes; a new directory beside RUN by default
-    --check          say what differs in code, packages, devices, data and tokenizer; run nothing
-    --here           run with the code and the data that are here, whatever the manifest says
-    --tolerance X    relative difference of losses that passes, for other hardware; 0: bit for bit
-    --runs DIR       where runs lie, runs/ by default
+    steps=N          only the first N steps (the schedule stays that of the whole run)
+    output=DIR       where the rerun writes; a new directory beside RUN by default
+    check=true        say what differs in code, packages, devices, data and tokenizer; run nothing
+    here=true         run with the code and the data that are here, whatever the manifest says
+    tolerance=X      relative difference of losses that passes, for other hardware; 0: bit for bit
+    runs=DIR         where runs lie, runs/ by default
 
 Code that is not the present one is checked out into a temporary git worktree, its uncommitted changes
 applied. Packages are never changed: what differs is said before anything starts.
 
-Exit status: 0 every step compared is identical (--check: nothing that matters differs), 1 differs, or the
+Exit status: 0 every step compared is identical (check=true: nothing that matters differs), 1 differs, or the
 rerun failed, 2 bad input, or what the run was made from is not here.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -31,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command
 
 import yaml
 
@@ -40,9 +38,10 @@ from artifacts.ledger import last_step
 from artifacts.manifest import git_state, is_flag
 from artifacts.metrics import MetricsLog
 from artifacts.reproduce_diff import Difference, compare, differences, first_config, repeatable
-from common.terminal import steady_streams
+from common.checks import require, within
 from common.text import aligned
 from parallel.processes import free_port
+from scripts.command import parse, refuse, run
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("loss", "grad_norm")
@@ -92,6 +91,19 @@ processes.leave(status)
 
 
 @dataclass(frozen=True)
+class ReproduceOptions:
+    """The command line; see the module's docstring."""
+
+    run: str
+    steps: int | None = None
+    output: Path | None = None
+    check: bool = False
+    here: bool = False
+    tolerance: float = 0.0
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
 class Original:
     """What a run left: manifest and config, both of its first start, and its training rows."""
 
@@ -117,7 +129,7 @@ class Original:
         return kept | {k: v for k, v in flags.items() if k != "CUDA_VISIBLE_DEVICES"}
 
 
-def read_original(options: argparse.Namespace) -> Original:
+def read_original(options: ReproduceOptions) -> Original:
     """Raises ValueError where that is no run."""
     candidates = (options.runs / options.run, Path(options.run))
     path = next((p for p in candidates if (p / "manifest.json").is_file()), None)
@@ -188,7 +200,7 @@ def code_of(original: Original, here: bool) -> Iterator[Path]:
     if here or _same_code(git, now):
         yield ROOT
         return
-    hint = "; --here runs with the code that is here"
+    hint = "; here=true runs with the code that is here"
     if git is None or now is None:
         raise ValueError(f"{'the run' if git is None else 'this directory'} has no git commit{hint}")
     diff = _diff(original, git, hint)
@@ -282,7 +294,7 @@ def fresh_directory(original: Original, asked: Path | None) -> Path:
     """An absolute path that is not there yet. Raises ValueError where the one asked for is."""
     if asked is not None:
         if asked.exists() and any(asked.iterdir()):
-            raise ValueError(f"--output {asked} is not empty; give a new directory")
+            raise ValueError(f"output={asked} is not empty; give a new directory")
         return asked.absolute()
     beside = original.path.absolute()
     names = (beside.with_name(f"{beside.name}-again{number or ''}") for number in range(10_000))
@@ -294,7 +306,7 @@ def obstacles(found: Sequence[Difference], here: bool) -> list[Difference]:
     return [] if here else [one for one in found if one.what in DATA]
 
 
-def reproduce(options: argparse.Namespace) -> int:
+def reproduce(options: ReproduceOptions) -> int:
     """Report, rerun, compare."""
     original = read_original(options)
     limit, notes = repeatable(original.manifest)
@@ -305,14 +317,14 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.check:
         return int(any(one.matters for one in found))
     for one in obstacles(found, options.here):
-        raise ValueError(f"{one.what} is {one.now}, not the run's {one.then}; restore it, or give --here")
+        raise ValueError(f"{one.what} is {one.now}, not the run's {one.then}; restore it, or give here=true")
     with code_of(original, options.here) as root:
         if any(one.what.startswith(CODE) for one in found):
             print("code: what is here" if root == ROOT else "code: the run's commit and changes, checked out")
         return compared(original, root, options, limit)
 
 
-def compared(original: Original, root: Path, options: argparse.Namespace, limit: int | None) -> int:
+def compared(original: Original, root: Path, options: ReproduceOptions, limit: int | None) -> int:
     """Rerun as far as it is asked for and can be told, and say how it came out."""
     rows = original.rows[: options.steps]
     if not rows:
@@ -325,13 +337,13 @@ def compared(original: Original, root: Path, options: argparse.Namespace, limit:
     print(f"rerunning {last:,} steps into {output}", flush=True)
     status = rerun(original, root, output, last, whole)
     if status:
-        print(f"error: the rerun ended with status {status}", file=sys.stderr)
+        refuse(f"the rerun ended with status {status}")
         return 2 if status == 2 else 1
     again = [row for row in MetricsLog.read(output / "metrics.jsonl") if "loss" in row]
     if limit is not None and limit < last and not options.tolerance:
         rows = [row for row in rows if row["step"] <= limit]
         print(
-            f"only the {len(rows):,} steps up to step {limit} can be identical; --tolerance compares the rest"
+            f"only the {len(rows):,} steps up to step {limit} can be identical; tolerance=X compares the rest"
         )
     equal, mismatch = compare(rows, again, KEYS, options.tolerance)
     within = f"within {options.tolerance:g}" if options.tolerance else "bit for bit"
@@ -342,35 +354,18 @@ def compared(original: Original, root: Path, options: argparse.Namespace, limit:
     return 1
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(words: Sequence[str]) -> ReproduceOptions:
     """The command line. Raises ValueError for a figure out of range."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--here", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=0.0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        raise ValueError(f"--steps={options.steps} must be 1 or more")
-    if not 0 <= options.tolerance < 1:
-        raise ValueError(f"--tolerance={options.tolerance} must be 0 or more, and below 1")
+    options = parse(words, ReproduceOptions)
+    within("steps", options.steps, 1)
+    require(0 <= options.tolerance < 1, "tolerance", options.tolerance, "0 or more, and below 1")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`reproduce`, with errors in one line."""
-    try:
-        return reproduce(parse(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def main(words: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(lambda asked: reproduce(parse_options(asked)), words, __doc__)
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main())
+    command.start(main)

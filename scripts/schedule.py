@@ -1,15 +1,25 @@
 """Look at a pipeline schedule before running it: its timeline, bubble and peak of kept activations.
 
-    python scripts/schedule.py 1f1b --stages 4 --microbatches 8 --png schedule.png
+    python scripts/schedule.py 1f1b stages=4 microbatches=8 png=schedule.png
+
+    stages=4           mesh.pipeline
+    microbatches=8     pipeline.microbatches
+    virtual_stages=N   pipeline.virtual_stages: 2 under interleaved_1f1b, else 1
+    png=FILE           draw the timeline into it
 
 Reads the very table that the program executes (`parallel/schedules/tables.py`); needs no device.
 """
 
-import argparse
 import shutil
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    import command
+
+from scripts.command import parse, run
 
 if TYPE_CHECKING:
     from parallel.schedules.tables import Schedule
@@ -17,31 +27,39 @@ if TYPE_CHECKING:
 SHADES = {"F": ("#4c78a8", "#9ecae9"), "B": ("#f58518", "#ffbf79"), "W": ("#54a24b", "#b3d9ac")}
 
 
-def main(argv: list[str]) -> int:
-    """Print, and draw where a file is named; the exit status."""
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The command line; see the module's docstring."""
+
+    schedule: str
+    stages: int = 4
+    microbatches: int = 8
+    virtual_stages: int | None = None
+    png: Path | None = None
+
+
+def show(argv: Sequence[str]) -> int:
+    """Print, and draw where a file is named. Raises ValueError for a schedule that there cannot be."""
+    from common.checks import choice
     from parallel.config import PIPELINE_SCHEDULES
     from parallel.schedules.tables import make_schedule
 
-    parser = argparse.ArgumentParser(prog="python scripts/schedule.py", description=__doc__.splitlines()[0])
-    parser.add_argument("schedule", choices=PIPELINE_SCHEDULES, help="pipeline.schedule")
-    parser.add_argument("--stages", type=int, default=4, help="mesh.pipeline")
-    parser.add_argument("--microbatches", type=int, default=8, help="pipeline.microbatches")
-    parser.add_argument("--virtual-stages", type=int, default=None, help="pipeline.virtual_stages")
-    parser.add_argument("--png", type=Path, default=None, help="draw the timeline into this file")
-    asked = parser.parse_args(argv)
+    asked = parse(argv, ScheduleOptions, ("schedule",))
+    choice("SCHEDULE", asked.schedule, PIPELINE_SCHEDULES)
     virtual = asked.virtual_stages or (2 if asked.schedule == "interleaved_1f1b" else 1)
-    try:
-        schedule = make_schedule(
-            asked.schedule, stages=asked.stages, microbatches=asked.microbatches, virtual_stages=virtual
-        )
-        print(report(schedule, shutil.get_terminal_size((110, 24)).columns))
-        if asked.png:
-            draw(schedule, asked.png)
-            print(f"drawn: {asked.png}")
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    schedule = make_schedule(
+        asked.schedule, stages=asked.stages, microbatches=asked.microbatches, virtual_stages=virtual
+    )
+    print(report(schedule, shutil.get_terminal_size((110, 24)).columns))
+    if asked.png:
+        draw(schedule, asked.png)
+        print(f"drawn: {asked.png}")
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(show, argv, __doc__)
 
 
 def report(schedule: "Schedule", columns: int) -> str:
@@ -117,9 +135,4 @@ def draw_cell(axes: Any, schedule: "Schedule", tick: int, stage: int, start: flo
 
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common.terminal import steady_streams
-
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

@@ -15,14 +15,13 @@ from shlex import split
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
-    # Found from a clone that was never installed, too; and `slurm` is no module of its own.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import command
 
-from common.terminal import steady_streams
 from launch.slurm.config import SlurmConfig, check_devices, split_words
 from launch.slurm.follow import client, follow
 from launch.slurm.script import Element, Submission, render
 from launch.slurm.snapshot import snapshot
+from scripts.command import refuse
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -67,8 +66,7 @@ def main(argv: Sequence[str]) -> int:
         slurm, words = split_words(argv)
         words, elements = elements_of(slurm, words)
     except (ValueError, OSError, HydraException) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return refuse(str(error).splitlines()[0])
 
     def task(config: "Config") -> int:
         submission, configs = prepare(config, slurm, words, elements, [*COMMAND, *argv])
@@ -194,5 +192,4 @@ def stay(job: str, submission: Submission) -> int:
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    command.start(main)

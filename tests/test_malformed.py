@@ -480,14 +480,14 @@ def test_a_truncated_array_record_is_named(mode, good, place, typed):
 
 # Words for scripts/generate.py, and what the line must name.
 PROMPTS = {
-    "unknown run": (["run=nobody"], ["run=nobody is no run's name or directory", "runs/ has a, b"]),
-    "no run": ([], ["run= is missing", "run=quickstart"]),
-    "typo": (["run=a", "promt=x"], ["promt is no key", "did you mean prompt?"]),
-    "no number": (["run=a", "max_new_tokens=many"], ["max_new_tokens=many", "whole number"]),
-    "no such step": (["run=a", "step=3"], ["step=3 has no checkpoint", "2, 4"]),
-    "no average": (["run=a", "weights=ema"], ["no ema", "training.ema_decay"]),
-    "too many devices": (["run=a", "tensor=64"], ["tensor=64", "1 devices", "fewer"]),
-    "no checkpoint": (["run=b"], ["runs/b has no checkpoint yet"]),
+    "unknown run": (["nobody"], ["run=nobody is no run's name or directory", "runs/ has a, b"]),
+    "no run": ([], ["RUN is missing", "--help"]),
+    "typo": (["a", "promt=x"], ["promt is no key", "did you mean prompt?"]),
+    "no number": (["a", "max_new_tokens=many"], ["max_new_tokens=many", "whole number"]),
+    "no such step": (["a", "step=3"], ["step=3 has no checkpoint", "2, 4"]),
+    "no average": (["a", "weights=ema"], ["no ema", "training.ema_decay"]),
+    "too many devices": (["a", "tensor=64"], ["tensor=64", "1 devices", "fewer"]),
+    "no checkpoint": (["b"], ["runs/b has no checkpoint yet"]),
 }
 
 
@@ -524,7 +524,7 @@ def test_commands_of_their_own_say_the_same(good, place):
         place, train_py, *place.words("data=tfds", f"data.path={path}", "data.cache_dir=cache")
     )
     assert_one_line(outcome, 2, "no sound TFDS dataset")
-    outcome = in_terminal(place, str(ROOT / "scripts" / "generate.py"), "run=nobody")
+    outcome = in_terminal(place, str(ROOT / "scripts" / "generate.py"), "nobody")
     assert_one_line(outcome, 2, "runs/ has none; train one with train.py")
     assert not Path("runs").exists()
     outcome = in_terminal(place, train_py, *place.words("optim.learning_rate=1e30", "optim.grad_clip=null"))

@@ -166,7 +166,7 @@ def test_the_categories_sum_to_the_wall_time_over_a_kill_and_a_restart(ground, c
     first.send_signal(signal.SIGKILL)
     first.communicate()
     reached, downtime = last_step(run / "metrics.jsonl"), time.time()
-    assert goodput.main(["lives", f"--runs={ground.path}/runs"]) == 0
+    assert goodput.main(["lives", f"runs={ground.path}/runs"]) == 0
     assert "killed, or still running" in capsys.readouterr().out
     time.sleep(3)
     downtime = time.time() - downtime
@@ -182,6 +182,6 @@ def test_the_categories_sum_to_the_wall_time_over_a_kill_and_a_restart(ground, c
     assert_few_redone([reached], [saved], every=50)
     assert total.seconds["downtime"] == pytest.approx(downtime, abs=2.5)  # and what had no beat any more
     assert f"over 2 starts, {total.redone} steps redone" in out
-    assert goodput.main(["lives", f"--runs={ground.path}/runs"]) == 0
+    assert goodput.main(["lives", f"runs={ground.path}/runs"]) == 0
     said = capsys.readouterr().out
     assert f"start 1: from step 0 to {reached} in" in said and f"{total.redone} steps redone" in said

@@ -272,7 +272,7 @@ def test_a_figure_that_does_not_exist_has_no_line(tmp_path):
         less = {k: v for k, v in summary.items() if k != key}
         assert "None" not in summary_text(less) and summary_text(less) != summary_text(summary), key
     bare = summary_text({"name": "a", "run_dir": "runs/a", "step": 3})
-    assert "held-out" not in bare and "MFU" not in bare and "run=a" in bare
+    assert "held-out" not in bare and "MFU" not in bare and "generate.py a" in bare
 
 
 def test_a_saved_summary_prints_the_same_screen_again(tmp_path):

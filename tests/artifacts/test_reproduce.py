@@ -56,7 +56,7 @@ def quick(monkeypatch):
 
 
 def check(run, capsys, *more):
-    status = reproduce.main([run.name, f"--runs={run.parent}", "--check", *more])
+    status = reproduce.main([run.name, f"runs={run.parent}", "check=true", *more])
     return status, capsys.readouterr().out
 
 
@@ -87,9 +87,9 @@ def test_a_changed_text_is_named_and_nothing_is_run_on_it(ground, copied, quick,
     status, said = check(copied, capsys)
     assert status == 1 and "dataset digest" in said
     assert manifest(copied)["data"]["digest"] in said
-    assert reproduce.main([copied.name, f"--runs={copied.parent}"]) == 2
+    assert reproduce.main([copied.name, f"runs={copied.parent}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: dataset digest is ") and "restore it, or give --here" in error
+    assert error.startswith("error: dataset digest is ") and "restore it, or give here=true" in error
     shutil.rmtree(texts)
     status, said = check(copied, capsys)
     assert status == 1 and "none: " in said
@@ -179,16 +179,16 @@ def test_the_first_step_that_differs_is_told_with_its_distance():
 def test_bad_input_is_one_line(copied, capsys):
     for words, said in {
         ("nowhere",): "nowhere has no manifest.json; give the name of a run",
-        ("made", "--steps=0"): "--steps=0 must be 1 or more",
-        ("made", "--tolerance=2"): "--tolerance=2.0 must be 0 or more, and below 1",
+        ("made", "steps=0"): "steps=0 must be 1 or more",
+        ("made", "tolerance=2"): "tolerance=2.0 must be 0 or more, and below 1",
     }.items():
-        assert reproduce.main([*words, f"--runs={copied.parent}"]) == 2
+        assert reproduce.main([*words, f"runs={copied.parent}"]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1
 
 
 def test_code_that_cannot_be_had_stops_it_with_the_reason(copied, quick, capsys):
-    words = [copied.name, f"--runs={copied.parent}"]
+    words = [copied.name, f"runs={copied.parent}"]
     edit(copied, git={"sha": "0" * 40, "diff_sha256": None, "untracked": []})
     assert reproduce.main(words) == 2
     assert "commit 000000000 is not in this repository" in capsys.readouterr().err
@@ -197,14 +197,14 @@ def test_code_that_cannot_be_had_stops_it_with_the_reason(copied, quick, capsys)
     assert "git.diff, the run's uncommitted changes, is missing or altered" in capsys.readouterr().err
     edit(copied, git=None)
     assert reproduce.main(words) == 2
-    assert "the run has no git commit; --here runs with the code" in capsys.readouterr().err
+    assert "the run has no git commit; here=true runs with the code" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_rerun_is_identical_and_a_changed_row_is_found(ground, made, copied, capfd, tmp_path):
-    words = [made, f"--runs={ground.path}/runs"]
-    assert reproduce.main([*words, f"--output={tmp_path}/all"]) == 0
+    words = [made, f"runs={ground.path}/runs"]
+    assert reproduce.main([*words, f"output={tmp_path}/all"]) == 0
     assert "identical: 8 steps, loss and grad_norm bit for bit" in capfd.readouterr().out
     assert (tmp_path / "all/summary.json").is_file()
     log = copied / "metrics.jsonl"
@@ -212,7 +212,7 @@ def test_a_rerun_is_identical_and_a_changed_row_is_found(ground, made, copied, c
     (third,) = [row for row in rows if row["step"] == 3 and "loss" in row]
     third["loss"] *= 1 + 2**-22
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    again = [copied.name, f"--runs={copied.parent}", "--steps=4"]
+    again = [copied.name, f"runs={copied.parent}", "steps=4"]
     assert reproduce.main(again) == 1
     said = capfd.readouterr().out
     assert "differs at step 3: loss was" in said and "2 steps before it are equal" in said
@@ -243,13 +243,13 @@ def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tm
 
     status, said = run("train.py", *words)
     assert status == 0, said
-    command = ("scripts/reproduce.py", "dirty", f"--runs={tmp_path}/runs")
+    command = ("scripts/reproduce.py", "dirty", f"runs={tmp_path}/runs")
     step.write_text(clean)
     (clone / "stray.py").touch()
-    status, said = run(*command, "--check")
+    status, said = run(*command, "check=true")
     assert status == 1 and "uncommitted changes (sha256 of git diff)" in said
     assert "untracked file stray.py" in said
-    status, said = run(*command, "--steps=3")
+    status, said = run(*command, "steps=3")
     assert status == 0 and "identical: 3 steps" in said, said
     assert "the run's commit and changes, checked out" in said
     listed = subprocess.run(["git", "worktree", "list"], cwd=clone, capture_output=True, text=True)
@@ -275,5 +275,5 @@ def test_the_quickstart_itself_comes_out_the_same(tmp_path):
     silent = ("sample.prompts=[]", "sample.parse_snippets=0")
     status, said = run("train.py", "+experiment=quickstart", *shorter, *silent, *places)
     assert status == 0, said
-    status, said = run("scripts/reproduce.py", "quickstart", f"--runs={tmp_path}/runs")
+    status, said = run("scripts/reproduce.py", "quickstart", f"runs={tmp_path}/runs")
     assert status == 0 and "identical: 12 steps, loss and grad_norm bit for bit" in said, said

@@ -1,6 +1,7 @@
 """A command ends as it would, whoever reads it and whatever letters its terminal has."""
 
 import ast
+import inspect
 import os
 import pty
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from common.checks import as_text
 from common.terminal import write_at_once
+from scripts import command
 from tests.test_layering import ROOT, sources
 
 # Prints in every way that we do, long after its reader is gone, and ends with a status of its own.
@@ -113,16 +115,23 @@ def test_a_value_is_text_or_one_line():
 def starts(path):
     """What a file does first where it is the command, imports and `sys.path` aside; None where it is none."""
     guards = [
-        node for node in ast.parse(path.read_bytes()).body if ast.unparse(node).startswith("if __name__ ==")
+        node
+        for node in ast.parse(path.read_bytes()).body
+        if ast.unparse(node).startswith("if __name__ == '__main__'")
     ]
     done = [ast.unparse(act) for guard in guards for act in guard.body]
-    return next((act for act in done if not act.startswith(("sys.path", "from "))), None)
+    return next((act for act in done if not act.startswith(("import command", "from "))), None)
 
 
 def test_every_command_begins_with_steady_streams():
     commands = {path: starts(path) for path in [ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]}
     assert {path.name for path, first in commands.items() if first} > {"train.py", "plan.py", "slurm.py"}
-    assert set(commands.values()) == {"steady_streams()", None}
+    assert {commands[ROOT / name] for name in ("train.py", "scripts/check_cluster.py")} == {
+        "steady_streams()"
+    }
+    assert {act.partition("(")[0] for act in commands.values() if act} == {"steady_streams", "command.start"}
+    first = ast.parse(inspect.getsource(command.start)).body[0].body[1]
+    assert ast.unparse(first) == "steady_streams()"
 
 
 def unspoken(source):

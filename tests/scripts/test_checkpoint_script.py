@@ -46,7 +46,7 @@ def data_files(run, step):
 
 
 def test_a_sound_run_is_said_to_be_and_listed(made, capsys):
-    assert main(["verify", str(made), "--all"]) == 0
+    assert main(["verify", str(made), "all=true"]) == 0
     assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == ["1: sound", "2: sound"]
     assert main(["list", str(made)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -63,7 +63,7 @@ def test_each_bad_file_and_array_is_named(run, capsys, dropped_reads):
     out = capsys.readouterr().out
     assert f"2: {name} is altered (sha256)" in out and "2: ema/_METADATA is missing" in out
     assert out.splitlines()[-1].startswith("2: DAMAGED")
-    assert main(["verify", str(run), "--step", "1"]) == 0
+    assert main(["verify", str(run), "step=1"]) == 0
     capsys.readouterr()
     assert main(["list", str(run)]) == 1
     assert "DAMAGED: 2 files, first ema/_METADATA, which is missing" in capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_what_differs_is_named_with_its_size(run, capsys):
 @pytest.mark.parametrize("weights", ("raw", "ema"))
 def test_exported_weights_are_read_by_another_reader(made, tmp_path, dtype, weights):
     out = tmp_path / "out"
-    words = ["--output", str(out), "--dtype", dtype, "--weights", weights, "--step", "1"]
+    words = [f"output={out}", f"dtype={dtype}", f"weights={weights}", "step=1"]
     assert main(["export", str(made), *words]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "model.safetensors", "tokenizer.json"]
     with ocp.Context(checkpoint_layout=ocp.options.CheckpointLayout.SAFETENSORS):
@@ -119,7 +119,7 @@ def test_the_exported_tokenizer_agrees_with_itself(run, tmp_path):
     """That of a run made when the list of added tokens had another id for the separator."""
     trained = train_tokenizer(["some text"], TokenizerConfig(vocab_size=257))._text
     (run / "tokenizer.json").write_bytes(trained.replace(AGREED, CONTRADICTED).encode())
-    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), f"output={tmp_path / 'out'}"]) == 0
     content = json.loads((tmp_path / "out" / "tokenizer.json").read_bytes())
     (token,) = content["added_tokens"]
     assert token["id"] == content["model"]["vocab"][token["content"]] == 0
@@ -128,7 +128,7 @@ def test_the_exported_tokenizer_agrees_with_itself(run, tmp_path):
 def test_nothing_damaged_is_exported(run, tmp_path, capsys, dropped_reads):
     for file in data_files(run, 2):
         file.write_bytes(file.read_bytes()[:100])
-    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 1
+    assert main(["export", str(run), f"output={tmp_path / 'out'}"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.glob("*out*"))
 
@@ -137,8 +137,8 @@ def test_nothing_damaged_is_exported(run, tmp_path, capsys, dropped_reads):
     ("words", "said"),
     [
         (["verify", "no_such_run"], "is no run's name"),
-        (["verify", "{run}", "--step", "7"], "use latest or one of 1, 2"),
-        (["export", "{run}", "--output", "{run}"], "is there already"),
+        (["verify", "{run}", "step=7"], "use latest or one of 1, 2"),
+        (["export", "{run}", "output={run}"], "is there already"),
         (["diff", "{run}:x", "{run}"], "is no RUN:STEP"),
         (["fetch", "{run}", "{run}/back"], "is no URL"),
         (["fetch", "file://{run}", "{run}/back"], "holds no checkpoint"),

@@ -123,11 +123,11 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
         compared(other)
     with pytest.raises(DataError, match="has 19 documents"):
         compared(store(0, documents=19))
-    out = ["--out", str(tmp_path / "d")]
-    assert main(["--old", str(tmp_path / "none"), "--new", str(tmp_path), *out]) == 2
-    assert main(["--old", str(tmp_path), "--new", str(tmp_path), *out]) == 2
+    out = [f"out={tmp_path / 'd'}"]
+    assert main([f"old={tmp_path / 'none'}", f"new={tmp_path}", *out]) == 2
+    assert main([f"old={tmp_path}", f"new={tmp_path}", *out]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and "does not exist" in errors[0] and "--tokenizer=FILE" in errors[1]
+    assert len(errors) == 2 and "does not exist" in errors[0] and "tokenizer=FILE" in errors[1]
 
 
 def test_the_report_names_a_planted_shift_in_files_and_status(tmp_path, capsys):
@@ -139,9 +139,9 @@ def test_the_report_names_a_planted_shift_in_files_and_status(tmp_path, capsys):
         for i in range(60):
             text = " ".join(rng.choice(words + extra, rng.integers(20, 60)))
             (tmp_path / name / f"{i}.txt").write_text(text)
-    options = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--cache-dir", str(tmp_path / "cache")]
-    both = ["--old", str(tmp_path / "old"), "--new", str(tmp_path / "new"), "--out", str(tmp_path / "moved")]
-    assert main([*both, *options]) == 3
+    options = [f"tokenizer={tmp_path / 'tokenizer.json'}", f"cache_dir={tmp_path / 'cache'}"]
+    old, new = f"old={tmp_path / 'old'}", f"new={tmp_path / 'new'}"
+    assert main([old, new, f"out={tmp_path / 'moved'}", *options]) == 3
     assert "drift in tokens" in capsys.readouterr().out
     report = json.loads((tmp_path / "moved.json").read_text())
     assert {token["text"] for token in report["tokens"]["risen"][:2]} == {"#", "$"}
@@ -149,8 +149,7 @@ def test_the_report_names_a_planted_shift_in_files_and_status(tmp_path, capsys):
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 2 and "http" not in text
     assert report["verdict"].split(": ")[0].removeprefix("drift in ") in text
 
-    both[3] = both[1]
-    assert main([*both[:4], "--out", str(tmp_path / "same"), *options]) == 0
+    assert main([old, f"new={tmp_path / 'old'}", f"out={tmp_path / 'same'}", *options]) == 0
     assert "no drift beyond chance" in capsys.readouterr().out
 
 

@@ -206,18 +206,18 @@ def test_the_script_prints_a_number_of_nodes_and_says_why_beside_it(ground, tmp_
     half = {"mesh": {"data": 4}, "devices": {"count": 4}, "hosts": ["a"]}
     (tmp_path / "manifest.json").write_text(json.dumps(whole | {"restarts": [half]}))
     for words, out, why in (
-        (("--queue", "0"), "2\n", "0 waiting, 0 or fewer: up to 8 devices\n"),
-        (("--queue", "2"), "1\n", "as at the last start, 4 devices\n"),
-        (("--queue", "9", "--devices-per-node", "1"), "2\n", "down to autoscale.min_devices\n"),
+        (("queue=0",), "2\n", "0 waiting, 0 or fewer: up to 8 devices\n"),
+        (("queue=2",), "1\n", "as at the last start, 4 devices\n"),
+        (("queue=9", "devices_per_node=1"), "2\n", "down to autoscale.min_devices\n"),
     ):
         assert script.main([str(tmp_path), *words]) == 0
         said = capsys.readouterr()
         assert said.out == out and why in said.err
-    assert script.main([str(tmp_path), "--queue", "0", "--devices", "5"]) == 0
+    assert script.main([str(tmp_path), "queue=0", "devices=5"]) == 0
     assert capsys.readouterr().out.startswith("4 of 5 devices: mesh.data 8 to 4, ")
-    assert script.main([str(tmp_path), "--devices", "0"]) == 2
-    assert capsys.readouterr().err == "error: --devices=0 must be 1 or more\n"
-    assert script.main([str(tmp_path), "--queue", "0", "--devices", "1"]) == 2
+    assert script.main([str(tmp_path), "devices=0"]) == 2
+    assert capsys.readouterr().err == "error: devices=0 must be 1 or more\n"
+    assert script.main([str(tmp_path), "queue=0", "devices=1"]) == 2
     assert "autoscale.min_devices=2, but of 1 devices 1 can be used" in capsys.readouterr().err
 
 

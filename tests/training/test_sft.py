@@ -131,7 +131,7 @@ def test_a_finished_run_learns_to_answer_and_goes_on_without_its_parent(ground, 
     assert fit(ground.config("answers", *words, "training.num_steps=42")) == 0
     assert [row["step"] for row in ground.rows("answers") if "loss" in row] == list(range(1, 43))
     capsys.readouterr()
-    command = [f"run={ground.run('answers')}", "prompt=what colour is thing 7?", "max_new_tokens=8"]
+    command = [str(ground.run("answers")), "prompt=what colour is thing 7?", "max_new_tokens=8"]
     assert generate([*command, "temperature=0"]) == 0
     said = capsys.readouterr().out.strip("\n").split("\n")
     assert said[0] == "what colour is thing 7?" and len(said) >= 1

@@ -51,9 +51,9 @@ def test_a_run_that_lost_its_directory_goes_on_from_the_bucket(ground, url):
     rows, wanted = ([r for r in ground.rows(name) if "loss" in r] for name in ("lost", "whole"))
     assert rows == wanted and len(rows) == 6
     assert ground.record("lost", 6)["digests"] == ground.record("whole", 6)["digests"]
-    assert main(["verify", str(ground.run("lost")), "--all"]) == 0
+    assert main(["verify", str(ground.run("lost")), "all=true"]) == 0
     shutil.rmtree(ground.run("lost") / "checkpoints")
-    assert main(["verify", str(ground.run("lost")), "--all"]) == 0  # in the bucket alone
+    assert main(["verify", str(ground.run("lost")), "all=true"]) == 0  # in the bucket alone
     data = next(name for name in Bucket(url).names("6") if "/d/" in name)
     Bucket(url).damage(data)
     assert main(["verify", str(ground.run("lost"))]) == 1
