@@ -14,7 +14,12 @@ from hydra.core.override_parser.overrides_visitor import HydraErrorListener
 from hydra.errors import HydraException
 
 # antlr4's names come from Hydra's own generated files: the version that it pins, and no dependency of ours.
-from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer, Token
+from hydra.grammar.gen.OverrideLexer import (  # type: ignore[attr-defined]
+    CommonTokenStream,
+    InputStream,
+    OverrideLexer,
+    Token,
+)
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from configs.groups import groups
