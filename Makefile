@@ -85,9 +85,9 @@ torch-env: $(TORCH)
 # Ratios are compared, never times; on a quiet machine, or the gate says that it cannot tell.
 bench: $(CORE) $(TORCH)
 	@rm -rf $(FRESH)
-	@$(BIN)/python benchmarks/versus_torch.py --output $(FRESH) $(ARGS)
-	@$(BIN)/python benchmarks/kernels.py --output $(FRESH)
-	@$(BIN)/python benchmarks/gate.py $(FRESH)
+	@$(BIN)/python -m benchmarks.versus_torch --output $(FRESH) $(ARGS)
+	@$(BIN)/python -m benchmarks.kernels --output $(FRESH)
+	@$(BIN)/python -m benchmarks.gate $(FRESH)
 
 lint: $(TEST)
 	@$(BIN)/ruff check .

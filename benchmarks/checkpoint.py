@@ -1,4 +1,4 @@
-"""What a checkpoint costs: `python benchmarks/checkpoint.py`.
+"""What a checkpoint costs: `python -m benchmarks.checkpoint`.
 
 For each size of state, in a process of its own: how long `save` holds up the loop and how long until the
 checkpoint is committed, and until its files are hashed; then restores with a cold page cache, each beside a
@@ -7,24 +7,24 @@ sequential read of the very same files, cold as well. Asked: restore at 0.7 of t
 The files lie in --directory (a temporary one by default): put it on the disk that is to be measured.
 """
 
-import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import jax.numpy as jnp
 
-from benchmarks.measure import alternate, describe_machine, ratio, summary, timed, write_result
+from artifacts.checkpoints.manager import Checkpoints
+from artifacts.config import CheckpointConfig
+from benchmarks import measure
+from benchmarks.measure import alternate, ratio, summary, timed
+from training.state import TrainState
 
 SIZES = (50, 500, 2000)  # MB of state: parameters and two moments
-ROUNDS = 5
 ASKED = 0.7  # of the sequential read
 BUFFER = 8 << 20  # bytes of one read call
 LEAVES = 12  # arrays of each of the three trees
@@ -32,11 +32,6 @@ LEAVES = 12  # arrays of each of the three trees
 
 def state_of(megabytes: int, seed: int) -> Any:
     """A state like a decoder's: stacked matrices in float32, random, so that they do not compress."""
-    import jax
-    import jax.numpy as jnp
-
-    from training.state import TrainState
-
     width = 128
     rows = max(1, megabytes * 10**6 // (3 * LEAVES * width * 4 * width))
     keys = jax.random.split(jax.random.key(seed), 3 * LEAVES)
@@ -71,13 +66,8 @@ def read_through(directory: Path) -> None:
                 pass
 
 
-def measure(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]:
+def measure_size(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     """One size: seconds of each part of a save, and of restores beside reads."""
-    import jax
-
-    from artifacts.checkpoints.manager import Checkpoints
-    from artifacts.config import CheckpointConfig
-
     checkpoints = Checkpoints(directory, CheckpointConfig(keep=1))
     seconds: dict[str, list[float]] = {"blocked": [], "committed": [], "hashed": []}
     state = state_of(megabytes, 0)
@@ -109,7 +99,7 @@ def measure(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     restore()  # compiles
     seconds |= alternate({"restored": restore, "read": read}, rounds)
     stored = sum(path.stat().st_size for path in files_in(place))
-    return {"bytes": moved, "stored": stored, "seconds": seconds, "machine": describe_machine()}
+    return {"bytes": moved, "stored": stored, "seconds": seconds, "machine": measure.describe_machine()}
 
 
 def row(megabytes: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -129,41 +119,33 @@ def row(megabytes: int, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print and write the result; exit status 1 where a restore is slower than asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = measure.arguments(
+        "checkpoint", __doc__, "checkpoint", rounds=(5, "saves, and restores, of each size")
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="MB of state")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="saves, and restores, of each size")
     parser.add_argument("--directory", type=Path, help="where the files go; by default they are removed")
-    parser.add_argument("--output", type=Path, help="where the result goes, if not among the committed ones")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one is not None:
-        print(json.dumps(measure(options.directory, options.one, options.rounds)))
-        return 0
+    asked = parser.parse_args(argv)
     rows, machine = [], None
-    for size in options.sizes:
-        with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-            words = ["--one", str(size), "--directory", scratch, "--rounds", str(options.rounds)]
-            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+    for size in asked.sizes:
+        with tempfile.TemporaryDirectory(dir=asked.directory) as scratch:
+            found = measure.in_new_process(measure_size, Path(scratch), size, asked.rounds)
         machine = found["machine"]
         rows.append(row(size, found))
-        print(rows[-1])
-    payload = {
+        print(measure.as_table(rows[-1:]), flush=True)
+    result = {
         "title": "Checkpoints: what a save holds up, and restores beside the disk's sequential read",
         "table": rows,
         "machine": machine,
         "restore_over_read": {str(r["state (MB)"]): r["restore / read"] for r in rows},
-        "note": f"`benchmarks/checkpoint.py`: medians of {options.rounds}, each size in a process of its "
+        "note": f"`benchmarks/checkpoint.py`: medians of {asked.rounds}, each size in a process of its "
         "own; the page cache is dropped before each restore and each read (posix_fadvise), in turn. Asked: "
         f"restore at {ASKED} of the read or more.",
     }
-    write_result("checkpoint", payload, *([options.output] if options.output else []))
+    measure.publish(result, asked)
     return int(min(r["restore / read"] for r in rows) < ASKED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

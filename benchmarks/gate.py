@@ -1,6 +1,6 @@
 """Did we become slower? Compares ratios of two results, never their times: another day's machine is another.
 
-    python benchmarks/gate.py FRESH COMMITTED                 # files, or directories with files of one name
+    python -m benchmarks.gate FRESH COMMITTED                 # files, or directories with files of one name
     make bench                                                # measures first, then compares
 
 A ratio (ours over PyTorch's, a kernel over the reference) has fallen where its median is lower by more than
@@ -12,14 +12,11 @@ Exit status: 0 none fell, 1 one fell, 2 no comparison.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.measure import RESULTS, read_result
+from benchmarks.measure import RESULTS, guarded, read_result
 
 TOLERANCE = 0.05  # of the committed ratio
 NOISIEST = 0.15  # a spread above this hides whatever the gate is there to see
@@ -126,30 +123,24 @@ def pairs(
         yield path.stem, result, read_result(namesake(path, result, committed, anywhere=anywhere))
 
 
-def main(argv: list[str]) -> int:
+@guarded
+def main(argv: Sequence[str]) -> int:
     """Compare, print a line a ratio; the exit status."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gate.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.splitlines()[0])
     parser.add_argument("fresh", type=Path)
     parser.add_argument("committed", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that a ratio may fall")
-    parser.add_argument(
-        "--other-machine", action="store_true", help="compare with NAME.json, whatever it was measured on"
-    )
+    parser.add_argument("--other-machine", action="store_true", help="compare with NAME.json in any case")
     asked = parser.parse_args(argv)
     fallen = compared = 0
-    try:
-        for name, fresh, committed in pairs(asked.fresh, asked.committed, anywhere=asked.other_machine):
-            if difference := other_machine(fresh, committed):
-                print(f"{name}: another machine: {difference}")
-            for ratio, fell, figures in compare(fresh, committed, asked.tolerance):
-                print(f"{'FELL' if fell else 'held'}  {name}: {ratio}: {figures}")
-                fallen, compared = fallen + fell, compared + 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name, fresh, committed in pairs(asked.fresh, asked.committed, anywhere=asked.other_machine):
+        if difference := other_machine(fresh, committed):
+            print(f"{name}: another machine: {difference}")
+        for ratio, fell, figures in compare(fresh, committed, asked.tolerance):
+            print(f"{'FELL' if fell else 'held'}  {name}: {ratio}: {figures}")
+            fallen, compared = fallen + fell, compared + 1
     if not compared:
-        print(f"error: nothing to compare in {asked.fresh.name}; run make bench", file=sys.stderr)
-        return 2
+        raise Incomparable(f"nothing to compare in {asked.fresh.name}; run make bench")
     print(f"{compared - fallen} of {compared} ratios held")
     return 1 if fallen else 0
 

@@ -5,9 +5,10 @@ that what is measured is Python and dispatch alone.
 """
 
 import io
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,26 @@ from rich.console import Console
 
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
-from benchmarks.measure import summary, write_result
+from benchmarks.measure import arguments, publish, summary
+from benchmarks.workload import build, compose_config
 from common.host import keep_freed_memory
 from data.loading.loader import Prefetcher
-from models.config import ModelConfig
-from optim.config import AdamWConfig, ConstantConfig
-from parallel.config import MeshConfig
-from parallel.mesh import build_layout
-from training.config import Config, TrainingConfig
 from training.device_batches import placing, rows_here
 from training.flops import training_flops
-from training.program import Program, build_program
+from training.program import Program
 from training.progress import Progress
 from training.recorder import Recorder
 from training.state import TrainState, shardings
 from training.step import BATCH_DTYPES, FlatStep, compile_train_step
 
-PLACES = 24  # layers of one period: their parameters are not stacked, so that there are many leaves
+LAYERS = 24  # of one period: their parameters are not stacked, so that there are many leaves
+ROWS, SEQ_LEN = 8, 256
+MODEL = (
+    *("+experiment=debug", "mesh=single", "optim=adamw", f"data.seq_len={SEQ_LEN}"),
+    *(f"training.global_batch_size={ROWS}", "model.vocab_size=384", f"model.num_layers={LAYERS}"),
+    *("model.d_model=8", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=8", "model.d_ff=8"),
+    *("model.window=8", f"model.window_pattern=[{'local,' * (LAYERS - 1)}global]"),
+)
 PAUSE = 0.005  # seconds, of a short step
 WARM = 20  # iterations that are not counted
 
@@ -44,40 +48,15 @@ WARM = 20  # iterations that are not counted
 class Repeated:
     """A loader whose batches cost nothing."""
 
-    def __init__(self, rows: int, length: int):
-        self.one = {name: np.ones((rows, length), dtype) for name, dtype in BATCH_DTYPES.items()}
+    one = {name: np.ones((ROWS, SEQ_LEN), dtype) for name, dtype in BATCH_DTYPES.items()}
 
     def batch(self, step: int, rows: Any = None) -> dict[str, np.ndarray]:
-        """The same again."""
+        """The same batch at every step."""
         return self.one
 
     def state(self) -> dict[str, Any]:
-        """Where it stands: nowhere."""
+        """Where it stands, which is nowhere."""
         return {}
-
-
-def many_leaves() -> Program:
-    """A tiny model of many parameters, AdamW, on one device."""
-    model = ModelConfig(
-        vocab_size=128,
-        num_layers=2 * PLACES,  # twice, or the period would be cut into runs
-        d_model=8,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        d_ff=8,
-        window=8,
-        window_pattern=["local"] * (PLACES - 1) + ["global"],
-    )
-    config = Config(
-        model=model,
-        mesh=MeshConfig(),
-        optim=AdamWConfig(),
-        schedule=ConstantConfig(),
-        training=TrainingConfig(global_batch_size=8),
-    )
-    config.data.seq_len = 256
-    return build_program(config, build_layout(config.mesh, jax.devices()[:1]))
 
 
 def next_to_nothing(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
@@ -135,64 +114,58 @@ def dispatch(step: Callable[..., Any], carried: Any, batch: Any, count: int) -> 
     return time_each(call, count)
 
 
-def iteration(program: Program, step: FlatStep, count: int, stack: ExitStack) -> dict[str, Any]:
+def iteration(program: Program, step: FlatStep, count: int) -> dict[str, dict[str, float]]:
     """Milliseconds of the loop's body: the batch, the call, and the row of the step before, written."""
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    log = MetricsLog.open(directory / "metrics.jsonl")
-    stack.callback(log.close)
-    board = TensorBoard(directory / "tensorboard")
-    stack.callback(board.close)
-    progress = Progress(10**6, console=Console(file=io.StringIO()))
-    flops = training_flops(program.model.flops_per_token(256), peak_per_device=1e12, num_devices=1)
-    recorder = Recorder(log, flops, progress, board, tokens=0, every=20)
-    rows = rows_here(program.batch)
-    loader: Any = Repeated(len(rows), 256)
-    feed = Prefetcher(loader, start=0, depth=2, rows=rows, place=placing(program.batch, rows))
-    stack.callback(feed.close)
-    leaves, number = step.leaves_of(zeros(program)), 0
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = MetricsLog.open(directory / "metrics.jsonl")
+        stack.callback(log.close)
+        board = TensorBoard(directory / "tensorboard")
+        stack.callback(board.close)
+        progress = Progress(10**6, console=Console(file=io.StringIO()))
+        flops = training_flops(program.model.flops_per_token(SEQ_LEN), peak_per_device=1e12, num_devices=1)
+        recorder = Recorder(log, flops, progress, board, tokens=0, every=20)
+        rows, loader = rows_here(program.batch), Repeated()
+        place = placing(program.batch, rows)
+        feed = Prefetcher(loader, start=0, depth=2, rows=rows, place=place)  # type: ignore[arg-type]
+        stack.callback(feed.close)
+        leaves, number = step.leaves_of(zeros(program)), 0
 
-    def call() -> Any:
-        nonlocal leaves, number
-        number += 1
-        batch, wait, _ = feed.next()
-        leaves, metrics = step.on_leaves(leaves, batch)
-        recorder.push(number, metrics, wait)
-        return metrics
+        def call() -> Any:
+            nonlocal leaves, number
+            number += 1
+            batch, wait, _ = feed.next()
+            leaves, metrics = step.on_leaves(leaves, batch)
+            recorder.push(number, metrics, wait)
+            return metrics
 
-    return time_each(call, count)
+        return time_each(call, count)
 
 
-def measure(count: int = 300) -> tuple[int, dict[str, Any]]:
-    """The number of leaves, and summaries in milliseconds of each part."""
-    program = many_leaves()
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and write; the exit status."""
+    asked = arguments("host", __doc__, "host", calls=(300, "that are timed of each kind")).parse_args(argv)
+    program = build(compose_config(*MODEL), jax.devices()[:1])
     replicated = program.layout.replicated()
     step = compile_train_step(next_to_nothing, program.state, program.batch, replicated, {})
-    placed = placing(program.batch, rows_here(program.batch))(Repeated(8, 256).one)
-    with ExitStack() as stack:
-        return len(jax.tree.leaves(program.state)), {
-            "the call of a step over flat leaves": dispatch(
-                step.on_leaves, step.leaves_of(zeros(program)), placed, count
-            ),
-            "the same over the state's tree": dispatch(nested(program), zeros(program), placed, count),
-            "one iteration of the loop, all of it": iteration(program, step, count, stack),
-        }
-
-
-def main() -> None:
-    """Measure, print and keep."""
-    leaves, found = measure()
+    batch, count = placing(program.batch, rows_here(program.batch))(Repeated.one), asked.calls
+    found = {
+        "the call of a step over flat leaves": dispatch(
+            step.on_leaves, step.leaves_of(zeros(program)), batch, count
+        ),
+        "the same over the state's tree": dispatch(nested(program), zeros(program), batch, count),
+        "one iteration of the loop, all of it": iteration(program, step, count),
+    }
+    leaves = len(jax.tree.leaves(program.state))
     table = [
         {"milliseconds of": name, "caches": when, "leaves": leaves, **figures}
         for name, kinds in found.items()
         for when, figures in kinds.items()
     ]
-    path = write_result("host", {"title": "Host time of a step", "table": table})
-    for name, kinds in found.items():
-        for when, ms in kinds.items():
-            print(f"{name:36} {when:14} {ms['median']:.3f} ms ({ms['q1']:.3f} to {ms['q3']:.3f})")
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    publish({"title": "Host time of a step", "table": table}, asked)
+    return 0
 
 
 if __name__ == "__main__":
     keep_freed_memory()  # as train.py does
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""How fast batches are made: `python benchmarks/input.py`, on texts and tokens that it makes itself.
+"""How fast batches are made: `python -m benchmarks.input`, on texts and tokens that it makes itself.
 
 Cached rows are set against rows of 2049 tokens that Grain reads from an ArrayRecord file; tokenizing and
 streaming against the tokenizer library's own batch rate on the same texts. Cases of a part run in turn.
@@ -7,22 +7,21 @@ minute; `--rounds` repeats more.
 """
 
 import argparse
+import importlib.util
 import itertools
 import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.measure import RESULTS, alternate, ratio, summary, timed, use_cores, write_result
+from benchmarks import measure
+from benchmarks.measure import alternate, ratio, timed
 from data.config import DataConfig, TokenizerConfig
 from data.loading.loader import Loader, Prefetcher
 from data.pipeline import follow, prepare
@@ -36,111 +35,115 @@ BATCHES = 60  # a round and case: about 4 million tokens
 STREAMED = 24  # the same where text is tokenized
 TEXT_BYTES = 48 << 20  # starting two processes takes a second, of which a real corpus notices nothing
 VOCABULARY = 8192
+GRAIN = "grain MapDataset, rows of 2049 in ArrayRecord"
+LIBRARY = "the tokenizer library, one batch of all texts"
+Case = Callable[[], float]  # seconds of its batches
+Part = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the table, ratios
 
 
-def main() -> int:
-    """Measure, print and keep."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/input.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=2)
+@measure.guarded
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and write; the exit status."""
+    parser = measure.arguments(
+        "input",
+        __doc__,
+        "input",
+        rounds=(5, "times that each case is asked"),
+        cores=(2, "that this process and its own may use"),
+    )
     parser.add_argument("--without", choices=["grain"], help="leave out what is not installed")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    use_cores(asked.cores)
-    if asked.without != "grain":
-        try:
-            import grain  # noqa: F401
-        except ImportError:
-            print(
-                "error: grain is not installed; run pip install grain, or add --without grain",
-                file=sys.stderr,
-            )
-            return 2
-    rows: list[dict[str, Any]] = []
-    ratios: dict[str, Any] = {}
+    asked = parser.parse_args(argv)
+    measure.use_cores(asked.cores)
+    with_grain = asked.without != "grain"
+    if with_grain and not importlib.util.find_spec("grain"):
+        raise ValueError("grain is not installed; run pip install grain, or add --without grain")
     with tempfile.TemporaryDirectory() as folder:
-        for part in (cached(Path(folder), asked), text(Path(folder), asked)):
-            rows += part[0]
-            ratios |= part[1]
-    workload = {
-        "seq_len": SEQ_LEN,
-        "rows": ROWS,
-        "mean_document": MEAN,
-        "vocabulary": VOCABULARY,
-        "cores": asked.cores,
-        "grain": asked.without != "grain",
+        rows, ratios = cached(Path(folder), asked.rounds, with_grain)
+        more_rows, more_ratios = text(Path(folder), asked)
+    sizes = {"seq_len": SEQ_LEN, "rows": ROWS, "mean_document": MEAN, "vocabulary": VOCABULARY}
+    result = {
+        "title": f"Input on {asked.cores} cores: batches of {ROWS} x {SEQ_LEN}, documents of {MEAN} tokens",
+        "workload": sizes | {"cores": asked.cores, "grain": with_grain},
+        "table": rows + more_rows,
+        "ratios": ratios | more_ratios,
     }
-    title = f"Input on {asked.cores} cores: batches of {ROWS} x {SEQ_LEN}, documents of {MEAN} tokens"
-    write_result("input", {"title": title, "workload": workload, "table": rows, "ratios": ratios}, asked.out)
-    for row in rows:
-        print(f"{row['case']:60} {row['million tokens/s']:10.3f}  {row['beside it'] or ''}")
+    measure.publish(result, asked)
     return 0
 
 
-# Cached
+def in_turn(cases: Mapping[str, Case], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case; one more round comes first, which warms."""
+    return {name: seconds[1:] for name, seconds in alternate(cases, rounds + 1).items()}
 
 
-def cached(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
+def row(name: str, seconds: list[float], tokens: int, beside: str | None) -> dict[str, Any]:
+    """One case in the table."""
+    rates = measure.summary([tokens / s / 1e6 for s in seconds])
+    return {
+        "case": name,
+        "million tokens/s": rates["median"],
+        "quartiles": measure.quartiles(rates),
+        "beside it": beside,
+    }
+
+
+# -- cached ------------------------------------------------------------------------------------------------
+
+
+def cached(folder: Path, rounds: int, with_grain: bool) -> Part:
     """Batches of a token store by packing, alone and through the prefetching thread or a process; Grain."""
     store = synthetic_store(folder / "tokens")
-    cases: dict[str, Callable[[], float]] = {}
+    cases: dict[str, Case] = {}
     for packing in ("concat", "best_fit"):
-        config = DataConfig(seq_len=SEQ_LEN, packing=packing)
-        loader = Loader(store, config, global_batch_size=ROWS, seed=0)
-        cases[f"cached, {packing}"] = steady(partial(in_turn, loader, itertools.count()), BATCHES, ready=1)
+        loader = cached_loader(store.path, packing)
+        cases[f"cached, {packing}"] = steady(
+            partial(next, map(loader.batch, itertools.count())), BATCHES, ready=1
+        )
         if packing == "concat":
-            cases["cached, concat, in the prefetching thread"] = in_thread(
-                Loader(store, config, global_batch_size=ROWS, seed=0), BATCHES
-            )
+            cases["cached, concat, in the prefetching thread"] = in_thread(cached_loader(store.path), BATCHES)
             cases["cached, concat, in a process of its own"] = in_process(
-                (cached_loader, (store.path,)), BATCHES
+                partial(cached_loader, store.path), BATCHES
             )
-    if asked.without != "grain":
-        path = folder / "rows.array_record"
-        write_rows(path, store)
-        cases["grain MapDataset, rows of 2049 in ArrayRecord"] = grain_reader(path)
-    samples = alternate(cases, asked.rounds + 1)
-    samples = {name: seconds[1:] for name, seconds in samples.items()}  # the first round warms
-    ratios = {}
-    if asked.without != "grain":
-        grain_seconds = samples["grain MapDataset, rows of 2049 in ArrayRecord"]
-        for packing in ("concat", "best_fit"):
-            ratios[f"cached {packing} over grain"] = ratio(samples[f"cached, {packing}"], grain_seconds)
-    beside = {f"cached, {p}": ratios.get(f"cached {p} over grain") for p in ("concat", "best_fit")}
+    if with_grain:
+        cases[GRAIN] = grain_reader(folder / "rows.array_record", store)
+    samples = in_turn(cases, rounds)
+    beside = {p: ratio(samples[f"cached, {p}"], samples[GRAIN]) for p in ("concat", "best_fit") if with_grain}
+    words = {f"cached, {p}": f"{measure.with_quartiles(found)} x grain" for p, found in beside.items()}
     tokens = BATCHES * ROWS * SEQ_LEN
-    return [
-        line(name, seconds, tokens, beside.get(name), "grain") for name, seconds in samples.items()
-    ], ratios
+    rows = [row(name, seconds, tokens, words.get(name)) for name, seconds in samples.items()]
+    return rows, {f"cached {packing} over grain": found for packing, found in beside.items()}
 
 
 def synthetic_store(path: Path) -> TokenStore:
     """Random tokens in documents of lognormal lengths, in the files of a real store."""
     random = np.random.default_rng(0)
-    count = TOKENS // MEAN
-    lengths = (
-        np.maximum(1, random.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, count)).astype(np.int64) + 2
-    )
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    lengths = random.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, TOKENS // MEAN)
+    ends = np.cumsum(np.maximum(1, lengths).astype(np.int64) + 2)
     path.mkdir()
-    random.integers(0, 50_000, int(offsets[-1]), dtype=np.uint16).tofile(path / "tokens.bin")
-    np.save(path / "offsets.npy", offsets)
-    return opened(path)
+    random.integers(0, 50_000, int(ends[-1]), dtype=np.uint16).tofile(path / "tokens.bin")
+    np.save(path / "offsets.npy", np.concatenate([np.zeros(1, np.int64), ends]))
+    return open_store(path)
 
 
-def opened(path: Path) -> TokenStore:
+def open_store(path: Path) -> TokenStore:
     """The store without its manifest: only what a loader reads."""
     tokens = np.memmap(path / "tokens.bin", dtype=np.uint16, mode="r")
     offsets = np.load(path / "offsets.npy")
     return TokenStore(path, tokens, offsets, np.ones(50_000, np.int32), int(offsets[-1]), 0, 0)
 
 
-def cached_loader(path: Path) -> Loader:
-    """A loader of a process of its own."""
-    return Loader(opened(path), DataConfig(seq_len=SEQ_LEN), global_batch_size=ROWS, seed=0)
+def cached_loader(path: Path, packing: str = "concat") -> Loader:
+    """A loader of the store's rows, here or in a process of its own."""
+    config = DataConfig(seq_len=SEQ_LEN, packing=packing)
+    return Loader(open_store(path), config, global_batch_size=ROWS, seed=0)
 
 
-def write_rows(path: Path, store: TokenStore) -> None:
-    """The token file cut into rows of inputs and last target, one a record, uncompressed as the store is."""
+def grain_reader(path: Path, store: TokenStore) -> Case:
+    """Batches of the same tokens, shuffled, read by Grain's threads; inputs and targets as int32, no more.
+
+    The file holds rows of inputs and last target, one a record, uncompressed as the store is.
+    """
+    import grain
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
@@ -149,14 +152,9 @@ def write_rows(path: Path, store: TokenStore) -> None:
         writer.write(tokens[first : first + SEQ_LEN + 1].tobytes())
     writer.close()
 
-
-def grain_reader(path: Path) -> Callable[[], float]:
-    """Seconds of as many batches, shuffled, read by Grain's threads; inputs and targets as int32, no more."""
-    import grain
-
     def arrays(record: bytes) -> dict[str, np.ndarray]:
-        row = np.frombuffer(record, np.uint16).astype(np.int32)
-        return {"tokens": row[:-1], "targets": row[1:]}
+        tokens = np.frombuffer(record, np.uint16).astype(np.int32)
+        return {"tokens": tokens[:-1], "targets": tokens[1:]}
 
     source = grain.sources.ArrayRecordDataSource([str(path)])
     dataset = grain.MapDataset.source(source).shuffle(seed=0).map(arrays).repeat()
@@ -165,15 +163,10 @@ def grain_reader(path: Path) -> Callable[[], float]:
     return steady(lambda: next(batches), BATCHES, ready=500 // ROWS + 1)
 
 
-# Thread or process
+# -- thread or process -------------------------------------------------------------------------------------
 
 
-def in_turn(loader: Loader, steps: Iterator[int]) -> Any:
-    """The next batch, made when it is asked for."""
-    return loader.batch(next(steps))
-
-
-def steady(take: Callable[[], Any], count: int, ready: int = 3) -> Callable[[], float]:
+def steady(take: Callable[[], Any], count: int, ready: int = 3) -> Case:
     """Seconds of so many batches from what makes them ahead, when those that lay ready are gone."""
 
     def measured() -> float:
@@ -186,31 +179,30 @@ def steady(take: Callable[[], Any], count: int, ready: int = 3) -> Callable[[], 
     return measured
 
 
-def in_thread(loader: Loader, count: int) -> Callable[[], float]:
+def in_thread(loader: Loader, count: int) -> Case:
     """Batches of the prefetching thread, as training has them."""
     return steady(Prefetcher(loader, start=loader.state()["step"], depth=2).next, count)
 
 
-def in_process(make: tuple[Callable[..., Loader], tuple], count: int) -> Callable[[], float]:
+def in_process(make: Callable[[], Loader], count: int) -> Case:
     """Batches of a spawned process, pickled through a pipe, at most two of them waiting."""
     context = multiprocessing.get_context("spawn")
     batches: Any = context.Queue(maxsize=2)
-    process = context.Process(target=_produce, args=(make, batches), daemon=True)
-    process.start()
+    context.Process(target=_produce, args=(make, batches), daemon=True).start()
     batches.get()
     return steady(batches.get, count)
 
 
-def _produce(make: tuple[Callable[..., Loader], tuple], batches: Any) -> None:
-    loader = make[0](*make[1])
+def _produce(make: Callable[[], Loader], batches: Any) -> None:
+    loader = make()
     for step in itertools.count():
         batches.put(loader.batch(step))
 
 
-# Text
+# -- text --------------------------------------------------------------------------------------------------
 
 
-def text(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
+def text(folder: Path, asked: argparse.Namespace) -> Part:
     """Tokenizing as `prepare` does and as streaming does, beside the library alone."""
     write_texts(folder / "texts")
     data = DataConfig(
@@ -225,57 +217,49 @@ def text(folder: Path, asked: argparse.Namespace) -> tuple[list[dict], dict]:
     tokens = sum(map(len, prepared.tokenizer.encode_batch(texts))) + len(texts)
     encoding = TextEncoding(Path(prepared.description["tokenizer_path"]))
 
+    def library() -> float:
+        return timed(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))
+
     def store() -> float:
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            return timed(lambda: write_store(Path(aside), documents, encoding, workers=asked.cores, about={}))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            return timed(
+                lambda: write_store(Path(scratch), documents, encoding, workers=asked.cores, about={})
+            )
 
     loader = Loader(prepared, data, global_batch_size=ROWS, seed=0)
     loader.batch(0)
+    preparing, streaming = f"preparing, {asked.cores} processes", "streaming, in the prefetching thread"
     cases = {
-        "the tokenizer library, one batch of all texts": lambda: timed(
-            lambda: backend.encode_batch_fast(texts, add_special_tokens=False)
-        ),
-        f"preparing, {asked.cores} processes": store,
-        "streaming, in the prefetching thread": in_thread(loader, STREAMED),
+        LIBRARY: library,
+        preparing: store,
+        streaming: in_thread(loader, STREAMED),
         "streaming, in a process of its own": in_process(
-            (streamed_loader, (prepared.facts(), data)), STREAMED
+            partial(streamed_loader, prepared.facts(), data), STREAMED
         ),
     }
-    samples = {name: seconds[1:] for name, seconds in alternate(cases, asked.rounds + 1).items()}
-    streamed = STREAMED * ROWS * SEQ_LEN
-    done = {name: streamed if name.startswith("streaming") else tokens for name in cases}
+    done = {name: STREAMED * ROWS * SEQ_LEN if name.startswith("streaming") else tokens for name in cases}
+    samples = in_turn(cases, asked.rounds)
     per_token = {name: [s / done[name] for s in seconds] for name, seconds in samples.items()}
-    alone = per_token["the tokenizer library, one batch of all texts"]
-    ratios = {
-        "preparing over the tokenizer library": ratio(
-            per_token[f"preparing, {asked.cores} processes"], alone
-        ),
-        "streaming over the tokenizer library": ratio(
-            per_token["streaming, in the prefetching thread"], alone
-        ),
-    }
-    beside = {name: ratio(seconds, alone) for name, seconds in per_token.items() if seconds is not alone}
-    return [
-        line(name, seconds, done[name], beside.get(name), "the library") for name, seconds in samples.items()
-    ], ratios
+    beside = {name: ratio(seconds, per_token[LIBRARY]) for name, seconds in per_token.items()}
+    words = {name: f"{measure.with_quartiles(found)} x the library" for name, found in beside.items()}
+    words.pop(LIBRARY)
+    rows = [row(name, seconds, done[name], words.get(name)) for name, seconds in samples.items()]
+    over = {"preparing": beside[preparing], "streaming": beside[streaming]}
+    return rows, {f"{name} over the tokenizer library": found for name, found in over.items()}
 
 
 def streamed_loader(facts: dict[str, Any], data: DataConfig) -> Loader:
-    """A loader of a process of its own."""
+    """A loader that tokenizes as it goes, in a process of its own."""
     return Loader(follow(facts), data, global_batch_size=ROWS, seed=0)
 
 
 def write_texts(folder: Path) -> None:
     """Texts of lognormal lengths whose words are drawn by Zipf's law from a made-up vocabulary."""
     random = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
-    share = 1 / np.arange(1, 27)
-    words = [
-        "".join(random.choice(letters, size, p=share / share.sum()))
-        for size in random.integers(1, 11, 20_000)
-    ]
-    chance = 1 / np.arange(1, len(words) + 1)
-    chance /= chance.sum()
+    letters, share = list("etaoinshrdlucmfwypvbgkqjxz"), zipf(26)
+    sizes = random.integers(1, 11, 20_000)
+    words = ["".join(random.choice(letters, size, p=share)) for size in sizes]
+    chance = zipf(len(words))
     folder.mkdir()
     written = number = 0
     while written < TEXT_BYTES:
@@ -285,18 +269,11 @@ def write_texts(folder: Path) -> None:
         written, number = written + len(one), number + 1
 
 
-def line(
-    name: str, seconds: list[float], tokens: int, beside: dict[str, float] | None, what: str
-) -> dict[str, Any]:
-    """A row of the table."""
-    rates = summary([tokens / s / 1e6 for s in seconds])
-    return {
-        "case": name,
-        "million tokens/s": rates["median"],
-        "quartiles": f"{rates['q1']:.3g} to {rates['q3']:.3g}",
-        "beside it": beside and f"{beside['median']:.3g} ({beside['q1']:.3g} to {beside['q3']:.3g}) x {what}",
-    }
+def zipf(count: int) -> np.ndarray:
+    """Chances of so many things, the commonest first."""
+    chance = 1 / np.arange(1, count + 1)
+    return chance / chance.sum()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

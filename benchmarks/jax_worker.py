@@ -1,7 +1,7 @@
 """Our side of `benchmarks/versus_torch.py`: writes down a job that both sides can read, and serves its steps.
 
-    python benchmarks/jax_worker.py export JOB OVERRIDES...    # job.json and arrays.npz into JOB
-    python benchmarks/jax_worker.py serve JOB THREADS OVERRIDES...
+    python -m benchmarks.jax_worker export JOB OVERRIDES...    # job.json and arrays.npz into JOB
+    python -m benchmarks.jax_worker serve JOB THREADS OVERRIDES...
 
 Serving is as in `benchmarks/torch_baseline.py`: a line of JSON when ready; then, for each number of steps
 that is read, a line with their mean seconds and their losses.
@@ -11,45 +11,37 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import jax
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.workload import Workload, batch_of, build, synthetic_batch, with_batches
 from common.host import keep_freed_memory
 from configs.cli import main
 from models.config import ModelConfig
+from models.rope import rope_frequencies
+from models.spec import make_segments
+from models.transformer import build_model
+from optim.schedules import make_schedule
+from training.config import Config, with_vocab
+from training.flops import peak_flops
 
 SHARED = (
-    "num_layers",
-    "d_model",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "d_ff",
-    "vocab_size",
-    "norm_eps",
-    "tie_embeddings",
+    *("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size"),
+    *("norm_eps", "tie_embeddings"),
 )
 # Further fields that may differ from Llama's: they act on the initial weights or the frequencies, which are
 # exported, or on nothing that is computed here.
-FREE = (
-    "name",
-    "max_seq_len",
-    "zero_init",
-    "init_std",
-    "rope_theta",
-    "rope_scaling",
-)
+FREE = ("name", "max_seq_len", "zero_init", "init_std", "rope_theta", "rope_scaling")
 BATCHES = 8
 
 
-def check_comparable(config: Any) -> None:
+def check_comparable(config: Config) -> None:
     """Raise ValueError for what the PyTorch baseline does not have."""
     plain = ModelConfig()
     for field in fields(ModelConfig):
@@ -70,18 +62,13 @@ def check_comparable(config: Any) -> None:
             raise ValueError(f"{key} must be {needed}: the PyTorch baseline has nothing else")
 
 
-def export(config: Any, directory: Path, *, batches: int = BATCHES) -> None:
+def export(config: Config, directory: Path, *, batches: int = BATCHES) -> None:
     """Write job.json and arrays.npz: sizes, optimizer, learning rates; initial weights, tokens, frequencies.
 
     Tokens are [batches, B, T + 1], rows of one document each. Raises ValueError for what has no counterpart.
     """
-    from benchmarks.workload import resolve
-    from models.rope import rope_frequencies
-    from models.spec import make_segments
-    from optim.schedules import make_schedule
-
     check_comparable(config)
-    config = resolve(config)
+    config = with_vocab(config)
     (segment,) = make_segments(config.model)
     frequencies, _ = rope_frequencies(config.model, segment.period[0])
     schedule = make_schedule(config.schedule, num_steps=config.training.num_steps)
@@ -102,37 +89,26 @@ def export(config: Any, directory: Path, *, batches: int = BATCHES) -> None:
     np.savez(directory / "arrays.npz", **arrays)
 
 
-def whole_rows(config: Any, seed: int) -> np.ndarray:
+def whole_rows(config: Config, seed: int) -> np.ndarray:
     """Tokens [B, T + 1] of rows that are not packed."""
-    from benchmarks.workload import synthetic_batch
-
     rows, length = config.training.global_batch_size, config.data.seq_len
     batch = synthetic_batch(rows, length, config.model.vocab_size, seed=seed, packed=False)
     return np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
 
 
-def initial_weights(config: Any) -> dict[str, np.ndarray]:
+def initial_weights(config: Config) -> dict[str, np.ndarray]:
     """Every parameter at step 0 by its path, `segments/0/0/attention/q` and so on."""
-    import jax
-
-    from models.transformer import build_model
-
     params = jax.jit(build_model(config.model).init)(jax.random.key(config.seed))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def load(config: Any, tokens: np.ndarray, devices: Any = None) -> Any:
-    """The compiled step of a config on the tokens of a job, as `benchmarks.workload.Workload`."""
-    from benchmarks.workload import resolve, whole_batch, with_batches
-    from parallel.mesh import build_layout
-    from training.program import build_program
-
-    program = build_program(resolve(config), build_layout(config.mesh, devices))
-    return with_batches(program, config.seed, [whole_batch(rows) for rows in tokens])
+def load(config: Config, tokens: np.ndarray, devices: Sequence[Any] | None = None) -> Workload:
+    """The compiled step of a config on the tokens of a job."""
+    return with_batches(build(config, devices), config.seed, [batch_of(rows) for rows in tokens])
 
 
-def serve(config: Any, directory: Path) -> int:
+def serve(config: Config, directory: Path) -> int:
     """Answer on stdout until stdin ends."""
     answer = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -143,26 +119,18 @@ def serve(config: Any, directory: Path) -> int:
         start = time.perf_counter()
         losses = work.losses(int(line))
         seconds = (time.perf_counter() - start) / len(losses)
-        print(json.dumps({"seconds": seconds, "losses": losses, "bytes": memory(work)}), file=answer)
+        used = work.device_bytes() or measure.peak_memory()
+        print(json.dumps({"seconds": seconds, "losses": losses, "bytes": used}), file=answer)
     return 0
 
 
-def memory(work: Any) -> int:
-    """Bytes at most: of the device where it counts, else of the process."""
-    stats = work.program.layout.mesh.devices.flat[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or measure.peak_memory()
-
-
-def introduction(config: Any, work: Any) -> dict[str, Any]:
-    """What the driver, which has no JAX, is told of the job."""
-    from training.flops import peak_flops
-
-    device = work.program.layout.mesh.devices.flat[0]
-    peak, source = peak_flops(config.hardware, device.platform, device.device_kind)
+def introduction(config: Config, work: Workload) -> dict[str, Any]:
+    """What the driver, which has no JAX, has to know of the job."""
+    peak, source = peak_flops(config.hardware, work.device.platform, work.device.device_kind)
     return {
         "ready": True,
         "compile_seconds": work.compile_seconds,
-        "device": f"{work.program.layout.mesh.size} x {device.device_kind}",
+        "device": f"{work.program.layout.mesh.size} x {work.device.device_kind}",
         "attention": config.training.attention,
         "parameters": work.program.model.num_params()["total"],
         "rows": config.training.global_batch_size,
@@ -173,16 +141,16 @@ def introduction(config: Any, work: Any) -> dict[str, Any]:
     }
 
 
-def run(argv: list[str]) -> int:
-    """The exit status."""
+def run(argv: Sequence[str]) -> int:
+    """Export a job or serve its steps; the exit status."""
     what, directory, *rest = argv
     if what == "export":
 
-        def task(config: Any) -> int:
+        def task(config: Config) -> int:
             export(config, Path(directory))
             return 0
 
-        return main(task, rest, script="python benchmarks/jax_worker.py export JOB")
+        return main(task, rest, script="python -m benchmarks.jax_worker export JOB")
     threads, *overrides = rest
     measure.use_cores(int(threads))
     return main(lambda config: serve(config, Path(directory)), overrides)

@@ -1,7 +1,7 @@
 """What a step is made of, one by one: attention backends, matrix products by dtype and layout, the loss.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --precision bfloat16 --rows 8 --length 2048 --heads 16 --size 128
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --precision bfloat16 --rows 8 --length 2048 --heads 16 --size 128
 
 All cases take turns (`measure.alternate`), and ratios to the plain one are taken round by round. Attention is
 over packed documents, forward and backward; a backend that cannot do what is asked is listed with its reason.
@@ -10,23 +10,31 @@ B rows, T positions, N query heads, K key/value heads, H head size, D model, V v
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import jax.numpy as jnp
+import yaml
 
 from benchmarks import measure
+from benchmarks.peak import FORMS, matmul_peak, product, results_of
+from benchmarks.workload import synthetic_batch
 from common.host import keep_freed_memory
+from configs.groups import CONFIG_DIR
+from kernels.attention import Masks, Scores
+from kernels.token_losses import chunked_cross_entropy
+from parallel.attention.choose import build_attention
+from parallel.mesh import build_layout
+from training.config import ATTENTION, Config, TrainingConfig
+from training.legal.attention import documents_of
+from training.program import attention_of
 
 Timed = Callable[[], float]  # seconds of one call
 
 
 def ready(function: Callable[..., Any], *arguments: Any) -> Timed:
     """Compile, run once, and give a function that times one call."""
-    import jax
-
     compiled = jax.jit(function).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     return lambda: measure.timed(lambda: jax.block_until_ready(compiled(*arguments)))
@@ -34,8 +42,6 @@ def ready(function: Callable[..., Any], *arguments: Any) -> Timed:
 
 def attention_cases(asked: argparse.Namespace) -> tuple[dict[str, Timed], dict[str, str]]:
     """Forward and gradient of every backend that `training.attention` names, and why others are left out."""
-    from training.config import ATTENTION
-
     cases, refused = {}, {}
     for name in (name for name in ATTENTION if name != "auto"):  # auto is one of the others
         try:
@@ -47,21 +53,10 @@ def attention_cases(asked: argparse.Namespace) -> tuple[dict[str, Timed], dict[s
 
 def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     """One backend as the step would call it. Raises ValueError where it cannot do this."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.workload import synthetic_batch
-    from kernels.attention import Masks, Scores
-    from parallel.attention.choose import build_attention
-    from parallel.mesh import build_layout
-    from training.config import Config, TrainingConfig
-    from training.legal.attention import documents_of
-    from training.program import attention_of
-
     rows, length, size = asked.rows, asked.length, asked.size
     batch = synthetic_batch(rows, length, 128, seed=0, packed=True)
     config = Config(training=TrainingConfig(attention=name, max_documents=int(batch["segment_ids"].max())))
-    config.mesh.rules = read_rules()
+    config.mesh.rules = yaml.safe_load((CONFIG_DIR / "mesh/_rules.yaml").read_text("utf-8"))["rules"]
     layout, dtype = build_layout(config.mesh, jax.devices()[:1]), jnp.dtype(asked.precision)
     backend = attention_of(config, layout, dtype).name
     attention = build_attention(backend, layout, config.context, documents_of(config))
@@ -77,18 +72,6 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
     return ready(jax.grad(loss, argnums=(0, 1, 2)), *qkv)
 
 
-def read_rules() -> dict[str, list[str]]:
-    """The table of mesh rules that every config has."""
-    import yaml
-
-    from configs.groups import CONFIG_DIR
-
-    rules: dict[str, list[str]] = yaml.safe_load((CONFIG_DIR / "mesh/_rules.yaml").read_text("utf-8"))[
-        "rules"
-    ]
-    return rules
-
-
 def attention_flops(asked: argparse.Namespace) -> float:
     """Of forward and backward, causal: six products over half of T x T (`Model.flops_per_token`)."""
     return 6.0 * asked.rows * asked.heads * asked.size * asked.length**2
@@ -96,8 +79,6 @@ def attention_flops(asked: argparse.Namespace) -> float:
 
 def matmul_cases(asked: argparse.Namespace, platform: str) -> tuple[dict[str, Timed], dict[str, float]]:
     """Square products by dtype, form and result, and the operations of each."""
-    from benchmarks.peak import FORMS, product, results_of
-
     edge = asked.edge or (1024 if platform == "cpu" else 8192)
     cases: dict[str, Timed] = {}
     for dtype in ("float32", "bfloat16"):
@@ -109,12 +90,6 @@ def matmul_cases(asked: argparse.Namespace, platform: str) -> tuple[dict[str, Ti
 
 def loss_cases(asked: argparse.Namespace) -> dict[str, Timed]:
     """The loss with its gradients: ours by chunks, and the plain one that holds all logits."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.workload import synthetic_batch
-    from kernels.token_losses import chunked_cross_entropy
-
     batch = synthetic_batch(asked.rows, asked.length, asked.vocab, seed=0, packed=True)
     targets, weights = jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_weights"])
     width = asked.heads * asked.size
@@ -140,10 +115,6 @@ def loss_cases(asked: argparse.Namespace) -> dict[str, Timed]:
 
 def measure_kernels(asked: argparse.Namespace) -> dict[str, Any]:
     """Time all cases in turn; the result."""
-    import jax
-
-    from benchmarks.peak import matmul_peak
-
     platform = jax.devices()[0].platform
     attentions, refused = attention_cases(asked)
     losses = loss_cases(asked)
@@ -190,47 +161,45 @@ def row(
     seconds = measure.summary(samples[name])
     dtype = name.split()[1] if name.startswith("matmul") else asked.precision
     speed = flops[name] / seconds["median"]
-    found = {key: value for key, value in ratios(samples).items() if key.startswith(f"{name} / ")}
+    remarks = [
+        f"{times['median']:.3f} times as fast as {pair.split(' / ')[1]}"
+        for pair, times in ratios(samples).items()
+        if pair.startswith(f"{name} / ")
+    ]
     return {
         "kernel": name,
         "ms": seconds["median"] * 1e3,
-        "quartiles, ms": f"{seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}",
+        "quartiles, ms": measure.quartiles(seconds, 1e3),
         "GFLOP/s": speed / 1e9,
         "of measured peak, %": 100 * speed / peaks[dtype][0],
-        "remark": "; ".join(
-            f"{v['median']:.3f} times as fast as {k.split(' / ')[1]}" for k, v in found.items()
-        )
-        or None,
+        "remark": "; ".join(remarks) or None,
     }
 
 
 def arguments() -> argparse.ArgumentParser:
     """The flags; the default shape is that of `versus_torch.py` on a CPU."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/kernels.py", description=__doc__.splitlines()[0])
+    parser = measure.arguments(
+        "kernels",
+        __doc__,
+        "kernels",
+        rows=(16, "B"),
+        length=(256, "T"),
+        heads=(6, "N"),
+        kv_heads=(2, "K"),
+        size=(64, "H"),
+        vocab=(4096, "V"),
+        chunk=(512, "tokens of a chunk of the loss"),
+        edge=(0, "of the square products; 0: 1024 on a CPU, else 8192"),
+        rounds=(15, "times that each case is asked"),
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    for flag, value in (
-        ("rows", 16),
-        ("length", 256),
-        ("heads", 6),
-        ("kv-heads", 2),
-        ("size", 64),
-        ("vocab", 4096),
-        ("chunk", 512),
-        ("edge", 0),
-        ("rounds", 15),
-    ):
-        parser.add_argument(f"--{flag}", type=int, default=value)
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
-    parser.add_argument("--name", default="kernels", help="of the file in it")
     return parser
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print and write; the exit status."""
     asked = arguments().parse_args(argv)
-    result = measure_kernels(asked)
-    print(measure.as_table(result["table"]))
-    print(f"written: {measure.write_result(asked.name, result, asked.output).name}")
+    measure.publish(measure_kernels(asked), asked)
     return 0
 
 

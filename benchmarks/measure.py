@@ -1,23 +1,35 @@
-"""What every benchmark shares: the machine in words, statistics, alternating runs, results as JSON.
+"""The harness of every benchmark: the machine in words, alternating rounds, statistics, flags, results.
 
 Standard library only, so that a driver which starts workers holds no device and no thread of a framework.
 """
 
+import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from common.errors import RunFault
+from common.files import write_text
+from common.host import cpu_model
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+GIB = 2**30
 # What decides the speed of matrix products on a CPU.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
+Returned = TypeVar("Returned")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu", "jax-cuda13-plugin")
 
 
@@ -26,14 +38,14 @@ def describe_machine() -> dict[str, Any]:
     cpu = _cpu_fields()
     words = cpu.get("flags", cpu.get("Features", "")).split()
     machine: dict[str, Any] = {
-        "cpu": cpu.get("model name", platform.machine()),
+        "cpu": cpu_model() or platform.machine(),
         "processor": processor(cpu),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in words],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
     }
     if "jax" in sys.modules:
         devices = sys.modules["jax"].devices()
@@ -42,8 +54,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _cpu_fields() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is no such file."""
-    try:
+    try:  # the first processor's
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return {}
@@ -51,7 +62,7 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def processor(cpu: Mapping[str, str]) -> str:
-    """The kind of processor, of the fields of /proc/cpuinfo: `AuthenticAMD 25-17`.
+    """The kind of processor, from the fields of /proc/cpuinfo: `AuthenticAMD 25-17`.
 
     Names are for people: virtual machines call very different generations `Intel Xeon Processor`.
     """
@@ -62,14 +73,13 @@ def processor(cpu: Mapping[str, str]) -> str:
     return platform.machine()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    installed = {name: list(metadata.distributions(name=name)) for name in packages}
+    return {name: found[0].version for name, found in installed.items() if found}
+
+
+# -- samples -----------------------------------------------------------------------------------------------
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -118,13 +128,59 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def process_seconds() -> float | None:
-    """Seconds since this process began, imports and all; None where the system does not say."""
+def in_new_process(call: Callable[..., Returned], *arguments: Any, **environment: str) -> Returned:
+    """What `call` returns in a process of its own, which begins with these variables."""
+    before = dict(os.environ)
+    os.environ.update(environment)
     try:
-        ticks = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return None
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(call, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def arguments(
+    command: str, text: str | None, name: str | None, *, add_help: bool = True, **flags: tuple[Any, str]
+) -> argparse.ArgumentParser:
+    """A parser with `flags` {name: (default, help)}, and with --output and --name: where the result goes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{command}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=add_help,
+        allow_abbrev=False,  # what is not named in full may be an override of train.py
+    )
+    for flag, (default, words) in flags.items():
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=type(default), default=default, help=words)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the result")
+    parser.add_argument("--name", default=name, help="of the file in it")
+    return parser
+
+
+def guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command that answers bad input by one line and status 2, and a fault by 1 or the process's own."""
+
+    @wraps(command)
+    def run(argv: Sequence[str]) -> int:
+        try:
+            return command(argv)
+        except subprocess.CalledProcessError as error:
+            return error.returncode  # the process has said why
+        except (ValueError, OSError, RunFault) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return getattr(error, "status", 2)
+
+    return run
+
+
+def publish(result: Mapping[str, Any], asked: argparse.Namespace) -> None:
+    """Print the table of a result, and write it where --output and --name say."""
+    print(as_table(result["table"]))
+    print(f"written: {write_result(asked.name, result, asked.output).name}")
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -134,6 +190,16 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = [" | ".join(columns), " | ".join("---:" if right else "---" for right in numeric)]
     body = [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in [*head, *body])
+
+
+def quartiles(found: Mapping[str, float], scale: float = 1.0) -> str:
+    """The quartiles of a summary in words: `1.2 to 1.4`."""
+    return f"{found['q1'] * scale:.4g} to {found['q3'] * scale:.4g}"
+
+
+def with_quartiles(found: Mapping[str, float]) -> str:
+    """A summary in words: `1.3 (1.2 to 1.4)`."""
+    return f"{found['median']:.4g} ({quartiles(found)})"
 
 
 def _cell(value: Any) -> str:
@@ -150,24 +216,17 @@ def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULT
     `payload["table"]`, a list of rows {column: number or text}, is what docs/performance.md shows of it under
     `payload["title"]`; `payload["ratios"]`, {name: summary}, is what `benchmarks/gate.py` compares.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}.json"
-    text = json.dumps({"machine": describe_machine(), **payload}, indent=1, default=float, allow_nan=False)
-    path.write_text(rounded(text) + "\n", "utf-8")
+    machine = payload.get("machine") or describe_machine()
+    text = json.dumps({"machine": machine, **payload}, default=float, allow_nan=False)
+    six_digits = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))  # more are noise
+    return write_json(directory / f"{name}.json", six_digits)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a value as our JSON files lie: indented by one, a line's end behind; the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1) + "\n")
     return path
-
-
-def rounded(text: str) -> str:
-    """JSON text with its numbers to six digits: more are noise."""
-
-    def shorter(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.6g}")
-        if isinstance(value, dict):
-            return {key: shorter(item) for key, item in value.items()}
-        return [shorter(item) for item in value] if isinstance(value, list) else value
-
-    return json.dumps(shorter(json.loads(text)), indent=1)
 
 
 def read_result(path: Path) -> dict[str, Any]:

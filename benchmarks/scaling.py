@@ -1,8 +1,8 @@
 """What splitting a step over devices costs: the same work on 1, 2, 4, 8 of them, by mesh axis.
 
-    python benchmarks/scaling.py
-    python benchmarks/scaling.py --axes data,tensor --sizes 2,4 model.num_layers=4
-    python benchmarks/scaling.py --axes expert --add         # beside what was measured of the others
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --axes data,tensor --sizes 2,4 model.num_layers=4
+    python -m benchmarks.scaling --axes expert --add         # beside what was measured of the others
 
 Devices are forced onto this machine's cores: more of them are never faster here, and wall time says little.
 What is compared is processor time: of all threads, in one step, over that of one device doing the same work.
@@ -17,34 +17,20 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from common.host import enough_threads, keep_freed_memory
-from configs.cli import main
 
 AXES = ("data", "fsdp", "tensor", "context", "pipeline", "expert")
 MODES = ("total", "per device")
 BASE = (
-    "run.name=scaling",
-    "mesh=single",
-    "optim=adamw",
-    "training.precision=float32",
-    "training.num_steps=1000",
-    "data.seq_len=128",
+    *("run.name=scaling", "mesh=single", "optim=adamw", "training.precision=float32"),
+    *("training.num_steps=1000", "data.seq_len=128"),
 )
 DENSE = (
-    "+experiment=debug",
-    *BASE,
-    "model.num_layers=8",
-    "model.d_model=128",
-    "model.num_kv_heads=8",
-    "model.head_dim=16",
-    "model.d_ff=384",
+    *("+experiment=debug", *BASE, "model.num_layers=8", "model.d_model=128", "model.num_kv_heads=8"),
+    *("model.head_dim=16", "model.d_ff=384"),
 )
 EXPERTS = ("+experiment=debug_moe", *BASE)  # mesh.expert splits experts, so there have to be some
 ROWS = 16
@@ -62,18 +48,10 @@ def measure_case(words: Sequence[str], size: int, steps: int) -> dict[str, Any]:
     """Processor and wall seconds of a step, and what its collectives exchange. ValueError for a bad mesh."""
     import jax
 
-    from benchmarks.workload import prepare
+    from benchmarks.workload import compose_config, prepare
     from planner.hlo.program import read_hlo
 
-    configs: list[Any] = []
-
-    def keep(config: Any) -> int:
-        configs.append(config)
-        return 0
-
-    if status := main(keep, list(words)):
-        raise SystemExit(status)  # the line is printed
-    work = prepare(configs[0], packed=True, devices=jax.devices()[:size])
+    work = prepare(compose_config(*words), packed=True, devices=jax.devices()[:size])
     work.losses(1)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(steps):  # each waited for: eight devices on two cores cannot be in two steps at once
@@ -145,16 +123,17 @@ def row(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(argv: list[str]) -> int:
+@measure.guarded
+def main(argv: Sequence[str]) -> int:
     """Measure, print and write; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/scaling.py", description=str(__doc__).splitlines()[0], allow_abbrev=False
+    parser = measure.arguments(
+        "scaling",
+        __doc__,
+        "scaling",
+        axes=(",".join(AXES), "of the mesh, comma-separated"),
+        sizes=("2,4,8", "devices along the axis"),
+        steps=(3, "steps of each case"),
     )
-    parser.add_argument("--axes", default=",".join(AXES))
-    parser.add_argument("--sizes", default="2,4,8", help="devices along the axis")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
-    parser.add_argument("--name", default="scaling", help="of the file in it")
     parser.add_argument("--add", action="store_true", help="keep what the file says of other axes")
     asked, further = parser.parse_known_args(argv)
     most = max(map(int, asked.sizes.split(",")))
@@ -162,16 +141,10 @@ def run(argv: list[str]) -> int:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={most}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
     enough_threads()
-    try:
-        result = measure_scaling(asked, further)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(measure.as_table(result["table"]))
-    print(f"written: {measure.write_result(asked.name, result, asked.output).name}")
+    measure.publish(measure_scaling(asked, further), asked)
     return 0
 
 
 if __name__ == "__main__":
     keep_freed_memory()  # as train.py does
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

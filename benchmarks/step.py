@@ -1,7 +1,7 @@
 """How fast is a training step here: any experiment, on whatever devices there are, without its data.
 
-    python benchmarks/step.py +experiment=quickstart
-    python benchmarks/step.py +experiment=llama_1b mesh=fsdp --steps 30 --name llama_1b
+    python -m benchmarks.step +experiment=quickstart
+    python -m benchmarks.step +experiment=llama_1b mesh=fsdp --steps 30 --name llama_1b
 
 Takes every override of `train.py`. Rows are packed documents of random tokens. Time is from the end of a step
 to the end of the next with one step on its way; compile time is without a cache unless --cache is given.
@@ -9,46 +9,47 @@ to the end of the next with one step on its way; compile time is without a cache
 
 import argparse
 import sys
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
 
 from benchmarks import measure
-from common.host import enough_threads, keep_freed_memory
-from common.text import GIB
+from benchmarks.measure import GIB
+from benchmarks.peak import matmul_peak
+from benchmarks.workload import Workload, prepare, step_seconds
+from common.host import enough_threads, keep_freed_memory, process_began
 from configs.cli import main
+from training.compile_cache import start_compile_cache
+from training.config import Config
+from training.flops import peak_flops, training_flops
 
 
 def arguments() -> argparse.ArgumentParser:
     """The flags beside the overrides."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/step.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--name", default=None, help="write NAME.json")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="into this directory")
+    parser = measure.arguments("step", None, None, add_help=False, steps=(20, "that are timed"))
     parser.add_argument("--unpacked", action="store_true", help="one document a row")
     parser.add_argument("--cache", action="store_true", help="compile through run.compile_cache")
     return parser
 
 
-def measure_step(config: Any, asked: argparse.Namespace) -> dict[str, Any]:
+def measure_step(config: Config, asked: argparse.Namespace) -> dict[str, Any]:
     """Figures of one config: seconds a step, tokens/s, shares of both peaks, memory, compile time."""
-    import jax
-
-    from benchmarks.peak import matmul_peak
-    from benchmarks.workload import prepare, step_seconds
-    from training.compile_cache import start_compile_cache
-
     watch = start_compile_cache(config.run.compile_cache if asked.cache else None)
     work = prepare(config, packed=not asked.unpacked)
     jax.block_until_ready(work.run())
-    first_step = measure.process_seconds()
+    first_step = time.time() - process_began()
     samples = list(step_seconds(work.run, asked.steps))
-    memory = device_memory(work)  # before the products of the peak add theirs
-    device = work.program.layout.mesh.devices.flat[0]
+    analysis = work.compiled.memory_analysis()
+    memory = {  # before the products of the peak add theirs
+        "process_bytes": measure.peak_memory(),
+        "device_bytes": work.device_bytes(),
+        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
+        "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),
+    }
     dtype = work.program.ops.compute_dtype
-    peak, how = matmul_peak(dtype, device.platform)
+    peak, how = matmul_peak(dtype, work.device.platform)
     result = {
         "benchmark": "step",
         "devices": work.program.layout.mesh.size,
@@ -64,11 +65,9 @@ def measure_step(config: Any, asked: argparse.Namespace) -> dict[str, Any]:
     return result | speeds(config, work, result, peak, how)
 
 
-def speeds(config: Any, work: Any, result: dict[str, Any], peak: float, how: str) -> dict[str, Any]:
+def speeds(config: Config, work: Workload, result: dict[str, Any], peak: float, how: str) -> dict[str, Any]:
     """Tokens/s and MFU: of the known peak, and of the matrix product that was timed in this process."""
-    from training.flops import peak_flops, training_flops
-
-    device, devices = work.program.layout.mesh.devices.flat[0], result["devices"]
+    device, devices = work.device, result["devices"]
     # Forced CPU devices share the cores that the product was timed on.
     each = peak / (devices if device.platform == "cpu" else 1)
     known, source = peak_flops(config.hardware, device.platform, device.device_kind)
@@ -85,19 +84,7 @@ def speeds(config: Any, work: Any, result: dict[str, Any], peak: float, how: str
     }
 
 
-def device_memory(work: Any) -> dict[str, int | None]:
-    """Bytes at most: of the process, of the first device where it counts, of the program's temporaries."""
-    stats = work.program.layout.mesh.devices.flat[0].memory_stats() or {}
-    analysis = work.compiled.memory_analysis()
-    return {
-        "process_bytes": measure.peak_memory(),
-        "device_bytes": stats.get("peak_bytes_in_use"),
-        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-        "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),
-    }
-
-
-def row(config: Any, result: dict[str, Any]) -> dict[str, Any]:
+def row(config: Config, result: dict[str, Any]) -> dict[str, Any]:
     """The result as one row of a table."""
     seconds, known, measured = result["step_seconds"], result["peak"], result["measured_peak"]
     used = result["device_bytes"] or result["process_bytes"]
@@ -108,7 +95,7 @@ def row(config: Any, result: dict[str, Any]) -> dict[str, Any]:
         "precision": result["precision"],
         "tokens a step": result["tokens_per_step"],
         "step, ms": seconds["median"] * 1e3,
-        "quartiles, ms": f"{seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}",
+        "quartiles, ms": measure.quartiles(seconds, 1e3),
         "tokens/s": result["tokens_per_second"],
         "MFU causal, %": known["mfu_causal"] * 100,
         "MFU full, %": known["mfu_full"] * 100,
@@ -120,20 +107,21 @@ def row(config: Any, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(argv: list[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Measure and print; the exit status."""
     asked, overrides = arguments().parse_known_args(argv)
 
-    def task(config: Any) -> int:
+    def task(config: Config) -> int:
         result = measure_step(config, asked)
         result |= {"title": f"One step: {config.run.name}", "overrides": overrides}
         result["table"] = [row(config, result)]
-        print(measure.as_table(result["table"]))
         if asked.name:
-            print(f"written: {measure.write_result(asked.name, result, asked.output).name}")
+            measure.publish(result, asked)
+        else:
+            print(measure.as_table(result["table"]))
         return 0
 
-    return main(task, overrides, script="python benchmarks/step.py", purpose=str(__doc__))
+    return main(task, overrides, script="python -m benchmarks.step", purpose=str(__doc__))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Put what benchmarks/results/*.json say into docs/performance.md.
 
-    python benchmarks/table.py            # rewrite the tables
-    python benchmarks/table.py --check    # exit status 1 where the page says something else
+    python -m benchmarks.table            # rewrite the tables
+    python -m benchmarks.table --check    # exit status 1 where the page says something else
 
 The page has a pair of comments for each result, and everything between them is made here:
 
@@ -13,16 +13,13 @@ names. The table is the result's own (`benchmarks/measure.py`, write_result); wi
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measure import RESULTS, ROOT, as_table, guarded, read_result
 
-from benchmarks.measure import RESULTS, as_table, read_result
-
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 MISSING = "*Not yet measured.*"
 
@@ -46,7 +43,7 @@ def section(name: str, result: Mapping[str, Any]) -> str:
     """Title, table, and on what it was measured."""
     table = result.get("table") or [{"figure": key, "value": value} for key, value in figures(result)]
     parts = [f"**{result.get('title', name)}**", as_table(table)]
-    parts += [f"{result['note']}"] if "note" in result else []
+    parts += [result["note"]] if "note" in result else []
     parts += [f"*{machine_line(result['machine'])}*"] if "machine" in result else []
     return "\n\n".join(parts)
 
@@ -77,15 +74,12 @@ def read_all(directory: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {path.stem: read_result(path) for path in sorted(directory.glob("*.json"))}
 
 
-def main(argv: list[str]) -> int:
+@guarded
+def main(argv: Sequence[str]) -> int:
     """Rewrite or check; the exit status."""
     page = PAGE.read_text("utf-8")
-    try:
-        new = rewritten(page, read_all())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if argv == ["--check"]:
+    new = rewritten(page, read_all())
+    if list(argv) == ["--check"]:
         return int(new != page)
     PAGE.write_text(new, "utf-8")
     return 0

@@ -1,9 +1,9 @@
 """The same training step in JAX and in PyTorch, side by side: same architecture, same weights, same tokens.
 
     make torch-env                                     # PyTorch in an environment of its own, once
-    python benchmarks/versus_torch.py                  # an 11M Llama, 4096 tokens a step: for CPUs
-    python benchmarks/versus_torch.py --shape 1.34b --variants jax:bfloat16,compile:bfloat16
-    python benchmarks/versus_torch.py training.scan_layers=true    # any override of train.py
+    python -m benchmarks.versus_torch                  # an 11M Llama, 4096 tokens a step: for CPUs
+    python -m benchmarks.versus_torch --shape 1.34b --variants jax:bfloat16,compile:bfloat16
+    python -m benchmarks.versus_torch training.scan_layers=true    # any override of train.py
 
 A worker process per variant compiles and warms up, then all are asked in turn for a few steps at a time and
 lie idle in between, so that whatever slows the machine slows them all; ratios are taken round by round. Rows
@@ -21,12 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-if __name__ == "__main__":  # found from a clone that was never installed, too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import measure
+from benchmarks.measure import GIB, ROOT
+from common.errors import RunFault
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCH_PYTHON = "CAMBRIAN_TORCH_PYTHON"
 COMMON = (
     "run.name=versus",
@@ -41,47 +39,24 @@ COMMON = (
 )
 
 
-def _llama(
-    layers: int, width: int, heads: int, kv_heads: int, size: int, hidden: int, vocab: int
-) -> tuple[str, ...]:
-    sizes = {
-        "num_layers": layers,
-        "d_model": width,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": size,
-        "d_ff": hidden,
-        "vocab_size": vocab,
-    }
-    return tuple(f"model.{key}={value}" for key, value in sizes.items())
+SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size")
 
 
-_GPU = (
-    "training.attention=cudnn",
-    "training.max_documents=1",
-    "training.loss_chunk=8192",
-    "training.scan_layers=false",
-)
-SHAPES = {
-    "cpu": (
-        *_llama(6, 384, 6, 2, 64, 1024, 4096),
-        "data.seq_len=256",
-        "training.global_batch_size=16",
+def _llama(sizes: tuple[int, ...], length: int, rows: int) -> tuple[str, ...]:
+    model = [f"model.{key}={value}" for key, value in zip(SIZES, sizes, strict=True)]
+    return (
+        *model,
+        f"data.seq_len={length}",
+        f"training.global_batch_size={rows}",
         "training.scan_layers=false",
-    ),
-    "124m": (
-        *_llama(12, 768, 12, 12, 64, 2048, 50304),
-        "data.seq_len=1024",
-        "training.global_batch_size=32",
-        *_GPU,
-    ),
-    "1.34b": (
-        *_llama(24, 2048, 16, 16, 128, 5632, 50304),
-        "data.seq_len=2048",
-        "training.global_batch_size=8",
-        "training.remat=dots",
-        *_GPU,
-    ),
+    )
+
+
+_GPU = ("training.attention=cudnn", "training.max_documents=1", "training.loss_chunk=8192")
+SHAPES = {
+    "cpu": _llama((6, 384, 6, 2, 64, 1024, 4096), 256, 16),
+    "124m": (*_llama((12, 768, 12, 12, 64, 2048, 50304), 1024, 32), *_GPU),
+    "1.34b": (*_llama((24, 2048, 16, 16, 128, 5632, 50304), 2048, 8), "training.remat=dots", *_GPU),
 }
 VARIANTS = tuple(
     f"{side}:{precision}" for precision in ("float32", "bfloat16") for side in ("jax", "eager", "compile")
@@ -104,7 +79,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker of {self.variant} ended with status {self.process.wait()}")
+            raise RunFault(f"the worker of {self.variant} ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -115,9 +90,7 @@ class Worker:
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise RuntimeError(
-                f"the worker of {self.variant} is gone, status {self.process.wait()}"
-            ) from error
+            raise RunFault(f"the worker of {self.variant} is gone, status {self.process.wait()}") from error
         answer = self._answer()
         self.losses += answer["losses"]
         self.bytes = answer["bytes"]
@@ -147,13 +120,20 @@ def torch_python(asked: str | None = None) -> Path:
 
 def torch_command(python: Path, job: Path, mode: str, precision: str, threads: int) -> list[str]:
     """How the PyTorch side is started. -P: our file names must not stand in the way of its imports."""
-    script = str(ROOT / "benchmarks" / "torch_baseline.py")
-    return [str(python), "-P", script, str(job), mode, precision, str(threads)]
+    return [
+        str(python),
+        "-P",
+        str(ROOT / "benchmarks/torch_baseline.py"),
+        str(job),
+        mode,
+        precision,
+        str(threads),
+    ]
 
 
 def jax_command(*words: str) -> list[str]:
     """How ours is started."""
-    return [sys.executable, str(ROOT / "benchmarks" / "jax_worker.py"), *words]
+    return [sys.executable, "-m", "benchmarks.jax_worker", *words]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -175,16 +155,12 @@ def start(variant: str, job: Path, overrides: Sequence[str], asked: argparse.Nam
 
 
 def compare(overrides: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
-    """Run all variants in turn; the result. Raises ValueError or RuntimeError where one cannot be run."""
+    """Run all variants in turn; the result. Raises ValueError or RunFault where one cannot be run."""
     workers: dict[str, Worker] = {}
     with TemporaryDirectory() as directory:
         job = Path(directory)
-        subprocess.run(
-            jax_command("export", directory, *overrides),
-            check=True,
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
+        on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run(jax_command("export", directory, *overrides), check=True, cwd=ROOT, env=on_cpu)
         try:
             for variant in asked.variants:
                 workers[variant] = start(variant, job, overrides, asked)
@@ -204,11 +180,11 @@ def result(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Everything that was learnt, as `measure.write_result` takes it."""
-    told = {variant: worker.introduction for variant, worker in workers.items()}
-    work = next(told[v] for v in told if v.startswith("jax:"))
+    introductions = {variant: worker.introduction for variant, worker in workers.items()}
+    work = next(said for variant, said in introductions.items() if variant.startswith("jax:"))
     tokens = work["rows"] * work["seq_len"]
     machine = measure.describe_machine() | {"devices": work["device"]}
-    versions = [told[v]["version"] for v in told if "version" in told[v]]
+    versions = [said["version"] for said in introductions.values() if "version" in said]
     machine["versions"] |= {"torch": versions[0]} if versions else {}
     return {
         "title": f"JAX and PyTorch: {work['parameters'] / 1e6:.4g}M parameters, {tokens} tokens a step",
@@ -221,7 +197,7 @@ def result(
             "tokens_per_step": tokens,
         },
         "measurement": {"rounds": asked.rounds, "steps": asked.steps, "threads": asked.threads},
-        "introductions": told,
+        "introductions": introductions,
         "step_seconds": {variant: measure.summary(values) for variant, values in samples.items()},
         "samples": samples,
         "losses": {variant: worker.losses for variant, worker in workers.items()},
@@ -232,17 +208,9 @@ def result(
 
 def ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """How many times faster ours is than PyTorch's in the same precision; fp8 and int8 than our bfloat16."""
-    pairs = [
-        (ours, theirs)
-        for ours in samples
-        for theirs in samples
-        if ours.startswith("jax:")
-        and not theirs.startswith("jax:")
-        and theirs.partition(":")[2] == ours.partition(":")[2]
-    ]
-    pairs += [
-        (v, "jax:bfloat16") for v in samples if v in ("jax:fp8", "jax:int8") and "jax:bfloat16" in samples
-    ]
+    pairs = [(f"jax:{p}", v) for v in samples for side, _, p in (v.partition(":"),) if side != "jax"]
+    pairs += [(f"jax:{precision}", "jax:bfloat16") for precision in ("fp8", "int8")]
+    pairs = [pair for pair in pairs if samples.keys() >= set(pair)]
     return {f"{ours} / {theirs}": measure.ratio(samples[ours], samples[theirs]) for ours, theirs in pairs}
 
 
@@ -250,46 +218,43 @@ def row(worker: Worker, samples: dict[str, list[float]], work: dict[str, Any], t
     """One variant in the table; ratios are ours over PyTorch's speed, so they stand in our rows."""
     seconds = measure.summary(samples[worker.variant])
     found = ratios(samples)
-    flops = work["flops_per_token"]
+    flops, precision = work["flops_per_token"], worker.variant.partition(":")[2]
     rate = tokens / seconds["median"]
 
     def over(side: str) -> str | None:
-        times = found.get(f"{worker.variant} / {side}:{worker.variant.partition(':')[2]}")
-        return f"{times['median']:.3f} ({times['q1']:.3f} to {times['q3']:.3f})" if times else None
+        times = found.get(f"{worker.variant} / {side}:{precision}")
+        return measure.with_quartiles(times) if times else None
 
+    names = {"eager": "torch eager", "compile": "torch.compile"}
+    side = worker.variant.partition(":")[0]
     return {
-        "variant": worker.variant.replace("eager", "torch eager")
-        .replace("compile", "torch.compile")
-        .replace(":", " "),
+        "variant": f"{names.get(side, side)} {precision}",
         "step, ms": seconds["median"] * 1e3,
         "fastest, ms": seconds["min"] * 1e3,
-        "quartiles, ms": f"{seconds['q1'] * 1e3:.4g} to {seconds['q3'] * 1e3:.4g}",
+        "quartiles, ms": measure.quartiles(seconds, 1e3),
         "tokens/s": rate,
         "TFLOP/s (full attention)": 3 * (flops["matmul"] + flops["attention_full"]) * rate / 1e12,
         "over torch eager": over("eager"),
         "over torch.compile": over("compile"),
-        "memory, GiB": worker.bytes / 2**30,
+        "memory, GiB": worker.bytes / GIB,
         "last loss": worker.losses[-1],
     }
 
 
 def arguments() -> argparse.ArgumentParser:
     """The flags beside the overrides."""
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/versus_torch.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = measure.arguments(
+        "versus_torch",
+        __doc__,
+        "versus_torch",
+        variants=(",".join(VARIANTS), "SIDE:PRECISION, comma-separated"),
+        rounds=(15, "times that each is asked"),
+        steps=(3, "steps each time"),
+        warmup=(3, "steps before the first round"),
+        threads=(2, "of each side; 0: as many as there are"),
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="what is trained")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="SIDE:PRECISION, comma-separated")
-    parser.add_argument("--rounds", type=int, default=15, help="times that each is asked")
-    parser.add_argument("--steps", type=int, default=3, help="steps each time")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
-    parser.add_argument("--threads", type=int, default=2, help="of each side; 0: as many as there are")
     parser.add_argument("--torch-python", default=None, help=f"or {TORCH_PYTHON}, or .venv-torch")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="directory")
-    parser.add_argument("--name", default="versus_torch", help="of the file in it")
     return parser
 
 
@@ -306,23 +271,16 @@ def check_variants(text: str) -> list[str]:
     return variants
 
 
-def run(argv: list[str]) -> int:
+@measure.guarded
+def main(argv: Sequence[str]) -> int:
     """Compare, print and write; the exit status."""
     asked, overrides = arguments().parse_known_args(argv)
-    try:
-        asked.variants = check_variants(asked.variants)
-        if any(not variant.startswith("jax:") for variant in asked.variants):
-            torch_python(asked.torch_python)  # before anything is compiled
-        found = compare((*COMMON, *SHAPES[asked.shape], *overrides), asked)
-    except subprocess.CalledProcessError as error:
-        return error.returncode  # the process has said why
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
-    print(measure.as_table(found["table"]))
-    print(f"written: {measure.write_result(asked.name, found, asked.output).name}")
+    asked.variants = check_variants(asked.variants)
+    if any(not variant.startswith("jax:") for variant in asked.variants):
+        torch_python(asked.torch_python)  # before anything is compiled
+    measure.publish(compare((*COMMON, *SHAPES[asked.shape], *overrides), asked), asked)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

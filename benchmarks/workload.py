@@ -10,10 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from jaxtyping import Bool, Int
+from omegaconf.errors import OmegaConfBaseException
 
+from configs import schema
+from configs.explain import check_overrides, explain
+from configs.groups import CONFIG_DIR
+from configs.optional_groups import opened
 from parallel.mesh import build_layout
-from training.config import with_vocab
+from training.config import Config, with_vocab
 from training.device_batches import placing, rows_here
 from training.legal.check import check
 from training.program import Program, build_program
@@ -41,23 +48,45 @@ class Workload:
         return metrics
 
     def losses(self, steps: int) -> list[float]:
-        """Of so many steps, in nats per token; waits for the last."""
+        """Losses of so many steps, in nats per token; waits for the last."""
         metrics = [self.run()["loss"] for _ in range(steps)]
         return [float(loss) for loss in metrics]
 
+    @property
+    def device(self) -> Any:
+        """The first of the devices, which is like all others."""
+        return self.program.layout.mesh.devices.flat[0]
 
-def resolve(config: Any) -> Any:
-    """The config with `model.vocab_size` as its tokenizer would set it. ValueError where only a file says."""
-    return with_vocab(config)
+    def device_bytes(self) -> int | None:
+        """Bytes that were allocated at most on the first device; None where it does not count them."""
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def prepare(config: Any, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None) -> Workload:
-    """Compile the step of a config on these devices (all by default), and make its state and batches."""
-    config = resolve(config)
+def compose_config(*words: str) -> Config:
+    """What `train.py` makes of these words, not yet checked as a whole. ValueError for bad words."""
+    schema.register()
+    check_overrides(list(words), CONFIG_DIR, strict=True)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return schema.from_hydra(compose("config", overrides=opened(words, Config)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+
+
+def build(config: Config, devices: Sequence[Any] | None = None) -> Program:
+    """The checked program of a config on these devices (all by default). ValueError for what cannot run."""
+    config = with_vocab(config)
     check(config, len(devices) if devices is not None else jax.device_count())
-    program = build_program(config, build_layout(config.mesh, devices))
+    return build_program(config, build_layout(config.mesh, devices))
+
+
+def prepare(
+    config: Config, *, packed: bool, batches: int = 4, devices: Sequence[Any] | None = None
+) -> Workload:
+    """Compile the step of a config on these devices (all by default), and make its state and batches."""
+    program = build(config, devices)
     rows, length = program.batch["tokens"].shape
-    vocab = config.model.vocab_size
+    vocab = with_vocab(config).model.vocab_size
     made = [synthetic_batch(rows, length, vocab, seed=i, packed=packed) for i in range(batches)]
     return with_batches(program, config.seed, made)
 
@@ -73,38 +102,30 @@ def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.
     return Workload(program, compiled, seconds, program.init_state(seed), placed)
 
 
-def synthetic_batch(
-    rows: int, length: int, vocab: int, *, seed: int, packed: bool
-) -> dict[str, Int[np.ndarray, "B T"]]:
+def synthetic_batch(rows: int, length: int, vocab: int, *, seed: int, packed: bool) -> dict[str, np.ndarray]:
     """Tokens by Zipf's law; packed: documents of random lengths, so that masks have something to hide."""
     rng = np.random.default_rng(seed)
     shares = 1.0 / (np.arange(vocab) + ZIPF_SHIFT)
-    stream = rng.choice(vocab, (rows, length + 1), p=shares / shares.sum()).astype(np.int32)
-    begins = np.zeros((rows, length), bool)
-    if packed:
-        begins = rng.random((rows, length)) < 1 / (MEAN_DOCUMENT * length)
+    stream = rng.choice(vocab, (rows, length + 1), p=shares / shares.sum())
+    begins = rng.random((rows, length)) < (1 / (MEAN_DOCUMENT * length) if packed else 0)
+    return batch_of(stream, begins)
+
+
+def batch_of(
+    stream: Int[np.ndarray, "B L"], begins: Bool[np.ndarray, "B T"] | None = None
+) -> dict[str, np.ndarray]:
+    """The batch of rows of L = T + 1 tokens; begins: where documents do, besides the begin of each row."""
+    begins = np.zeros_like(stream[:, 1:], bool) if begins is None else begins
     begins[:, 0] = True
-    at = np.arange(length)
-    weights = np.ones((rows, length), np.float32)
+    at = np.arange(begins.shape[1])
+    weights = np.ones(begins.shape, np.float32)
     weights[:, :-1][begins[:, 1:]] = 0  # the last token of a document does not predict the next one's first
     return {
-        "tokens": stream[:, :-1],
-        "targets": stream[:, 1:],
+        "tokens": stream[:, :-1].astype(np.int32),
+        "targets": stream[:, 1:].astype(np.int32),
         "positions": (at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)).astype(np.int32),
         "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32),
         "loss_weights": weights,
-    }
-
-
-def whole_batch(rows: Int[np.ndarray, "B L"]) -> dict[str, np.ndarray]:
-    """The batch of rows of T + 1 tokens, one document each, all of which count."""
-    ones = np.ones((rows.shape[0], rows.shape[1] - 1), np.int32)
-    return {
-        "tokens": rows[:, :-1].astype(np.int32),
-        "targets": rows[:, 1:].astype(np.int32),
-        "positions": ones * np.arange(ones.shape[1], dtype=np.int32),
-        "segment_ids": ones,
-        "loss_weights": ones.astype(np.float32),
     }
 
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import described
+from benchmarks.measure import as_table
+from benchmarks.planner import described
 from kernels.token_losses import chunked_cross_entropy
 from tests.compilers import skip_without
 
-COMMITTED = json.loads(described.RESULTS.read_text("utf-8"))
+COMMITTED = json.loads(described.GPU_RESULT.read_text("utf-8"))
 ROWS = [described.GpuStep(**row) for row in COMMITTED["rows"]]
 SMALL = (
     *("model.num_layers=3", "model.d_model=256", "model.num_heads=4", "model.num_kv_heads=2"),
@@ -46,14 +47,14 @@ def test_the_committed_table_shows_what_is_claimed(row):
 
 
 def test_the_documents_table_is_the_committed_one():
-    assert described.table(ROWS) in Path("docs/precision.md").read_text("utf-8")
+    assert as_table([row.row() for row in ROWS]) in Path("docs/precision.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_a_smaller_step_shows_the_same(precision):
-    config = described.compose_config("bench_1b", precision, 4, 1024, *SMALL)
+    config = described.gpu_config("bench_1b", precision, 4, 1024, *SMALL)
     try:
-        row, _ = described.describe(config, "bench_1b")
+        row, _ = described.describe_gpu(config, "bench_1b")
     except ImportError as error:
         skip_without(error)
     check_claims(row, "small")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from benchmarks.golden import CASES, FOLDER, compile_case, differences, read, summary
+from benchmarks.planner.golden import CASES, FOLDER, compile_case, differences, read, summary
 from tests.compilers import skip_without
 
 

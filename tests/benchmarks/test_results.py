@@ -12,7 +12,7 @@ from benchmarks import measure, table
 
 def test_the_page_says_what_the_results_say():
     page = table.PAGE.read_text("utf-8")
-    assert table.rewritten(page, table.read_all()) == page, "run python benchmarks/table.py"
+    assert table.rewritten(page, table.read_all()) == page, "run python -m benchmarks.table"
 
 
 def test_a_changed_result_changes_the_page():

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, jax_worker, kernels, predicted, step, versus_torch
+from benchmarks import gpu, jax_worker, kernels, step, versus_torch
+from benchmarks.planner import plans
 from benchmarks.workload import synthetic_batch
 from models.transformer import build_model
 from tests.configs.composing import config
@@ -121,23 +122,23 @@ def test_variants_are_checked(text, says):
 
 def test_gpu_commands_are_commands_of_ours():
     """None of them can be run where the suite is, so that at least their words are held to be legal."""
-    for script, *words in (command for commands in gpu.PARTS.values() for command in commands):
-        if script == "step.py":
+    for module, *words in (command for commands in gpu.PARTS.values() for command in commands):
+        if module == "step":
             asked, overrides = step.arguments().parse_known_args(words)
             assert asked.name and config(*overrides).training.precision == "bfloat16"
-        elif script == "versus_torch.py":
+        elif module == "versus_torch":
             asked, overrides = versus_torch.arguments().parse_known_args(words)
             assert asked.shape in versus_torch.SHAPES and not overrides
             versus_torch.check_variants(asked.variants)
-        elif script == "predicted.py":
-            assert words == ["--hardware", "h200"]
+        elif module == "planner":
+            assert words == ["predicted", "--hardware", "h200"]
         else:
-            assert script == "kernels.py" and kernels.arguments().parse_args(words).vocab == 50304
+            assert module == "kernels" and kernels.arguments().parse_args(words).vocab == 50304
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [("124m", 124.4), ("350m", 354.8), ("1.34b", 1336.3)])
 def test_what_is_planned_and_measured_is_of_the_size_that_it_is_called(shape, parameters):
-    made = config(*predicted.SHAPES[shape], "hardware=h200", "hardware.topology=1x1")
+    made = config(*plans.PREDICTED[shape], "hardware=h200", "hardware.topology=1x1")
     assert build_model(made.model).num_params()["total"] / 1e6 == pytest.approx(parameters, rel=5e-3)
 
 

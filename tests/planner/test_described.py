@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from artifacts.config import RunConfig
-from benchmarks.described_tpu import describe_config
+from benchmarks.planner.described import describe_tpu
 from models.config import ModelConfig
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MeshConfig
@@ -196,7 +196,7 @@ def test_a_step_on_described_tpus_has_splash_and_nothing_quadratic(scan_layers):
         config.training, attention="auto", global_batch_size=8, loss_chunk=512, scan_layers=scan_layers
     )
     config.data.seq_len = 1024
-    row = describe_config(config, devices, "v6e", "2x2")
+    row = describe_tpu(config, devices, "v6e", "2x2")
     assert (row.attention, row.why) == ("splash", "auto on tpu")
     assert not row.quadratic and not row.logits
     # Of two layers, looped over or not; its forward is not run again in the backward pass.

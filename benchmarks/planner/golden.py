@@ -1,34 +1,25 @@
 """Golden programs: what the compiler made of eight steps, so that a change that breaks scaling shows.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.golden            # compiles; a line for each difference
-    JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite  # takes what is compiled now for right
-
 Collectives, kernels, FLOPs and bytes of eight experiments on hardware that is not here, in
-tests/golden/*.json. Needs the compilers (`pip install -e '.[plan-gpu,plan-tpu]'`) and no device. Only the
-same versions of them make the same program: after an upgrade look at the differences, and rewrite.
-`tests/benchmarks/test_golden.py` is the test, in an environment with the locked compilers: `make test-plan`.
+tests/golden/*.json. Only the same versions of the compilers make the same program: after an upgrade look at
+the differences, and rewrite. `tests/benchmarks/test_golden.py` is the test, in an environment with the locked
+compilers: `make test-plan`.
 """
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from configs import schema
-from configs.groups import CONFIG_DIR
-from configs.optional_groups import opened
+from benchmarks.measure import ROOT, versions, write_json
+from benchmarks.workload import compose_config
 from parallel.hardware import machine_of
 from planner.compiled import Compiled, compile_step
-from training.config import Config, with_vocab
-from training.legal.check import check
+from training.config import with_vocab
+from training.legal.check import check as check_config
 
-FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
+FOLDER = ROOT / "tests" / "golden"
 TOLERANCE = 0.02  # of temporaries: how buffers are packed is not worth an alarm
-REWRITE = "JAX_PLATFORMS=cpu python -m benchmarks.golden --rewrite"
+REWRITE = "python -m benchmarks.planner golden --rewrite"
 CASES: dict[str, tuple[str, ...]] = {
     "llama3_8b_on_8_h200": ("+experiment=llama3_8b", "hardware=h200", "training.global_batch_size=16"),
     "llama3_70b_in_stages_on_512_h100": (
@@ -57,13 +48,10 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def compile_case(words: tuple[str, ...]) -> Compiled:
-    """Raises ImportError, with the install command, where its compiler is missing."""
-    schema.register()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("config", overrides=opened(["run.name=golden", *words], Config))
-    config = with_vocab(schema.from_hydra(composed))
+    """The compiled program of a case. ImportError, with the remedy, where its compiler is missing."""
+    config = with_vocab(compose_config(*words))
     machine = machine_of(config.hardware)
-    check(config, machine.devices)
+    check_config(config, machine.devices)
     return compile_step(config, machine)
 
 
@@ -71,7 +59,6 @@ def summary(words: tuple[str, ...], compiled: Compiled) -> dict[str, Any]:
     """What is committed of a program. Bytes are one device's; of collectives, of all executions together."""
     work, mesh = compiled.work, compiled.program.layout.mesh
     tpu = mesh.devices.flat[0].platform == "tpu"
-    memory = work.memory
     return {
         "overrides": list(words),
         "made_by": versions(("jax", "jaxlib", "libtpu") if tpu else ("jax", "jaxlib")),
@@ -83,31 +70,17 @@ def summary(words: tuple[str, ...], compiled: Compiled) -> dict[str, Any]:
         "kernels": dict(work.kernels),
         "flops": {kind: int(count) for kind, count in work.flops.items()},
         "memory": {
-            name: getattr(memory, name)
+            name: getattr(work.memory, name)
             for name in ("parameters", "optimizer", "gradients", "batch", "temporaries")
         },
         "uncounted_loops": len(compiled.reading.uncounted_loops),
     }
 
 
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of what compiled."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
-
-
 def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A readable line for each thing that is not as it was; none where all is."""
-    lines = [
-        *_words("overrides", golden, now),
-        *_words("mesh", golden, now),
-        *_words("attention", golden, now),
-    ]
+    plain = ("overrides", "mesh", "attention", "uncounted_loops")
+    lines = [f"{key}: {golden[key]} -> {now[key]}" for key in plain if golden[key] != now[key]]
     lines += _collectives(golden["collectives"], now["collectives"])
     for what in ("kernels", "flops"):
         for name in sorted({*golden[what], *now[what]}):
@@ -119,14 +92,9 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         allowed = TOLERANCE * was if name == "temporaries" else 0
         if abs(is_now - was) > allowed:
             lines.append(f"memory: {name}: {was / 2**20:,.1f} MiB -> {is_now / 2**20:,.1f} MiB")
-    lines += _words("uncounted_loops", golden, now)
     if lines and golden["made_by"] != now["made_by"]:
         lines.append(f"compilers: {golden['made_by']} -> {now['made_by']}: another program may be theirs")
     return lines
-
-
-def _words(key: str, golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {golden[key]} -> {now[key]}"] if golden[key] != now[key] else []
 
 
 def _collectives(golden: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -145,30 +113,24 @@ def _amount(collective: Any) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The committed summary."""
-    summary: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
-    return summary
+    """The committed summary of a case."""
+    committed: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    return committed
 
 
-def main(argv: list[str]) -> int:
-    """Exit status 1 where something differs and is not rewritten."""
+def check(argv: Sequence[str]) -> int:
+    """Compile the cases that are named, or all; status 1 where something differs and is not rewritten."""
     rewrite, status = "--rewrite" in argv, 0
     chosen = [word for word in argv if word != "--rewrite"] or list(CASES)
     for name in chosen:
         compiled = compile_case(CASES[name])
-        now = summary(CASES[name], compiled)
-        path = FOLDER / f"{name}.json"
+        now, path = summary(CASES[name], compiled), FOLDER / f"{name}.json"
         lines = differences(read(name), now) if path.exists() else ["new"]
         print(f"{name}: {compiled.compile_seconds:.1f} s; {'; '.join(lines) or 'as committed'}", flush=True)
         if rewrite:
-            FOLDER.mkdir(exist_ok=True)
-            path.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
+            write_json(path, now)
         elif lines:
             status = 1
     if status:
         print(f"if that is meant: {REWRITE}")
     return status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
