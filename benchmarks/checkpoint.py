@@ -44,7 +44,7 @@ def state_of(megabytes: int, seed: int) -> Any:
 
 
 def files_in(directory: Path) -> Iterator[Path]:
-    """A checkpoint's files."""
+    """The files of a checkpoint, sorted by name."""
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
@@ -103,7 +103,7 @@ def measure_size(directory: Path, megabytes: int, rounds: int) -> dict[str, Any]
 
 
 def row(megabytes: int, found: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table."""
+    """The table's row of one size, by medians."""
     seconds = {name: summary(values)["median"] for name, values in found["seconds"].items()}
     gigabytes = found["bytes"] / 1e9
     share = ratio(found["seconds"]["restored"], found["seconds"]["read"])

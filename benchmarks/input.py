@@ -77,7 +77,7 @@ def in_turn(cases: Mapping[str, Case], rounds: int) -> dict[str, list[float]]:
 
 
 def row(name: str, seconds: list[float], tokens: int, beside: str | None) -> dict[str, Any]:
-    """One case in the table."""
+    """The table's row of one case."""
     rates = measure.summary([tokens / s / 1e6 for s in seconds])
     return {
         "case": name,

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.workload import Workload, batch_of, build, synthetic_batch, with_batches
+from benchmarks.workload import Workload, batch_of, build, token_stream, with_batches
 from common.host import keep_freed_memory
 from configs.cli import main
 from models.config import ModelConfig
@@ -81,19 +81,13 @@ def export(config: Config, directory: Path, *, batches: int = BATCHES) -> None:
         ],
     }
     (directory / "job.json").write_text(json.dumps(job), "utf-8")
+    sizes = (config.training.global_batch_size, config.data.seq_len, config.model.vocab_size)
     arrays: dict[str, Any] = {
-        "tokens": np.stack([whole_rows(config, seed) for seed in range(batches)]),
+        "tokens": np.stack([token_stream(np.random.default_rng(seed), *sizes) for seed in range(batches)]),
         "frequencies": frequencies,
         **initial_weights(config),
     }
     np.savez(directory / "arrays.npz", **arrays)
-
-
-def whole_rows(config: Config, seed: int) -> np.ndarray:
-    """Tokens [B, T + 1] of rows that are not packed."""
-    rows, length = config.training.global_batch_size, config.data.seq_len
-    batch = synthetic_batch(rows, length, config.model.vocab_size, seed=seed, packed=False)
-    return np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
 
 
 def initial_weights(config: Config) -> dict[str, np.ndarray]:

@@ -73,7 +73,7 @@ def attention_case(name: str, asked: argparse.Namespace) -> Timed:
 
 
 def attention_flops(asked: argparse.Namespace) -> float:
-    """Of forward and backward, causal: six products over half of T x T (`Model.flops_per_token`)."""
+    """FLOPs of forward and backward, causal: six products over half of T x T (`Model.flops_per_token`)."""
     return 6.0 * asked.rows * asked.heads * asked.size * asked.length**2
 
 
@@ -114,7 +114,7 @@ def loss_cases(asked: argparse.Namespace) -> dict[str, Timed]:
 
 
 def measure_kernels(asked: argparse.Namespace) -> dict[str, Any]:
-    """Time all cases in turn; the result."""
+    """The result: every case timed in turn, beside the fastest product of its dtype."""
     platform = jax.devices()[0].platform
     attentions, refused = attention_cases(asked)
     losses = loss_cases(asked)
@@ -157,7 +157,7 @@ def row(
     peaks: dict[str, tuple[float, str]],
     asked: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One kernel in the table."""
+    """The table's row of a kernel: its time, its speed, and how it stands to the plain one."""
     seconds = measure.summary(samples[name])
     dtype = name.split()[1] if name.startswith("matmul") else asked.precision
     speed = flops[name] / seconds["median"]

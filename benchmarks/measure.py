@@ -171,6 +171,8 @@ def guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]]
         except subprocess.CalledProcessError as error:
             return error.returncode  # the process has said why
         except (ValueError, OSError, RunFault) as error:
+            if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+                raise  # as train.py does
             print(f"error: {error}", file=sys.stderr)
             return getattr(error, "status", 2)
 

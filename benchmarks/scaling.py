@@ -77,7 +77,7 @@ def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 
 def measure_scaling(asked: argparse.Namespace, further: Sequence[str]) -> dict[str, Any]:
-    """Run every case; the result."""
+    """The result: every case, over one device that does the same work."""
     found = kept_cases(asked, further) if asked.add else []
     one: dict[str, float] = {}
     for axis, size, mode in cases(asked):
@@ -107,12 +107,12 @@ def kept_cases(asked: argparse.Namespace, further: Sequence[str]) -> list[dict[s
 
 
 def workload(further: Sequence[str]) -> dict[str, Any]:
-    """What was measured."""
+    """What was measured, for whoever compares results."""
     return {"overrides": list(further), "rows": ROWS}
 
 
 def row(case: dict[str, Any]) -> dict[str, Any]:
-    """One case in the table."""
+    """The table's row of one case."""
     return {
         "mesh": f"{case['axis']}={case['devices']}",
         "fixed work": case["mode"] if case["devices"] > 1 else "–",

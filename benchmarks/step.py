@@ -27,7 +27,7 @@ from training.flops import peak_flops, training_flops
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The flags beside the overrides."""
+    """The flags that stand beside overrides of train.py."""
     parser = measure.arguments("step", None, None, add_help=False, steps=(20, "that are timed"))
     parser.add_argument("--unpacked", action="store_true", help="one document a row")
     parser.add_argument("--cache", action="store_true", help="compile through run.compile_cache")
@@ -85,7 +85,7 @@ def speeds(config: Config, work: Workload, result: dict[str, Any], peak: float, 
 
 
 def row(config: Config, result: dict[str, Any]) -> dict[str, Any]:
-    """The result as one row of a table."""
+    """The table's row of a result: speed, both shares of peak, memory, time to the first step."""
     seconds, known, measured = result["step_seconds"], result["peak"], result["measured_peak"]
     used = result["device_bytes"] or result["process_bytes"]
     return {

@@ -70,7 +70,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def read_all(directory: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Every result by its name."""
+    """Every committed result, by its name."""
     return {path.stem: read_result(path) for path in sorted(directory.glob("*.json"))}
 
 

@@ -29,7 +29,7 @@ LAYERS = "segments/0/0/"  # where ours keeps the stack of all layers
 
 
 class TorchBlock(nn.Module):
-    """One decoder layer."""
+    """One decoder layer of Llama's kind."""
 
     def __init__(self, model: dict[str, Any]):
         super().__init__()
@@ -70,7 +70,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of the next token."""
+        """The mean cross-entropy of the next token, in nats."""
         x = F.embedding(tokens, self.table)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)

@@ -119,7 +119,7 @@ def torch_python(asked: str | None = None) -> Path:
 
 
 def torch_command(python: Path, job: Path, mode: str, precision: str, threads: int) -> list[str]:
-    """How the PyTorch side is started. -P: our file names must not stand in the way of its imports."""
+    """The command that starts PyTorch's side. -P: our file names must not stand in the way of its imports."""
     return [
         str(python),
         "-P",
@@ -132,12 +132,12 @@ def torch_command(python: Path, job: Path, mode: str, precision: str, threads: i
 
 
 def jax_command(*words: str) -> list[str]:
-    """How ours is started."""
+    """The command that starts our side."""
     return [sys.executable, "-m", "benchmarks.jax_worker", *words]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of the workers: as many threads as were asked for; no GPU memory is taken before it is needed."""
+    """Variables of the workers: as many threads as asked; no GPU memory is taken before it is needed."""
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return os.environ | shared | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
@@ -155,7 +155,7 @@ def start(variant: str, job: Path, overrides: Sequence[str], asked: argparse.Nam
 
 
 def compare(overrides: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
-    """Run all variants in turn; the result. Raises ValueError or RunFault where one cannot be run."""
+    """The result of all variants, asked in turn. Raises ValueError or RunFault where one cannot be run."""
     workers: dict[str, Worker] = {}
     with TemporaryDirectory() as directory:
         job = Path(directory)
@@ -215,7 +215,7 @@ def ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def row(worker: Worker, samples: dict[str, list[float]], work: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """One variant in the table; ratios are ours over PyTorch's speed, so they stand in our rows."""
+    """The table's row of a variant; ratios are ours over PyTorch's speed, so they stand in our rows."""
     seconds = measure.summary(samples[worker.variant])
     found = ratios(samples)
     flops, precision = work["flops_per_token"], worker.variant.partition(":")[2]
@@ -242,7 +242,7 @@ def row(worker: Worker, samples: dict[str, list[float]], work: dict[str, Any], t
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The flags beside the overrides."""
+    """The flags that stand beside overrides of train.py."""
     parser = measure.arguments(
         "versus_torch",
         __doc__,

@@ -105,10 +105,15 @@ def with_batches(program: Program, seed: int, batches: Sequence[Mapping[str, np.
 def synthetic_batch(rows: int, length: int, vocab: int, *, seed: int, packed: bool) -> dict[str, np.ndarray]:
     """Tokens by Zipf's law; packed: documents of random lengths, so that masks have something to hide."""
     rng = np.random.default_rng(seed)
-    shares = 1.0 / (np.arange(vocab) + ZIPF_SHIFT)
-    stream = rng.choice(vocab, (rows, length + 1), p=shares / shares.sum())
+    stream = token_stream(rng, rows, length, vocab)
     begins = rng.random((rows, length)) < (1 / (MEAN_DOCUMENT * length) if packed else 0)
     return batch_of(stream, begins)
+
+
+def token_stream(rng: np.random.Generator, rows: int, length: int, vocab: int) -> Int[np.ndarray, "B L"]:
+    """Rows of L = T + 1 tokens by Zipf's law: inputs, and the last one's target."""
+    shares = 1.0 / (np.arange(vocab) + ZIPF_SHIFT)
+    return rng.choice(vocab, (rows, length + 1), p=shares / shares.sum()).astype(np.int32)
 
 
 def batch_of(

@@ -31,7 +31,10 @@ def main(argv: Sequence[str]) -> int:
     from benchmarks.planner import described, golden, plans
 
     checks = (described.gpu, described.tpu, golden.check, plans.planned, plans.searched, plans.predicted)
-    return dict(zip(COMMANDS, checks, strict=True))[command](words)
+    try:
+        return dict(zip(COMMANDS, checks, strict=True))[command](words)
+    except ImportError as error:  # of a compiler, with the command that installs it
+        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

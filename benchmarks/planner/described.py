@@ -89,7 +89,7 @@ class GpuStep:
     compile_seconds: float
 
     def row(self) -> dict[str, Any]:
-        """One row of the table in docs/precision.md."""
+        """Its row of the table in docs/precision.md."""
         scores = {None: "T = D", 0: "none"}.get(self.scores_bytes, self.scores_bytes)
         return {
             "step": f"{self.experiment}, {self.rows} x {self.seq_len}",
@@ -197,7 +197,7 @@ class TpuStep:
     compile_seconds: float
 
     def row(self) -> dict[str, Any]:
-        """One row of a table."""
+        """The row that is printed of it."""
         kernels = ", ".join(f"{name} {count}" for name, count in sorted(self.kernels.items()))
         return {
             "TPU": f"{self.hardware} {self.topology}",

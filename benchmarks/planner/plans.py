@@ -98,7 +98,7 @@ def planned(argv: Sequence[str]) -> int:
 
 
 def planned_row(name: str, words: tuple[str, ...]) -> dict[str, Any]:
-    """One case in the table; printed, since the next takes a while."""
+    """The table's row of a case; printed, since the next takes a while."""
     found, seconds, resident = plan(words)
     analytic, compiled = sum(found["beside"]["memory"].values()), found["total_bytes"]
     flops = sum(found["beside"]["flops"].values()) / (1 - found["beside"]["bubble"])
@@ -211,7 +211,7 @@ def predicted(argv: Sequence[str]) -> int:
 
 
 def predicted_row(shape: str, hardware: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One shape in the table, and the machine that its step was measured on."""
+    """The table's row of a shape, and the machine that its step was measured on."""
     where = "hardware.nodes=1" if hardware == "cpu" else "hardware.topology=1x1"
     planned, _, _ = plan([*PREDICTED[shape], f"hardware={hardware}", where])
     found = measured(PREDICTED[shape], hardware, steps)
