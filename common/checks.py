@@ -4,6 +4,12 @@ import difflib
 import math
 from collections.abc import Iterable
 
+INT32 = 2**31 - 1
+
+
+class ConfigError(ValueError):
+    """The person who typed the command can put it right; the message is one line."""
+
 
 def require(ok: bool, key: str, value: object, limit: str) -> None:
     """Raise ValueError unless `ok`, which is False for nan as well: every comparison with it is."""

@@ -184,7 +184,7 @@ def _joined(join: Callable[[], None] | None, task: Task, cfg: Any) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    from training.legal.check import ConfigError
+    from common.checks import ConfigError
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists what there is")
@@ -253,7 +253,7 @@ def override_suffix(overrides: Sequence[str]) -> str:
 
 def _check_sweep(overrides: list[str]) -> None:
     """Refuse a sweep before it starts where a job is malformed or two would share a directory."""
-    from training.legal.check import ConfigError
+    from common.checks import ConfigError
 
     words = [word.lstrip("+") for word in overrides]
     if any(word.startswith(("hydra/sweeper", "hydra.sweeper", "hydra.mode")) for word in words):

@@ -12,10 +12,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from common.checks import INT32, ConfigError
 from configs.optional_groups import register_rooms
 from optim.config import OPTIMIZERS, SCHEDULES
 from training.config import Config
-from training.legal.check import INT32, ConfigError
 
 
 @functools.cache

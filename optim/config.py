@@ -24,10 +24,10 @@ _norm = _ruled(lambda x: x is None or 0 < x < math.inf, "above 0, or null for no
 _dtype = _ruled(MOMENT_DTYPES.__contains__, " or ".join(MOMENT_DTYPES))
 
 
-def _check(config: Any, room: str) -> None:
-    for rule in fields(config):
+def _check(group: Any, room: str) -> None:
+    for rule in fields(group):
         if rule.metadata:
-            value = getattr(config, rule.name)
+            value = getattr(group, rule.name)
             require(rule.metadata["ok"](value), f"{room}.{rule.name}", value, rule.metadata["limit"])
 
 

@@ -103,8 +103,8 @@ def prepare(
     swept: of each element the words that make it another run, and its name. Raises ConfigError.
     """
     from artifacts.manifest import recorded_environment
+    from common.checks import ConfigError
     from configs.cli import job_config
-    from training.legal.check import ConfigError
 
     configs = [config] if not swept[0] else [job_config([*words, *own], own) for own in swept]
     for one in configs:

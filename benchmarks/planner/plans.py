@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.measure import GIB, ROOT, arguments, as_table, publish
-from benchmarks.planner import golden
+from benchmarks.planner.cases import CASES
 from benchmarks.workload import compose_config
 from configs.cli import options
 from parallel.hardware import Machine, machine_of
@@ -26,7 +26,7 @@ from training.config import with_vocab
 from training.legal.nearest import legal
 
 PLANNED: dict[str, tuple[str, ...]] = {
-    "llama3_8b, 8 x H200": golden.CASES["llama3_8b_on_8_h200"],
+    "llama3_8b, 8 x H200": CASES["llama3_8b_on_8_h200"],
     "llama3_70b, 64 x H100": (
         *("+experiment=llama3_70b", "hardware=h100", "hardware.nodes=8", "mesh=fsdp"),
         "training.global_batch_size=64",
@@ -39,9 +39,9 @@ PLANNED: dict[str, tuple[str, ...]] = {
         *("+experiment=llama3_8b", "hardware=v6e", "hardware.topology=16x16"),
         "training.global_batch_size=256",
     ),
-    "qwen3_30b_a3b, 256 x H100": golden.CASES["qwen3_30b_a3b_on_256_h100"],
-    "llama3_8b at 128k, 64 x H100": golden.CASES["llama3_8b_128k_on_64_h100"],
-    "llama3_70b, pipeline x fsdp x tensor, 512 x H100": golden.CASES["llama3_70b_in_stages_on_512_h100"],
+    "qwen3_30b_a3b, 256 x H100": CASES["qwen3_30b_a3b_on_256_h100"],
+    "llama3_8b at 128k, 64 x H100": CASES["llama3_8b_128k_on_64_h100"],
+    "llama3_70b, pipeline x fsdp x tensor, 512 x H100": CASES["llama3_70b_in_stages_on_512_h100"],
 }
 SEARCHED = {
     "llama3_8b on 16 x H100": (

@@ -189,7 +189,8 @@ def job_name(config: Config, kube: KubeConfig) -> str:
 
 def check_job(config: Config, kube: KubeConfig) -> None:
     """Raise ValueError where the run and the cluster do not fit each other: devices, slices, what is kept."""
-    from training.legal.check import ConfigError, check
+    from common.checks import ConfigError
+    from training.legal.check import check
 
     _check_tpu(config, kube)
     factors = {

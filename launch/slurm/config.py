@@ -173,7 +173,8 @@ def _from_file(name: str | None) -> dict[str, Any]:
 
 def check_devices(config: Config, slurm: SlurmConfig) -> None:
     """ConfigError where the run's mesh is not that of the job's devices; both products are in the line."""
-    from training.legal.check import ConfigError, check
+    from common.checks import ConfigError
+    from training.legal.check import check
 
     try:
         check(config, slurm.devices)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from benchmarks.planner.golden import CASES, FOLDER, compile_case, differences, read, summary
+from benchmarks.planner.cases import CASES
+from benchmarks.planner.golden import FOLDER, compile_case, differences, read, summary
 from tests.compilers import skip_without
 
 

@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 import train
+from common.checks import ConfigError
 from configs.cli import main, override_suffix
 from configs.groups import CONFIG_DIR, groups, options
 from configs.optional_groups import opened, optional_rooms
 from models.config import MoEConfig, RopeScaling
 from tests.configs.composing import config
 from training.config import Config
-from training.legal.check import ConfigError, check, mesh_sizes
+from training.legal.check import check, mesh_sizes
 
 HEAVY = "jax flax optax orbax numpy tensorflow_datasets tokenizers matplotlib rich".split()
 

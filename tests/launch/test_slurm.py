@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from common.checks import ConfigError
 from launch.slurm.config import SlurmConfig, seconds_of, slurm_config, split_words
 from launch.slurm.follow import State, follow
 from launch.slurm.snapshot import snapshot
 from scripts.slurm import elements_of, main, next_directory, prepare, purpose
 from tests.configs.composing import config
-from training.legal.check import ConfigError
 
 DEBUG = ("+experiment=debug",)
 

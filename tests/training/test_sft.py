@@ -147,7 +147,8 @@ def test_a_finished_run_learns_to_answer_and_goes_on_without_its_parent(ground, 
     ids=["no parent", "no conversations"],
 )
 def test_what_conversations_need_is_said_beforehand(ground, words, message):
-    from training.legal.check import ConfigError, check
+    from common.checks import ConfigError
+    from training.legal.check import check
 
     with pytest.raises(ConfigError, match=message):
         check(ground.config("never", *words), 8)

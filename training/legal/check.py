@@ -4,7 +4,7 @@ A config passes three gates: each value by itself (`__post_init__` beside its co
 other (here), and tensors against the mesh (`parallel.axes`).
 """
 
-from common.checks import did_you_mean
+from common.checks import INT32, ConfigError, did_you_mean
 from data.config import shards_problem
 from parallel.config import MESH_AXES, MeshConfig
 from training.config import Config
@@ -34,12 +34,6 @@ LOGICAL_AXES = (
     "act_mlp",
     "act_vocab",
 )
-
-INT32 = 2**31 - 1
-
-
-class ConfigError(ValueError):
-    """The person who typed the command can put it right; the message is one line."""
 
 
 def check(config: Config, device_count: int | None) -> None:
