@@ -316,7 +316,10 @@ def _refuse_frozen(path: Path, run: RunDirectory) -> None:
     frozen = {key: pair for key, pair in run.changed.items() if is_frozen(key, run.config)}
     if not frozen:
         return
-    shown = [f"{key} is {_said(a)} there and {_said(b)} now" for key, (a, b) in list(frozen.items())[:_SHOWN]]
+    shown = [
+        f"{key} is {_as_typed(a)} there and {_as_typed(b)} now"
+        for key, (a, b) in list(frozen.items())[:_SHOWN]
+    ]
     if len(frozen) > _SHOWN:
         shown.append(f"{len(frozen) - _SHOWN} more")
     if "training.num_steps" in frozen:
@@ -327,10 +330,10 @@ def _refuse_frozen(path: Path, run: RunDirectory) -> None:
     )
 
 
-def _said(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     """As one would type it on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_said, value))}]"
+        return f"[{','.join(map(_as_typed, value))}]"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -70,10 +70,10 @@ def _by_key(
 
 def _pair(what: str, then: Any, now: Any, matters: bool = True) -> Iterator[Difference]:
     if then != now:
-        yield Difference(what, _said(then), _said(now), matters)
+        yield Difference(what, _shortened(then), _shortened(now), matters)
 
 
-def _said(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = ABSENT if value is None else str(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -137,7 +137,7 @@ def _bits(fact: Any) -> Any:
 def _other_keys(restart: Mapping[str, Any]) -> Iterator[str]:
     for key, (old, new) in restart.get("config", {}).items():
         if not key.startswith(_HARMLESS):
-            yield f"{key} ({_said(old)}, then {_said(new)})"
+            yield f"{key} ({_shortened(old)}, then {_shortened(new)})"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     import command
 
+from planner.config import MOST_COMPILED, PlanConfig, split_words
 from scripts.command import refuse
-from scripts.plan_config import MOST_COMPILED, PlanConfig, split_words
 
 if TYPE_CHECKING:
     from parallel.hardware import Machine

@@ -232,12 +232,14 @@ def findings(report: dict[str, Any]) -> list[str]:
     lines = []
     if _exceeds(report["tokens"]["js_bits"], LIMITS["js_bits"]):
         risen = ", ".join(repr(token.get("text", token["id"])) for token in report["tokens"]["risen"][:3])
-        lines.append(f"tokens: {_said(report['tokens']['js_bits'])} bits of Jensen-Shannon, risen: {risen}")
+        lines.append(
+            f"tokens: {_above_floor(report['tokens']['js_bits'])} bits of Jensen-Shannon, risen: {risen}"
+        )
     for name, found in report["features"].items():
         for measure in ("ks", "psi"):
             if _exceeds(found[measure], LIMITS[measure]):
                 means = f"mean {found['old_mean']:.3g} -> {found['new_mean']:.3g}"
-                lines.append(f"{name}: {measure} {_said(found[measure])}, {means}")
+                lines.append(f"{name}: {measure} {_above_floor(found[measure])}, {means}")
                 break
     coverage = report["coverage"]
     ratio = coverage["new_bytes_per_token"] / coverage["old_bytes_per_token"]
@@ -252,5 +254,5 @@ def _exceeds(found: dict[str, Any], limit: float) -> bool:
     return found["value"] > found["floor"] and found["value"] - float(np.median(found["floors"])) > limit
 
 
-def _said(found: dict[str, Any]) -> str:
+def _above_floor(found: dict[str, Any]) -> str:
     return f"{found['value']:.3g} (chance: {found['floor']:.3g})"

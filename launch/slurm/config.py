@@ -53,11 +53,11 @@ class SlurmConfig:
         within("slurm.port", self.port, 0, 65535)
         self._check_tasks()
         most = min(seconds_of(self.time) - 1, LARGEST_SIGNAL)
-        limit_said = f"from 1 to {most}, within slurm.time={self.time}"
-        require(0 < self.signal_seconds <= most, "slurm.signal_seconds", self.signal_seconds, limit_said)
+        allowed = f"from 1 to {most}, within slurm.time={self.time}"
+        require(0 < self.signal_seconds <= most, "slurm.signal_seconds", self.signal_seconds, allowed)
         for option in self.options:
-            limit_said = "options of sbatch, such as --mail-type=END"
-            require(option.startswith("-"), "slurm.options", option, limit_said)
+            allowed = "options of sbatch, such as --mail-type=END"
+            require(option.startswith("-"), "slurm.options", option, allowed)
         for key, value in vars(self).items():
             lines = value if isinstance(value, list) else [value]
             if any("\n" in line for line in lines if isinstance(line, str)):

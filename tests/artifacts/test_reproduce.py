@@ -12,6 +12,7 @@ import yaml
 
 from artifacts.manifest import surroundings
 from artifacts.reproduce_diff import ABSENT, compare, differences, first_config, repeatable
+from launch import reproduce as library
 from scripts import reproduce
 from tests.training.ground import ROOT, Ground
 from training.loop import fit
@@ -52,7 +53,7 @@ def quick(monkeypatch):
             return real(words, **options)
         return subprocess.CompletedProcess(words, 0, json.dumps(surroundings(), default=str), "")
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(library.subprocess, "run", run)
 
 
 def check(run, capsys, *more):
@@ -178,7 +179,7 @@ def test_the_first_step_that_differs_is_told_with_its_distance():
 
 def test_bad_input_is_one_line(copied, capsys):
     for words, said in {
-        ("nowhere",): "nowhere has no manifest.json; give the name of a run",
+        ("nowhere",): "run=nowhere is no run's name or directory; ",
         ("made", "steps=0"): "steps=0 must be 1 or more",
         ("made", "tolerance=2"): "tolerance=2.0 must be 0 or more, and below 1",
     }.items():

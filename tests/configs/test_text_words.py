@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from configs.cli import main
 from configs.explain import known_keys
 from configs.text_words import as_typed
-from scripts.plan_config import split_words
+from planner.config import split_words
 from tests.configs.composing import config, raw
 from training.config import Config, from_stored
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from scripts.launch_local import LaunchOptions, LocalJob, environment, main, parse
+from launch.local import LaunchOptions, LocalJob, environment, parse
+from scripts.launch_local import main
 
 ME = "import os, sys, time; me = int(os.environ['CAMBRIAN_PROCESS']); "
 
@@ -59,7 +60,7 @@ def test_all_done_is_0_with_rank_0_s_stdout_and_every_stderr_under_its_rank(capf
 
 
 def test_the_first_that_fails_ends_the_others_and_gives_the_status(tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.launch_local.FOLLOW_SECONDS", 0.5)
+    monkeypatch.setattr("launch.local.FOLLOW_SECONDS", 0.5)
     began = time.monotonic()
     code = f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); sys.exit(7) if me == 1 else time.sleep(60)"
     assert run(code) == 7
@@ -97,7 +98,7 @@ def test_a_signal_ends_all_of_them_and_what_they_started(number, tmp_path):
         f"{number} == 9 or subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
     script = (
-        "import sys; from scripts.launch_local import LaunchOptions, LocalJob; "
+        "import sys; from launch.local import LaunchOptions, LocalJob; "
         "sys.exit(LocalJob(LaunchOptions(2, 1, 1, []), [sys.executable, '-c', sys.argv[1]]).run())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, ME + code])

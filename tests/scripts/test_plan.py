@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from planner import compiled
 from planner.compiled import DoesNotFit
+from planner.config import PlanConfig, split_words
 from planner.screen import screen
 from scripts.plan import experiment_text, plan_of, settle
-from scripts.plan_config import PlanConfig, split_words
 from tests.configs.composing import config
 from training.config import with_vocab
 

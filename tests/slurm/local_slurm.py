@@ -31,7 +31,7 @@ if __name__ == "__main__":
     # Found from a clone that was never installed, too.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.launch_local import DIE_WITH_PARENT
+from launch.local import DIE_WITH_PARENT
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "srun")
 INSTALL = "apt-get install slurm-wlm munge"

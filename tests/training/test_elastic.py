@@ -294,8 +294,9 @@ runpy.run_path("train.py", run_name="__main__")
 def start(ground, witness, processes, *words, name="elastic"):
     """The command as a job of `processes` with two devices each, its batches written to `witness`-*."""
     launcher = (
-        "import sys; from scripts.launch_local import Job, Options; "
-        "sys.exit(Job(Options(int(sys.argv[1]), 2, 60, []), [sys.executable, '-c', *sys.argv[2:]]).run())"
+        "import sys; from launch.local import LaunchOptions, LocalJob; "
+        "options = LaunchOptions(int(sys.argv[1]), 2, 60, []); "
+        "sys.exit(LocalJob(options, [sys.executable, '-c', *sys.argv[2:]]).run())"
     )
     return subprocess.Popen(
         [

@@ -197,8 +197,8 @@ def watched(ground, statuses, *words, name="one", script=("train.py",)):
         "open(sys.argv[1] + '/' + os.environ['CAMBRIAN_PROCESS'], 'w').write(str(s)); sys.exit(s)"
     )
     launcher = (
-        "import sys; from scripts.launch_local import Job, Options; "
-        "sys.exit(Job(Options(2, 4, 5, []), [sys.executable, '-c', *sys.argv[1:]]).run())"
+        "import sys; from launch.local import LaunchOptions, LocalJob; "
+        "sys.exit(LocalJob(LaunchOptions(2, 4, 5, []), [sys.executable, '-c', *sys.argv[1:]]).run())"
     )
     command = [
         sys.executable,
