@@ -73,7 +73,7 @@ processes.leave(status)
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """What is asked; scripts/reproduce.py says it of each."""
+    """The words of scripts/reproduce.py, whose docstring says what each is."""
 
     run: str
     steps: int | None = None
@@ -95,12 +95,12 @@ class Original:
 
     @property
     def processes(self) -> int:
-        """Of the job."""
+        """How many processes the job had."""
         return int((self.manifest.get("devices") or {}).get("processes", 1))
 
     @property
     def threads(self) -> int:
-        """That a process might use; 0 where nobody noted it."""
+        """Cores that a process might use; 0 where nobody noted it."""
         return int((self.manifest.get("threads") or {}).get("affinity") or 0)
 
     def environment(self) -> dict[str, str]:
@@ -285,7 +285,7 @@ def obstacles(found: Sequence[Difference], here: bool) -> list[Difference]:
 
 
 def reproduce(options: ReproduceOptions) -> int:
-    """Report, rerun, compare."""
+    """Report what differs, run again and compare; the exit status."""
     original = read_original(options)
     limit, notes = repeatable(original.manifest)
     print(f"{original.path}: {len(original.rows):,} steps, made {original.manifest.get('created')}")

@@ -28,7 +28,7 @@ class PlanConfig:
     experiment: str | None = None  # a search's winner, written to configs/experiment/NAME.yaml as well
 
     def __post_init__(self) -> None:
-        """Each value by itself."""
+        """Refuse each value that is out of its range."""
         choice("plan.compile", self.compile, COMPILE)
         for key, least in (("tokens", 1), ("fixes", 0), ("top", 1), ("jobs", 1)):
             within(f"plan.{key}", getattr(self, key), least)

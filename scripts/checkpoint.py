@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What `verify` is asked."""
+    """The words of `verify`, after the verb."""
 
     run: str
     step: int | None = None  # the newest
@@ -42,7 +42,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ListOptions:
-    """What `list` is asked."""
+    """The words of `list`, after the verb."""
 
     run: str
     quick: bool = False
@@ -50,7 +50,7 @@ class ListOptions:
 
 @dataclass(frozen=True)
 class DiffOptions:
-    """What `diff` is asked: RUN or RUN:STEP, twice."""
+    """The words of `diff`: RUN or RUN:STEP, twice."""
 
     a: str
     b: str
@@ -58,7 +58,7 @@ class DiffOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `export` is asked."""
+    """The words of `export`, after the verb."""
 
     run: str
     output: Path
@@ -69,7 +69,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """What `fetch` is asked: a run's checkpoint.directory, and the run's directory to make."""
+    """The words of `fetch`: a run's checkpoint.directory, and the run's directory to make."""
 
     url: str
     directory: Path

@@ -144,7 +144,7 @@ class Readable(yaml.SafeDumper):
     """Texts of several lines as blocks, and lists indented under their key."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        """Never indentless."""
+        """Indent the items of a list below its key."""
         super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: Any) -> bool:

@@ -95,12 +95,12 @@ class KubeConfig:
 
     @property
     def pods(self) -> int:
-        """Processes of the job."""
+        """Processes of the whole job, one a pod."""
         return self.nodes * self.slices
 
     @property
     def devices(self) -> int:
-        """Devices of the job."""
+        """Devices of the whole job, over its pods."""
         return self.pods * self.devices_per_node
 
     @property

@@ -47,7 +47,7 @@ class Request:
 
     @property
     def account(self) -> str:
-        """The service account's name."""
+        """The name of the job's service account."""
         return self.kube.service_account or self.name
 
 

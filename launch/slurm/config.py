@@ -74,7 +74,7 @@ class SlurmConfig:
 
     @property
     def devices(self) -> int:
-        """Of the whole job."""
+        """Devices of the whole job, over its nodes."""
         return self.nodes * (self.gpus_per_node or self.tasks_per_node)
 
     def said(self) -> str:

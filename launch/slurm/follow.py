@@ -33,7 +33,7 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """For good."""
+        """Has it ended, so that Slurm will not start it again?"""
         return self.state in ENDED
 
     @property
@@ -156,7 +156,7 @@ class Tail:
         self.path, self.at = path, 0
 
     def print(self, write: Callable[[str], object]) -> None:
-        """Whatever is new."""
+        """Print what the log has that was not printed yet."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.at)

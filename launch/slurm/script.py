@@ -108,7 +108,7 @@ class Submission:
 
 
 def render(submission: Submission, slurm: SlurmConfig) -> str:
-    """The whole script."""
+    """The whole batch script of a submission."""
     directives = "\n".join(
         line for why, options in _asked(submission, slurm) for line in _lines(why, options)
     )
