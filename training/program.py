@@ -77,7 +77,7 @@ class Program:
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     compiler_options: Mapping[str, Any]
-    born: "ParamLayout"
+    placement: "ParamLayout"
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
     attention: Choice  # the backend behind `ops.attention`, and why
     replicas: Replicas | None = None  # where they step alone
@@ -87,9 +87,11 @@ class Program:
         if self.replicas is not None:
             begin, ema = self.replicas.begin, self.state.ema is not None
             place = shardings(self.state)
-            first = jax.jit(lambda k: begin(make_state(self.born.init(k), self.tx, ema)), out_shardings=place)
+            first = jax.jit(
+                lambda k: begin(make_state(self.placement.init(k), self.tx, ema)), out_shardings=place
+            )
             return first(jax.random.key(seed))
-        return init_state(self.born, self.tx, self.state, seed=seed, ema=self.state.ema is not None)
+        return init_state(self.placement, self.tx, self.state, seed=seed, ema=self.state.ema is not None)
 
     def to_canonical(self, tree: Any) -> Any:
         """A state, or parameters, with layers stacked [n, ...] as checkpoints and other meshes have them."""
@@ -119,10 +121,10 @@ class Program:
         return stored.replace(guard=jax.jit(nothing_seen, out_shardings=place)())
 
     def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
-        if self.born.arrangement is None:
+        if self.placement.arrangement is None:
             return tree
         like = target if isinstance(tree, TrainState) else target.params
-        return self.born.arrangement.relocate(tree, shardings(like), join=join)
+        return self.placement.arrangement.relocate(tree, shardings(like), join=join)
 
     def compile_train(self) -> FlatStep:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
@@ -179,23 +181,27 @@ def arrange(config: Config, model: Model, layout: Layout) -> ParamLayout:
     stages = layout.mesh.shape["pipeline"]
     if stages == 1:
         return ParamLayout(model, None)
+    # Only the longest run of equal layers is cut into stages; what stands before and behind it is computed
+    # with the embedding and the head.
     main = str(main_segment(model.segments))
     return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main))
 
 
-def build_strategy(config: Config, born: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
+def build_strategy(config: Config, placement: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
     """In what order layers and microbatches are worked through."""
     training = config.training
-    if born.arrangement is None:
-        placed = layout.tree(born.info, is_info) if layout.mesh.size > 1 else None
+    if placement.arrangement is None:
+        # Gradients are pinned to where their parameters lie before microbatches are added up: left to XLA,
+        # every microbatch may hold all of them whole.
+        placed = layout.tree(placement.info, is_info) if layout.mesh.size > 1 else None
         return GradientAccumulation(training.accumulation_steps, training.remat, training.scan_layers, placed)
     schedule = make_pipeline_schedule(
         config.pipeline.schedule,
-        stages=born.arrangement.stages,
+        stages=placement.arrangement.stages,
         microbatches=config.pipeline.microbatches,
-        virtual_stages=born.arrangement.chunks,
+        virtual_stages=placement.arrangement.chunks,
     )
-    specs = jax.tree.map(lambda sharding: sharding.spec, layout.tree(born.info, is_info))
+    specs = jax.tree.map(lambda sharding: sharding.spec, layout.tree(placement.info, is_info))
     return Pipeline(layout, schedule, specs, training.remat, training.scan_layers)
 
 
@@ -219,14 +225,16 @@ def sharing(layout: Layout, *, alone: bool) -> ShardedMatrices | None:
 
 def skipping(platform: str, *, alone: bool) -> Skipping:
     """How an update that is not taken is left out on these devices."""
-    if alone:
+    if alone:  # each replica decides for itself, which a branch of the whole program cannot
         return "apart"
+    # A GPU's branch waits for the host to read the condition; there both sides are computed and one chosen.
     return "choose" if platform in ("gpu", "cuda", "rocm") else "branch"
 
 
 def compiler_options(config: Config, model: Model, layout: Layout) -> dict[str, Any]:
     """What XLA is asked for beyond its defaults: the profile of these devices, and what must be."""
     platform, devices = layout.mesh.devices.flat[0].platform, layout.mesh.size
+    # Collectives are combined up to about a layer: less leaves the link idle, more waits for several layers.
     layer = largest_layer_bytes(model.info["segments"]) // layout.mesh.shape["tensor"]
     profile = resolve_profile(config.hardware.xla, platform, devices)
     options = profile_options(profile, layer_bytes=layer)
@@ -237,6 +245,7 @@ def build_ops(config: Config, layout: Layout) -> Ops:
     """What is injected into the model: kernels, precision, and the placement of activations."""
     device = layout.mesh.devices.flat[0]
     ops = common_ops(config, layout, device)
+    # The forms for a CPU are loops over whole arrays of one device; the partitioner could not split them.
     return cpu_ops(ops) if device.platform == "cpu" and layout.mesh.size == 1 else ops
 
 
@@ -287,71 +296,78 @@ def build_program(config: Config, layout: Layout) -> Program:
 
     config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
     """
-    model = build_model(config.model)
-    training = config.training
-    check_remat(training.remat, layout.mesh.devices.flat)
-    born = arrange(config, model, layout)
-    alone = steps_alone(config.local_sgd, layout.mesh)
-    seen = one_replica(layout) if alone else layout  # by the step
+    # 1. What is computed, and where its layers lie.
+    model, training = build_model(config.model), config.training
     platform = layout.mesh.devices.flat[0].platform
+    check_remat(training.remat, layout.mesh.devices.flat)
+    placement = arrange(config, model, layout)
+    alone = steps_alone(config.local_sgd, layout.mesh)
+    # A replica that steps alone must reduce over its own devices only: its step never hears of the others.
+    seen = one_replica(layout) if alone else layout
+
+    # 2. How a gradient becomes an update.
     schedule = make_schedule(config.schedule, num_steps=training.num_steps)
     tx = make_optimizer(
         config.optim,
         schedule,
-        decay_mask=decay_mask(born.info),
-        matrices=matrix_dims(born.info, seen),
-        balance=balance_mask(born.info),
+        decay_mask=decay_mask(placement.info),
+        matrices=matrix_dims(placement.info, seen),
+        balance=balance_mask(placement.info),
         balance_rate=config.model.moe.bias_update_rate if config.model.moe else 0.0,
         parts=sharing(seen, alone=alone),
         muon_dtype=muon_dtype(training.precision, platform),
         seed=config.seed,
     )
+
+    # 3. One step, and the state that it takes and gives, all of it abstract.
     step = make_train_step(
         model,
         tx,
-        *order_of_work(config, born, seen),
+        *order_of_work(config, placement, seen),
         learning_rate=lambda count: config.optim.learning_rate * schedule(count),
         grad_clip=config.optim.grad_clip,
+        # Replicas average where they meet, not at each of their own steps: `Replicas` does it then.
         ema_decay=None if alone else training.ema_decay,
         seed=config.seed,
         guard=config.guard,
         skipping=skipping(platform, alone=alone),
     )
-    state = abstract_state(born, tx, seen, ema=training.ema_decay is not None)
-    canonical, replicas = canonical_state(born, state, seen), None
+    state = abstract_state(placement, tx, seen, ema=training.ema_decay is not None)
+    canonical, replicas = canonical_state(placement, state, seen), None
+
+    # 4. Many of them side by side, where replicas step alone.
     if alone:
         assert config.local_sgd is not None  # or they would not step alone
-        replicas = Replicas(config.local_sgd, seen, state, canonical, born.chunks)
+        replicas = Replicas(config.local_sgd, seen, state, canonical, placement.chunks)
         step = replicas.train_step(step, ema_decay=training.ema_decay, seed=config.seed)
         state, canonical = replicas.state, replicas.canonical
-    strategy, ops = order_of_work(config, born, layout)
-    batch = abstract_batch(layout, training.global_batch_size, config.data.seq_len)
-    options = compiler_options(config, model, layout)
+    # An evaluation is one over all devices in any case, so its order of work is that of the whole mesh.
+    strategy, ops = order_of_work(config, placement, layout)
     return Program(
-        model,
-        layout,
-        ops,
-        strategy,
-        tx,
-        state,
-        batch,
-        step,
-        options,
-        born,
-        canonical,
-        attention_of(config, layout, ops.compute_dtype),
-        replicas,
+        model=model,
+        layout=layout,
+        ops=ops,
+        strategy=strategy,
+        tx=tx,
+        state=state,
+        batch=abstract_batch(layout, training.global_batch_size, config.data.seq_len),
+        train_step=step,
+        compiler_options=compiler_options(config, model, layout),
+        placement=placement,
+        canonical=canonical,
+        attention=attention_of(config, layout, ops.compute_dtype),
+        replicas=replicas,
     )
 
 
-def order_of_work(config: Config, born: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
+def order_of_work(config: Config, placement: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
     """The strategy and the operations of a step over all rows that this layout splits."""
-    return in_order(config, build_strategy(config, born, layout), layout), build_ops(config, layout)
+    return in_order(config, build_strategy(config, placement, layout), layout), build_ops(config, layout)
 
 
-def canonical_state(born: ParamLayout, state: TrainState, layout: Layout) -> TrainState:
+def canonical_state(placement: ParamLayout, state: TrainState, layout: Layout) -> TrainState:
     """The abstract state that checkpoints hold, placed on this mesh."""
-    if born.arrangement is None:
+    if placement.arrangement is None:
         return state
-    joined = jax.eval_shape(born.arrangement.join, state)
-    return placed_like(joined, layout.tree(born.canonical_info, is_info), layout)
+    joined = jax.eval_shape(placement.arrangement.join, state)
+    return placed_like(joined, layout.tree(placement.canonical_info, is_info), layout)

@@ -60,6 +60,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        # Not carried in the state: a resumed run has the key of its step whatever came before.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
         with jax.named_scope("optimizer"):
@@ -75,9 +76,11 @@ def make_train_step(
             updates, opt_state = tx.update(scaled, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
+                # Of the new weights: after the first step the average is not the random start alone.
                 ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
             return params, opt_state, ema
 
+        # What a skipped update leaves as it is, to the bit: the three are chosen between together.
         kept = (state.params, state.opt_state, state.ema)
         watched, told = state.guard, dict[str, Array]()
         with jax.named_scope("optimizer"):
@@ -86,6 +89,7 @@ def make_train_step(
             else:
                 taken, watched, told = judge(state.guard, means["nll"], norm, guard.skip_sigma)
                 params, opt_state, ema = unless_skipped(taken, update, kept, how=skipping)
+        # On the devices still: the host reads them one step late and never waits for this one.
         metrics = {
             "loss": means["nll"],
             "grad_norm": norm,

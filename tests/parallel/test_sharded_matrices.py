@@ -31,7 +31,7 @@ def update(mesh, **how):
 def matrices(program):
     """How many hidden matrices there are of each shape (m, n), m <= n."""
     found = Counter()
-    for leaf in jax.tree.leaves(program.born.info, is_leaf=is_info):
+    for leaf in jax.tree.leaves(program.placement.info, is_leaf=is_info):
         if leaf.role == "matrix":
             rows, columns = (math.prod(leaf.shape[d] for d in dims) for dims in (leaf.reduction, leaf.output))
             found[min(rows, columns), max(rows, columns)] += math.prod(leaf.shape) // (rows * columns)
