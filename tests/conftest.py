@@ -9,8 +9,11 @@ import gc
 import os
 import signal
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+
+from tests.parts import part_of, read_part, unit
 
 # An unknown flag ends the process with its name, so that a JAX without one of these is noticed.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -24,12 +27,26 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", type=read_part, help="the K-th of N parts, and what is smoke")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
-    """What breaks jobs or needs a Slurm is slow as well, so that `-m "not slow"` leaves it out."""
+def pytest_collection_modifyitems(config, items):
+    """Slow is also what breaks jobs or needs a Slurm; files with slow tests come first; of the rest a part.
+
+    Each file is one process's (`--dist loadfile`), so that short ones at the end let both end together.
+    """
     for item in items:
         if any(item.get_closest_marker(name) for name in ("faults", "slurm")):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    if config.option.part is not None:
+        part, count = config.option.part
+        left = [i for i in items if part_of(unit(i), count) != part and not i.get_closest_marker("smoke")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +62,23 @@ def endpoint():
 
 
 @pytest.fixture(scope="session")
-def ground(tmp_path_factory):
+def compile_cache(tmp_path_factory):
+    """Where runs of `train.py` find what another test, process or step of `.ci/run` has compiled.
+
+    It is made anew for each run of pytest, or of `.ci/run`, so that no test passes by what older code left.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    return Path(os.environ.get("CAMBRIAN_TEST_CACHE") or shared / "compiled")
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory, compile_cache):
     """One ground for all end-to-end tests, so that data and executables are made once."""
     from tests.training.ground import make_ground
 
-    return make_ground(tmp_path_factory.mktemp("ground"))
+    return make_ground(tmp_path_factory.mktemp("ground"), compile_cache)
 
 
 @pytest.fixture

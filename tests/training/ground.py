@@ -38,12 +38,13 @@ class Ground:
     """A directory with texts, and caches that all runs on it share."""
 
     path: Path
+    compiled: Path  # the compile cache
 
     def words(self, name: str, *extra: str) -> list[str]:
         """The command line of a run; later words win."""
         return [
             *("+experiment=debug", "data=folder", f"data.path={self.path}/texts", f"run.name={name}"),
-            *(f"run.dir={self.path}/runs/{name}", f"run.compile_cache={self.path}/xla"),
+            *(f"run.dir={self.path}/runs/{name}", f"run.compile_cache={self.compiled}"),
             *(f"data.cache_dir={self.path}/data", "data.workers=1", "data.seq_len=32"),
             *("hardware.peak_tflops=0.1", "logging.tensorboard=false", "sample.prompts=[]"),
             *extra,
@@ -84,10 +85,10 @@ class Ground:
         return json.loads((self.run(name) / "summary.json").read_text())
 
 
-def make_ground(path: Path) -> Ground:
+def make_ground(path: Path, compiled: Path | None = None) -> Ground:
     rng = random.Random(0)
     (path / "texts").mkdir(parents=True)
     for i in range(40):
         text = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(60, 200)))
         (path / "texts" / f"{i}.txt").write_text(text)
-    return Ground(path)
+    return Ground(path, compiled or path / "xla")
