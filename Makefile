@@ -19,6 +19,8 @@ PY ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 TESTS ?= tests
 # Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
 JOBS ?= 2
+# A file's tests share what they compile, so each file is one process's, slow files first (tests/conftest.py).
+BY_FILE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 MATRIX := tests/parallel/test_matrix.py tests/parallel/test_pipeline.py tests/parallel/test_collectives.py \
 	tests/artifacts/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py
 ARGS ?=
@@ -44,7 +46,7 @@ quickstart: $(CORE)
 	@$(BIN)/python train.py +experiment=quickstart $(ARGS)
 
 test: $(TEST)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest $(BY_FILE) $(TESTS) $(ARGS)
 
 # The gate of a refactor: the same lowered programs, the same losses to the bit (tests/bitwise/golden.json).
 test-bitwise: $(TEST)

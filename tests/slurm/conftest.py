@@ -34,8 +34,8 @@ def nobody_stays():
 
 
 @pytest.fixture(scope="session")
-def ground(slurm, tmp_path_factory) -> Ground:
-    return make_ground(tmp_path_factory.mktemp("ground"))
+def ground(slurm, tmp_path_factory, compile_cache) -> Ground:
+    return make_ground(tmp_path_factory.mktemp("ground"), compile_cache)
 
 
 @pytest.fixture(scope="session")

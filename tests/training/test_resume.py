@@ -142,12 +142,11 @@ def test_streaming_killed_ends_bitwise_as_undisturbed(ground):
 def test_a_full_disk_is_one_line_and_status_1_and_the_command_goes_on_when_there_is_room(ground, undisturbed):
     """No file may grow beyond 30 kB, as on a full disk: the rows of the metrics fit, the arrays do not.
 
-    Nor do the executables in a compile cache, so this run has one of its own, and starts again with it.
+    What becomes of executables there is a law of the compile cache (`test_compile_cache.py`).
     """
-    words = (*LENGTH, f"run.compile_cache={ground.path}/xla_full")
-    _, err = finish(ground.start("full", *words, largest_file=30_000), status=1)
+    _, err = finish(ground.start("full", *LENGTH, largest_file=30_000), status=1)
     assert err.startswith("error: ") and "could not be written" in err and err.count("\n") == 1
-    finish(ground.start("full", *words))
+    finish(ground.start("full", *LENGTH))
     assert_same_run(ground, "full", undisturbed)
 
 
