@@ -20,7 +20,9 @@ DEEP = {
 
 @functools.cache
 def compiled(stages, schedule, microbatches, virtual_stages=1, rows=None, **mesh):
-    """(program, executable of value_and_grad, reading of it); once whether or not the usual rows are named."""
+    """(program, executable of value_and_grad, reading of it); once whether or not the usual rows are
+    named.
+    """
     if rows == small.ROWS:
         return compiled(stages, schedule, microbatches, virtual_stages, **mesh)
     how = {"schedule": schedule, "microbatches": microbatches, "virtual_stages": virtual_stages}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parallel.schedules.accumulate import POLICIES, check_remat
-from tests.parallel.small import gradients, make_config, make_program, packed_batch
+from tests.parallel.small import make_config, make_program, run
 from training.config import REMAT
 
 SIZES = {"num_layers": 2, "d_model": 32, "d_ff": 64}
@@ -53,8 +53,8 @@ def test_fused_attention_s_forward_runs_once_where_its_output_is_kept():
 
 @functools.cache
 def gradients_of(remat, stages=1):
-    program = make_program(make_config({"pipeline": stages}, model=SIZES, remat=remat))
-    return gradients(program, program.init_state(0).params, packed_batch(0))[1]
+    config = make_config({"pipeline": stages}, model=SIZES, remat=remat)
+    return run(config, steps=1, evaluate=False).grads
 
 
 @pytest.mark.parametrize(("remat", "stages"), [("attention", 1), ("offload", 1), ("offload", 2)])
