@@ -4,11 +4,10 @@ import functools
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 from parallel.schedules.accumulate import POLICIES, check_remat
-from tests.parallel.small import make_config, make_program, run
+from tests.parallel.small import distance, make_config, make_program, run
 from training.config import REMAT
 
 SIZES = {"num_layers": 2, "d_model": 32, "d_ff": 64}
@@ -52,18 +51,15 @@ def test_fused_attention_s_forward_runs_once_where_its_output_is_kept():
 
 
 @functools.cache
-def gradients_of(remat, stages=1):
+def outcome(remat, stages=1):
     config = make_config({"pipeline": stages}, model=SIZES, remat=remat)
-    return run(config, steps=1, evaluate=False).grads
+    return run(config, steps=1, evaluate=False)
 
 
 @pytest.mark.parametrize(("remat", "stages"), [("attention", 1), ("offload", 1), ("offload", 2)])
 def test_every_policy_has_the_same_gradient(remat, stages):
     """`dots` and `full` are held to it on meshes (test_meshes_equal_one_device)."""
-    for ours, plain in zip(
-        *(jax.tree.leaves(gradients_of(*how)) for how in ((remat, stages), ("none",))), strict=True
-    ):
-        assert np.linalg.norm(ours - plain) <= 1e-5 * np.linalg.norm(plain)
+    assert max(distance(outcome(remat, stages), outcome("none"))) <= 1e-5
 
 
 def test_a_device_without_host_memory_is_refused_and_told_what_else_there_is():
