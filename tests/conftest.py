@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import part_of, read_part, unit
+from tests.parts import SMOKE, part_of, read_part, unit
 
 # An unknown flag ends the process with its name, so that a JAX without one of these is noticed.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if any(item.get_closest_marker(name) for name in ("faults", "slurm")):
             item.add_marker("slow")
+        if item.nodeid.startswith(SMOKE) and not item.get_closest_marker("matrix"):
+            item.add_marker("smoke")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if config.option.part is not None:
