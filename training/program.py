@@ -207,6 +207,7 @@ def build_strategy(config: Config, placement: ParamLayout, layout: Layout) -> Gr
 
 def in_order(config: Config, strategy: GradientAccumulation | Pipeline, layout: Layout) -> Any:
     """The strategy on batches whose positions lie as attention across devices wants them."""
+    # Causal work grows along a row: in text order the last device would have nearly twice the mean.
     split = layout.mesh.shape["context"] > 1
     zigzag = split and config.context.zigzags
     return Zigzag(strategy, layout) if zigzag else strategy
@@ -219,6 +220,7 @@ def muon_dtype(precision: str, platform: str) -> Any:
 
 def sharing(layout: Layout, *, alone: bool) -> ShardedMatrices | None:
     """All devices share Muon's matrices, whatever axis they lie along; replicas that step alone do not."""
+    # Even axes that hold copies share the work: each device orthogonalizes some matrices, not all the same.
     axes = tuple(a for a in layout.mesh.axis_names if not (alone and a == REPLICA))
     return ShardedMatrices(layout.mesh, axes) if layout.mesh.size > 1 else None
 
@@ -255,6 +257,7 @@ def cpu_ops(ops: Ops) -> Ops:
     With training.precision=bfloat16 it is their factors that are rounded: everything else is faster, and more
     exact, in float32.
     """
+    # Sums, norms and softmax stay in float32: a CPU has no units for bfloat16 but those of its products.
     dtype, attention = ops.compute_dtype, ops.attention
     einsum: Any = partial(fast_einsum, dtype=dtype)
     return replace(
@@ -281,6 +284,7 @@ def common_ops(config: Config, layout: Layout, device: Any) -> Ops:
         loss_chunk=config.training.loss_chunk,
         parts=(layout.ways("batch"), layout.ways("length")),
         z_loss=config.training.z_loss,
+        # Fewer heads than mesh.tensor has devices are repeated: stored once, computed where they are needed.
         repeat_kv=kv_repeats(config.model.num_kv_heads, layout),
     )
 
@@ -369,5 +373,6 @@ def canonical_state(placement: ParamLayout, state: TrainState, layout: Layout) -
     """The abstract state that checkpoints hold, placed on this mesh."""
     if placement.arrangement is None:
         return state
+    # Moments and averages are trees of the parameters' paths, so they are joined and placed like them.
     joined = jax.eval_shape(placement.arrangement.join, state)
     return placed_like(joined, layout.tree(placement.canonical_info, is_info), layout)

@@ -71,8 +71,10 @@ def make_train_step(
             scaled = grads
             # Balance biases take their sign alone, so that scaling them does nothing.
             if grad_clip is not None:
+                # The norm over all leaves and devices, once: a leaf's own would clip what is merely large.
                 scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
                 scaled = jax.tree.map(lambda g: g * scale, grads)
+            # The learning rate is within: the chain's schedule counts updates, not steps of the run.
             updates, opt_state = tx.update(scaled, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
@@ -183,6 +185,7 @@ def compile_train_step(
 
     metrics: where every metric goes.
     """
+    # Leaves in a row: a call with the tree itself walks it twice, a millisecond at 500 leaves.
     leaves: list[Any] = jax.tree.leaves(state)
     structure: Any = jax.tree.structure(state)
 
@@ -193,6 +196,7 @@ def compile_train_step(
             measured = measured | {VOTE: jnp.max(batch[VOTE])}
         return structure.flatten_up_to(new), measured
 
+    # Pinned on both sides, so that what a step gives is what the next one takes: one program, no copies.
     placed = shardings(leaves)
     jitted = jax.jit(
         train_step,
