@@ -74,7 +74,7 @@ def make_train_step(
                 # The norm over all leaves and devices, once: a leaf's own would clip what is merely large.
                 scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
                 scaled = jax.tree.map(lambda g: g * scale, grads)
-            # The learning rate is within, by a counter of the chain's that goes on where an update is skipped.
+            # The learning rate is within, by a counter that goes on where an update is skipped.
             updates, opt_state = tx.update(scaled, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
