@@ -249,7 +249,7 @@ def test_the_summary_has_every_figure_on_one_screen(tmp_path):
             "checkpoints/600",
             "loss.png",
         ),
-        *("return [x]", "run=quick[start] prompt=", "init_from=quick[start]"),
+        *("return [x]", "generate.py quick[start] prompt=", "init_from=quick[start]"),
     ):
         assert figure in text, figure
     assert len(text.splitlines()) <= 35

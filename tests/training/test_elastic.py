@@ -188,15 +188,15 @@ def test_what_was_decided_before_processes_left_holds_for_this_run_alone(ground,
     config = ground.config("elastic", *SMALL, "autoscale=queue", "mesh.data=8", "autoscale.min_devices=2")
     run = RunDirectory(tmp_path, {})
     monkeypatch.setenv(DEPTH, "9")
-    small = scale(config, run, legal)
+    small = scale(config, run)
     assert small.config.mesh.data == small.decision.used == len(small.devices()) == 2
     assert small.config.training.accumulation_steps == 4 and config.training.accumulation_steps == 1
     decided = {"run": str(tmp_path), "decision": asdict(small.decision)}
     monkeypatch.setenv(DECIDED, json.dumps(decided))
     monkeypatch.setenv(DEPTH, "0")
-    assert scale(config, run, legal) == small
-    assert scale(config, RunDirectory(tmp_path / "other", {}), legal).decision.used == 8
-    assert scale(replace(config, autoscale=None), run, None) == Scaled(replace(config, autoscale=None))
+    assert scale(config, run) == small
+    assert scale(config, RunDirectory(tmp_path / "other", {})).decision.used == 8
+    assert scale(replace(config, autoscale=None), run) == Scaled(replace(config, autoscale=None))
 
 
 def test_the_script_prints_a_number_of_nodes_and_says_why_beside_it(ground, tmp_path, capsys):
