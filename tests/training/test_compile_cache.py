@@ -1,6 +1,7 @@
 """What a run says of its compilations, each second once; and that the cache gives back what it was given."""
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -8,9 +9,10 @@ import time
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.training.ground import ROOT
-from training.compile_cache import CacheWatch, VerifiedCache, _Spans
+from training.compile_cache import CacheWatch, VerifiedCache, _Spans, start_compile_cache
 
 
 def test_spans_inside_of_others_count_once():
@@ -119,6 +121,41 @@ def test_a_disk_that_is_full_leaves_no_part_of_an_entry(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         cache.put(KEYS[1], VALUE)
     assert list(tmp_path.iterdir()) == [file]
+
+
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_include_metadata_in_key",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """Of a cache that takes every program; jax has the one before back in the end."""
+    before = {key: getattr(jax.config, key) for key in OPTIONS}
+    compilation_cache.reset_cache()
+    yield start_compile_cache(str(tmp_path))
+    for key, value in before.items():
+        jax.config.update(key, value)
+    compilation_cache.reset_cache()
+
+
+def test_an_executable_that_a_full_disk_does_not_take_costs_a_compilation_and_no_word(watch, capfd):
+    """Warnings are errors here, so that jax's would be seen."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    found = []
+    for largest in (100, before[0], before[0]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        try:
+            jax.clear_caches()
+            jax.jit(lambda x: x * x * x).lower(2.0).compile()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        found.append((watch.hits, watch.misses))
+    assert found == [(0, 1), (0, 2), (1, 2)]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_those_who_read_while_others_write_see_the_whole_entry_or_none(tmp_path, capsys):
