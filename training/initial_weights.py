@@ -7,10 +7,11 @@ from typing import Any
 from artifacts.checkpoints.location import open_checkpoints_of, place
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import state_digest
-from artifacts.directory import RunDirectory
+from artifacts.directory import RunDirectory, stored_config
 from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
+from models.config import MTPConfig, regrouped
 from training.config import Config
 
 
@@ -76,6 +77,19 @@ def check_tokenizer(parent: Parent, digest: str) -> None:
         raise ValueError(
             f"init_from: {path.parent} was trained with another tokenizer; "
             f"use tokenizer=inherit, or tokenizer=file tokenizer.path={path}"
+        )
+
+
+def check_further_tokens(parent: Parent, mtp: MTPConfig | None) -> None:
+    """Layers for further tokens go on with the stream that they were trained on: model.mtp.normed_stream."""
+    if mtp is None:
+        return
+    theirs = regrouped(stored_config(parent.run, "init_from").get("model") or {}).get("mtp")
+    if theirs is not None and theirs["normed_stream"] != mtp.normed_stream:
+        there, here = (str(normed).lower() for normed in (theirs["normed_stream"], mtp.normed_stream))
+        raise ValueError(
+            f"init_from: model.mtp.normed_stream is {there} in {parent.run} and {here} now: its layers for "
+            f"further tokens have learnt from another stream; use model.mtp.normed_stream={there}"
         )
 
 

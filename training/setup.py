@@ -16,7 +16,7 @@ import jax
 
 from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
-from artifacts.directory import RunDirectory, completed, stored_config
+from artifacts.directory import RunDirectory, completed
 from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
@@ -27,7 +27,7 @@ from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
-from models.config import MTPConfig, regrouped
+from models.config import regrouped
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
@@ -38,6 +38,7 @@ from training.device_batches import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.initial_weights import (
     Parent,
+    check_further_tokens,
     check_tokenizer,
     find_parent,
     same_parent,
@@ -114,19 +115,6 @@ def as_now(stored: Mapping[str, Any], config: Config) -> dict[str, Any]:
     model = stored.get("model")
     named = {**stored, "model": regrouped(model)} if isinstance(model, Mapping) else stored
     return completed(named, config)
-
-
-def check_further_tokens(parent: Parent, mtp: MTPConfig | None) -> None:
-    """Layers for further tokens go on with the stream that they were trained on: model.mtp.normed_stream."""
-    if mtp is None:
-        return
-    theirs = regrouped(stored_config(parent.run, "init_from").get("model") or {}).get("mtp")
-    if theirs is not None and theirs["normed_stream"] != mtp.normed_stream:
-        there, here = (str(normed).lower() for normed in (theirs["normed_stream"], mtp.normed_stream))
-        raise ValueError(
-            f"init_from: model.mtp.normed_stream is {there} in {parent.run} and {here} now: its layers for "
-            f"further tokens have learnt from another stream; use model.mtp.normed_stream={there}"
-        )
 
 
 def prepare_together(config: Config, tokenizer: TokenizerConfig, wanted: str | None = None) -> Prepared:

@@ -34,6 +34,7 @@ import numpy as np
 from parallel.config import MESH_AXES
 from parallel.mesh import build_layout
 from tests.configs.composing import config as composed
+from tests.parallel.small import packed_batch
 from training.program import Program, build_program
 from training.state import shardings
 from training.step import make_eval_step
@@ -118,23 +119,6 @@ def program_of(words: tuple[str, ...]) -> Program:
     return build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
 
 
-def batch_of(step: int) -> dict[str, np.ndarray]:
-    """Random tokens, two documents a row, some positions without weight."""
-    rng = np.random.default_rng(step)
-    stream = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
-    cut = rng.integers(4, LENGTH - 4, (ROWS, 1))
-    t = np.arange(LENGTH)[None]
-    weights = np.ones((ROWS, LENGTH), np.float32)
-    weights[0, : step + 3] = 0
-    return {
-        "tokens": stream[:, :-1].astype(np.int32),
-        "targets": stream[:, 1:].astype(np.int32),
-        "positions": np.where(t < cut, t, t - cut).astype(np.int32),
-        "segment_ids": np.where(t < cut, 1, 2).astype(np.int32),
-        "loss_weights": weights,
-    }
-
-
 def normalized(text: str) -> str:
     """A lowered program without what only names things: functions in order of appearance, no result paths."""
     names: dict[str, str] = {}
@@ -157,10 +141,12 @@ def figures(program: Program) -> list[str]:
     """Loss and gradient norm of each step, then the evaluation's sum, as hexadecimal floats."""
     step, state, found = program.compile_train(), program.init_state(0), []
     for number in range(STEPS):
-        batch: Any = jax.device_put(batch_of(number), shardings(program.batch))
+        batch: Any = jax.device_put(packed_batch(number, ROWS, LENGTH, VOCAB), shardings(program.batch))
         state, metrics = step(state, batch)
         found += [float(np.asarray(metrics[name]).ravel()[0]).hex() for name in ("loss", "grad_norm")]
-    sums = program.compile_eval()(state.params, jax.device_put(batch_of(99), shardings(program.batch)))
+    sums = program.compile_eval()(
+        state.params, jax.device_put(packed_batch(99, ROWS, LENGTH, VOCAB), shardings(program.batch))
+    )
     return [*found, float(sums["nll"]).hex()]
 
 

@@ -56,10 +56,10 @@ def make_program(config: Config) -> Program:
     return build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
 
 
-def packed_batch(step, rows=ROWS, length=LENGTH):
+def packed_batch(step, rows=ROWS, length=LENGTH, vocab=VOCAB):
     """Two documents a row; rows of unequal weight, so that a mean of means would show."""
     rng = np.random.default_rng(step)
-    stream = rng.integers(0, VOCAB, (rows, length + 1))
+    stream = rng.integers(0, vocab, (rows, length + 1))
     cut = rng.integers(4, length - 4, (rows, 1))
     t = np.arange(length)[None]
     weights = np.ones((rows, length), np.float32)

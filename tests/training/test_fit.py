@@ -24,10 +24,9 @@ from data.errors import DataError
 from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
-from training.initial_weights import find_parent
+from training.initial_weights import check_further_tokens, find_parent
 from training.loop import fit
 from training.recorder import Recorder
-from training.setup import check_further_tokens
 from training.xla import needed_options
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
