@@ -14,7 +14,7 @@ from artifacts.manifest import surroundings
 from artifacts.reproduce_diff import ABSENT, compare, differences, first_config, repeatable
 from launch import reproduce as library
 from scripts import reproduce
-from tests.training.ground import ROOT, Ground
+from tests.training.ground import ROOT
 from training.loop import fit
 
 WORDS = ("training.num_steps=8", "checkpoint.every=4", "eval.every=8", "schedule=constant")
@@ -238,7 +238,7 @@ def test_a_dirty_tree_is_named_and_its_run_is_repeated_when_the_tree_is_clean(tm
     clean = step.read_text()
     step.write_text(clean + "\n# changed\n")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(clone)}
-    words = Ground(ground.path).words("dirty", *WORDS, f"run.dir={tmp_path}/runs/dirty")
+    words = ground.words("dirty", *WORDS, f"run.dir={tmp_path}/runs/dirty")
 
     run = partial(said_by, clone, environment)
 
