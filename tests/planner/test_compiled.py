@@ -15,7 +15,6 @@ from tests.compilers import skip_without
 from tests.configs.composing import config
 from tests.planner.test_hardware import hardware
 from training.config import with_vocab
-from training.legal.nearest import legal
 from training.program import build_program
 
 MESHES = [
@@ -75,7 +74,7 @@ def test_fixes_are_verified_by_the_compiler():
     words = ("+experiment=llama3_8b", "training.global_batch_size=16", "training.remat=none")
     asked, machine, compiled = described(*words)
     assert compiled.work.memory.total > machine.memory_bytes
-    found = fixes(asked, machine, legal, count=2)
+    found = fixes(asked, machine, count=2)
     assert len(found) == 2
     for fix in found:
         assert fix.verified and fix.evaluated.work.how == "compiled"

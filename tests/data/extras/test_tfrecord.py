@@ -147,7 +147,7 @@ def test_the_trainer_never_imports_tensorflow(written, tmp_path):
 import sys
 from data.config import DataConfig
 from data.sources.tfrecord import TFRecordReader
-from data.sources.corpus import documents
+from data.curation.optimize import documents
 config = DataConfig(source="tfds", path={str(written["tfrecord"])!r}, cache_dir={str(tmp_path)!r})
 print(len(documents(config, "train")), "tensorflow" in sys.modules)
 """
