@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from common.text import human
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice
 from kernels.einsum_8bit import QuantizedEinsum
@@ -36,7 +37,7 @@ from training.config import Config
 from training.legal.attention import documents_of, wanted_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
-from training.precision import build_einsum, compute_dtype
+from training.precision import build_einsum, compute_dtype, precision_row
 from training.safety.signals import VOTE, abstract_vote
 from training.safety.skip_updates import Skipping
 from training.state import (
@@ -61,7 +62,14 @@ from training.step import (
     make_eval_step,
     make_train_step,
 )
-from training.xla import largest_layer_bytes, needed_options, profile_options, resolve_profile
+from training.xla import (
+    deterministic_row,
+    largest_layer_bytes,
+    needed_options,
+    options_line,
+    profile_options,
+    resolve_profile,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Program:
         """Step 0, every leaf on the devices that own it."""
         if self.replicas is not None:
             begin, ema = self.replicas.begin, self.state.ema is not None
+            # Made where it belongs: one copy made on one device and sent out would not fit there.
             place = shardings(self.state)
             first = jax.jit(
                 lambda k: begin(make_state(self.placement.init(k), self.tx, ema)), out_shardings=place
@@ -107,6 +116,7 @@ class Program:
 
     def with_params(self, state: TrainState, params: Any) -> TrainState:
         """A state at step 0 that begins at other parameters (in memory's form), its average too."""
+        # A copy: the step donates its state, and one buffer cannot be given away twice.
         if state.ema is not None:
             state = state.replace(ema=jax.tree.map(jnp.copy, params))
         if self.replicas is not None:
@@ -115,6 +125,7 @@ class Program:
 
     def with_guard(self, stored: TrainState) -> TrainState:
         """A canonical state with the guard's figures, begun anew where a checkpoint has none."""
+        # A checkpoint from before the guard was switched on has none, and any start may switch it on.
         if stored.guard is not None:
             return stored
         place = shardings(self.canonical.guard)
@@ -123,12 +134,14 @@ class Program:
     def _relocate(self, tree: Any, target: TrainState, *, join: bool) -> Any:
         if self.placement.arrangement is None:
             return tree
+        # Of a whole state every leaf that follows a parameter (moments, average) moves with it.
         like = target if isinstance(tree, TrainState) else target.params
         return self.placement.arrangement.relocate(tree, shardings(like), join=join)
 
     def compile_train(self) -> FlatStep:
         """The one executable of the run: `(state, batch) -> (state, metrics)`, the state donated."""
         metrics = self.replicas.metrics if self.replicas is not None else self.layout.replicated()
+        # Votes ride in the batch and reach every process with the step itself: no collective of their own.
         batch: Any = self.batch | ({VOTE: abstract_vote(self.layout.mesh)} if self.votes else {})
         return compile_train_step(self.train_step, self.state, batch, metrics, self.compiler_options)
 
@@ -141,6 +154,30 @@ class Program:
         """`(params, batch) -> sums`, batches shaped like those of training."""
         step = make_eval_step(self.model, self.strategy, self.ops)
         return compile_eval_step(step, self.state.params, self.batch, self.layout, self.compiler_options)
+
+    def chosen(self, config: Config, peak: str) -> list[tuple[str, str, str]]:
+        """Rows (name, value, why) of the start-up table: devices, model and what computes it."""
+        training, devices = config.training, self.layout.mesh.devices
+        platform = devices.flat[0].platform
+        mesh = {axis: size for axis, size in self.layout.mesh.shape.items() if size > 1}
+        replicas = "step together"
+        if self.replicas is not None:
+            alone = self.replicas.config
+            replicas = f"step alone, exchange {alone.exchange} every {alone.inner_steps} steps"
+        size = human(self.model.num_params()["total"])
+        remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
+        bits = ("deterministic", deterministic_row(platform), "deterministic=true")
+        return [
+            ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
+            ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
+            *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
+            ("model", f"{config.model.name}, {size} parameters", "model="),
+            ("precision", precision_row(training, self.ops, platform), training.precision),
+            ("attention", self.attention.name, self.attention.why),
+            ("layers", remat, "training.remat, training.scan_layers"),
+            ("compiler", options_line(self.compiler_options), f"hardware.xla={config.hardware.xla}"),
+            *([bits] if config.deterministic else []),
+        ]
 
 
 @dataclass(frozen=True)

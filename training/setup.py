@@ -22,7 +22,6 @@ from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from common.errors import RunFault
-from common.text import human
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -45,7 +44,6 @@ from training.initial_weights import (
     tokenizer_config,
 )
 from training.input_watch import InputWatch
-from training.precision import precision_row
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program
 from training.progress import Progress, startup_table
@@ -55,7 +53,7 @@ from training.safety.rollback import MOST, in_a_row, remedy
 from training.safety.skip_updates import Trouble, none_in_a_row, undone
 from training.state import TrainState
 from training.step import FlatStep
-from training.xla import check_options, deterministic_row, options_line
+from training.xla import check_options
 
 # The others wait so long while the primary makes the data (scripts/prepare_data.py has no limit).
 PREPARE_SECONDS = 4 * 3600
@@ -410,33 +408,14 @@ def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
 def describe(
     config: Config, directory: RunDirectory, program: Program, loader: Loader, peak: str
 ) -> list[tuple[str, str, str]]:
-    """The start-up table: what was chosen, and why."""
-    mesh = {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1}
-    devices = program.layout.mesh.devices
-    counts = program.model.num_params()
+    """The start-up table, (name, value, why) a row: what was chosen, and why. `peak`: FLOP/s of a device."""
     training = config.training
     tokens = training.global_batch_size * config.data.seq_len
-    remat = f"remat={training.remat}, {'scanned' if training.scan_layers else 'unrolled'} layers"
     elsewhere = config.checkpoint.directory
     free = shutil.disk_usage(directory.path.parent if directory.path.parent.exists() else ".").free
-    replicas = "step together"
-    if program.replicas is not None:
-        alone = program.replicas.config
-        replicas = f"step alone, exchange {alone.exchange} every {alone.inner_steps} steps"
-    again = []
-    if config.deterministic:
-        again = [("deterministic", deterministic_row(devices.flat[0].platform), "deterministic=true")]
     return [
         ("run", config.run.dir, "going on" if directory.resuming else "new"),
-        ("devices", f"{devices.size} x {devices.flat[0].device_kind}", peak),
-        ("mesh", ", ".join(f"{a}={n}" for a, n in mesh.items()) or "one device", "mesh.*"),
-        *([("replicas", replicas, "local_sgd.*")] if "replica" in mesh else []),
-        ("model", f"{config.model.name}, {human(counts['total'])} parameters", "model="),
-        ("precision", precision_row(training, program.ops, devices.flat[0].platform), training.precision),
-        ("attention", program.attention.name, program.attention.why),
-        ("layers", remat, "training.remat, training.scan_layers"),
-        ("compiler", options_line(program.compiler_options), f"hardware.xla={config.hardware.xla}"),
-        *again,
+        *program.chosen(config, peak),
         ("optimizer", f"{config.optim.name}, {config.schedule.name} schedule", "optim=, schedule="),
         ("batch", f"{training.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens", "a step"),
         ("data", loader.describe(), f"data.mode={config.data.mode}"),

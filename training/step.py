@@ -28,6 +28,7 @@ BATCH_DTYPES = {
 
 def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
     """Shapes and shardings of a batch: every array [B, T], rows over the data axes."""
+    # One sharding for all of them: whoever holds a row's tokens holds its targets and weights.
     shape = (batch_size, seq_len)
     sharding = layout.sharding(("batch", "length"), shape, "batch")
     batch: Any = {
@@ -107,6 +108,7 @@ def make_train_step(
 
 def weights_only(info: Any, grads: Any) -> list[Array]:
     """The gradients that are gradients: the balance biases of routers carry a load instead."""
+    # By role and not by path: the tree may hold layers by stages, in which paths differ.
     roles = [leaf.role for leaf in jax.tree.leaves(info, is_leaf=is_info)]
     return [g for role, g in zip(roles, jax.tree.leaves(grads), strict=True) if role != "balance"]
 
@@ -116,10 +118,12 @@ def router_metrics(means: Mapping[str, Array]) -> dict[str, Array]:
 
     `moe/load`, tokens of each expert over all layers, becomes `moe/max_load`: the largest over their mean.
     """
+    # Routers' loss and z-loss have their part in the objective; what a person reads are rates and shares.
     names = [name for name in means if name == "mtp_nll" or name.startswith("moe/")]
     metrics = {name: means[name].astype(jnp.float32) for name in names if means[name].ndim == 0}
     if "moe/load" in means:
         load = means["moe/load"]
+        # A batch of padding alone has routed nothing: no division by zero.
         metrics["moe/max_load"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-20)
     return metrics
 
@@ -127,6 +131,7 @@ def router_metrics(means: Mapping[str, Array]) -> dict[str, Array]:
 def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch], dict[str, Array]]:
     """The forward-only twin, `(params, batch) -> sums over the batch`."""
 
+    # Weights alone, no state: the average of the weights is evaluated by the same program.
     def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
         return strategy.evaluate(model, params, batch, ops)
 
