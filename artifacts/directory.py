@@ -27,7 +27,7 @@ from common.errors import RunFault
 from common.files import lock, sync, text_digest, write_text
 from parallel import processes
 
-_FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule")
+_FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule", "objective")
 _FROZEN_KEYS = (
     *("seed", "init_from", "training.global_batch_size", "training.precision"),
     "training.full_precision",

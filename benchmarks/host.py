@@ -24,6 +24,7 @@ from artifacts.tensorboard import TensorBoard
 from benchmarks.measure import arguments, publish, summary
 from benchmarks.workload import build, compose_config
 from common.host import keep_freed_memory
+from data.batch import TEXT
 from data.loading.loader import Prefetcher
 from training.device_batches import placing, rows_here
 from training.flops import training_flops
@@ -31,7 +32,7 @@ from training.program import Program
 from training.progress import Progress
 from training.recorder import Recorder
 from training.state import TrainState, shardings
-from training.step import BATCH_DTYPES, FlatStep, compile_train_step
+from training.step import FlatStep, compile_train_step
 
 LAYERS = 24  # of one period: their parameters are not stacked, so that there are many leaves
 ROWS, SEQ_LEN = 8, 256
@@ -48,7 +49,7 @@ WARM = 20  # iterations that are not counted
 class Repeated:
     """A loader whose batches cost nothing."""
 
-    one = {name: np.ones((ROWS, SEQ_LEN), dtype) for name, dtype in BATCH_DTYPES.items()}
+    one = {name: np.ones((ROWS, SEQ_LEN), dtype) for name, (dtype, _) in TEXT.items()}
 
     def batch(self, step: int, rows: Any = None) -> dict[str, np.ndarray]:
         """The same batch at every step."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
@@ -17,7 +18,7 @@ from omegaconf.errors import (
 )
 
 from common.checks import ConfigError, did_you_mean, nearest
-from configs.groups import groups, options
+from configs.groups import CONFIG_DIR, groups, options
 from data.config import component_keys
 from optim.config import OPTIMIZERS, SCHEDULES
 from parallel.config import MESH_AXES
@@ -121,6 +122,12 @@ def _known(key: str, keys: Iterable[str]) -> bool:
         if axis not in MESH_AXES:
             raise ConfigError(f"{key} names no mesh axis; {did_you_mean(axis, MESH_AXES)}")
         return True
+    if key.startswith("objective."):
+        # By what the files set: an objective's own class says more, and would load all of JAX for a message.
+        settings = objective_keys()
+        if key not in settings:
+            raise ConfigError(f"{key} is not a key of any objective; {did_you_mean(key, settings)}")
+        return True
     if key.startswith("data.mixture."):
         name, _, rest = key.removeprefix("data.mixture.").partition(".")
         inner = component_keys()
@@ -131,6 +138,12 @@ def _known(key: str, keys: Iterable[str]) -> bool:
     if inside and key not in keys:
         raise ConfigError(f"{key} holds several keys; set one of them, such as {inside[0]}")
     return key in keys
+
+
+def objective_keys(root: Path = CONFIG_DIR) -> list[str]:
+    """The keys that the files of `configs/objective` set, `objective.` before them."""
+    files = sorted((root / "objective").glob("*.yaml"))
+    return sorted({f"objective.{key}" for path in files for key in yaml.safe_load(path.read_text("utf-8"))})
 
 
 def _suggest(key: str, candidates: list[str]) -> str:
@@ -203,6 +216,8 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     if key in keys and keys[key].owners:
         group = key.split(".")[0]
         return f"{key} belongs to {group}={' or '.join(keys[key].owners)} only; choose that, or drop the key"
+    if key.startswith("objective."):
+        return f"{key} is not a key of this objective; choose another with objective=NAME, or drop the key"
     if key.startswith("mesh.rules."):
         return f"{key} has no rule yet; add one with +{key}=[AXIS]"
     if key.startswith("data.mixture."):

@@ -1,12 +1,13 @@
-"""Next-token cross-entropy over chunks of tokens, so that [B*T, V] logits never exist.
+"""Cross-entropy and log-probabilities over chunks of tokens, so that [B*T, V] logits never exist.
 
-B batch, T position, D model, V vocabulary; R and P parts of rows and positions on different devices.
+B batch, T position, D model, V vocabulary, K targets of a position; R and P parts of rows and positions on
+different devices.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ class LossSpec:
 def chunked_cross_entropy(
     x: Float[Array, "B T D"],
     w: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    targets: Int[Array, "B T *K"],
+    weights: Float[Array, "B T *K"],
+    counts: Float[Array, "B T"] | None = None,
     *,
     chunk: int,
     parts: tuple[int, int] = (1, 1),
@@ -52,6 +54,10 @@ def chunked_cross_entropy(
     x: final hidden states, in the compute dtype; w: output table; products are of both rounded to `dtype`, by
     default x's; targets, weights: what is predicted and how much it counts. With logits l = cap(x·w), the
     loss of a token is -log softmax(l)[target] + z_loss * log²(sum exp l).
+    With K targets a position, each with its weight, the first term is the sum over them: a distribution given
+    by its K likeliest tokens (distillation), whose cross-entropy is the divergence but for its own entropy.
+    Weights may have a sign: those that are -df/dlogp give the gradient of any f of the log-probabilities.
+    What z-loss counts by has none: `counts`, by default the weights.
     About `chunk` of the B*T tokens have logits at once: each chunk is `chunk // B` positions of every row,
     lowered to a divisor of T. `parts` are the numbers of devices that B and T are split over: each device has
     an equal share of every chunk, at least one position, and adds up its own losses and dw until the end.
@@ -64,28 +70,67 @@ def chunked_cross_entropy(
     # of one device after another, while the others wait.
     size = share * largest_divisor(x.shape[1] // share, chunk // x.shape[0] // share)
     spec = LossSpec(size, parts, softcap, z_loss, constrain, contract_rows, jnp.dtype(dtype or x.dtype))
-    loss, sums = _cross_entropy(x, w, targets, jax.lax.stop_gradient(weights), spec)
+    wanted = TargetWeights(targets, *jax.lax.stop_gradient((weights, counts)))
+    loss, sums = _cross_entropy(x, w, wanted, spec)
     # The backward rule knows only the loss's cotangent: the sums must not seem differentiable.
     return loss, jax.lax.stop_gradient(sums)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
+def chunked_logprobs(
+    x: Float[Array, "B T D"],
+    w: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    parts: tuple[int, int] = (1, 1),
+    softcap: float | None = None,
+    constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
+    dtype: Any = None,
+) -> Float[Array, "B T"]:
+    """Log-probabilities of the targets, log softmax(cap(x·w)), in float32 nats; arguments as above.
+
+    Differentiable in any way: backward makes a chunk's logits again (a fourth and a fifth product), where the
+    cross-entropy, which knows its weights beforehand, does not.
+    """
+    share = parts[1]
+    size = share * largest_divisor(x.shape[1] // share, chunk // x.shape[0] // share)
+    spec = LossSpec(size, parts, softcap, 0.0, constrain, None, jnp.dtype(dtype or x.dtype))
+    table = constrain(w.astype(spec.dtype), ("act_vocab", None))
+
+    @jax.checkpoint
+    def step(carry: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        _, capped, _, log_total = _scores(chunk[0], table, spec)
+        return None, _picked(capped, _hits(capped, chunk[1])) - log_total
+
+    _, found = jax.lax.scan(step, None, (_split(x, spec), _split(targets, spec)))
+    return _join(found, spec)
+
+
+class TargetWeights(NamedTuple):
+    """What is predicted: ids and weights [B, T] or [B, T, K], and what regularizers count by, [B, T]."""
+
+    targets: Array
+    weights: Array
+    counts: Array | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(x: Array, w: Array, wanted: TargetWeights, spec: LossSpec) -> Any:
     table = spec.constrain(w.astype(spec.dtype), ("act_vocab", None))
 
-    def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def step(sums: tuple[Array, Array], chunk: tuple[Array, TargetWeights]) -> tuple[Any, None]:
         nll, z, _ = _chunk_loss(*chunk, table, spec)
         return (sums[0] + nll, sums[1] + z), None
 
     zero = jnp.zeros(spec.parts, jnp.float32)
-    (nll, z), _ = jax.lax.scan(step, (zero, zero), _chunks(x, targets, weights, spec))
+    (nll, z), _ = jax.lax.scan(step, (zero, zero), _chunks(x, wanted, spec))
     return _results(nll, z)
 
 
-def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec) -> Any:
+def _forward(x: Array, w: Array, wanted: TargetWeights, spec: LossSpec) -> Any:
     table = spec.constrain(w.astype(spec.dtype), ("act_vocab", None))
 
-    def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+    def step(carry: tuple[Array, Array, Array], chunk: tuple[Array, TargetWeights]) -> tuple[Any, Array]:
         nll_sum, z_sum, dw = carry
         nll, z, dlogits = _chunk_loss(*chunk, table, spec)
         # Here, while the logits are there: backward would have to make them again, a fourth product.
@@ -95,7 +140,7 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array, spec: LossSpec)
 
     zero = jnp.zeros(spec.parts, jnp.float32)
     start = (zero, zero, spec.constrain(jnp.zeros((*spec.parts, *w.shape), jnp.float32), PARTIAL))
-    (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, targets, weights, spec))
+    (nll, z, dw), dx = jax.lax.scan(step, start, _chunks(x, wanted, spec))
     # What is saved is dx and dw, of the size of x and w, and nothing of the size of the logits.
     return _results(nll, z), (_join(dx, spec), jnp.sum(dw, axis=(0, 1)).astype(w.dtype))
 
@@ -119,14 +164,14 @@ def _backward(spec: LossSpec, residuals: tuple[Array, Array], cotangents: Any) -
     dx, dw = residuals
     # The loss is a sum, so its cotangent is one number, known only now (1 / the batch's weight).
     scale = cotangents[0]
-    return (scale * dx).astype(dx.dtype), (scale * dw).astype(dw.dtype), None, None
+    return (scale * dx).astype(dx.dtype), (scale * dw).astype(dw.dtype), None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunks(x: Array, targets: Array, weights: Array, spec: LossSpec) -> tuple[Array, Array, Array]:
-    return _split(x, spec), _split(targets, spec), _split(weights, spec)
+def _chunks(x: Array, wanted: TargetWeights, spec: LossSpec) -> tuple[Array, TargetWeights]:
+    return _split(x, spec), jax.tree.map(lambda a: _split(a, spec), wanted)
 
 
 def _split(x: Array, spec: LossSpec) -> Array:
@@ -148,10 +193,8 @@ def _groups(x: Array, spec: LossSpec) -> Array:
     return x.reshape(rows, x.shape[0] // rows, parts, x.shape[1] // parts, *x.shape[2:])
 
 
-def _chunk_loss(
-    x: Array, targets: Array, weights: Array, table: Array, spec: LossSpec
-) -> tuple[Array, Array, Array]:
-    """Each group's nll and z-loss over one chunk, and the gradient by its logits (dead where unused)."""
+def _scores(x: Array, table: Array, spec: LossSpec) -> tuple[Array, Array, Array, Array]:
+    """Of a chunk: exp(capped - max), capped logits, the sum of the first, and log(sum exp capped)."""
     logits = jnp.einsum("BTD,VD->BTV", x.astype(spec.dtype), table, preferred_element_type=jnp.float32)
     logits = spec.constrain(logits, LOGIT_AXES)
     capped = softcap_logits(logits, spec.softcap)
@@ -159,18 +202,45 @@ def _chunk_loss(
     top = jnp.max(capped, axis=-1, keepdims=True)
     exps = jnp.exp(capped - top)
     total = jnp.sum(exps, axis=-1, keepdims=True)
-    log_total = (jnp.log(total) + top)[..., 0]
+    return exps, capped, total, (jnp.log(total) + top)[..., 0]
+
+
+def _hits(logits: Array, targets: Array) -> Array:
+    """Which of the logits [B, T, V] (or [B, T, V, 1]) each target [B, T] (or [B, T, K]) is."""
     # Compare and sum instead of a gather: a vocabulary split over devices needs one small all-reduce.
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    nll = log_total - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == jnp.expand_dims(targets, 2)
+
+
+def _picked(capped: Array, hit: Array) -> Array:
+    return jnp.sum(jnp.where(hit, capped, 0.0), axis=-1)
+
+
+def _chunk_loss(x: Array, wanted: TargetWeights, table: Array, spec: LossSpec) -> tuple[Array, Array, Array]:
+    """Each group's nll and z-loss over one chunk, and the gradient by its logits (dead where unused)."""
+    exps, capped, total, log_total = _scores(x, table, spec)
+    targets, weights, counts = wanted
+    if targets.ndim == 2:
+        hit = _hits(capped, targets)
+        nll, mass, weighing = log_total - _picked(capped, hit), weights, weights
+    else:
+        # A row of the vocabulary for each position, made of its K entries where it is read: a compiler fuses
+        # comparison and sum, so that [.., V, K] never exists.
+        hit, mass = _hits(capped[..., None], targets), jnp.sum(weights, axis=-1)
+        column = jnp.sum(jnp.where(hit, weights[..., None, :], 0.0), axis=-1)
+        # Weighted already, each target by its own.
+        nll, weighing = mass * log_total - jnp.sum(column * capped, axis=-1), jnp.float32(1.0)
     z = spec.z_loss * jnp.square(log_total)
-    # d/dl of weight * (lse + z lse²) is softmax(l) times this; only the target's column has more.
-    share = (weights * (1.0 + 2.0 * spec.z_loss * log_total))[..., None]
-    dlogits = exps / total * share - jnp.where(hit, weights[..., None], 0.0)
+    # d/dl of weight * (lse + z lse²) is softmax(l) times this; only the targets' columns have more.
+    if counts is None:
+        counts, share = mass, (mass * (1.0 + 2.0 * spec.z_loss * log_total))[..., None]
+    else:
+        share = (mass + counts * (2.0 * spec.z_loss * log_total))[..., None]
+    dlogits = exps / total * share
+    dlogits -= jnp.where(hit, weights[..., None], 0.0) if targets.ndim == 2 else column
     # Through the cap: tanh' = 1 - tanh², and capped / softcap is that tanh.
     if spec.softcap is not None:
         dlogits *= 1.0 - jnp.square(capped / spec.softcap)
-    nll, z = (jnp.sum(_groups(weights * term, spec), axis=(1, 3)) for term in (nll, z))
+    nll, z = (jnp.sum(_groups(w * term, spec), axis=(1, 3)) for w, term in ((weighing, nll), (counts, z)))
     return nll, z, dlogits
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, softcap_logits
+from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, chunked_logprobs, softcap_logits
 from models.config import ModelConfig, check_model
 from models.layers import WHOLE, Block, Embedding, Head, MTPBlock, Norm
 from models.moe import LOAD
@@ -161,14 +161,55 @@ class Model:
         further, reports = self._mtp_loss(params, stream, batch, ops)
         return loss + further, {**sums, **reports}
 
+    @jax.named_scope("head")
+    def cross_entropy(
+        self,
+        params: Tree,
+        x: Float[Array, "B T D"],
+        targets: Int[Array, "B T *K"],
+        weights: Float[Array, "B T *K"],
+        counts: Float[Array, "B T"],
+        ops: Ops,
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """As `head`, of any targets: several a position, and weights that have a sign; no further tokens.
+
+        counts: how much a position counts where no sign is wanted, in z-loss.
+        """
+        normed = self._module("final_norm", params["final_norm"])(x)
+        return self._loss(params, normed, targets, weights, ops, ops.z_loss, counts)
+
+    @jax.named_scope("head")
+    def logprobs(
+        self, params: Tree, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops
+    ) -> Float[Array, "B T"]:
+        """Log-probabilities of a batch's targets in float32 nats, of the stream after the last layer."""
+        return chunked_logprobs(
+            ops.constrain(self._module("final_norm", params["final_norm"])(x), WHOLE),
+            self._output_table(params),
+            batch["targets"],
+            chunk=ops.loss_chunk,
+            parts=ops.parts,
+            softcap=self.config.logit_softcap,
+            constrain=ops.constrain,
+            dtype=ops.factor_dtype,
+        )
+
     def _loss(
-        self, params: Tree, x: Array, targets: Array, weights: Array, ops: Ops, z_loss: float
+        self,
+        params: Tree,
+        x: Array,
+        targets: Array,
+        weights: Array,
+        ops: Ops,
+        z_loss: float,
+        counts: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         return chunked_cross_entropy(
             ops.constrain(x, WHOLE),
             self._output_table(params),
             targets,
             weights,
+            counts,
             chunk=ops.loss_chunk,
             parts=ops.parts,
             softcap=self.config.logit_softcap,

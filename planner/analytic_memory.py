@@ -20,9 +20,9 @@ differ between its compilers: they were fitted to 36 GPU and 9 TPU programs of L
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from data.batch import TEXT
 from planner.sizes import Sizes, state_bytes
 from training.preflight import Memory
-from training.step import BATCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def memory_of(sizes: Sizes) -> Memory:
     """Bytes by class."""
     config = sizes.config
     parameters, others = state_bytes(config, sizes.model, sizes.layout)
-    batch = sizes.tokens * sizes.microbatches * 4 * len(BATCH_DTYPES)
+    batch = sizes.tokens * sizes.microbatches * 4 * len(TEXT)
     temporaries = kept(sizes) + working(sizes) + accumulators(sizes, parameters)
     return Memory(
         parameters=parameters,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.snapshot import ROOT, rooms
+from tests.training.test_objectives import TOY
 
 OPTIMIZER = '''
 
@@ -57,7 +58,7 @@ def change(path: Path, before: str, after: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_optimizer_is_three_files_and_a_kind_of_source_two(tmp_path):
+def test_an_optimizer_is_three_files_a_kind_of_source_two_an_objective_one_and_a_yaml(tmp_path):
     code = tmp_path / "code"
     for room in rooms(ROOT):
         shutil.copytree(ROOT / room, code / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -74,7 +75,17 @@ def test_an_optimizer_is_three_files_and_a_kind_of_source_two(tmp_path):
     change(code / "data/config.py", "SOURCES = {", line)
     (code / "data/sources/counting.py").write_text(SOURCE, "utf-8")
 
-    words = ["+experiment=debug", "optim=sign", "data.source=counting", "training.num_steps=4"]
+    (code / "training/objectives/toy.py").write_text(TOY, "utf-8")
+    (code / "configs/objective/toy.yaml").write_text("name: toy\nbeta: 2.0\nmargin: 0.5\n", "utf-8")
+
+    words = [
+        "objective=toy",
+        "objective.beta=3",
+        "+experiment=debug",
+        "optim=sign",
+        "data.source=counting",
+        "training.num_steps=4",
+    ]
     words += ["data.workers=1", "sample.prompts=[]", "schedule.warmup_steps=1", "checkpoint.every=4"]
     words += [f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", "run.compile_cache=null"]
     ended = subprocess.run(
@@ -92,4 +103,5 @@ def test_an_optimizer_is_three_files_and_a_kind_of_source_two(tmp_path):
     assert {str(path.relative_to(code)) for path in now if now[path] != before.get(path)} == {
         *("optim/config.py", "optim/optimizers.py", "configs/optim/sign.yaml"),
         *("data/config.py", "data/sources/counting.py"),
+        *("training/objectives/toy.py", "configs/objective/toy.yaml"),
     }

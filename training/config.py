@@ -15,6 +15,7 @@ from parallel.config import AutoscaleConfig, ContextConfig, MeshConfig, Pipeline
 from parallel.hardware import HardwareConfig
 from serving.config import SampleConfig
 
+Setting = int | float | bool | str | None  # a value of an objective: its own dataclass says which it takes
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
@@ -158,6 +159,7 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)  # and what those can do
     optim: OptimConfig = field(default_factory=OptimConfig)  # how a gradient becomes an update
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # and how large it is at each step
+    objective: dict[str, Setting] = field(default_factory=lambda: {"name": "next_token"})  # what is minimized
     training: TrainingConfig = field(default_factory=TrainingConfig)  # for how long, in what batches
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
     guard: GuardConfig = field(default_factory=GuardConfig)  # what it does when something goes wrong

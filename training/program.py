@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from common.checks import ConfigError
 from common.text import human
+from data.batch import TEXT
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice
 from kernels.einsum_8bit import QuantizedEinsum
@@ -37,6 +39,7 @@ from training.config import Config
 from training.legal.attention import documents_of, wanted_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
+from training.objectives.base import Objective, build_objective
 from training.precision import build_einsum, compute_dtype, precision_row
 from training.safety.signals import VOTE, abstract_vote
 from training.safety.skip_updates import Skipping
@@ -80,6 +83,7 @@ class Program:
     layout: Layout
     ops: Ops
     strategy: Any  # Plain or Pipeline: their interface
+    objective: Objective
     tx: optax.GradientTransformation
     state: TrainState
     batch: Batch
@@ -153,7 +157,9 @@ class Program:
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""
         step = make_eval_step(self.model, self.strategy, self.ops)
-        return compile_eval_step(step, self.state.params, self.batch, self.layout, self.compiler_options)
+        # Held-out text has the fields of any text, whatever an objective wants beside them.
+        batch = {name: self.batch[name] for name in TEXT}
+        return compile_eval_step(step, self.state.params, batch, self.layout, self.compiler_options)
 
     def chosen(self, config: Config, peak: str) -> list[tuple[str, str, str]]:
         """Rows (name, value, why) of the start-up table: devices, model and what computes it."""
@@ -341,6 +347,12 @@ def build_program(config: Config, layout: Layout) -> Program:
     model, training = build_model(config.model), config.training
     platform = layout.mesh.devices.flat[0].platform
     check_remat(training.remat, layout.mesh.devices.flat)
+    objective = build_objective(config.objective)
+    if config.model.mtp_depth and objective.name != "next_token":
+        raise ConfigError(
+            f"objective={objective.name} trains no layers for further tokens, and model.mtp.depth="
+            f"{config.model.mtp_depth}; use objective=next_token or model.mtp=null"
+        )
     placement = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     # A replica that steps alone must reduce over its own devices only: its step never hears of the others.
@@ -365,6 +377,7 @@ def build_program(config: Config, layout: Layout) -> Program:
         model,
         tx,
         *order_of_work(config, placement, seen),
+        objective,
         learning_rate=lambda count: config.optim.learning_rate * schedule(count),
         grad_clip=config.optim.grad_clip,
         # Replicas average where they meet, not at each of their own steps: `Replicas` does it then.
@@ -391,7 +404,8 @@ def build_program(config: Config, layout: Layout) -> Program:
         strategy=strategy,
         tx=tx,
         state=state,
-        batch=abstract_batch(layout, training.global_batch_size, config.data.seq_len),
+        objective=objective,
+        batch=abstract_batch(layout, training.global_batch_size, config.data.seq_len, objective.fields),
         train_step=step,
         compiler_options=compiler_options(config, model, layout),
         placement=placement,

@@ -21,7 +21,9 @@ from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
+from common.checks import ConfigError
 from common.errors import RunFault
+from data.batch import TEXT
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -44,6 +46,7 @@ from training.initial_weights import (
     tokenizer_config,
 )
 from training.input_watch import InputWatch
+from training.objectives.base import build_objective
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program
 from training.progress import Progress, startup_table
@@ -97,6 +100,7 @@ def compose(directory: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: 
     """Data, program and executables; what is wrong with a config shows here, and nothing has been written."""
     config = scaled.config
     with processes.all_or_none("the devices"), before_the_first_step():
+        build_objective(config.objective)  # before data are made for a run that cannot be
         layout = build_layout(config.mesh, scaled.devices())
         parent = None if directory.resuming else find_parent(config)
         if processes.is_primary() and not directory.resuming:
@@ -146,6 +150,11 @@ def build_setup(
         check_further_tokens(parent, scaled.config.model.mtp)
     config = with_vocab(scaled.config, prepared.tokenizer.vocab_size)
     program = build_program(config, layout)
+    if missing := sorted(set(program.objective.fields) - set(TEXT)):
+        raise ConfigError(
+            f"objective={program.objective.name} needs {', '.join(missing)} in a batch, which "
+            f"data.source={config.data.source} does not give; take an objective of texts, such as next_token"
+        )
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = new_loader(config, prepared)
     loader.check_rows(rows_here(program.batch))

@@ -10,31 +10,31 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from data.batch import TEXT, Field
 from parallel.axes import Layout
 from training.config import GuardConfig
+from training.objectives.base import Objective
 from training.safety.signals import VOTE
 from training.safety.skip_updates import Skipping, Updated, judge, unless_skipped
 from training.state import TrainState, is_info, shardings
 
 Batch = dict[str, Array]
-BATCH_DTYPES = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "positions": jnp.int32,
-    "segment_ids": jnp.int32,
-    "loss_weights": jnp.float32,
-}
 
 
-def abstract_batch(layout: Layout, batch_size: int, seq_len: int) -> Batch:
-    """Shapes and shardings of a batch: every array [B, T], rows over the data axes."""
-    # One sharding for all of them: whoever holds a row's tokens holds its targets and weights.
-    shape = (batch_size, seq_len)
-    sharding = layout.sharding(("batch", "length"), shape, "batch")
-    batch: Any = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()
-    }
-    return batch
+def abstract_batch(
+    layout: Layout, batch_size: int, seq_len: int, fields: Mapping[str, Field] = TEXT
+) -> Batch:
+    """Shapes and shardings of a batch: rows over the data axes, positions over `context`."""
+    sizes = {"batch": batch_size, "length": seq_len}
+
+    def abstract(field: Field) -> Any:
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in field.dims)
+        axes = tuple(dim if isinstance(dim, str) else None for dim in field.dims)
+        # Whoever holds a row's tokens holds its targets and weights.
+        placed = layout.sharding(axes, shape, "batch")
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(field.dtype), sharding=placed)
+
+    return {name: abstract(field) for name, field in fields.items()}
 
 
 def make_train_step(
@@ -42,6 +42,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     strategy: Any,
     ops: Any,
+    objective: Objective,
     *,
     learning_rate: Callable[[Array], Array],
     grad_clip: float | None,
@@ -52,9 +53,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch) -> (state, metrics)`.
 
-    Metrics are float32 scalars: `loss` (nats per token, without z-loss), `grad_norm` before clipping,
-    `learning_rate`, `tokens` (positions with weight), and those of `router_metrics` and of the guard. Random
-    keys are folded from (seed, step), so that neither mesh nor schedule changes them.
+    Metrics are float32 scalars: what the objective reports (`loss` is always there), `grad_norm` before
+    clipping, `learning_rate`, `tokens` (positions with weight), and those of the guard. Random keys are
+    folded from (seed, step), so that neither mesh nor schedule changes them.
 
     guard: what updates are skipped; None: none. skipping: how, see
     `training.safety.skip_updates.unless_skipped`.
@@ -63,7 +64,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         # Not carried in the state: a resumed run has the key of its step whatever came before.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        means, grads = strategy.value_and_grad(model, state.params, batch, key, ops)
+        # Before the gradient what it is taken of: here an objective may ask for a forward pass of its own.
+        batch, figures = objective.prepare(batch, lambda b: strategy.score(model, state.params, b, ops))
+        means, grads = strategy.value_and_grad(objective, model, state.params, batch, key, ops)
+        means = {**means, **figures}
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(weights_only(model.info, grads))
 
@@ -90,17 +94,18 @@ def make_train_step(
             if guard is None:
                 params, opt_state, ema = update(kept)
             else:
-                taken, watched, told = judge(state.guard, means["nll"], norm, guard.skip_sigma)
+                taken, watched, told = judge(
+                    state.guard, objective.report(means)["loss"], norm, guard.skip_sigma
+                )
                 params, opt_state, ema = unless_skipped(taken, update, kept, how=skipping)
         # On the devices still: the host reads them one step late and never waits for this one.
         metrics = {
-            "loss": means["nll"],
             "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_weights"] > 0).astype(jnp.float32),
-            **router_metrics(means),
             **told,
         }
+        metrics |= objective.report(means)
         return TrainState(state.step + 1, params, opt_state, ema, guard=watched), metrics
 
     return train_step
@@ -111,21 +116,6 @@ def weights_only(info: Any, grads: Any) -> list[Array]:
     # By role and not by path: the tree may hold layers by stages, in which paths differ.
     roles = [leaf.role for leaf in jax.tree.leaves(info, is_leaf=is_info)]
     return [g for role, g in zip(roles, jax.tree.leaves(grads), strict=True) if role != "balance"]
-
-
-def router_metrics(means: Mapping[str, Array]) -> dict[str, Array]:
-    """What a model with experts or further tokens reports: `mtp_nll`, and `moe/...` as means over layers.
-
-    `moe/load`, tokens of each expert over all layers, becomes `moe/max_load`: the largest over their mean.
-    """
-    # Routers' loss and z-loss have their part in the objective; what a person reads are rates and shares.
-    names = [name for name in means if name == "mtp_nll" or name.startswith("moe/")]
-    metrics = {name: means[name].astype(jnp.float32) for name in names if means[name].ndim == 0}
-    if "moe/load" in means:
-        load = means["moe/load"]
-        # A batch of padding alone has routed nothing: no division by zero.
-        metrics["moe/max_load"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-20)
-    return metrics
 
 
 def make_eval_step(model: Any, strategy: Any, ops: Any) -> Callable[[Any, Batch], dict[str, Array]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from data.batch import TEXT
 from data.errors import DataError
 from data.loading.bin_packing import best_fit, first_fit
 from data.loading.fill import Entries, write_rows
@@ -18,7 +19,6 @@ from data.loading.fill import Entries, write_rows
 WINDOW = 1 << 16  # pieces that best_fit and first_fit consider together
 Fit = Callable[[np.ndarray, int], np.ndarray]
 FITS: dict[str, Fit] = {"best_fit": best_fit, "first_fit": first_fit}
-KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def _fitted(starts: np.ndarray, lengths: np.ndarray, seq_len: int, fit: Fit) -> 
 
 def empty_batch(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """Return a batch of padding: segment 0 and weight 0 everywhere."""
-    batch = {key: np.zeros((num_rows, seq_len), np.int32) for key in KEYS}
-    batch["loss_weights"] = np.zeros((num_rows, seq_len), np.float32)
-    return batch
+    return {name: np.zeros((num_rows, seq_len), field.dtype) for name, field in TEXT.items()}
 
 
 def fill(

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int
 from kernels.attention import Masks, Scores, with_backward
 from kernels.attention_splash import splash_attention
 from parallel.attention.ring import AXIS, Ring
-from parallel.attention.sharded import TOKENS, differentiable, placement, split_heads
+from parallel.attention.sharded import differentiable, placement, split_heads
 from parallel.axes import Layout
 from parallel.config import CONTEXT_ATTENTION
+from parallel.schedules.accumulate import batch_axes
 
 
 def context_attention(
@@ -149,9 +150,10 @@ def zigzag_order(length: int, size: int) -> np.ndarray:
 
 
 def permute_batch(batch: dict[str, Array], size: int) -> dict[str, Array]:
-    """Every array [B, T] in zigzag order for `size` devices, and `order` [B, T], the original indices.
+    """Every array [B, T, ...] in zigzag order for `size` devices, and `order` [B, T], the original indices.
 
-    `size` is mesh.context; 1 changes nothing. Raises ValueError where 2 * size does not divide T.
+    What a row has once, [B], stays. `size` is mesh.context; 1 changes nothing. Raises ValueError where
+    2 * size does not divide T.
     """
     if size == 1:
         return batch
@@ -160,8 +162,10 @@ def permute_batch(batch: dict[str, Array], size: int) -> dict[str, Array]:
 
     def permute(x: Array) -> Array:
         # Slices of whole chunks and not a gather: a compiler that knows where chunks lie moves them directly.
-        chunks = x.reshape(rows, 2 * size, -1)
-        return jnp.stack([chunks[:, :size], chunks[:, : size - 1 : -1]], axis=2).reshape(rows, length)
+        if x.ndim == 1:
+            return x
+        chunks = x.reshape(rows, 2 * size, -1, *x.shape[2:])
+        return jnp.stack([chunks[:, :size], chunks[:, : size - 1 : -1]], axis=2).reshape(x.shape)
 
     permuted = {name: permute(x) for name, x in batch.items()}
     return {**permuted, "order": jnp.broadcast_to(jnp.asarray(order), (rows, length))}
@@ -214,17 +218,27 @@ class Zigzag:
     schedule: Any
     layout: Layout
 
-    def value_and_grad(self, model: Any, params: Any, batch: dict[str, Array], key: Array, ops: Any) -> Any:
+    def value_and_grad(
+        self, loss: Any, model: Any, params: Any, batch: dict[str, Array], key: Array, ops: Any
+    ) -> Any:
         """Means and gradients as the schedule's own, of the batch in zigzag order."""
-        return self.schedule.value_and_grad(model, params, self.permuted(batch), key, ops)
+        return self.schedule.value_and_grad(loss, model, params, self.permuted(batch), key, ops)
 
     def evaluate(self, model: Any, params: Any, batch: dict[str, Array], ops: Any) -> Any:
         """Sums as the schedule's own, of the batch in zigzag order."""
         return self.schedule.evaluate(model, params, self.permuted(batch), ops)
+
+    def score(self, model: Any, params: Any, batch: dict[str, Array], ops: Any) -> dict[str, Array]:
+        """Figures of each token as the schedule's own, in the order of the text."""
+        scored = self.schedule.score(model, params, self.permuted(batch), ops)
+        size = self.layout.mesh.shape[AXIS]
+        return {
+            name: self.layout.constrain(text_order(x, size), batch_axes(x.ndim)) for name, x in scored.items()
+        }
 
     def permuted(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The batch in zigzag order, and `order`: where in the row each position was."""
         # Once a step and not once a layer; `order` goes with the batch, for what must know the text's order
         # (experts' capacity, further tokens).
         arrays = permute_batch(batch, self.layout.mesh.shape[AXIS])
-        return {name: self.layout.constrain(x, TOKENS) for name, x in arrays.items()}
+        return {name: self.layout.constrain(x, batch_axes(x.ndim)) for name, x in arrays.items()}

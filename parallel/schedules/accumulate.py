@@ -1,13 +1,14 @@
 """The plain schedule: scan over layers, accumulate over microbatches.
 
-One value of the interface that every schedule shares: `value_and_grad(model, params, batch, key, ops) ->
-(metrics, grads)` and its forward-only twin `evaluate`. It knows a model only by `embed`, `segments`, `layer`,
-`head`.
+One value of the interface that every schedule shares: `value_and_grad(loss, model, params, batch, key, ops)
+-> (means, grads)` and its forward-only twins, `evaluate` (sums over the batch) and `score` (a figure for each
+token). It knows a model only by `embed`, `segments`, `layer`, `head` and `logprobs`, and what is minimized
+only by `weight` and `loss`.
 
-B rows, T position, D model.
+B rows, T position, D model; an array of a batch is [B], [B, T] or [B, T, ...].
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ HOST_MEMORY = "pinned_host"
 Params = Any
 Batch = dict[str, Array]
 Sums = dict[str, Array]
+Scored = dict[str, Array]  # figures of each token, [B, T] or [B, T, ...]
 
 
 @runtime_checkable  # so that a test can hold calls to their annotations
@@ -48,6 +50,32 @@ class LayeredModel(Protocol):
 
     def head(self, params: Params, x: Float[Array, "B T D"], batch: Batch, ops: Any) -> tuple[Array, Sums]:
         """The sum over tokens of what is minimized, and sums to report."""
+
+    def logprobs(self, params: Params, x: Float[Array, "B T D"], batch: Batch, ops: Any) -> Array:
+        """Log-probabilities of the batch's targets, [B, T]."""
+
+
+@runtime_checkable
+class BatchLoss(Protocol):
+    """What a schedule needs of what is minimized; `training.objectives` has the values."""
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """What the batch's sums are divided by: known before any forward pass, and above 0."""
+
+    def loss(
+        self, model: Any, params: Params, x: Float[Array, "B T D"], batch: Batch, ops: Any
+    ) -> tuple[Float[Array, ""], Sums]:
+        """A microbatch's share of what is minimized, behind the last layer, and sums to report."""
+
+
+# What is made of the stream behind the last layer: a loss and sums to report, or figures for each token.
+End = Callable[[Params, Array, Batch], Any]
+LAST = ("batch", "length")  # logical axes of what a batch holds; further dims are whole
+
+
+def batch_axes(ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of an array of a batch."""
+    return (*LAST, *[None] * (ndim - 2))[:ndim]
 
 
 def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +196,9 @@ class GradientAccumulation:
     shardings: Any = None  # of the parameters: gradients are scattered to them as soon as they are there
 
     def forward(
-        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
-    ) -> tuple[Array, Sums]:
-        """(sum of what is minimized, sums to report) of one microbatch, every array [B, T]."""
+        self, end: End, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+    ) -> tuple[Any, Sums]:
+        """What `end(params, x, batch)` makes of one microbatch's stream, and the sums of its layers."""
         x = model.embed(params, batch, ops)
         layers_before = 0
         totals: Sums = {}
@@ -180,22 +208,25 @@ class GradientAccumulation:
             x, sums = scan(stacked, x, layers_before)
             totals = add_sums(totals, sums)
             layers_before += segment.count * len(segment.period)
-        loss, sums = model.head(params, x, batch, ops)
-        return loss + totals.get("loss", 0.0), add_sums(totals, sums)
+        return end(params, x, batch), totals
 
     def value_and_grad(
-        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+        self, loss: BatchLoss, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
     ) -> tuple[Sums, Params]:
         """Means over the batch's total weight, and gradients of `objective` among them.
 
         The weight is known before any forward pass, so that microbatches of unequal weight still sum to the
         exact gradient of the whole batch.
         """
-        weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        weight = loss.weight(batch)
+
+        def end(params: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
+            return loss.loss(model, params, x, micro, ops)
 
         def loss_of(params: Params, micro: Batch) -> tuple[Array, Sums]:
-            loss, sums = self.forward(model, params, micro, key, ops)
-            return loss / weight, jax.tree.map(lambda s: s / weight, {"objective": loss, **sums})
+            (value, sums), totals = self.forward(end, model, params, micro, key, ops)
+            value, sums = value + totals.get("loss", 0.0), add_sums(totals, sums)
+            return value / weight, jax.tree.map(lambda s: s / weight, {"objective": value, **sums})
 
         def grad(params: Params, micro: Batch) -> tuple[Params, Sums]:
             grads, means = jax.grad(loss_of, has_aux=True)(params, micro)
@@ -225,17 +256,31 @@ class GradientAccumulation:
 
     def evaluate(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Sums:
         """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
-        _, sums = self.forward(model, params, batch, jax.random.key(0), ops)
+
+        def end(params: Params, x: Array, batch: Batch) -> Any:
+            return model.head(params, x, batch, ops)
+
+        (_, sums), _ = self.forward(end, model, params, batch, jax.random.key(0), ops)
         return {"nll": sums["nll"], "weight": jnp.sum(batch["loss_weights"])}
+
+    def score(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Scored:
+        """`logprobs` [B, T]: the log-probability of each target, in nats; a forward pass without gradient."""
+
+        def end(params: Params, x: Array, batch: Batch) -> Scored:
+            return {"logprobs": model.logprobs(params, x, batch, ops)}
+
+        # The whole batch at once, as in an evaluation: nothing is kept for a backward pass.
+        scored, _ = self.forward(end, model, params, batch, jax.random.key(0), ops)
+        return scored
 
 
 def split_microbatches(batch: Batch, steps: int, ops: Any) -> Batch:
-    """[B, T] to [steps, B/steps, T]; row r goes to microbatch r mod steps: each spreads over all devices."""
+    """[B, ...] to [steps, B/steps, ...]; row r is in microbatch r mod steps: each is on all devices."""
 
     def split(x: Array) -> Array:
         # Consecutive rows lie on one device: taking them as a microbatch would leave the others idle.
         rows = x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)
-        return ops.constrain(rows, (None, "batch", "length"))
+        return ops.constrain(rows, (None, *batch_axes(x.ndim)))
 
     return jax.tree.map(split, batch)
 

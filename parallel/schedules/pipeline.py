@@ -10,6 +10,7 @@ The largest segment is split into stages. Embedding, other segments and head bel
 the rules for `vocab` split their tables over mesh.pipeline, so that none holds or computes more than others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from parallel.axes import Layout
-from parallel.schedules.accumulate import Batch, LayeredModel, LayerScan, Params, Sums, add_sums
+from parallel.schedules.accumulate import (
+    Batch,
+    BatchLoss,
+    End,
+    LayeredModel,
+    LayerScan,
+    Params,
+    Scored,
+    Sums,
+    add_sums,
+    batch_axes,
+)
 from parallel.schedules.split_backward import DeferredGradients, ReplayedGradients, Taps, tap_shapes
 from parallel.schedules.stage_layout import AXIS, main_segment
 from parallel.schedules.stages import RESIDUAL, Stages
@@ -43,28 +55,54 @@ class Pipeline:
     scan_layers: bool = True
 
     def value_and_grad(
-        self, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+        self, loss: BatchLoss, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
     ) -> tuple[Sums, Params]:
         """Means over the batch's total weight, and gradients of `objective` among them."""
-        program = StageProgram(self, model, params, batch, key, ops)
+
+        def end(params: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
+            return loss.loss(model, params, x, micro, ops)
+
+        program = StageProgram(self, end, model, params, batch, key, ops, loss.weight)
         state = program.run(self.schedule.runs, program.start())
         return program.finish(state)
 
     def evaluate(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Sums:
         """Sums over the batch, nothing divided: `nll` in nats and `weight` in tokens."""
-        program = StageProgram(self, model, params, batch, jax.random.key(0), ops)
+
+        def end(params: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
+            return model.head(params, x, micro, ops)
+
+        program = StageProgram(self, end, model, params, batch, jax.random.key(0), ops)
         state = program.run(self.schedule.forward_runs, program.start(gradients=False))
         return {"nll": state["sums"]["nll"], "weight": jnp.sum(batch["loss_weights"])}
+
+    def score(self, model: LayeredModel, params: Params, batch: Batch, ops: Any) -> Scored:
+        """`logprobs` [B, T]: the log-probability of each target, in nats; a forward pass without gradient."""
+
+        def end(params: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
+            return jnp.zeros((), jnp.float32), {"logprobs": model.logprobs(params, x, micro, ops)}
+
+        program = StageProgram(self, end, model, params, batch, jax.random.key(0), ops)
+        state = program.run(self.schedule.forward_runs, program.start(gradients=False, scored=True))
+        return {name: join_rows(x) for name, x in state["scores"].items()}
 
 
 class StageProgram:
     """One step's ticks over one batch; the state that goes from tick to tick is a dict of arrays."""
 
     def __init__(
-        self, plan: Pipeline, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+        self,
+        plan: Pipeline,
+        make_end: End,
+        model: LayeredModel,
+        params: Params,
+        batch: Batch,
+        key: Array,
+        ops: Any,
+        weigh: Callable[[Batch], Array] = lambda batch: jnp.ones((), jnp.float32),
     ) -> None:
         self.layout, self.schedule, self.plan = plan.layout, plan.schedule, plan
-        self.model, self.key, self.ops = model, key, ops
+        self.model, self.key, self.ops, self.make_end = model, key, ops, make_end
         # Only one segment is split: stages must run the same layers, and segments differ in theirs.
         self.main = str(main_segment(model.segments))
         self.params = params["segments"][self.main]
@@ -76,7 +114,7 @@ class StageProgram:
         )
         self.micros = split_rows(batch, self.schedule.microbatches)
         # Of the whole batch, before any microbatch: each adds its share of the exact mean as it passes.
-        self.weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        self.weight = weigh(batch)
         self.stage_ids = jnp.arange(self.schedule.stages)
 
     # -- what is computed ------------------------------------------------------------------------------
@@ -89,7 +127,7 @@ class StageProgram:
     def end(self, rest: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
         """What is minimized, and sums to report: by the segments after the stages, and the head."""
         x, sums = self._segments(rest, x, micro, range(int(self.main) + 1, len(self.model.segments)))
-        loss, head_sums = self.model.head(rest, x, micro, self.ops)
+        loss, head_sums = self.make_end(rest, x, micro)
         return loss + sums.get("loss", 0.0), add_sums(sums, head_sums)
 
     def _segments(self, rest: Params, x: Array, micro: Batch, numbers: range) -> tuple[Array, Sums]:
@@ -153,12 +191,25 @@ class StageProgram:
 
     # -- ticks -----------------------------------------------------------------------------------------
 
-    def start(self, *, gradients: bool = True) -> dict[str, Any]:
-        """The state before the first tick: everything zero, streams pinned to their stages."""
+    def start(self, *, gradients: bool = True, scored: bool = False) -> dict[str, Any]:
+        """The state before the first tick: everything zero, streams pinned to their stages.
+
+        scored: what the end reports is of each token, and kept by microbatch instead of added up.
+        """
         # Shapes alone: what a microbatch looks like is the model's to say.
         x, _ = jax.eval_shape(self.begin, self.rest, self.micro(0))
         residual = self.at.constrain(jnp.zeros((self.schedule.stages, *x.shape), x.dtype))
-        state: dict[str, Any] = {"x": residual, "sums": self._zero_sums(x)}
+        state: dict[str, Any] = {"x": residual}
+        if scored:
+            _, found = jax.eval_shape(self.make_end, self.rest, x, self.micro(0))
+            state["scores"] = {
+                name: self.constrain_rows(
+                    jnp.zeros((s.shape[0], self.schedule.microbatches, *s.shape[1:]), s.dtype)
+                )
+                for name, s in found.items()
+            }
+        else:
+            state["sums"] = self._zero_sums(x)
         if gradients:
             places = self.schedule.slots[2]
             # As many places as units are ever alive at once (`Schedule.slots`), and none for each microbatch:
@@ -274,9 +325,16 @@ class StageProgram:
         return y
 
     def evaluate_end(self, state: dict[str, Any], y: Array, row: TableRow) -> None:
-        """Forward only: the sums of the microbatch that leaves the last stage."""
+        """Forward only: the sums of the microbatch that leaves the last stage, or its tokens' figures."""
         _, micro, _ = self.units(row["forward"])
         loss, sums = self.end(self.rest, self.at.of_stage(y, -1), self.micro(micro[-1]))
+        if "scores" in state:
+            # Each microbatch leaves once, so that its place is written once.
+            state["scores"] = {
+                name: self.constrain_rows(jax.lax.dynamic_update_index_in_dim(x, sums[name], micro[-1], 1))
+                for name, x in state["scores"].items()
+            }
+            return
         state["sums"] = add_sums(state["sums"], {"objective": loss, **sums})
 
     def backward(self, state: dict[str, Any], row: TableRow, *, head: bool) -> None:
@@ -396,10 +454,10 @@ class StageProgram:
         return unit, micro, chunk
 
     def micro(self, index: Any) -> Batch:
-        """Microbatch `index`, [B, T]; or, of one index a stage, [P, B, T]."""
+        """Microbatch `index`, [B, ...]; or, of one index a stage, [P, B, ...]."""
         if jnp.ndim(index) == 0:
             return {
-                name: self.layout.constrain(jnp.take(x, index, axis=1), ("batch", "length"))
+                name: self.layout.constrain(jnp.take(x, index, axis=1), batch_axes(x.ndim - 1))
                 for name, x in self.micros.items()
             }
         return {
@@ -407,10 +465,15 @@ class StageProgram:
                 # Integers and weights [B, T] are looked up by every stage anew instead of travelling with the
                 # stream: all devices of a stage hold all microbatches of their rows.
                 jnp.moveaxis(jnp.take(x, index, axis=1), 1, 0),
-                ("stages", "batch", "length"),
+                ("stages", *batch_axes(x.ndim - 1)),
             )
             for name, x in self.micros.items()
         }
+
+    def constrain_rows(self, x: Array) -> Array:
+        """An array of all microbatches [B, M, ...] placed like a batch's rows."""
+        batch, *others = batch_axes(x.ndim - 1)
+        return self.layout.constrain(x, (batch, None, *others))
 
     def add_rest(self, grads: Params, more: Params) -> Params:
         """Gradients of what all stages have together with those of one microbatch added."""
@@ -425,8 +488,13 @@ class StageProgram:
 
 
 def split_rows(batch: Batch, count: int) -> Batch:
-    """[B, T] as [B/count, count, T]: microbatch m is every count-th row, so each spreads over all devices."""
+    """[B, ...] as [B/count, count, ...]: microbatch m is every count-th row, spread over all devices."""
     return {name: x.reshape(x.shape[0] // count, count, *x.shape[1:]) for name, x in batch.items()}
+
+
+def join_rows(x: Array) -> Array:
+    """[B/count, count, ...] as [B, ...]: the inverse of `split_rows`."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def without(params: Params, segment: str) -> Params:

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data.batch import TEXT
 from data.errors import DataError
 from data.loading.loader import EvalBatches, Loader, Prefetcher
-from data.loading.packing import KEYS
 from tests.data.corpora import documents_of, folder_config, train_of
 
 BATCH = 4
@@ -22,7 +22,7 @@ def streaming(streamed, corpus, seed=0, batch=BATCH):
 
 
 def same(a, b):
-    return all(np.array_equal(a[key], b[key]) for key in KEYS)
+    return all(np.array_equal(a[key], b[key]) for key in TEXT)
 
 
 def pairs(batch):
@@ -43,7 +43,7 @@ def test_batches_have_the_agreed_shapes_and_types(prepared, corpus):
     assert set(batch) == {"tokens", "targets", "positions", "segment_ids", "loss_weights"}
     assert {value.shape for value in batch.values()} == {(BATCH, 16)}
     assert batch["loss_weights"].dtype == np.float32
-    assert {batch[key].dtype for key in KEYS if key != "loss_weights"} == {np.dtype(np.int32)}
+    assert {batch[key].dtype for key in TEXT if key != "loss_weights"} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize("packing", ("concat", "best_fit", "first_fit", "none"))
@@ -81,7 +81,7 @@ def test_rows_are_the_global_batchs_rows_on_any_number_of_hosts(prepared, stream
         parts = [make(source, corpus) for _ in range(hosts)]
         for step in range(60):
             rows = [part.batch(step, slice(h * share, (h + 1) * share)) for h, part in enumerate(parts)]
-            assert same({key: np.concatenate([r[key] for r in rows]) for key in KEYS}, whole.batch(step))
+            assert same({key: np.concatenate([r[key] for r in rows]) for key in TEXT}, whole.batch(step))
 
 
 def test_a_batch_larger_than_an_epoch_spans_epochs(prepared, corpus):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from data.batch import TEXT
 from data.loading.curriculum import cut_pieces
-from data.loading.packing import KEYS, empty_batch, fill, make_plan, permutation
+from data.loading.packing import empty_batch, fill, make_plan, permutation
 
 SEQ_LEN = 8
 PACKINGS = ("concat", "best_fit", "first_fit", "none")
@@ -79,7 +80,7 @@ def test_none_has_one_piece_a_row():
 
 def spelled_out(tokens, plan, row, seq_len, weights):
     """One row's arrays, token by token: what `fill` is held to."""
-    values = {key: [0] * seq_len for key in KEYS}
+    values = {key: [0] * seq_len for key in TEXT}
     at, number = 0, 0
     for piece in range(plan.row_offsets[row], plan.row_offsets[row + 1]):
         for offset in range(plan.lengths[piece]):
@@ -124,7 +125,7 @@ def test_every_way_to_fill_gives_the_same_bits(packing, way, weighted, monkeypat
     expected = empty_batch(40, seq_len)
     for at, row in zip(where, rows, strict=True):
         one = spelled_out(tokens, plan, row, seq_len, weights if weighted else None)
-        for key in KEYS:
+        for key in TEXT:
             expected[key][at] = one[key]
     batch = empty_batch(40, seq_len)
     for values in batch.values():
@@ -132,7 +133,7 @@ def test_every_way_to_fill_gives_the_same_bits(packing, way, weighted, monkeypat
     as_given = Parts if way == "parts" else np.asanyarray
     given = {"weights": as_given(weights)} if weighted else {}
     fill(batch, where, as_given(tokens), plan, rows, **given)
-    for key in KEYS:
+    for key in TEXT:
         assert batch[key].dtype == expected[key].dtype
         assert np.array_equal(batch[key], expected[key]), key
 

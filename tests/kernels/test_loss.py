@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.token_losses import chunked_cross_entropy
+from kernels.token_losses import chunked_cross_entropy, chunked_logprobs, softcap_logits
 from tests.kernels.test_attention import shapes_in
 
 B, T, D, V = 3, 10, 8, 21
@@ -101,3 +101,66 @@ def test_bfloat16_states_give_a_float32_table_gradient_close_to_float32():
     rough = jax.grad(run, argnums=1)(x.astype(jnp.bfloat16), w)
     assert rough.dtype == jnp.float32
     assert np.linalg.norm(rough - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def soft(kind, length=12, vocab=40, wanted=5):
+    """Distributions over the vocabulary: the ids and weights of the `wanted` likeliest, or of all."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    x = jax.random.normal(keys[0], (2, length, 16))
+    w = jax.random.normal(keys[1], (vocab, 16))
+    teacher = jax.nn.softmax(3 * jax.random.normal(keys[2], (2, length, vocab)))
+    weights, ids = jax.lax.top_k(teacher, vocab if kind == "all" else wanted)
+    return x, w, teacher, ids.astype(jnp.int32), weights
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kind", ["all", "some"])
+def test_several_targets_are_a_divergence(kind, softcap):
+    """Of K = V targets the full KL to 1e-6, of fewer what their weights say; value and gradients."""
+    x, w, teacher, ids, weights = soft(kind)
+    kept = (
+        jnp.zeros_like(teacher)
+        .at[jnp.arange(2)[:, None, None], jnp.arange(12)[None, :, None], ids]
+        .set(weights)
+    )
+
+    def full(x, w):
+        logits = softcap_logits(jnp.einsum("BTD,VD->BTV", x, w), softcap)
+        plain = jax.nn.log_softmax(logits)
+        z = jax.nn.logsumexp(logits, axis=-1) ** 2 * jnp.sum(kept, -1)
+        return jnp.sum(kept * (jnp.log(jnp.where(kept > 0, kept, 1)) - plain)) + 0.01 * jnp.sum(z)
+
+    def ours(x, w):
+        loss, _ = chunked_cross_entropy(x, w, ids, weights, chunk=7, softcap=softcap, z_loss=0.01)
+        return loss + jnp.sum(kept * jnp.log(jnp.where(kept > 0, kept, 1)))
+
+    (wanted, slopes), (got, found) = (jax.value_and_grad(f, (0, 1))(x, w) for f in (full, ours))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for a, b in zip(found, slopes, strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-6
+
+
+def test_one_target_of_several_is_the_single_one():
+    x, w, _, ids, weights = soft("some")
+    many, sums = chunked_cross_entropy(x, w, ids[..., :1], weights[..., :1], chunk=8, z_loss=0.1)
+    one, alone = chunked_cross_entropy(x, w, ids[..., 0], weights[..., 0], chunk=8, z_loss=0.1)
+    np.testing.assert_allclose((many, sums["z_loss"]), (one, alone["z_loss"]), rtol=1e-6)
+
+
+def test_log_probabilities_and_their_gradient():
+    x, w, _, ids, _ = soft("some")
+    targets, weights = ids[..., 0], jax.random.normal(jax.random.key(1), ids.shape[:2])
+
+    def plain(x, w):
+        logits = jax.nn.log_softmax(softcap_logits(jnp.einsum("BTD,VD->BTV", x, w), 5.0))
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+    def ours(x, w):
+        return chunked_logprobs(x, w, targets, chunk=7, softcap=5.0)
+
+    np.testing.assert_allclose(ours(x, w), plain(x, w), rtol=1e-6, atol=1e-6)
+    slopes, found = (
+        jax.grad(lambda x, w, f=f: jnp.sum(weights * f(x, w) ** 2), (0, 1))(x, w) for f in (plain, ours)
+    )
+    for a, b in zip(found, slopes, strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-6

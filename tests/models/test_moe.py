@@ -28,8 +28,10 @@ from parallel.schedules.accumulate import GradientAccumulation
 from tests.configs.composing import config
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import DEEPSEEK, MIXTURES, LoopMixture, loop_route, mixture
+from training.objectives.base import router_metrics
+from training.objectives.next_token import NextToken
 from training.state import balance_mask, decay_mask, make_state, matrix_dims
-from training.step import make_train_step, router_metrics, weights_only
+from training.step import make_train_step, weights_only
 
 PACKED = [[5, 7], [3, 1, 6]]  # 12 positions a row, the second with padding
 KEY = jax.random.key(0)
@@ -39,7 +41,9 @@ def gradient(model, ops=None, **how):
     """Jitted (params, batch) -> (means, gradients)."""
     ops = ops or Ops(loss_chunk=7)
     return jax.jit(
-        lambda params, batch: GradientAccumulation(**how).value_and_grad(model, params, batch, KEY, ops)
+        lambda params, batch: GradientAccumulation(**how).value_and_grad(
+            NextToken(), model, params, batch, KEY, ops
+        )
     )
 
 
@@ -341,6 +345,7 @@ def test_biases_even_out_the_load_and_stay_out_of_the_norm():
         tx,
         GradientAccumulation(),
         Ops(),
+        NextToken(),
         learning_rate=lambda count: jnp.asarray(0.0),
         grad_clip=1e-3,
         ema_decay=None,
@@ -369,7 +374,7 @@ def test_a_bias_without_a_rate_chooses_experts_and_stands_still():
     bias = experts["bias"] = jnp.asarray([[2.0, -2.0, 2.0, -2.0, -2.0, -2.0]])
     tx = make_tx(AdamWConfig(), model, rate=0.0)
     settings = dict(learning_rate=lambda count: jnp.asarray(0.0), grad_clip=1.0, ema_decay=None, seed=0)
-    step = jax.jit(make_train_step(model, tx, GradientAccumulation(), Ops(), **settings))
+    step = jax.jit(make_train_step(model, tx, GradientAccumulation(), Ops(), NextToken(), **settings))
     state = make_state(params, tx, ema=False)
     for _ in range(3):
         state, _ = step(state, batch)

@@ -14,6 +14,7 @@ from models.ops import Ops
 from models.transformer import build_model
 from parallel.schedules.accumulate import GradientAccumulation
 from tests.models.decoders import LoopDecoder, family, lively, make_batch
+from training.objectives.next_token import NextToken
 
 PACKED = [[5, 7], [3, 1, 6]]
 ZIGZAG = np.array([0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8])  # what two devices hold of twelve positions
@@ -35,7 +36,7 @@ def logits_of(model, params, batch, monkeypatch):
 
     real = transformer.chunked_cross_entropy
     monkeypatch.setattr(transformer, "chunked_cross_entropy", spy)
-    GradientAccumulation().forward(model, params, batch, jax.random.key(0), Ops())
+    GradientAccumulation().evaluate(model, params, batch, Ops())
     monkeypatch.undo()
     return [np.asarray(x) for x in streams]
 
@@ -95,7 +96,9 @@ def test_the_next_target_is_of_the_same_document():
 def test_the_order_of_positions_changes_neither_loss_nor_gradients():
     model = build_model(family(num_layers=1, mtp=MTPConfig(2)))
     params, batch = lively(model), make_batch(PACKED, 12)
-    run = jax.jit(lambda p, b: GradientAccumulation().value_and_grad(model, p, b, jax.random.key(0), Ops()))
+    run = jax.jit(
+        lambda p, b: GradientAccumulation().value_and_grad(NextToken(), model, p, b, jax.random.key(0), Ops())
+    )
     (means, grads), (others, slopes) = run(params, batch), run(params, moved(batch))
     assert means["mtp_nll"] > 1 and means["objective"] > means["nll"]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), others, means)

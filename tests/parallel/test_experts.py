@@ -22,6 +22,7 @@ from parallel.schedules.accumulate import GradientAccumulation
 from planner.hlo.program import read_hlo
 from tests.models.decoders import lively, make_batch
 from tests.models.mixtures import mixture
+from training.objectives.next_token import NextToken
 from training.state import is_info
 
 RULES = {
@@ -77,7 +78,7 @@ def expected(dispatch: str):
     params, batch = lively(model, spread=0.2), make_batch(ROWS, 12)
     step = jax.jit(
         lambda params, batch: GradientAccumulation(remat="full").value_and_grad(
-            model, params, batch, KEY, Ops()
+            NextToken(), model, params, batch, KEY, Ops()
         )
     )
     return model, params, batch, step(params, batch)
@@ -103,7 +104,7 @@ def test_experts_on_a_mesh_equal_one_device(sizes, dispatch):
     ops = Ops(constrain=place.constrain, experts=expert_dispatch(place, run_experts), parts=parts_of(place))
     step = jax.jit(
         lambda params, batch: GradientAccumulation(remat="full").value_and_grad(
-            model, params, batch, KEY, ops
+            NextToken(), model, params, batch, KEY, ops
         )
     )
     spread = {n: jax.device_put(x, place.sharding(("batch", "length"), x.shape)) for n, x in batch.items()}

@@ -1,0 +1,1 @@
+"""What is minimized: one file an objective, found by its name (`objective=NAME`)."""
