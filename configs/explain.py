@@ -20,10 +20,10 @@ from omegaconf.errors import (
 from common.checks import ConfigError, did_you_mean, nearest
 from configs.groups import CONFIG_DIR, groups, options
 from data.config import component_keys
+from kernels.names import LOGICAL_AXES
 from optim.config import OPTIMIZERS, SCHEDULES
 from parallel.config import MESH_AXES
 from training.config import Config
-from training.legal.check import LOGICAL_AXES
 
 OPTIONAL = ("autoscale",)  # groups that a run need not have: ~NAME leaves them out
 NAME_IT = "add +experiment=NAME (--help lists them) or run.name=NAME"

@@ -1,18 +1,47 @@
-"""A projection as an einsum: the plain product, and what the letters of its spec say.
+"""A projection as an einsum with a name: which product computes it, and what the letters of its spec say.
 
 A spec is `"BTD,DNH->BTNH"`: the activation's dims, the weight's, the result's.
 """
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cache
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
+
+from common.checks import choice
+from kernels.names import PROJECTIONS, product_name
+
+Einsum = Callable[[str, Array, Array], Array]
 
 
 def plain_einsum(spec: str, x: Array, w: Array) -> Array:
     """`jnp.einsum` in the activation's dtype: a float32 master weight is cast where it is used."""
     # Cast here and not once a step: no rounded copy of all weights lives through it.
     return jnp.einsum(spec, x, w.astype(x.dtype))
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The value of `Ops.project`: a named product of an activation and a weight.
+
+    plain: what computes it, `(spec, x, w) -> y`. quantized: what does instead, but for the projections that
+    `keep` names; None: nothing does.
+    """
+
+    plain: Einsum = plain_einsum
+    quantized: Einsum | None = None
+    keep: Collection[str] = ()
+
+    def __call__(self, name: str, spec: str, x: Array, w: Array) -> Array:
+        """The product in x's dtype; w is the float32 master. ValueError for a name that is not known."""
+        choice("projection", name, PROJECTIONS)
+        einsum = self.plain if self.quantized is None or name in self.keep else self.quantized
+        # Named outside of whatever computes it: a policy that keeps a projection keeps one array, rounded
+        # and scaled, and does not ask which kernel made it.
+        return checkpoint_name(einsum(spec, x, w), product_name(name))
 
 
 def letters_of(spec: str) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""Projections in eight bits, forward and backward, as other values of `Ops.einsum`.
+"""Projections in eight bits, forward and backward, as values of `Projector.quantized`.
 
 Master weights stay float32 and are rounded straight from there; what comes out has the activation's dtype.
 What is no projection (embeddings, norms, attention, router and experts, the head and its loss) never passes
@@ -14,36 +14,17 @@ in the compute dtype, because eight bits on one scale lose what is small in them
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels.einsum import letters_of, plain_einsum
-from kernels.names import QUANTIZED, name_of
+from kernels.einsum import Einsum, letters_of
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 INT8_TOP = 127.0
-Einsum = Callable[[str, Array, Array], Array]
-
-
-@dataclass(frozen=True)
-class QuantizedEinsum:
-    """`Ops.einsum` in `fp8` or `int8`; projections whose names are in `keep` are those of `plain`."""
-
-    kind: str
-    keep: Collection[str] = ()
-    plain: Einsum = plain_einsum
-
-    def __call__(self, spec: str, x: Array, w: Array) -> Array:
-        """The product in x's dtype; w is the float32 master."""
-        if name_of(spec) in self.keep:
-            return self.plain(spec, x, w)
-        return PRODUCTS[self.kind](spec, x, w)
 
 
 def dot(spec: str, x: Array, w: Array, dtype: Any) -> Array:
@@ -87,7 +68,7 @@ def fp8_scale(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, ""]:
     # be.
     scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
     scale = jnp.where(top > 0, jnp.where(top < jnp.inf, scale, jnp.nan), 1.0)
-    return checkpoint_name(jax.lax.stop_gradient(scale), QUANTIZED)
+    return jax.lax.stop_gradient(scale)
 
 
 def to_fp8(x: Float[Array, "*shape"], dtype: Any) -> tuple[Array, Float[Array, ""]]:
@@ -106,7 +87,6 @@ def _fp8(spec: str, x: Array, w: Array) -> Array:
 
 
 def _fp8_forward(spec: str, x: Array, w: Array) -> Any:
-    # Not through `_fp8` with its rule: a remat policy must see the product itself.
     return _fp8(spec, x, w), (x, w)
 
 
@@ -141,9 +121,7 @@ def _int8(spec: str, x: Array, w: Array) -> Array:
     # Scales are of rows and of outputs, never of what is contracted, so both come out of the sum.
     rows = rows.reshape(*rows.shape, *[1] * columns.ndim)
     y = dot(spec, x8, w8, jnp.int32).astype(jnp.float32) * rows * columns
-    # Named: kept as the int32 of the product it would be twice as large. The one behind attention, which
-    # contracts heads and their size, is not kept at all.
-    return y.astype(x.dtype) if len(shared) > 1 else checkpoint_name(y.astype(x.dtype), QUANTIZED)
+    return y.astype(x.dtype)
 
 
 def _int8_forward(spec: str, x: Array, w: Array) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels.attention import largest_divisor
 from kernels.einsum import count_contracted
+from kernels.names import MATERIALIZED
 
 F32 = jnp.float32
 ROWS = 1024  # contracted at a time in bfloat16
@@ -40,7 +42,6 @@ def _product(x: Array, w: Array, dtype: Any) -> Array:
 
 
 def _forward(x: Array, w: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    # The product itself, not `_product`: policies of rematerialization look for it here.
     return _dot(x.astype(dtype), w.astype(dtype), 1, 0).astype(x.dtype), (x, w)
 
 
@@ -81,4 +82,6 @@ def materialize(x: Array) -> Array:
     x: float32, at least one dim. A product with the identity is exact.
     """
     size = x.shape[-1]
-    return _dot(x.reshape(-1, size), jnp.eye(size, dtype=x.dtype), 1, 0).reshape(x.shape)
+    # Named, since a policy that makes it anew in the backward pass would undo what it is for.
+    y = _dot(x.reshape(-1, size), jnp.eye(size, dtype=x.dtype), 1, 0).reshape(x.shape)
+    return checkpoint_name(y, MATERIALIZED)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.attention import Masks, Scores
 from kernels.grouped_experts import GATES, activate
-from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V, MLP_UP
+from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V
 from models.config import ModelConfig
 from models.moe import Experts
 from models.ops import Ops
@@ -79,12 +79,18 @@ class Attention(nnx.Module):
         self.config = config
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         init = normal(config.init_std)
-        self.q = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), init, reduction=(0,), output=(1, 2))
+        self.q = param(
+            rngs, (D, N, H), ("embed", "heads", "head_dim"), init, project="q", reduction=(0,), output=(1, 2)
+        )
         # Fused, but the pair keeps a dim of its own: splitting a sharded flat [D, 2KH] costs permutes.
         kv_axes = (None, "kv_heads", "head_dim")
-        self.kv = param(rngs, (D, 2, K, H), ("embed", *kv_axes), init, reduction=(0,), output=(2, 3))
+        self.kv = param(
+            rngs, (D, 2, K, H), ("embed", *kv_axes), init, project="kv", reduction=(0,), output=(2, 3)
+        )
         out_axes = ("heads", "head_dim", "embed")
-        self.o = param(rngs, (N, H, D), out_axes, residual_init(config), reduction=(0, 1), output=(2,))
+        self.o = param(
+            rngs, (N, H, D), out_axes, residual_init(config), project="o", reduction=(0, 1), output=(2,)
+        )
         # Qwen2 has biases in these projections alone: models differ in where, so where is what config says.
         biased = config.bias or config.qkv_bias
         self.q_bias = vector(rngs, (N, H), ("heads", "head_dim"), zeros) if biased else None
@@ -114,15 +120,15 @@ class Attention(nnx.Module):
         # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
         q, k, v = name_inputs(q, k, v)
         mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
-        out = ops.einsum("BTNH,NHD->BTD", mixed, self.o[...])
+        out = ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...])
         return add_bias(out, self.o_bias), cache
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, normalized and rotated as the family wants them."""
-        q = add_bias(ops.einsum("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
-        kv = add_bias(ops.einsum("BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
+        q = add_bias(ops.project("q", "BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        kv = add_bias(ops.project("kv", "BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
         # Said where heads appear: all that follows up to the kernel then lies by heads, whatever else splits
         # the weight.
         q = ops.constrain(q, HEADS)
@@ -195,24 +201,27 @@ class LatentAttention(nnx.Module):
         D, N, R = config.d_model, config.num_heads, config.mla.kv_lora_rank
         init, queries = normal(config.init_std), config.mla.q_lora_rank
 
-        def project(rows: int, size: int) -> nnx.Param:
+        def expand(name: str, rows: int, size: int) -> nnx.Param:
             # A latent is split like the stream: `embed` is what is gathered where it is used.
             axes = ("embed", "heads", "head_dim")
-            return param(rngs, (rows, N, size), axes, init, reduction=(0,), output=(1, 2))
+            return param(rngs, (rows, N, size), axes, init, project=name, reduction=(0,), output=(1, 2))
 
-        def shrink(size: int) -> nnx.Param:
-            return param(rngs, (D, size), ("embed", None), init, reduction=(0,), output=(1,))
+        def shrink(name: str, size: int) -> nnx.Param:
+            axes = ("embed", None)
+            return param(rngs, (D, size), axes, init, project=name, reduction=(0,), output=(1,))
 
-        self.q_down = None if queries is None else shrink(queries)
+        self.q_down = None if queries is None else shrink("latent", queries)
         norm = partial(Norm, config, axis=None, kind="rmsnorm", rngs=rngs, eps=config.mla.norm_eps)
         self.q_norm = None if queries is None else norm(queries)
-        self.q = project(queries or D, config.head_dim)
-        self.kv_down, self.k_rope = shrink(R), shrink(self.mla.qk_rope_head_dim)
+        self.q = expand("latent_q", queries or D, config.head_dim)
+        self.kv_down = shrink("latent", R)
+        self.k_rope = shrink("latent_rope", self.mla.qk_rope_head_dim)
         self.kv_norm = norm(R)
-        self.k, self.v = project(R, self.mla.qk_nope_head_dim), project(R, self.mla.v_head_dim)
+        self.k = expand("latent_kv", R, self.mla.qk_nope_head_dim)
+        self.v = expand("latent_kv", R, self.mla.v_head_dim)
         out_axes = ("heads", "head_dim", "embed")
         shape, out_init = (N, self.mla.v_head_dim, D), residual_init(config)
-        self.o = param(rngs, shape, out_axes, out_init, reduction=(0, 1), output=(2,))
+        self.o = param(rngs, shape, out_axes, out_init, project="o", reduction=(0, 1), output=(2,))
 
     def __call__(
         self,
@@ -232,7 +241,7 @@ class LatentAttention(nnx.Module):
         # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
         scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
         mixed = ops.attention(q, k, v, masks_of(batch), scores)
-        return ops.einsum("BTNH,NHD->BTD", mixed, self.o[...]), cache
+        return ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...]), cache
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
@@ -241,10 +250,10 @@ class LatentAttention(nnx.Module):
         mla = self.mla
         queries = x
         if self.q_down is not None and self.q_norm is not None:
-            queries = self.q_norm(ops.einsum("BTD,DR->BTR", x, self.q_down[...]))
-        q = ops.einsum("BTR,RNH->BTNH", queries, self.q[...])
-        latent = self.kv_norm(ops.einsum("BTD,DR->BTR", x, self.kv_down[...]))
-        k_rope = ops.einsum("BTD,DH->BTH", x, self.k_rope[...])
+            queries = self.q_norm(ops.project("latent", "BTD,DR->BTR", x, self.q_down[...]))
+        q = ops.project("latent_q", "BTR,RNH->BTNH", queries, self.q[...])
+        latent = self.kv_norm(ops.project("latent", "BTD,DR->BTR", x, self.kv_down[...]))
+        k_rope = ops.project("latent_rope", "BTD,DH->BTH", x, self.k_rope[...])
         frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
         turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
         q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.materialize)
@@ -255,8 +264,8 @@ class LatentAttention(nnx.Module):
         self, latent: Float[Array, "B S R"], k_rope: Float[Array, "B S rope"], ops: Ops
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N V"]]:
         """Keys and values of every head."""
-        k = ops.einsum("BSR,RNH->BSNH", latent, self.k[...])
-        v = ops.einsum("BSR,RNH->BSNH", latent, self.v[...])
+        k = ops.project("latent_kv", "BSR,RNH->BSNH", latent, self.k[...])
+        v = ops.project("latent_kv", "BSR,RNH->BSNH", latent, self.v[...])
         # One rotated part for all heads: stored once in the cache, spread only for the kernel, which knows
         # plain heads.
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
@@ -277,10 +286,12 @@ class FeedForward(nnx.Module):
             (D, *pair, F),
             ("embed", *pair_axes, "mlp"),
             normal(config.init_std),
+            project="up",
             reduction=(0,),
             output=(1 + len(pair),),
         )
-        self.down = param(rngs, (F, D), ("mlp", "embed"), residual_init(config), reduction=(0,), output=(1,))
+        down_axes, down_init = ("mlp", "embed"), residual_init(config)
+        self.down = param(rngs, (F, D), down_axes, down_init, project="down", reduction=(0,), output=(1,))
         self.up_bias = vector(rngs, (*pair, F), (*pair_axes, "mlp"), zeros) if config.bias else None
         self.down_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
 
@@ -290,13 +301,11 @@ class FeedForward(nnx.Module):
         # over tensor leaves each device its pairs.
         gated = self.activation in GATES
         spec, axes = ("BTD,DCF->BTCF", (None, "act_mlp")) if gated else ("BTD,DF->BTF", ("act_mlp",))
-        hidden = checkpoint_name(ops.einsum(spec, x, self.up[...]), MLP_UP)
-        # The name is on the bare product, the widest array of the layer: with it at hand, backward repeats
-        # only what is elementwise.
+        hidden = ops.project("up", spec, x, self.up[...])
         hidden = add_bias(hidden, self.up_bias)
         hidden = activate(ops.constrain(hidden, ("batch", "length", *axes)), self.activation)
         hidden = ops.constrain(hidden, ("batch", "length", "act_mlp"))  # and so does its gradient lie
-        return add_bias(ops.einsum("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
+        return add_bias(ops.project("down", "BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
@@ -412,7 +421,7 @@ class MTPBlock(nnx.Module):
         self.hidden_norm, self.embed_norm, self.final_norm = norm(), norm(), norm()
         # The pair keeps a dim of its own, as everywhere: nothing sharded is joined or split.
         axes, init = (None, "embed", None), normal(config.init_std)
-        self.project = param(rngs, (2, D, D), axes, init, reduction=(0, 1), output=(2,))
+        self.project = param(rngs, (2, D, D), axes, init, project="further", reduction=(0, 1), output=(2,))
         self.block = Block(config, config.moe is not None, rngs)
 
     def __call__(
@@ -425,7 +434,7 @@ class MTPBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Sums]:
         """The residual stream for the next token further, and what the layer reports."""
         project = self.project[...]
-        x = ops.einsum("BTD,DE->BTE", self.hidden_norm(x), project[0])
-        x = x + ops.einsum("BTD,DE->BTE", self.embed_norm(embedded), project[1])
+        x = ops.project("further", "BTD,DE->BTE", self.hidden_norm(x), project[0])
+        x = x + ops.project("further", "BTD,DE->BTE", self.embed_norm(embedded), project[1])
         x, _, sums = self.block(ops.constrain(x, RESIDUAL), batch, spec, ops)
         return x, sums

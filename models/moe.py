@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.grouped_experts import GATES, ExpertSpec, capacity_of
+from kernels.names import ROUTER_LOGITS
 from models.config import ModelConfig, MoEConfig
 from models.ops import Ops
 from models.param import param
@@ -185,4 +187,5 @@ class Experts(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """In float32 throughout: a rounded logit sends a token to another expert."""
-        return jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), self.router[...], precision="highest")
+        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), self.router[...], precision="highest")
+        return checkpoint_name(logits, ROUTER_LOGITS)

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.attention import reference_attention
-from kernels.einsum import plain_einsum
+from kernels.einsum import Projector
 from kernels.grouped_experts import run_experts
+from kernels.names import LOGICAL_AXES
 
 
 def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """`x` itself: on one device an array is where it is."""
     # Checked on one device as well, where most tests run.
     assert len(axes) == x.ndim, (axes, x.shape)
+    assert {*axes} <= {None, *LOGICAL_AXES}, axes
     return x
 
 
@@ -25,7 +27,8 @@ class Ops:
 
     attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], Masks, Scores) -> [B,T,N,V]`; `Scores` are static.
     experts: as `kernels.grouped_experts.run_experts`: tokens to their experts and back.
-    einsum: `(spec, activation, weight) -> activation dtype`, accumulating in float32.
+    project: `(name, spec, activation, weight) -> activation dtype`, accumulating in float32; names are those
+    of `kernels.names`.
     contract_rows: `(x [M, K], y [M, N]) -> x^T y [K, N]` in float32, for the head's gradient by its table
     where one device holds all rows; None: an einsum.
     factor_dtype: what the factors of the head's products are rounded to; None: the compute dtype.
@@ -40,7 +43,7 @@ class Ops:
     # The defaults are the definitions, in float32: what every faster form is tested against.
     attention: Callable[..., Array] = reference_attention
     experts: Callable[..., tuple[Array, Array]] = run_experts
-    einsum: Callable[[str, Array, Array], Array] = plain_einsum
+    project: Callable[[str, str, Array, Array], Array] = Projector()
     contract_rows: Callable[[Array, Array], Array] | None = None
     factor_dtype: Any = None
     materialize: Callable[[Array], Array] = lambda x: x

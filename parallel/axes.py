@@ -13,6 +13,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from common.checks import choice
+from kernels.names import LOGICAL_AXES
+
 # Grouped-query attention may have fewer K/V heads than tensor devices; then every device keeps all of them
 # and the activations are repeated (`kv_repeats`), which is exact.
 REPEATABLE = ("kv_heads",)
@@ -35,14 +38,16 @@ class Layout:
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], what: str = "tensor") -> PartitionSpec:
         """PartitionSpec of a tensor with these logical axes, one a dim.
 
-        `what` names the tensor in errors. Raises ValueError where a dim does not divide or two dims claim one
-        mesh axis.
+        `what` names the tensor in errors. Raises ValueError where a dim does not divide, two dims claim one
+        mesh axis, or a name is no logical axis.
         """
         assert len(axes) == len(shape), (what, axes, shape)
         # JAX refuses an axis that stands twice in one spec, in words that name neither tensor nor rule.
         used: dict[str, str] = {}
         entries: list[tuple[str, ...] | None] = []
         for name, size in zip(axes, shape, strict=True):
+            if name is not None:  # one that no rule can have would silently never be split
+                choice("logical axis", name, LOGICAL_AXES)
             mesh_axes = self._split(name, size, what)
             for axis in mesh_axes:
                 if axis in used:

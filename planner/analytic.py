@@ -16,6 +16,7 @@ Memory: `planner.analytic_memory`; collectives: `planner.analytic_traffic`.
 
 from kernels.backends import choose
 from kernels.einsum_8bit import PRODUCTS
+from kernels.names import PROJECTIONS
 from parallel.config import mesh_shape
 from parallel.hardware import Machine
 from planner.analytic_memory import memory_of
@@ -28,6 +29,7 @@ from training.legal.attention import wanted_attention
 from training.precision import compute_dtype
 
 HALVES = ("cudnn", "splash", "fused", "ring")  # compute only what a causal mask leaves
+EXPERTS_DOWN = ("experts", "down")  # the end of its path: routed experts multiply by no named projection
 OPTIMIZER_PASSES = 7  # parameter, two moments: read and written; gradient: read
 
 
@@ -70,8 +72,8 @@ def again_share(sizes: Sizes) -> float:
     matrices = [p for p in parameters_of(sizes.model) if p.segment is not None and p.role == "matrix"]
     active = {p.path: _active(sizes, p) for p in matrices}
     whole = sum(active.values())
-    back = sum(size for path, size in active.items() if path[-1] == "down")
-    output = sum(size for path, size in active.items() if path[-1] == "o")
+    back = sum(active[p.path] for p in matrices if p.projection == "down" or p.path[-2:] == EXPERTS_DOWN)
+    output = sum(active[p.path] for p in matrices if p.projection and not PROJECTIONS[p.projection].kept)
     attention = sum(size for path, size in active.items() if "attention" in path)
     share = {
         "full": whole - back,

@@ -43,6 +43,7 @@ class Parameter:
     axes: tuple[str | None, ...]
     role: str
     segment: int | None
+    projection: str | None  # the name of the product that it is for
 
     @property
     def size(self) -> int:
@@ -84,7 +85,7 @@ def parameters_of(model: Model) -> tuple[Parameter, ...]:
             names = _names(path)
             segment = int(names[1]) if names[0] == "segments" else None
             axes = ("stages", *leaf.axes[1:]) if segment == main else leaf.axes
-            found.append(Parameter(names, leaf.shape, axes, leaf.role, segment))
+            found.append(Parameter(names, leaf.shape, axes, leaf.role, segment, leaf.projection))
         return tuple(found)
 
     return kept(read, model.config)

@@ -8,7 +8,7 @@ from artifacts.config import CheckpointConfig, RunConfig
 from common.checks import choice, require
 from data.config import DataConfig, TokenizerConfig
 from kernels.backends import BACKENDS
-from kernels.names import NAMES
+from kernels.names import PROJECTIONS
 from models.config import ModelConfig, padded_vocab, regrouped
 from optim.config import OPTIMIZERS, SCHEDULES, OptimConfig, ScheduleConfig
 from parallel.config import AutoscaleConfig, ContextConfig, MeshConfig, PipelineConfig
@@ -44,7 +44,7 @@ class TrainingConfig:
         """Each value by itself; what two values must agree on is checked in `configs.schema`."""
         choice("training.precision", self.precision, PRECISIONS)
         for name in self.full_precision:
-            choice("training.full_precision", name, NAMES)
+            choice("training.full_precision", name, PROJECTIONS)
         choice("training.remat", self.remat, REMAT)
         choice("training.attention", self.attention, ATTENTION)
         for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):

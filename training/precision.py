@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kernels.einsum import plain_einsum
-from kernels.einsum_8bit import PRODUCTS, Einsum, QuantizedEinsum
+from kernels.einsum import Projector
+from kernels.einsum_8bit import PRODUCTS
 from models.ops import Ops
 
 FP8_CAPABILITY = (8, 9)  # NVIDIA's Ada; Hopper is 9.0
@@ -47,8 +47,8 @@ def precision_problem(precision: str, device: Any) -> str | None:
     )
 
 
-def build_einsum(training: Any, device: Any) -> Einsum:
-    """The value of `Ops.einsum`. Raises ValueError where the device cannot multiply so."""
+def build_projector(training: Any, device: Any) -> Projector:
+    """The value of `Ops.project`. Raises ValueError where the device cannot multiply so."""
     if reason := precision_problem(training.precision, device):
         raise ValueError(reason)
     if training.full_precision and training.precision not in PRODUCTS:
@@ -57,8 +57,8 @@ def build_einsum(training: Any, device: Any) -> Einsum:
             f"{training.precision}; use fp8 or int8, or leave it []"
         )
     if training.precision not in PRODUCTS:
-        return plain_einsum
-    return QuantizedEinsum(training.precision, tuple(training.full_precision))
+        return Projector()
+    return Projector(quantized=PRODUCTS[training.precision], keep=tuple(training.full_precision))
 
 
 def precision_row(training: Any, ops: Ops, platform: str) -> str:

@@ -18,7 +18,7 @@ from common.text import human
 from data.batch import TEXT
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice
-from kernels.einsum_8bit import QuantizedEinsum
+from kernels.einsum import Projector
 from kernels.einsum_cpu import contract_rows, fast_einsum, materialize
 from kernels.grouped_experts import run_experts
 from models.ops import Ops
@@ -40,7 +40,7 @@ from training.legal.attention import documents_of, wanted_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.objectives.base import Objective, build_objective
-from training.precision import build_einsum, compute_dtype, precision_row
+from training.precision import build_projector, compute_dtype, precision_row
 from training.safety.signals import VOTE, abstract_vote
 from training.safety.skip_updates import Skipping
 from training.state import (
@@ -302,11 +302,11 @@ def cpu_ops(ops: Ops) -> Ops:
     """
     # Sums, norms and softmax stay in float32: a CPU has no units for bfloat16 but those of its products.
     dtype, attention = ops.compute_dtype, ops.attention
-    einsum: Any = partial(fast_einsum, dtype=dtype)
+    assert isinstance(ops.project, Projector)
     return replace(
         ops,
         attention=partial(fused_attention, dtype=dtype) if attention is fused_attention else attention,
-        einsum=replace(ops.einsum, plain=einsum) if isinstance(ops.einsum, QuantizedEinsum) else einsum,
+        project=replace(ops.project, plain=partial(fast_einsum, dtype=dtype)),
         contract_rows=partial(contract_rows, dtype=dtype),
         materialize=materialize,
         compute_dtype=jnp.dtype("float32"),
@@ -321,7 +321,7 @@ def common_ops(config: Config, layout: Layout, device: Any) -> Ops:
     return Ops(
         attention=build_attention(backend, layout, config.context, documents_of(config)),
         experts=expert_dispatch(layout, run_experts),
-        einsum=build_einsum(config.training, device),
+        project=build_projector(config.training, device),
         constrain=layout.constrain,
         compute_dtype=dtype,
         loss_chunk=config.training.loss_chunk,

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.names import ATTENTION_INPUTS, ATTENTION_OUTPUT, MLP_UP, QUANTIZED
+from kernels.names import (
+    ATTENTION_INPUTS,
+    ATTENTION_OUTPUT,
+    MATERIALIZED,
+    PROJECTIONS,
+    ROUTER_LOGITS,
+    product_name,
+)
 
 HOST_MEMORY = "pinned_host"
 
@@ -24,6 +31,7 @@ Params = Any
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 Scored = dict[str, Array]  # figures of each token, [B, T] or [B, T, ...]
+Policy = Callable[..., Any]  # (primitive, inputs, parameters) -> whether its results are kept
 
 
 @runtime_checkable  # so that a test can hold calls to their annotations
@@ -78,51 +86,47 @@ def batch_axes(ndim: int) -> tuple[str | None, ...]:
     return (*LAST, *[None] * (ndim - 2))[:ndim]
 
 
-def _attention_or_dots(prim: Any, *args: Any, **kwargs: Any) -> Any:
-    if prim.name == "name" and kwargs["name"] in (ATTENTION_OUTPUT, QUANTIZED):
-        return True
-    # By primitive, because naming attention's output does not stop its forward from being recomputed.
-    if "dot_product_attention_fwd" in prim.name:
-        return True
-    if _is_output_projection(prim, kwargs):
-        return False
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **kwargs)
+# What a policy keeps has a name: products are told apart by it, never by how they are written.
+DOTS = {
+    ATTENTION_OUTPUT,
+    MATERIALIZED,
+    ROUTER_LOGITS,
+    *(product_name(name) for name, projection in PROJECTIONS.items() if projection.kept),
+}
+OFFLOADED = (*ATTENTION_INPUTS, product_name("up"))  # the largest arrays of a dense layer
 
 
-def _is_output_projection(prim: Any, kwargs: Any) -> bool:
-    """Whether a product contracts heads and head size, as only the one behind attention does.
+def _named(*names: str) -> Policy:
+    def policy(prim: Any, *args: Any, **kwargs: Any) -> bool:
+        if prim.name == "name":
+            return kwargs["name"] in names
+        # By primitive, because naming attention's output does not stop its forward from being recomputed.
+        return "dot_product_attention_fwd" in prim.name
 
-    Its factors are kept in any case, and it is as cheap as its result is wide: of a layer's products the one
-    with the least to make again for the memory that it takes.
-    """
-    return prim.name == "dot_general" and len(kwargs["dimension_numbers"][0][0]) == 2
-
-
-def _attention_only(prim: Any, *args: Any, **kwargs: Any) -> Any:
-    if prim.name == "name" and kwargs["name"] in ATTENTION_INPUTS:
-        return True
-    # Products are refused by name of the primitive: what is left of the other policy are kernels' outputs.
-    return prim.name != "dot_general" and _attention_or_dots(prim, *args, **kwargs)
+    return policy
 
 
+_dots = _named(*DOTS)
 _to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[*ATTENTION_INPUTS, MLP_UP],
+    names_which_can_be_offloaded=[*OFFLOADED],
     offload_src="device",
     offload_dst=HOST_MEMORY,
 )
 
 
 def _dots_on_host(prim: Any, *args: Any, **kwargs: Any) -> Any:
-    if prim.name == "name" and kwargs["name"] in (*ATTENTION_INPUTS, MLP_UP):
+    if prim.name == "name" and kwargs["name"] in OFFLOADED:
         return _to_host(prim, *args, **kwargs)
-    return _attention_or_dots(prim, *args, **kwargs)
+    return _dots(prim, *args, **kwargs)
 
 
 # What a layer keeps for its backward; everything else is computed again.
 POLICIES = {
-    "dots": _attention_or_dots,  # what attention's kernel needs, and all products but the one behind it
-    "attention": _attention_only,  # queries, keys, values, and what attention's kernel needs
+    "dots": _dots,  # what attention's kernel needs, and all products but the one behind it
+    "attention": _named(
+        ATTENTION_OUTPUT, *ATTENTION_INPUTS
+    ),  # queries, keys, values, and what attention's kernel needs
     "offload": _dots_on_host,  # as dots, the widest of them in the host's memory
     "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }

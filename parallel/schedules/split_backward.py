@@ -1,12 +1,12 @@
 """Backward in two parts: gradients by inputs now, gradients by weights later, from what was left in between.
 
-Every projection of a layer passes through `ops.einsum`, so nothing of the model need be known: a tap is the
+Every projection of a layer passes through `ops.project`, so nothing of the model need be known: a tap is the
 pair (input, gradient by output) of one projection. In the first part each projection gives its pair away as
 the gradient of a tap that it never reads; in the second the layer is traced again with projections that only
 contract their pair with the weights, and everything else in it is dead code.
 Parameters that no projection holds (norms, biases) get their gradients in the first part.
 
-B rows, T position, N and K heads, F feed-forward, in the einsums' letters.
+Where the two arrays of a pair lie is said by the projection's name (`kernels.names.PROJECTIONS`).
 """
 
 import dataclasses
@@ -18,25 +18,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kernels.names import PROJECTIONS, dims_of
 from parallel.schedules.accumulate import LayerScan, Params, Sums
 
 Taps = list[tuple[Array, Array]]
-Einsum = Callable[[str, Array, Array], Array]
+Project = Callable[[str, str, Array, Array], Array]
+Product = Callable[[Array, Array], Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tapped(einsum: Einsum, spec: str, x: Array, w: Array, tap: tuple[Array, Array]) -> Array:
-    return einsum(spec, x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(product: Product, x: Array, w: Array, tap: tuple[Array, Array]) -> Array:
+    return product(x, w)
 
 
-def _forward(einsum: Einsum, spec: str, x: Array, w: Array, tap: tuple[Array, Array]) -> Any:
-    return einsum(spec, x, w), (x, w)
+def _forward(product: Product, x: Array, w: Array, tap: tuple[Array, Array]) -> Any:
+    return product(x, w), (x, w)
 
 
-def _backward(einsum: Einsum, spec: str, residuals: tuple[Array, Array], dy: Array) -> Any:
+def _backward(product: Product, residuals: tuple[Array, Array], dy: Array) -> Any:
     x, w = residuals
     # By its input alone: the product for the weights is what waits.
-    _, pull = jax.vjp(lambda x: einsum(spec, x, w), x)
+    _, pull = jax.vjp(lambda x: product(x, w), x)
     # A cotangent has the form of its argument: a tap is shaped like (x, y), so the pair fits into it.
     return pull(dy)[0], jnp.zeros_like(w), (x, dy)
 
@@ -57,11 +59,12 @@ class DeferredGradients:
             params, first, taps = item
             rest = iter(taps)
 
-            def einsum(spec: str, x: Array, w: Array) -> Array:
+            def project(name: str, spec: str, x: Array, w: Array) -> Array:
+                product = partial(self.scan.ops.project, name, spec)
                 # No gradient to w here: it is made of the tap.
-                return _tapped(self.scan.ops.einsum, spec, x, jax.lax.stop_gradient(w), next(rest))
+                return _tapped(product, x, jax.lax.stop_gradient(w), next(rest))
 
-            return with_einsum(self.scan, einsum).period_of_layers(x, (params, first))
+            return with_project(self.scan, project).period_of_layers(x, (params, first))
 
         return self.scan.over(period, x, (stacked, self.scan.layer_numbers(stacked, layers_before), taps))
 
@@ -79,16 +82,16 @@ class ReplayedGradients:
             params, first, taps = item
             rest, totals = iter(taps), []
 
-            def einsum(spec: str, x: Array, w: Array) -> Array:
+            def project(name: str, spec: str, x: Array, w: Array) -> Array:
                 # In the order of the trace, which is the same in both parts: the layer's code is the same.
                 tap_x, tap_dy = next(rest)
-                y = self.scan.ops.einsum(spec, tap_x, w)
+                y = self.scan.ops.project(name, spec, tap_x, w)
                 # <y, dy> has the gradient x dy by w: the one product that was left out.
                 totals.append(jnp.sum(y.astype(jnp.float32) * tap_dy.astype(jnp.float32)))
                 # Zeros end the chain: what follows in the layer depends on nothing, and XLA drops it.
                 return jnp.zeros_like(y)
 
-            frozen = with_einsum(self.scan, einsum)
+            frozen = with_project(self.scan, project)
             frozen.period_of_layers(x, (params, first))
             return x, {"total": sum(totals, jnp.zeros((), jnp.float32))}
 
@@ -102,13 +105,9 @@ class ReplayedGradients:
         return sums["total"]
 
 
-def with_einsum(scan: LayerScan, einsum: Einsum) -> LayerScan:
+def with_project(scan: LayerScan, project: Project) -> LayerScan:
     """The same stretch of layers with another function for its projections."""
-    return dataclasses.replace(scan, ops=dataclasses.replace(scan.ops, einsum=einsum))
-
-
-# An einsum's letters are the house's names of dims: how a product is written says where its pair lies.
-PLACES = {"B": "batch", "T": "length", "N": "act_heads", "K": "act_kv_heads", "F": "act_mlp"}
+    return dataclasses.replace(scan, ops=dataclasses.replace(scan.ops, project=project))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +123,12 @@ def tap_shapes(scan: LayerScan, params: Params, x: jax.ShapeDtypeStruct) -> list
     """The pairs that one period of layers leaves behind, in the order in which they are met."""
     shapes: list[tuple[TapShape, TapShape]] = []
 
-    def einsum(spec: str, x: Array, w: Array) -> Array:
-        y = scan.ops.einsum(spec, x, w)
-        inputs, out = spec.split("->")
-        # Letters without a place (embed, latents) are whole where activations are.
-        pairs = ((x, inputs.split(",")[0]), (y, out))
-        found = [TapShape(a.shape, a.dtype, tuple(PLACES.get(i) for i in letters)) for a, letters in pairs]
-        shapes.append((found[0], found[1]))
+    def project(name: str, spec: str, x: Array, w: Array) -> Array:
+        y, known = scan.ops.project(name, spec, x, w), PROJECTIONS[name]
+        pair = (TapShape(a.shape, a.dtype, dims_of(axes, a.ndim)) for a, axes in ((x, known.x), (y, known.y)))
+        shapes.append((next(pair), next(pair)))
         return y
 
-    watching = with_einsum(scan, einsum)
+    watching = with_project(scan, project)
     jax.eval_shape(lambda p, x: watching.period_of_layers(x, (p, jnp.zeros((), jnp.int32))), params, x)
     return shapes

@@ -47,7 +47,8 @@ def test_offload_sends_attention_s_inputs_and_the_wide_product_to_the_host():
 
 def test_fused_attention_s_forward_runs_once_where_its_output_is_kept():
     none, dots = (gradient(remat).count("dot_general[") for remat in ("none", "dots"))
-    assert dots == none  # on one CPU device, where it is what `auto` takes
+    # On one CPU device, where it is what `auto` takes; the one more is the projection behind it.
+    assert dots == none + 1
 
 
 @functools.cache

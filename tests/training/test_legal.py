@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from common.checks import ConfigError
 from configs.groups import options
+from kernels.names import LOGICAL_AXES
 from models.config import MLAConfig, ModelConfig, MoEConfig
 from models.spec import make_segments
 from models.transformer import build_model
@@ -24,7 +25,7 @@ from parallel.schedules.stage_layout import main_segment as widest
 from parallel.schedules.tables import check_schedule
 from tests.configs.composing import config
 from training.config import LocalSGDConfig
-from training.legal.check import LOGICAL_AXES, check, mesh_sizes
+from training.legal.check import check, mesh_sizes
 from training.legal.nearest import legal, nearest_meshes, overrides, refusal
 from training.legal.rules import main_segment
 from training.state import is_info

@@ -13,7 +13,7 @@ from parallel.schedules.accumulate import POLICIES
 from planner.described_devices import GPUS
 from tests.parallel.small import distance, make_config, make_program, run
 from training.config import TrainingConfig
-from training.precision import build_einsum, compute_dtype, precision_problem, precision_row
+from training.precision import build_projector, compute_dtype, precision_problem, precision_row
 
 ROUGH = Ops(compute_dtype=jnp.dtype("bfloat16"))
 
@@ -62,10 +62,10 @@ def test_stages_and_a_backward_in_two_parts(fp8):
 def test_dots_keeps_a_product_once_in_the_activations_dtype(kind):
     """Kept as int32, or made again, projections would cost twice the memory, or a third of the time."""
     config = make_config(precision=kind, remat="dots")
-    einsum = build_einsum(config.training, jax.devices()[0])
+    project = build_projector(config.training, jax.devices()[0])
 
     def layer(x, w):
-        return jnp.sum(jnp.sin(einsum("BTD,DF->BTF", jnp.sin(x), w)))
+        return jnp.sum(jnp.sin(project("up", "BTD,DF->BTF", jnp.sin(x), w)))
 
     x, w = jnp.ones((2, 4, 16), jnp.bfloat16), jnp.ones((16, 32))
     kept = jax.checkpoint(layer, policy=POLICIES["dots"])
@@ -78,11 +78,11 @@ def test_dots_keeps_a_product_once_in_the_activations_dtype(kind):
 
 def test_full_precision_reaches_the_projections_it_names():
     made = make_program(make_config(precision="fp8", full_precision=["o", "down"]))
-    assert made.ops.einsum.keep == ("o", "down")
+    assert made.ops.project.keep == ("o", "down")
     with pytest.raises(ValueError, match="training.full_precision=dwon is not one of .*did you mean down"):
         TrainingConfig(precision="fp8", full_precision=["dwon"])
     with pytest.raises(ValueError, match="no effect under training.precision=auto; use fp8 or int8"):
-        build_einsum(TrainingConfig(full_precision=["o"]), jax.devices()[0])
+        build_projector(TrainingConfig(full_precision=["o"]), jax.devices()[0])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_fp8_is_refused_where_nothing_multiplies_it(platform, kind, capability, 
         words = ["training.precision=fp8", kind, "use training.precision=int8 or bfloat16"]
         assert all(word in problem for word in words) and "\n" not in problem
         with pytest.raises(ValueError, match="training.precision=fp8"):
-            build_einsum(TrainingConfig(precision="fp8"), device(platform, kind, capability))
+            build_projector(TrainingConfig(precision="fp8"), device(platform, kind, capability))
     assert precision_problem("int8", device(platform, kind, capability)) is None
 
 

@@ -6,34 +6,11 @@ other (here), and tensors against the mesh (`parallel.axes`).
 
 from common.checks import INT32, ConfigError, did_you_mean
 from data.config import shards_problem
+from kernels.names import LOGICAL_AXES
 from parallel.config import MESH_AXES, MeshConfig
 from training.config import Config
 from training.legal.mesh_case import known_sizes
 from training.legal.nearest import refusal
-
-# Every name a rule may have: parameters' dims, then activations' dims.
-LOGICAL_AXES = (
-    "stages",
-    "layers",
-    "embed",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "mlp",
-    "experts",
-    "expert_embed",
-    "vocab",
-    "positions",
-) + (
-    "batch",
-    "length",
-    "act_length",
-    "act_embed",
-    "act_heads",
-    "act_kv_heads",
-    "act_mlp",
-    "act_vocab",
-)
 
 
 def check(config: Config, device_count: int | None) -> None:
