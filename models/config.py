@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from common.checks import choice, require
@@ -13,6 +14,8 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 WINDOW_KINDS = ("global", "local")
 SCORES = ("softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
+# Token mixers are known by their files, which load JAX and are not read for a config.
+MIXERS = tuple(sorted(p.stem for p in Path(__file__).with_name("mixers").glob("[!_]*.py")))
 VOCAB_MULTIPLE = 128  # so that tables split over devices and fill matrix units
 
 
@@ -149,6 +152,7 @@ class ModelConfig:
     activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
     window: int | None = None  # positions a local layer sees, itself included
     window_pattern: list[str] = field(default_factory=lambda: ["global"])
+    mixer_pattern: list[str] | None = None  # the repeating order of token mixers; null: attention throughout
     attention_softcap: float | None = None  # Gemma 2: 50, on attention scores
     logit_softcap: float | None = None  # Gemma 2: 30, on logits
     attention_scale: float | None = None  # None: head_dim ** -0.5
@@ -167,6 +171,12 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the feed-forward multiplies by a gate."""
         return self.activation in ("swiglu", "geglu")
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The repeating order of what mixes the tokens in a layer; attention is latent with `mla`."""
+        latent = {"attention": "latent"} if self.mla else {}
+        return tuple(latent.get(name, name) for name in self.mixer_pattern or ["attention"])
 
     @property
     def mtp_depth(self) -> int:
@@ -307,6 +317,12 @@ def _check_choices(config: ModelConfig) -> None:
         raise ValueError(
             f"model.window_pattern={pattern} must list at least one of {', '.join(WINDOW_KINDS)}"
         )
+    for name in config.mixer_pattern or ():
+        choice("model.mixer_pattern", name, MIXERS)
+    if config.mixer_pattern is not None and not config.mixer_pattern:
+        raise ValueError(f"model.mixer_pattern=[] must list at least one of {', '.join(MIXERS)}, or be null")
+    if "latent" in config.mixers and config.mla is None:
+        raise ValueError("model.mixer_pattern has latent layers but model.mla=null; give model.mla its sizes")
 
 
 SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")

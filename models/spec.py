@@ -1,23 +1,26 @@
 """Which layers a model has, in what order: static, hashable, known before any array."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
 from models.config import ModelConfig
 
-Kinds = tuple[str, ...]  # of layers, in order: "local" or "global"
+Kind = tuple[str, str]  # of a layer: "local" or "global", and its mixer
+Kinds = tuple[Kind, ...]  # of layers, in order
 Repeated = tuple[int, Kinds]  # how many times, and what
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs between layers: a window (positions seen, itself included), rotation, experts."""
+    """What differs between layers: a window (positions seen, itself included), rotation, experts, mixer."""
 
     window: int | None
     rope_theta: float
     rope_scaled: bool = True  # Gemma 3 stretches the rotations of its global layers only
     moe: bool = False  # experts instead of one feed-forward
+    mixer: str = "attention"  # what mixes the tokens: a file of models/mixers
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,29 @@ class Segment:
     period: tuple[LayerSpec, ...]
 
 
-def layer_spec(config: ModelConfig, kind: str) -> LayerSpec:
-    """The spec of a "local" or "global" layer."""
-    own_theta = kind == "local" and config.rope_local_theta is not None
+def kinds_of(config: ModelConfig) -> Kinds:
+    """The repeating order of layer kinds: `window_pattern` and `mixer_pattern` beside each other."""
+    windows, mixers = config.window_pattern, config.mixers
+    length = math.lcm(len(windows), len(mixers))
+    return tuple((windows[i % len(windows)], mixers[i % len(mixers)]) for i in range(length))
+
+
+def layer_spec(config: ModelConfig, window: str, mixer: str = "attention") -> LayerSpec:
+    """The spec of a layer that is "local" or "global", with this mixer."""
+    own_theta = window == "local" and config.rope_local_theta is not None
     theta = config.rope_local_theta if own_theta else config.rope_theta
     assert theta is not None
-    return LayerSpec(config.window if kind == "local" else None, float(theta), not own_theta)
+    seen = config.window if window == "local" else None
+    return LayerSpec(seen, float(theta), not own_theta, mixer=mixer)
 
 
 def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
     """The layers as `cut_layers` cuts them; those from `first_dense_layers` on have experts, if any have."""
     dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
-    specs = {kind: layer_spec(config, kind) for kind in config.window_pattern}
+    pattern = kinds_of(config)
+    specs = {kind: layer_spec(config, *kind) for kind in pattern}
     segments, first = [], 0
-    for count, kinds in cut_layers(tuple(config.window_pattern), config.num_layers, dense):
+    for count, kinds in cut_layers(pattern, config.num_layers, dense):
         period = tuple(replace(specs[kind], moe=first >= dense) for kind in kinds)
         segments.append(Segment(count, period))
         first += count * len(period)

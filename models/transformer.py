@@ -20,8 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, chunked_logprobs, softcap_logits
+from models.blocks import Block, MTPBlock
 from models.config import ModelConfig, check_model
-from models.layers import WHOLE, Block, Embedding, Head, MTPBlock, Norm
+from models.layers import WHOLE, Embedding, Head, Norm
+from models.mixer import mixer
 from models.moe import LOAD
 from models.mtp import next_targets
 from models.ops import Ops
@@ -39,17 +41,19 @@ def build_model(config: ModelConfig) -> "Model":
             f"model.vocab_size={config.vocab_size} must be positive when a model is built; "
             "take the tokenizer's size rounded up to a multiple of 128"
         )
+    segments = make_segments(config)
+    last = segments[-1].period[-1]
+    kinds = {block_name(spec): spec for segment in segments for spec in segment.period}
     parts: dict[str, Callable[..., nnx.Module]] = {
         "embed": partial(Embedding, config),
-        "block": partial(Block, config, False),
         "final_norm": partial(Norm, config, config.d_model, "embed", config.norm),
+        **{name: partial(Block, config, spec) for name, spec in kinds.items()},
     }
     if not config.tie_embeddings:
         parts["head"] = partial(Head, config)
-    if config.moe is not None:
-        parts[block_name(True)] = partial(Block, config, True)
     if config.mtp_depth:
-        parts["mtp"] = partial(MTPBlock, config)
+        # A layer for a further token is one more of the last layer's kind, experts included.
+        parts["mtp"] = partial(MTPBlock, config, last)
     # nnx is the notation only: a module is split once into structure and parameters, and from here on
     # parameters are a plain tree that any JAX transformation takes.
     graphs, info = {}, {}
@@ -57,8 +61,7 @@ def build_model(config: ModelConfig) -> "Model":
         graphs[name], info[name] = describe(make)
     # A block is described once, whatever the number of layers: in the tree it appears stacked, by segment and
     # place in the period.
-    blocks = {name: info.pop(name) for name in map(block_name, (False, True)) if name in info}
-    segments = make_segments(config)
+    blocks = {name: info.pop(name) for name in kinds}
     info["segments"] = {str(s): stack_info(blocks, segment) for s, segment in enumerate(segments)}
     if config.mtp_depth:
         # Not stacked: there are one or two, each run by itself.
@@ -66,15 +69,15 @@ def build_model(config: ModelConfig) -> "Model":
     return Model(config, segments, info, graphs)
 
 
-def block_name(moe: bool) -> str:
-    """The name of the module that a layer with or without experts is."""
-    return "expert_block" if moe else "block"
+def block_name(spec: LayerSpec) -> str:
+    """The name of the module that such a layer is: specs of one name differ in no parameter."""
+    return f"{spec.mixer}_and_{'experts' if spec.moe else 'mlp'}"
 
 
 def stack_info(blocks: Tree, segment: Segment) -> Tree:
     """The ParamInfo of a segment's layers: one stacked tree a place in its period."""
     return {
-        str(p): jax.tree.map(lambda leaf: leaf.stacked(segment.count), blocks[block_name(spec.moe)])
+        str(p): jax.tree.map(lambda leaf: leaf.stacked(segment.count), blocks[block_name(spec)])
         for p, spec in enumerate(segment.period)
     }
 
@@ -229,7 +232,6 @@ class Model:
         loss is the sum over the positions whose document goes on that far, over the same total weight as the
         main loss.
         """
-        # A layer for a further token is one more of the last layer's kind, experts included.
         spec, settings = self.segments[-1].period[-1], self.config.mtp
         assert settings is not None
         totals: Tree = {}
@@ -281,26 +283,15 @@ class Model:
         return self.logits(params, x, ops)
 
     def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache and its filled length; of each layer keys and values [B, K, length, H].
+        """An empty cache and its filled length; of each layer what its mixer keeps of so many tokens."""
 
-        In the order of attention's products, which would else copy them for every token. With latent
-        attention the normed latent [B, length, R] and the keys' rotated part.
-        """
-        config = self.config
-        if config.mla is None:
-            shapes: Tree = {name: (config.num_kv_heads, length, config.head_dim) for name in ("k", "v")}
-        else:
-            # Latent attention caches what keys and values are made of: R + rope numbers a token instead of 2
-            # * N * H.
-            widths = {"latent": config.mla.kv_lora_rank, "k_rope": config.mla.qk_rope_head_dim}
-            shapes = {name: (length, width) for name, width in widths.items()}
+        def empty(spec: LayerSpec) -> Tree:
+            arrays = mixer(spec.mixer).cache_arrays(self.config, spec, length)
+            return {n: jnp.zeros((batch_size, *a.shape), a.dtype or dtype) for n, a in arrays.items()}
+
         places: Tree = {
             str(s): [
-                {
-                    str(p): {name: jnp.zeros((batch_size, *shape), dtype) for name, shape in shapes.items()}
-                    for p in range(len(segment.period))
-                }
-                for _ in range(segment.count)
+                {str(p): empty(spec) for p, spec in enumerate(segment.period)} for _ in range(segment.count)
             ]
             for s, segment in enumerate(self.segments)
         }
@@ -356,8 +347,8 @@ class Model:
         """Operations of a forward pass per token of a `seq_len` row; training takes three times that.
 
         `matmul`: two a weight that a token meets, with the head (once more for each further token);
-        `attention_full`: scores and values over all positions that a window allows; `attention_causal`: over
-        those of them that are not in the future, on average.
+        `attention_full`: what mixers do beyond their weights, such as scores and values over all positions
+        that a window allows; `attention_causal`: over those of them that are not in the future, on average.
         """
         config = self.config
         # From what parameters are, not from a second list of layers: a new matrix is counted without a word
@@ -365,23 +356,19 @@ class Model:
         weights = [leaf for leaf in jax.tree.leaves(self.info) if leaf.role == "matrix"]
         heads = (1 + config.mtp_depth) * config.vocab_size * config.d_model
         matmul = 2 * (sum(map(self._active, weights)) + heads)
-        values = config.head_dim if config.mla is None else config.mla.v_head_dim
-        per_key = 2 * config.num_heads * (config.head_dim + values)
         layers = [(segment.count, spec) for segment in self.segments for spec in segment.period]
         layers.append((config.mtp_depth, self.segments[-1].period[-1]))
         full = causal = 0.0
         for count, spec in layers:
-            # A window's first queries see fewer keys: the triangle at a row's begin, seen² / 2 of seen * T.
-            seen = min(seq_len, spec.window or seq_len)
-            full += count * per_key * seen
-            causal += count * per_key * (seen - seen * seen / (2 * seq_len))
+            all_positions, past = mixer(spec.mixer).flops(config, spec, seq_len)
+            full, causal = full + count * all_positions, causal + count * past
         return {"matmul": float(matmul), "attention_full": full, "attention_causal": causal}
 
     def _module(self, name: str, params: Tree) -> Any:
         return nnx.merge(self.graphs[name], params)
 
     def _block(self, spec: LayerSpec, params: Tree) -> Any:
-        return self._module(block_name(spec.moe), params)
+        return self._module(block_name(spec), params)
 
     def _output_table(self, params: Tree) -> Float[Array, "V D"]:
         return params["embed" if self.config.tie_embeddings else "head"]["table"]

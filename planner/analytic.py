@@ -116,11 +116,19 @@ def moved_bytes(sizes: Sizes) -> float:
     and read twice.
     """
     s = sizes
-    layer = 6 * s.whole + 2 * (s.queries + s.keys_values) + (s.gates + 2) * s.wide + 2 * s.dispatched
+    layer = (
+        6 * s.whole + 2 * (s.mixer.queries + s.mixer.keys_values) + (s.gates + 2) * s.wide + 2 * s.dispatched
+    )
     passes = 3 + again_share(s) + (1 if s.schedule is not None else 0)
     activations = 2 * passes * layer * s.layers * s.microbatches
     weights = passes * s.layer_weights * s.layers * s.microbatches
     shards = sum(part_of(p, s.layout) for p in parameters_of(s.model))
     vocabulary = s.config.model.vocab_size / s.layout.ways("act_vocab")
     logits = 4 * 4 * s.tokens * s.microbatches * vocabulary
-    return activations + weights + 4 * OPTIMIZER_PASSES * shards + logits + 2 * s.scores * passes * s.layers
+    return (
+        activations
+        + weights
+        + 4 * OPTIMIZER_PASSES * shards
+        + logits
+        + 2 * s.mixer.scores * passes * s.layers
+    )

@@ -71,11 +71,11 @@ def kept_by_a_layer(sizes: Sizes) -> float:
     m = s.config.model
     if policy == "none":
         inside = NONE_WIDE * s.wide + NONE_STREAM * s.stream
-        return inside + s.scores
-    output = s.queries + s.statistics
+        return inside + s.mixer.scores
+    output = s.mixer.queries + s.mixer.statistics
     if policy == "offload":
         return s.stream + output
-    projections = s.queries + s.keys_values
+    projections = s.mixer.queries + s.mixer.keys_values
     if policy == "attention":
         return s.stream + output + projections
     return s.stream + output + projections + (s.gates * s.wide if m.moe is None else 0.0)
@@ -89,7 +89,7 @@ def kept(sizes: Sizes) -> float:
         return layers
     taps = 0.0
     if schedule.split:
-        each = sizes.gates * sizes.wide + 2 * sizes.stream + sizes.queries + sizes.keys_values
+        each = sizes.gates * sizes.wide + 2 * sizes.stream + sizes.mixer.queries + sizes.mixer.keys_values
         taps = TAPS * schedule.weight_slots[2] * sizes.layers * each
     return 2 * layers / schedule.chunks + schedule.peak_inputs * sizes.stream + taps
 
@@ -99,8 +99,8 @@ def working(sizes: Sizes) -> float:
     s, w = sizes, COMPILERS[sizes.machine.kind]
     weights = IN_STAGES if s.stages > 1 else w.weights
     products = (s.gates + 1) / 3 * w.wide * s.wide
-    streams = w.streams * (s.whole + s.queries + s.keys_values)
-    layer = products + streams + w.dispatched * s.dispatched + w.scores * s.scores
+    streams = w.streams * (s.whole + s.widest.queries + s.widest.keys_values)
+    layer = products + streams + w.dispatched * s.dispatched + w.scores * s.widest.scores
     layer += (weights if s.sharded else UNSHARDED) * s.layer_weights
     tables = w.tables * s.table if s.sharded else 0.0
     return max(layer, s.logits) + tables

@@ -82,12 +82,19 @@ def _activations(sizes: Sizes, add: Add) -> None:
         add("all-reduce", ("tensor",), passes * (2 * forwards + 2 - again), s.whole)
     kind = s.config.context.attention
     if kind == "ulysses":
-        add("all-to-all", ("context",), passes * (forwards + 1) * 4, (2 * s.queries + s.keys_values) / 4)
+        add(
+            "all-to-all",
+            ("context",),
+            passes * (forwards + 1) * 4,
+            (2 * s.mixer.queries + s.mixer.keys_values) / 4,
+        )
     elif kind == "allgather":
-        add("all-gather", ("context",), passes * forwards * 2, s.keys_values / 2 * mesh["context"])
-        add("reduce-scatter", ("context",), passes * 2, s.keys_values / 2 * mesh["context"])
+        add("all-gather", ("context",), passes * forwards * 2, s.mixer.keys_values / 2 * mesh["context"])
+        add("reduce-scatter", ("context",), passes * 2, s.mixer.keys_values / 2 * mesh["context"])
     else:
-        add("collective-permute", ("context",), passes * (forwards + 2) * mesh["context"], s.keys_values)
+        add(
+            "collective-permute", ("context",), passes * (forwards + 2) * mesh["context"], s.mixer.keys_values
+        )
     if s.dispatched:
         add("all-to-all", ("expert",), passes * (2 * forwards + 2 - again), s.dispatched)
     if work:

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 
 from kernels.attention import QUERY_BLOCK
 from models.config import ModelConfig
+from models.mixer import mixer
 from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
@@ -32,6 +33,7 @@ from training.state import balance_mask, decay_mask, is_info, make_state, matrix
 Path = tuple[str, ...]
 _KEPT: dict[tuple[str, ...], Any] = {}  # what is the same for every mesh, by the configs that it depends on
 MOST_KEPT = 64
+SQUARE = ("chunked", "reference", "xla")  # backends that hold scores
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,30 @@ def state_bytes(config: Config, model: Model, layout: Layout) -> tuple[int, int]
 
 
 @dataclass(frozen=True)
+class MixerSizes:
+    """Bytes of what a layer's mixer holds of a microbatch's tokens on one device.
+
+    queries, keys_values: in the compute dtype. statistics: float32, of a softmax with as many places as a row
+    may hold documents where cuDNN computes it. scores: float32, of each pair of positions, where they are
+    made.
+    """
+
+    queries: float
+    keys_values: float
+    statistics: float
+    scores: float
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes, unless another unit is named; of a microbatch's tokens on one device, in the compute dtype.
 
     stream: the residual stream between blocks, which sequence parallelism splits further; whole: before that
-    split. queries, keys_values: of one layer. statistics: of attention's softmax, float32, with as many
-    places as a row may hold documents where cuDNN computes it. wide: one product of the width F (of experts:
-    of all choices). dispatched: tokens on their way to experts. layer_weights: parameters of the largest
-    layer in the compute dtype, gathered but for tensor and expert parallelism; sharded: whether they had to
-    be gathered. table: float32, of the larger of embedding and head, gathered. logits: float32, of a chunk of
+    split. mixer: of one layer, the mean over layers; widest: the largest of each. wide: one product of the
+    width F (of experts: of all choices). dispatched: tokens on their way to experts. layer_weights:
+    parameters of the largest layer in the compute dtype, gathered but for tensor and expert parallelism;
+    sharded: whether they had to be gathered. table: float32, of the larger of embedding and head, gathered.
+    logits: float32, of a chunk of
     the loss.
     """
 
@@ -181,10 +198,8 @@ class Sizes:
     schedule: Schedule | None
     stream: float
     whole: float
-    queries: float
-    keys_values: float
-    statistics: float
-    scores: float
+    mixer: MixerSizes
+    widest: MixerSizes
     wide: float
     gates: int  # not bytes: products of the width F in a layer's forward, before the one back
     dispatched: float
@@ -208,17 +223,12 @@ def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
     itemsize = 4 if training.precision == "float32" or machine.kind == "cpu" else 2
     rows = training.global_batch_size / layout.ways("batch") / micro
     tokens = rows * config.data.seq_len / mesh["context"]
-    heads = m.num_heads / layout.ways("act_heads")
-    keys = m.num_kv_heads * kv_repeats(m.num_kv_heads, layout) / layout.ways("act_kv_heads")
-    value = m.head_dim if m.mla is None else m.mla.v_head_dim
-    places = documents_of(config) if attention == "cudnn" else 1
     choices, width = 1, float(m.d_ff)
     if m.moe is not None:
         choices, width = m.moe.experts_per_token, m.moe.d_expert
         width += m.moe.d_expert * m.moe.num_shared_experts / choices
     wide = itemsize * tokens * choices * width / layout.ways("act_mlp")
-    block = min(QUERY_BLOCK, config.data.seq_len) if attention == "chunked" else tokens / max(rows, 1)
-    quadratic = attention in ("chunked", "reference", "xla")
+    mixers = mixers_of(config, model, layout, attention, tokens, itemsize)
     schedule = None
     if pipelined:
         schedule = make_pipeline_schedule(
@@ -243,10 +253,8 @@ def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
         schedule=schedule,
         stream=itemsize * tokens * m.d_model * mesh["context"] / layout.ways("act_length"),
         whole=itemsize * tokens * m.d_model,
-        queries=itemsize * tokens * heads * (m.head_dim + value) / 2,
-        keys_values=itemsize * tokens * keys * (m.head_dim + value),
-        statistics=4 * tokens * heads * places,
-        scores=4 * rows * heads * block * config.data.seq_len if quadratic else 0.0,
+        mixer=MixerSizes(*(sum(sizes) / len(mixers) for sizes in zip(*mixers, strict=True))),
+        widest=MixerSizes(*map(max, zip(*mixers, strict=True))),
         wide=wide,
         gates=2 if m.gated else 1,
         dispatched=itemsize * tokens * choices * m.d_model if m.moe is not None else 0.0,
@@ -255,6 +263,30 @@ def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
         table=4.0 * max(part_of(p, layout, ("fsdp", "expert")) for p in tables),
         logits=4.0 * min(share, tokens) * m.vocab_size / layout.ways("act_vocab"),
     )
+
+
+def mixers_of(
+    config: Config, model: Model, layout: Layout, attention: str, tokens: float, itemsize: int
+) -> list[tuple[float, ...]]:
+    """The numbers of `MixerSizes` of each layer, in order of segments."""
+    m, length = config.model, config.data.seq_len
+    heads, keys = layout.ways("act_heads"), layout.ways("act_kv_heads")
+    places = documents_of(config) if attention == "cudnn" else 1
+    # Scores of all pairs, or of a block of queries with all keys.
+    block = min(QUERY_BLOCK, length) if attention == "chunked" else length / layout.mesh.shape["context"]
+    pairs = tokens * block * layout.mesh.shape["context"] if attention in SQUARE else 0.0
+    found = []
+    for segment in model.segments:
+        for spec in segment.period * segment.count:
+            a = mixer(spec.mixer).activations(m)
+            repeated = a.keys_values * kv_repeats(m.num_kv_heads, layout)
+            sizes = (
+                itemsize * a.queries / heads,
+                itemsize * repeated / keys,
+                4 * a.statistics * places / heads,
+            )
+            found.append((*(tokens * size for size in sizes), 4 * pairs * a.squares / heads))
+    return found
 
 
 def _largest_layer(model: Model, layout: Layout) -> tuple[float, bool]:

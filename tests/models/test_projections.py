@@ -10,11 +10,13 @@ from flax import nnx
 
 from kernels.einsum import Projector
 from kernels.names import LOGICAL_AXES, PROJECTIONS, dims_of, product_name
+from models.config import MIXERS
+from models.mixer import Mixer, mixer
 from models.ops import Ops
 from models.param import param
 from models.transformer import build_model
 from parallel.axes import Layout
-from tests.models.decoders import FAMILIES, make_batch
+from tests.models.decoders import FAMILIES, family, make_batch
 from tests.models.mixtures import MIXTURES
 
 MODELS = FAMILIES | MIXTURES
@@ -81,3 +83,21 @@ def test_every_projection_names_dims_that_rules_know():
     assert len({product_name(name) for name in PROJECTIONS}) == len(PROJECTIONS)
     assert dims_of(("act_mlp",), 4) == ("batch", "length", None, "act_mlp")
     assert len(set(LOGICAL_AXES)) == len(LOGICAL_AXES)
+
+
+def test_an_unknown_mixer_is_refused_in_the_config_and_where_it_is_built():
+    with pytest.raises(ValueError, match="model.mixer_pattern=latnt is not one of .*did you mean latent?"):
+        family(mixer_pattern=["attention", "latnt"])
+    with pytest.raises(ValueError, match="mixer=latnt is not one of"):
+        mixer("latnt")
+    with pytest.raises(ValueError, match="latent layers but model.mla=null"):
+        family(mixer_pattern=["latent"])
+    with pytest.raises(ValueError, match=r"mixer_pattern=\[\] must list at least one"):
+        family(mixer_pattern=[])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_file_of_mixers_answers_for_itself(name):
+    assert issubclass(mixer(name), Mixer)
+    for question in ("cache_arrays", "flops", "activations", "dims"):
+        assert getattr(mixer(name), question) is not getattr(Mixer, question)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from kernels.backends import problem as backend_problem
 from models.config import VOCAB_MULTIPLE, ModelConfig
-from models.spec import cut_layers
+from models.spec import cut_layers, kinds_of
 from parallel.config import dcn_problem, divisors
 from training.config import inner_steps
 from training.legal.attention import wanted_attention
@@ -147,7 +147,7 @@ def _layers_split(
 
 def main_segment(model: ModelConfig, num_layers: int | None = None) -> tuple[int, int]:
     """(repetitions, layers in a period) of the segment that a pipeline splits: the one with most layers."""
-    cut = cut_layers(tuple(model.window_pattern), num_layers or model.num_layers, _dense(model))
+    cut = cut_layers(kinds_of(model), num_layers or model.num_layers, _dense(model))
     return max(((count, len(period)) for count, period in cut), key=math.prod)
 
 

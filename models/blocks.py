@@ -1,0 +1,110 @@
+"""A decoder layer: its token mixer and its feed-forward or experts, as its spec says.
+
+B batch, T query position, D model.
+"""
+
+import jax
+from flax import nnx
+from jax.nn.initializers import normal
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.layers import RESIDUAL, FeedForward, Norm, Sums, residual_init
+from models.mixer import Cache, mixer
+from models.moe import Experts
+from models.ops import Ops
+from models.param import param
+from models.spec import LayerSpec
+
+
+class Mixture(nnx.Module):
+    """Experts, of which a token uses a few, and shared ones that it always uses, as one feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.moe is not None
+        width = config.moe.num_shared_experts * config.moe.d_expert
+        self.experts = Experts(config, residual_init(config), rngs)
+        self.shared = FeedForward(config, width, rngs) if width else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops, *, decoding: bool
+    ) -> tuple[Float[Array, "B T D"], Sums]:
+        """The sum of routed and shared experts' outputs, and what the router reports."""
+        y, sums = self.experts(x, batch, ops, decoding=decoding)
+        return (y if self.shared is None else y + self.shared(x, ops)), sums
+
+
+class Block(nnx.Module):
+    """A decoder layer: token mixer and feed-forward, each normed before (and, for Gemma, after) and added."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, rngs: nnx.Rngs):
+        def norm() -> Norm:
+            return Norm(config, config.d_model, "embed", config.norm, rngs)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        # Module names are parameter paths: initial weights are folded from them, and checkpoints hold them.
+        # So any token mixer is called what the first one was.
+        self.attention = mixer(spec.mixer)(config, rngs)
+        self.mlp = Mixture(config, rngs) if spec.moe else FeedForward(config, config.d_ff, rngs)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
+        """The residual stream after this layer, the cache with its keys and values, what it reports."""
+        # Scopes name operations in the compiled program: a profile then shows layers and not fusions.
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
+            x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
+        sums: Sums = {}
+        with jax.named_scope("mlp"):
+            hidden = self.mlp_norm(x)
+            if isinstance(self.mlp, Mixture):
+                hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
+            else:
+                hidden = self.mlp(hidden, ops)
+            x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+        # Between blocks the stream may be split over more axes than inside (sequence parallelism): norms and
+        # sums need no whole rows.
+        return ops.constrain(x, RESIDUAL), cache, sums
+
+
+class MTPBlock(nnx.Module):
+    """DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2): one layer for one token further.
+
+    h' = W [norm(h); norm(embedding of the token that the layer before predicts)], then a decoder layer and a
+    final norm of its own; h is what the head read before, so behind a final norm. Table and head are the
+    model's own.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, rngs: nnx.Rngs):
+        def norm() -> Norm:
+            return Norm(config, config.d_model, "embed", config.norm, rngs)
+
+        D = config.d_model
+        self.hidden_norm, self.embed_norm, self.final_norm = norm(), norm(), norm()
+        # The pair keeps a dim of its own, as everywhere: nothing sharded is joined or split.
+        axes, init = (None, "embed", None), normal(config.init_std)
+        self.project = param(rngs, (2, D, D), axes, init, project="further", reduction=(0, 1), output=(2,))
+        self.block = Block(config, spec, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+    ) -> tuple[Float[Array, "B T D"], Sums]:
+        """The residual stream for the next token further, and what the layer reports."""
+        project = self.project[...]
+        x = ops.project("further", "BTD,DE->BTE", self.hidden_norm(x), project[0])
+        x = x + ops.project("further", "BTD,DE->BTE", self.embed_norm(embedded), project[1])
+        x, _, sums = self.block(ops.constrain(x, RESIDUAL), batch, spec, ops)
+        return x, sums

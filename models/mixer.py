@@ -1,0 +1,110 @@
+"""What a token mixer says of itself, and which there are: one file a mixer, in `models/mixers`.
+
+A mixer is the part of a layer through which tokens see each other. Whoever needs to know more of it than its
+module asks it here: the cache that decoding keeps, operations, what a layer holds for its backward pass, and
+by what its tensors are split. A new one is a file whose `MIXER` is its class; `LayerSpec.mixer` names it.
+
+B batch, T query position, D model.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from common.checks import choice
+from kernels.names import Axes
+from models.config import MIXERS, ModelConfig
+from models.ops import Ops
+from models.spec import LayerSpec
+
+Cache = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class CacheArray:
+    """One array that a layer keeps of a row while it is decoded, without the dim of the rows.
+
+    axes: a logical axis a dim, of which `length` are the places of tokens, if it has any. dtype: None for
+    the compute dtype.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    dtype: Any = None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Numbers a token of what a mixer holds at once, over all of its heads.
+
+    queries: of the queries, and of the output, which `act_heads` split. keys_values: of both, which
+    `act_kv_heads` split. statistics: float32, that the kernel keeps for its backward pass. squares: heads
+    with a score for each pair of positions, where the backend makes them.
+    """
+
+    queries: float
+    keys_values: float
+    statistics: float = 0.0
+    squares: int = 0
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A size that meshes split: the config's key for it, and the logical axes of the dims that have it."""
+
+    key: str
+    size: int
+    axes: tuple[str, ...]
+
+
+class Mixer(nnx.Module):
+    """A token mixer: parameters as any module, and four questions that it answers from the config alone."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The rows with their tokens mixed, or, with a cache of earlier tokens, with these as well.
+
+        No token sees another document's, or what is padding (segment 0).
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
+        """What a layer keeps of a row of at most `length` tokens."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
+        """Operations a token of a forward pass beyond the weights': over all positions, over causal ones."""
+        raise NotImplementedError
+
+    @staticmethod
+    def activations(config: ModelConfig) -> Activations:
+        """What a layer holds."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dims(config: ModelConfig) -> tuple[Dim, ...]:
+        """What meshes split of its parameters and activations."""
+        raise NotImplementedError
+
+
+def mixer(name: str) -> type[Mixer]:
+    """The class of a mixer. ValueError, with the nearest one, for a name that no file has."""
+    choice("mixer", name, MIXERS)
+    # By the file's name: a list here would be one more place that a new mixer has to be written into.
+    found = import_module(f"models.mixers.{name}").MIXER
+    assert issubclass(found, Mixer)
+    return found

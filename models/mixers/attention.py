@@ -1,0 +1,184 @@
+"""Causal self-attention with shared key/value heads; the kernel itself is `ops.attention`.
+
+B batch, T query position, S key position, D model, N query heads, K key/value heads, H head size; C counts
+the two of a fused pair (key and value).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import normal, zeros
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import Masks, Scores
+from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V
+from models.config import ModelConfig
+from models.layers import HEADS, Norm, add_bias, residual_init
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer
+from models.ops import Ops
+from models.param import param, vector
+from models.rope import rope_frequencies, rotate
+from models.spec import LayerSpec
+
+
+class Attention(Mixer):
+    """Attention of N query heads to K heads of keys and values, each for N/K of them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        init = normal(config.init_std)
+        self.q = param(
+            rngs, (D, N, H), ("embed", "heads", "head_dim"), init, project="q", reduction=(0,), output=(1, 2)
+        )
+        # Fused, but the pair keeps a dim of its own: splitting a sharded flat [D, 2KH] costs permutes.
+        kv_axes = (None, "kv_heads", "head_dim")
+        self.kv = param(
+            rngs, (D, 2, K, H), ("embed", *kv_axes), init, project="kv", reduction=(0,), output=(2, 3)
+        )
+        out_axes = ("heads", "head_dim", "embed")
+        self.o = param(
+            rngs, (N, H, D), out_axes, residual_init(config), project="o", reduction=(0, 1), output=(2,)
+        )
+        # Qwen2 has biases in these projections alone: models differ in where, so where is what config says.
+        biased = config.bias or config.qkv_bias
+        self.q_bias = vector(rngs, (N, H), ("heads", "head_dim"), zeros) if biased else None
+        self.kv_bias = vector(rngs, (2, K, H), kv_axes, zeros) if biased else None
+        self.o_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
+        self.q_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
+        self.k_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
+        q, k, v = self.project(x, batch["positions"], spec, ops)
+        if cache is not None:
+            # Kept heads first, as the products of attention read them: else each new token would cost a copy
+            # of the whole cache into that order.
+            new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+            cache = extend_cache(cache, new, batch["positions"][0, 0], axis=2)
+            k, v = (cache[name].astype(x.dtype).swapaxes(1, 2) for name in new)
+        # Behind the cache, which holds each head once.
+        k, v = repeat_heads(k, ops), repeat_heads(v, ops)
+        # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
+        q, k, v = name_inputs(q, k, v)
+        mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
+        out = ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...])
+        return add_bias(out, self.o_bias), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values, normalized and rotated as the family wants them."""
+        q = add_bias(ops.project("q", "BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        kv = add_bias(ops.project("kv", "BTD,DCKH->BTCKH", x, self.kv[...]), self.kv_bias)
+        # Said where heads appear: all that follows up to the kernel then lies by heads, whatever else splits
+        # the weight.
+        q = ops.constrain(q, HEADS)
+        kv = ops.constrain(
+            # Fewer K/V heads than devices of tensor: whole on each until they are repeated.
+            kv,
+            ("batch", "length", None, "act_kv_heads" if ops.repeat_kv == 1 else None, None),
+        )
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        # Before the rotation: behind it, a scale for each element would make scores hang on absolute
+        # positions.
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.position == "rope":
+            frequencies, amplitude = rope_frequencies(self.config, spec)
+            q, k = rotate((q, k), positions, frequencies, amplitude, ops.materialize)
+        return q, k, v
+
+    @staticmethod
+    def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
+        """Keys and values [B, K, length, H]: heads first, as the products of attention read them."""
+        shape, axes = (config.num_kv_heads, length, config.head_dim), ("act_kv_heads", "length", None)
+        return {name: CacheArray(shape, axes) for name in ("k", "v")}
+
+    @staticmethod
+    def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
+        """Of scores and values over all positions that the window allows, and over those of the past."""
+        return attention_flops(2 * config.head_dim, config, spec, seq_len)
+
+    @staticmethod
+    def activations(config: ModelConfig) -> Activations:
+        """Queries (and, as large, the output), keys and values, the softmax's statistics and its scores."""
+        return attention_activations(config, config.head_dim)
+
+    @staticmethod
+    def dims(config: ModelConfig) -> tuple[Dim, ...]:
+        """Heads and their size."""
+        return attention_dims(config)
+
+
+def attention_flops(sizes: int, config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
+    """Operations a token of attention whose key and value heads have `sizes` numbers: full and causal."""
+    per_key = 2 * config.num_heads * sizes
+    # A window's first queries see fewer keys: the triangle at a row's begin, seen² / 2 of seen * T.
+    seen = min(seq_len, spec.window or seq_len)
+    return per_key * seen, per_key * (seen - seen * seen / (2 * seq_len))
+
+
+def attention_activations(config: ModelConfig, value_dim: int) -> Activations:
+    """Of attention with these values: queries and output have the mean of both sizes."""
+    both, heads = config.head_dim + value_dim, config.num_heads
+    return Activations(heads * both / 2, config.num_kv_heads * both, statistics=heads, squares=heads)
+
+
+def attention_dims(config: ModelConfig) -> tuple[Dim, ...]:
+    """What splits attention's tensors, by the config keys that say how large they are."""
+    return (
+        Dim("model.num_heads", config.num_heads, ("heads", "act_heads")),
+        Dim("model.num_kv_heads", config.num_kv_heads, ("kv_heads", "act_kv_heads")),
+        Dim("model.head_dim", config.head_dim, ("head_dim",)),
+    )
+
+
+def masks_of(batch: dict[str, Array]) -> Masks:
+    """The masks of a batch [B, T] with itself or, where it is decoded, with the keys of a cache [B, S]."""
+    positions, segments = batch["positions"], batch["segment_ids"]
+    # A batch attends to itself; `kv_positions` are there only where a cache's places are the keys.
+    return Masks(
+        positions, batch.get("kv_positions", positions), segments, batch.get("kv_segment_ids", segments)
+    )
+
+
+def scores_of(config: ModelConfig, spec: LayerSpec, factor: float = 1.0) -> Scores:
+    """The static options of a layer's scores, whose scale is multiplied by `factor`."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    return Scores(window=spec.window, softcap=config.attention_softcap, scale=scale * factor)
+
+
+def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """What attention takes, by names that say to `parallel.schedules` what the backward pass may keep."""
+    return (
+        checkpoint_name(q, ATTENTION_Q),
+        checkpoint_name(k, ATTENTION_K),
+        checkpoint_name(v, ATTENTION_V),
+    )
+
+
+def extend_cache(cache: Cache, new: Cache, start: Array, *, axis: int = 1) -> Cache:
+    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; S is at `axis`."""
+    # One slice for all rows: a batch is decoded in step, so rows have the same length.
+    write = jax.lax.dynamic_update_slice_in_dim
+    return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=axis) for name in new}
+
+
+def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"]:
+    """Each K/V head `ops.repeat_kv` times in place, so that query head n still finds its own at n // G."""
+    if ops.repeat_kv == 1:
+        return ops.constrain(x, ("batch", "length", "act_kv_heads", None))
+    # Repeating is exact, and its gradient is the copies' sum: what a single head would have got.
+    return ops.constrain(jnp.repeat(x, ops.repeat_kv, axis=2), HEADS)
+
+
+MIXER = Attention

@@ -1,0 +1,151 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values from one small latent.
+
+B batch, T query position, S key position, D model, N heads, R latent, H head size of queries and keys.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal
+from jaxtyping import Array, Float, Int
+
+from models.config import MLAConfig, ModelConfig
+from models.layers import HEADS, Norm, residual_init
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer
+from models.mixers.attention import (
+    attention_activations,
+    attention_dims,
+    attention_flops,
+    extend_cache,
+    masks_of,
+    name_inputs,
+    scores_of,
+)
+from models.ops import Ops
+from models.param import param
+from models.rope import rope_frequencies, rotate
+from models.spec import LayerSpec
+
+
+class LatentAttention(Mixer):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    R latent width, N heads, H = nope + rope head size of queries and keys; values have a size of their own.
+    Keys (their unrotated part) and values are projections of one normed latent [B, T, R]; the rotated part of
+    a key is one for all heads. Decoding caches these two, and projects them again at each step.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config, self.mla = config, sizes_of(config)
+        D, N, R = config.d_model, config.num_heads, self.mla.kv_lora_rank
+        init, queries = normal(config.init_std), self.mla.q_lora_rank
+
+        def expand(name: str, rows: int, size: int) -> nnx.Param:
+            # A latent is split like the stream: `embed` is what is gathered where it is used.
+            axes = ("embed", "heads", "head_dim")
+            return param(rngs, (rows, N, size), axes, init, project=name, reduction=(0,), output=(1, 2))
+
+        def shrink(name: str, size: int) -> nnx.Param:
+            axes = ("embed", None)
+            return param(rngs, (D, size), axes, init, project=name, reduction=(0,), output=(1,))
+
+        self.q_down = None if queries is None else shrink("latent", queries)
+        norm = partial(Norm, config, axis=None, kind="rmsnorm", rngs=rngs, eps=self.mla.norm_eps)
+        self.q_norm = None if queries is None else norm(queries)
+        self.q = expand("latent_q", queries or D, config.head_dim)
+        self.kv_down = shrink("latent", R)
+        self.k_rope = shrink("latent_rope", self.mla.qk_rope_head_dim)
+        self.kv_norm = norm(R)
+        self.k = expand("latent_kv", R, self.mla.qk_nope_head_dim)
+        self.v = expand("latent_kv", R, self.mla.v_head_dim)
+        out_axes = ("heads", "head_dim", "embed")
+        shape, out_init = (N, self.mla.v_head_dim, D), residual_init(config)
+        self.o = param(rngs, shape, out_axes, out_init, project="o", reduction=(0, 1), output=(2,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        batch: dict[str, Array],
+        spec: LayerSpec,
+        ops: Ops,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Attend within the batch, or, with a cache of earlier latents, to it and the batch."""
+        positions = batch["positions"]
+        q, latent, k_rope = self.project(x, positions, spec, ops)
+        if cache is not None:
+            cache = extend_cache(cache, {"latent": latent, "k_rope": k_rope}, positions[0, 0])
+            latent, k_rope = cache["latent"].astype(x.dtype), cache["k_rope"].astype(x.dtype)
+        q, k, v = name_inputs(q, *self.expand(latent, k_rope, ops))
+        # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
+        scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
+        mixed = ops.attention(q, k, v, masks_of(batch), scores)
+        return ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...]), cache
+
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T R"], Float[Array, "B T rope"]]:
+        """Queries, the latent of keys and values, and the part of the keys that is rotated."""
+        mla = self.mla
+        queries = x
+        if self.q_down is not None and self.q_norm is not None:
+            queries = self.q_norm(ops.project("latent", "BTD,DR->BTR", x, self.q_down[...]))
+        q = ops.project("latent_q", "BTR,RNH->BTNH", queries, self.q[...])
+        latent = self.kv_norm(ops.project("latent", "BTD,DR->BTR", x, self.kv_down[...]))
+        k_rope = ops.project("latent_rope", "BTD,DH->BTH", x, self.k_rope[...])
+        frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
+        turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
+        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.materialize)
+        q = jnp.concatenate([q[..., : mla.qk_nope_head_dim], q_rope], axis=-1)
+        return ops.constrain(q, HEADS), latent, k_rope[:, :, 0]
+
+    def expand(
+        self, latent: Float[Array, "B S R"], k_rope: Float[Array, "B S rope"], ops: Ops
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N V"]]:
+        """Keys and values of every head."""
+        k = ops.project("latent_kv", "BSR,RNH->BSNH", latent, self.k[...])
+        v = ops.project("latent_kv", "BSR,RNH->BSNH", latent, self.v[...])
+        # One rotated part for all heads: stored once in the cache, spread only for the kernel, which knows
+        # plain heads.
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+        return ops.constrain(jnp.concatenate([k, shared], axis=-1), HEADS), ops.constrain(v, HEADS)
+
+    @staticmethod
+    def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
+        """The normed latent [B, length, R] and the keys' rotated part: what keys and values are made of.
+
+        R + rope numbers a token instead of 2 * N * H.
+        """
+        mla = sizes_of(config)
+        widths = {"latent": mla.kv_lora_rank, "k_rope": mla.qk_rope_head_dim}
+        return {name: CacheArray((length, width), ("length", None)) for name, width in widths.items()}
+
+    @staticmethod
+    def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
+        """Of scores and values over all positions that the window allows, and over those of the past."""
+        return attention_flops(config.head_dim + sizes_of(config).v_head_dim, config, spec, seq_len)
+
+    @staticmethod
+    def activations(config: ModelConfig) -> Activations:
+        """As of attention whose keys and values every head has for itself."""
+        return attention_activations(config, sizes_of(config).v_head_dim)
+
+    @staticmethod
+    def dims(config: ModelConfig) -> tuple[Dim, ...]:
+        """Heads, and the latents, which are gathered like the stream."""
+        mla = sizes_of(config)
+        return (
+            *attention_dims(config),
+            Dim("model.mla.kv_lora_rank", mla.kv_lora_rank, ("embed",)),
+            Dim("model.mla.q_lora_rank", mla.q_lora_rank or config.d_model, ("embed",)),
+        )
+
+
+def sizes_of(config: ModelConfig) -> MLAConfig:
+    """The sizes of latent attention, which a model with such layers has."""
+    assert config.mla is not None
+    return config.mla
+
+
+MIXER = LatentAttention
