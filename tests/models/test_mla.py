@@ -14,6 +14,7 @@ from models.transformer import build_model
 from parallel.schedules.accumulate import GradientAccumulation
 from tests.models.decoders import lively, make_batch, slope
 from tests.models.mixtures import LoopMixture, latent
+from training.objectives.next_token import NextToken
 
 PACKED = [[5, 7], [3, 1, 6]]
 LATENTS = {
@@ -28,7 +29,9 @@ def test_latent_attention_equals_loops_in_loss_and_gradient(name):
     model, loops = build_model(LATENTS[name]), LoopMixture(LATENTS[name])
     params, batch = lively(model), make_batch(PACKED, 12)
     ops = Ops(attention=partial(chunked_attention, block=4))
-    run = jax.jit(lambda p: GradientAccumulation().value_and_grad(model, p, batch, jax.random.key(0), ops))
+    run = jax.jit(
+        lambda p: GradientAccumulation().value_and_grad(NextToken(), model, p, batch, jax.random.key(0), ops)
+    )
     means, grads = run(params)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     weight = batch["loss_weights"].sum()

@@ -31,7 +31,9 @@ def compiled(stages, schedule, microbatches, virtual_stages=1, rows=None, **mesh
     )
     program = small.make_program(config)
     step = jax.jit(
-        lambda p, b: program.strategy.value_and_grad(program.model, p, b, jax.random.key(0), program.ops),
+        lambda p, b: program.strategy.value_and_grad(
+            program.objective, program.model, p, b, jax.random.key(0), program.ops
+        ),
         in_shardings=(shardings(program.state.params), shardings(program.batch)),
         out_shardings=(program.layout.replicated(), shardings(program.state.params)),
     )

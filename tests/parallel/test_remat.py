@@ -19,7 +19,7 @@ def gradient(remat, **mesh):
 
     def grad(params, batch):
         strategy, model, ops = program.strategy, program.model, program.ops
-        return strategy.value_and_grad(model, params, batch, jax.random.key(0), ops)
+        return strategy.value_and_grad(program.objective, model, params, batch, jax.random.key(0), ops)
 
     return str(jax.make_jaxpr(grad)(program.state.params, program.batch))
 

@@ -19,6 +19,7 @@ from parallel.schedules.accumulate import GradientAccumulation
 from scripts.generate import main as generate
 from training.evaluate import evaluate
 from training.loop import fit
+from training.objectives.next_token import NextToken
 
 ANSWERS = ("red as a brick", "blue as the sea", "green as grass")
 MODEL = ModelConfig(
@@ -57,7 +58,9 @@ def gradients():
     @cache
     def compiled(steps):
         plain = GradientAccumulation(accumulation_steps=steps)
-        return jax.jit(lambda b: plain.value_and_grad(model, params, b, jax.random.key(0), Ops()))
+        return jax.jit(
+            lambda b: plain.value_and_grad(NextToken(), model, params, b, jax.random.key(0), Ops())
+        )
 
     def of(batch, steps=1):
         means, grads = compiled(steps)(batch)
