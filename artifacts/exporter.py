@@ -44,6 +44,7 @@ OF_AN_EVALUATION = {
     "eval/loss": Series("eval_loss", "held out, nats per token"),
     "eval/bits_per_byte": Series("eval_bits_per_byte", "held out"),
 }
+FIGURE = Series("figure", "whatever else the newest rows hold, by its name there", "name")
 GOODPUT = Series(
     "goodput_seconds", "of the run's life, over all of its starts; they add up to it", "category"
 )
@@ -63,7 +64,7 @@ PEAK = Series("device_peak_bytes", "the most so far", "device")
 OF_A_RUN = (
     *(GOODPUT, PLANNED, RESTARTS, REDONE, SKIPPED, ROW_TIME, SAVED, SAVED_TIME, AGE, HOST, IN_USE, PEAK),
 )
-ALL = (*OF_A_ROW.values(), *OF_AN_EVALUATION.values(), *OF_A_RUN)
+ALL = (*OF_A_ROW.values(), *OF_AN_EVALUATION.values(), FIGURE, *OF_A_RUN)
 
 Point = tuple[Series, str | None, float | None]  # series, value of its label, value; None: nobody tells
 
@@ -96,6 +97,11 @@ def samples(recorder: Recorded, num_steps: int) -> Iterator[Point]:
     """What a scrape answers with."""
     yield from _of_row(OF_A_ROW, recorder.last)
     yield from _of_row(OF_AN_EVALUATION, recorder.last_event)
+    known = {*OF_A_ROW, *OF_AN_EVALUATION, "skipped"}
+    for key, value in {**recorder.last_event, **recorder.last}.items():
+        # Copies, since the loop writes new rows while a scrape reads.
+        if key not in known and isinstance(value, int | float):
+            yield FIGURE, key, float(value)
     ledger = recorder.ledger
     for category, seconds in ledger.totals().items():
         yield GOODPUT, category, seconds

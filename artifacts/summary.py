@@ -16,7 +16,7 @@ from artifacts.checkpoints.location import place
 from artifacts.load import stored_checkpoints
 from artifacts.metrics import MetricsLog, json_value
 from common.files import write_text
-from common.text import duration, human
+from common.text import duration, figures_line, human
 
 _SAMPLE_LINES = 6
 
@@ -157,6 +157,9 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for kind, label in (("ema", "moving average"), ("mean", "last averaged")):
         if f"eval/loss_{kind}" in s:
             yield label, f"{float(s[f'eval/loss_{kind}']):.4f} nats/token"
+    # Whatever else was measured has a name with a room, as `arithmetic/accuracy`.
+    if others := {k: v for k, v in s.items() if "/" in k and k.split("/")[0] not in ("eval", "mixture")}:
+        yield "measured", figures_line(others)
     if "parse_share" in s:
         of = f" ({s['parse_passed']} of {s['parse_total']} snippets)" if "parse_total" in s else ""
         yield "valid Python", f"{100 * s['parse_share']:.0f} %{of}"

@@ -1,6 +1,6 @@
 """Numbers, counts, tables and errors as a person reads them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 MIB, GIB = 2**20, 2**30
 
@@ -20,6 +20,12 @@ def duration(seconds: float) -> str:
     if hours >= 24:
         return f"{hours // 24}d {hours % 24:02}:{minute:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def figures_line(figures: Mapping[str, object]) -> str:
+    """Figures by name, numbers in four digits: `loss 2.345, accuracy 0.5`."""
+    shown = (f"{k} {v:.4g}" if isinstance(v, int | float) else f"{k} {v}" for k, v in figures.items())
+    return ", ".join(shown)
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,12 +1,25 @@
-"""Held-out loss in nats per token and in bits per byte, the figure that tokenizers cannot flatter."""
+"""What is measured of weights while they train; first of all the loss on held-out text.
+
+Whatever an evaluation measures are figures by name: rows of `metrics.jsonl`, curves, lines, a scrape's series
+and the summary take them without knowing them.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something measured every so many steps, and at the last one."""
+
+    every: int  # steps
+    measure: Callable[[Any], Mapping[str, float]]  # figures by name, of parameters as they lie in memory
 
 
 def evaluate(

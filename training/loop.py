@@ -5,7 +5,7 @@ writes the run's directory and prints.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +25,7 @@ from training.autoscale.apply import scale
 from training.compile_cache import start_compile_cache
 from training.config import Config, inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
-from training.evaluate import evaluate, weighed
+from training.evaluate import Evaluation, evaluate, weighed
 from training.legal.attention import documents_of
 from training.profiling import Profile, plan
 from training.recorder import Recorder
@@ -123,7 +123,7 @@ def train(
     leaves = setup.train_step.leaves_of(state)
     setup.ledger.enter(STEPPING)
     stack.callback(setup.ledger.enter, "other")
-    replicas = replica_check(setup)
+    replicas, measured = replica_check(setup), tuple(evaluations(setup))
     postponed = False
     recorder.start_clock()
     for step in range(first + 1, last + 1):
@@ -146,12 +146,12 @@ def train(
             with recorder.outside_steps("profile"):
                 say(f"profile: {profile.stop(setup.train_step.as_text() or '')}")
 
-        if every(config.eval.every, step, last):
+        if due := [one for one in measured if every(one.every, step, last)]:
             with recorder.outside_steps("evaluation"):
-                figures = held_out_figures(setup, setup.train_step.state_of(leaves)) | read_so_far(run, step)
+                figures = figures_of(due, setup.train_step.state_of(leaves)) | read_so_far(run, step)
                 check_finite(run, step, figures)
                 recorder.event(step, figures)
-                run.held_out_at = step, figures
+                run.measured_at = step, figures
 
         saving = leaving or postponed or every(config.checkpoint.every, step, last)
         if replicas is not None and (saving or every(config.guard.replica_every, step, last)):
@@ -238,11 +238,18 @@ def every(period: int, step: int, last: int) -> bool:
     return step == last or (period > 0 and step % period == 0)
 
 
-def held_out_figures(setup: Setup, state: TrainState) -> dict[str, float]:
-    """Loss and bits per byte on the held-out batches, of the average too where one is kept."""
-    figures = held_out_loss(setup, state.params)
-    if state.ema is not None:
-        figures |= {f"{name}_ema": value for name, value in held_out_loss(setup, state.ema).items()}
+def evaluations(setup: Setup) -> Iterator[Evaluation]:
+    """What is measured while this run trains: a new kind of evaluation is one more here, and nothing else."""
+    yield Evaluation(setup.config.eval.every, partial(held_out_loss, setup))
+
+
+def figures_of(wanted: Iterable[Evaluation], state: TrainState) -> dict[str, float]:
+    """What these evaluations measure of the weights, and of their average where one is kept."""
+    figures: dict[str, float] = {}
+    for one in wanted:
+        figures |= one.measure(state.params)
+        if state.ema is not None:
+            figures |= {f"{name}_ema": value for name, value in one.measure(state.ema).items()}
     return figures
 
 
@@ -301,19 +308,20 @@ def finish(run: Run, state: TrainState) -> int:
 
 
 def final_figures(run: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Held-out figures after the last step, and of the mean of the last checkpoints."""
+    """What evaluations say after the last step, and of the mean of the last checkpoints."""
     setup = run.setup
     last = setup.config.training.num_steps
     figures: dict[str, Any]
-    if run.held_out_at is not None and run.held_out_at[0] == last:
-        figures = dict(run.held_out_at[1])
+    if run.measured_at is not None and run.measured_at[0] == last:
+        figures = dict(run.measured_at[1])
     else:  # all steps were done at an earlier start
-        figures = held_out_figures(setup, state)
+        figures = dict(figures_of(evaluations(setup), state))
     if setup.config.checkpoint.average_last > 0:
         steps = processes.from_primary("the checkpoints to average", checkpoints.steps)
         steps = steps[-setup.config.checkpoint.average_last :]
         mean = setup.program.from_canonical(checkpoints.mean_weights(steps, setup.program.canonical.params))
-        figures |= {f"{name}_mean": value for name, value in held_out_loss(setup, mean).items()}
+        for one in evaluations(setup):
+            figures |= {f"{name}_mean": value for name, value in one.measure(mean).items()}
     return figures
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from common.text import duration, human
+from common.text import duration, figures_line, human
 
 _FIGURES = ("step", "loss", "speed", "mfu", "eta", "eval")
 
@@ -83,9 +83,10 @@ class Progress:
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """A row that is no training step: a line that stays; a held-out loss is also on the live line."""
         loss, bits = row.get("eval/loss"), row.get("eval/bits_per_byte")
+        others = {k: v for k, v in row.items() if k.split("/")[0] not in ("step", "eval", "mixture")}
+        if others:
+            self.note(f"at step {row['step']}: {figures_line(others)}")
         if loss is None:
-            figures = (f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            self.note(f"at step {row['step']}: {', '.join(figures)}")
             return
         self._eval = f"eval {bits:.3f} bit/B" if bits is not None else f"eval {loss:.3f}"
         if self._live is not None and self._task is not None:

@@ -12,8 +12,10 @@ from common.errors import RunFault
 from training.flops import Flops
 from training.input_watch import InputWatch
 from training.local_sgd import host_scalars
-from training.safety.skip_updates import IN_A_ROW, reason_of, through_empty_batches
+from training.safety.signals import VOTE
+from training.safety.skip_updates import IN_A_ROW, SKIPPED, reason_of, through_empty_batches
 
+OWN = (SKIPPED, IN_A_ROW, VOTE)  # metrics by which the loop talks to itself
 NOT_TIMED: Mapping[str, float] = {}
 
 
@@ -126,7 +128,7 @@ class Recorder:
         self.last_event = {**self.last_event, "step": step, **values}
         self.progress.evaluated({"step": step, **values})
         if self.board:
-            self.board.scalars(step, values)
+            self.board.scalars(step, {k: v for k, v in values.items() if not isinstance(v, str)})
 
     def _write(self, step: int, metrics: Mapping[str, Any], wait: float, stages: Mapping[str, float]) -> None:
         values = host_scalars(metrics)
@@ -149,8 +151,9 @@ class Recorder:
             "step_seconds": seconds,
             "input_wait_seconds": wait,
             **self.flops.mfu(tokens / seconds),
-            **{key: float(value) for key, value in values.items() if key.startswith(("moe/", "mtp_"))},
         }
+        # What an objective or a router reports beside the loss is written as it is named.
+        row |= {key: float(value) for key, value in values.items() if key not in row and key not in OWN}
         reason = reason_of(values)
         if reason:
             self.skips += 1

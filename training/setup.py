@@ -93,7 +93,7 @@ class Run:
     loader: Loader
     outputs: ExitStack  # what rows and curves are written to
     position: dict[str, Any] | None = None  # of the data, after the last step
-    held_out_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
+    measured_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
 
 def compose(directory: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: Scaled) -> Setup:

@@ -1,6 +1,7 @@
 """The whole loop in this process: what is compiled, what is written, and from where it goes on."""
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -17,6 +18,7 @@ from artifacts.checkpoints.digest import digests
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
 from artifacts.config import CheckpointConfig
+from artifacts.exporter import samples
 from artifacts.metrics import MetricsLog
 from common.errors import RunFault
 from common.host import ONE_ORDER
@@ -24,6 +26,7 @@ from data.errors import DataError
 from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
+from training.evaluate import Evaluation
 from training.initial_weights import check_further_tokens, find_parent
 from training.loop import fit
 from training.recorder import Recorder
@@ -348,3 +351,24 @@ def test_deterministic_asks_the_gpu_compiler_and_is_recorded(ground):
         state_at_start(ground.config("deterministic", "deterministic=true"))
     manifest = json.loads((ground.run("deterministic") / "manifest.json").read_text())
     assert manifest["compiler_options"] == {**ONE_ORDER, **wanted} and manifest["deterministic"] is True
+
+
+def test_a_second_evaluation_is_one_line_and_reaches_every_reader(ground, monkeypatch, capsys):
+    """Rows, curves, a line, the series of a scrape and the summary take a figure that none of them knows."""
+    first, probe = training.loop.evaluations, Evaluation(2, lambda params: {"probe/answer": 42.0})
+    monkeypatch.setattr(training.loop, "evaluations", lambda setup: (*first(setup), probe))
+    recorders = []
+    begin = Recorder.start_clock
+    monkeypatch.setattr(Recorder, "start_clock", lambda self: recorders.append(self) or begin(self))
+    words = ("training.num_steps=5", "eval.every=4", "checkpoint.every=5", "logging.tensorboard=true")
+    assert fit(ground.config("probed", *words)) == 0
+    rows = [row for row in ground.rows("probed") if "loss" not in row]
+    assert [(row["step"], "eval/loss" in row, row["probe/answer"]) for row in rows] == [
+        (2, False, 42.0), (4, True, 42.0), (5, True, 42.0)
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert "at step 2: probe/answer 42" in out and re.search(r"measured +probe/answer 42", out)
+    assert ("probe/answer", 42.0) in [(label, value) for _, label, value in samples(recorders[-1], 5)]
+    events = (ground.run("probed") / "tensorboard").glob("events*")
+    assert any(b"probe/answer" in path.read_bytes() for path in events)
+    assert ground.summary("probed")["probe/answer"] == 42.0
