@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -34,6 +36,20 @@ class CacheArray:
     shape: tuple[int, ...]
     axes: Axes
     dtype: Any = None
+
+    def grown(self, x: Array | None, rows: int, ops: Ops) -> Array:
+        """`x` of that many rows, or zeros, with zeros behind it up to this shape, where it belongs."""
+        shape = (rows, *self.shape)
+        if x is None:
+            return self.placed(jnp.zeros(shape, self.dtype or ops.compute_dtype), ops)
+        more = [(0, new - old) for new, old in zip(shape, x.shape, strict=True)]
+        return self.placed(jnp.pad(x, more), ops)
+
+    def placed(self, x: Array, ops: Ops) -> Array:
+        """`x` on the devices that its axes say."""
+        # Fewer K/V heads than devices of tensor lie whole on each, and are repeated where they are used.
+        whole = "act_kv_heads" if ops.repeat_kv > 1 else None
+        return ops.constrain(x, ("batch", *(None if axis == whole else axis for axis in self.axes)))
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,25 @@ class Mixer(nnx.Module):
     def dims(config: ModelConfig) -> tuple[Dim, ...]:
         """What meshes split of its parameters and activations."""
         raise NotImplementedError
+
+
+def extend_cache(
+    cache: Cache, new: Cache, arrays: dict[str, CacheArray], batch: dict[str, Array], ops: Ops
+) -> Cache:
+    """The cache with what is new of a batch [B, T] at its tokens' own places; padding has none.
+
+    new: arrays as `arrays` describes them, of T places.
+    """
+    filled = {}
+    for name, part in new.items():
+        place = arrays[name].axes.index("length")
+        # A place beyond the end is nobody's: what is padding there is dropped.
+        index = jnp.where(batch["segment_ids"] > 0, batch["positions"], arrays[name].shape[place])
+        before = (slice(None),) * place
+        # Row by row, so that where rows lie on several devices each writes its own.
+        write = jax.vmap(lambda old, at, x, before=before: old.at[(*before, at)].set(x, mode="drop"))
+        filled[name] = arrays[name].placed(write(cache[name], index, part.astype(cache[name].dtype)), ops)
+    return filled
 
 
 def mixer(name: str) -> type[Mixer]:

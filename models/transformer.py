@@ -7,10 +7,9 @@ the next token is predicted.
 """
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, chunked_logp
 from models.blocks import Block, MTPBlock
 from models.config import ModelConfig, check_model
 from models.layers import WHOLE, Embedding, Head, Norm
-from models.mixer import mixer
+from models.mixer import CacheArray, mixer
 from models.moe import LOAD
 from models.mtp import next_targets
 from models.ops import Ops
@@ -279,48 +278,95 @@ class Model:
 
     def apply(self, params: Tree, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T V"]:
         """Logits of a plain forward pass: needs tokens, positions and segment_ids."""
-        x, _ = self._layers(params, self.embed(params, batch, ops), batch, ops, None)
-        return self.logits(params, x, ops)
+        return self.logits(params, self.hidden(params, batch, ops), ops)
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any) -> Tree:
-        """An empty cache and its filled length; of each layer what its mixer keeps of so many tokens."""
+    def hidden(self, params: Tree, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T D"]:
+        """The residual stream after the last layer, of stacked parameters or of `unstack`'s."""
+        return self._layers(params, self.embed(params, batch, ops), batch, ops, None)[0]
 
-        def empty(spec: LayerSpec) -> Tree:
-            arrays = mixer(spec.mixer).cache_arrays(self.config, spec, length)
-            return {n: jnp.zeros((batch_size, *a.shape), a.dtype or dtype) for n, a in arrays.items()}
+    def unstack(self, params: Tree, ops: Ops, masters: Collection[str] = ()) -> Tree:
+        """Parameters as `decode` takes them: a tree for each layer, its products' in the compute dtype.
 
-        places: Tree = {
-            str(s): [
-                {str(p): empty(spec) for p, spec in enumerate(segment.period)} for _ in range(segment.count)
-            ]
-            for s, segment in enumerate(self.segments)
-        }
-        return {"length": jnp.zeros((), jnp.int32), "segments": places}
+        Done once, where a step would do it for every token. masters: projections whose weights stay in
+        float32, because what multiplies them rounds by itself. What only predicts further tokens is left out.
+        A token table is read in float32 and rounded behind its factor, so it stays; tied, it is there twice.
+        """
+
+        def ready(info: ParamInfo, leaf: Array) -> Array:
+            cast = info.role == "head" or "experts" in info.axes
+            cast = cast or (info.projection is not None and info.projection not in masters)
+            return ops.constrain(leaf.astype(ops.compute_dtype) if cast else leaf, info.axes)
+
+        def layer(info: ParamInfo, stack: Array, i: int) -> Array:
+            return ready(replace(info, axes=info.axes[1:]), stack[i])
+
+        names = set(params) - {"segments", "mtp"}
+        tree = {name: jax.tree.map(ready, self.info[name], params[name]) for name in names}
+        if self.config.tie_embeddings:
+            info = replace(self.info["embed"]["table"], role="head")
+            tree["head"] = {"table": ready(info, params["embed"]["table"])}
+        tree["segments"] = {}
+        for s, segment in enumerate(self.segments):
+            trees = self.info["segments"][str(s)], params["segments"][str(s)]
+            layers = [jax.tree.map(partial(layer, i=i), *trees) for i in range(segment.count)]
+            tree["segments"][str(s)] = layers
+        return tree
+
+    def init_cache(self, batch_size: int, capacity: int, ops: Ops) -> Tree:
+        """An empty cache for rows of at most `capacity` tokens: how many each has, int32 [B], their places
+        [S], and of each layer what its mixer keeps.
+        """
+        grown = partial(CacheArray.grown, x=None, rows=batch_size, ops=ops)
+        segments = jax.tree.map(grown, self._cache_arrays(capacity))
+        lengths = jnp.zeros(batch_size, jnp.int32)
+        return {"lengths": lengths, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
+
+    def grow(self, cache: Tree, capacity: int, ops: Ops) -> Tree:
+        """The cache with room for `capacity` tokens, at least as many as it had."""
+        grown = partial(CacheArray.grown, rows=len(cache["lengths"]), ops=ops)
+        segments = jax.tree.map(grown, self._cache_arrays(capacity), cache["segments"])
+        return {**cache, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
+
+    def _cache_arrays(self, capacity: int) -> Tree:
+        def of(segment: Segment) -> Tree:
+            specs = {str(p): spec for p, spec in enumerate(segment.period)}
+            return {p: mixer(s.mixer).cache_arrays(self.config, s, capacity) for p, s in specs.items()}
+
+        return {str(s): [of(segment)] * segment.count for s, segment in enumerate(self.segments)}
 
     def decode(
-        self, params: Tree, tokens: Int[Array, "B T"], cache: Tree, ops: Ops
-    ) -> tuple[Float[Array, "B T V"], Tree]:
-        """Logits of the next T tokens of each row, and the cache with them: a prompt's T, then T = 1.
+        self,
+        params: Tree,
+        tokens: Int[Array, "B T"],
+        cache: Tree,
+        ops: Ops,
+        counts: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], Tree]:
+        """Logits behind the last of each row's next tokens, and the cache with them.
 
-        All rows are equally long. The caller keeps the total within the cache's length (and, with learned
-        positions, max_seq_len): past it the last entries would be overwritten.
+        params: as `unstack` gives them. counts: how many of the T tokens are a row's, at the left, by default
+        all; the rest is padding, and the logits of a row of 0 are noise. Rows may be of any lengths. The
+        caller keeps them within the cache's capacity (and, with learned positions, max_seq_len): what is
+        beyond is lost.
         """
-        size, length = tokens.shape[1], cache["length"]
-        # The cache has one static length, so that every token of a text runs the same program. Places not yet
-        # filled are masked by segment 0.
-        capacity = jax.tree.leaves(cache["segments"])[0].shape[-2]
-        # A place in the cache is the position of its token: rows begin at 0 and are decoded in step.
-        slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
+        rows, size = tokens.shape
+        counts = jnp.full(rows, size, jnp.int32) if counts is None else counts
+        lengths, filled = cache["lengths"], cache["lengths"] + counts
+        # A place in the cache is the position of its token: a row begins at 0. There is one static number of
+        # places, so that every token of a text runs the same program; those not yet filled are segment 0.
+        places = jnp.broadcast_to(cache["places"], (rows, cache["places"].shape[0]))
         batch = {
             "tokens": tokens,
-            "positions": jnp.broadcast_to(length + jnp.arange(size), tokens.shape),
-            "segment_ids": jnp.ones_like(tokens),
-            "kv_positions": slots,
-            "kv_segment_ids": (slots < length + size).astype(jnp.int32),
+            "positions": lengths[:, None] + jnp.arange(size),
+            "segment_ids": (jnp.arange(size) < counts[:, None]).astype(jnp.int32),
+            "kv_positions": places,
+            "kv_segment_ids": (places < filled[:, None]).astype(jnp.int32),
         }
         x = self.embed(params, batch, ops)
         x, segments = self._layers(params, x, batch, ops, cache["segments"])
-        return self.logits(params, x, ops), {"length": length + size, "segments": segments}
+        # One row of the head for each text, and not T: only behind the last token is anything drawn.
+        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+        return self.logits(params, last, ops)[:, 0], {**cache, "lengths": filled, "segments": segments}
 
     def num_params(self) -> dict[str, int]:
         """How many parameters: all, without embedding tables and head, those that a token passes through.
@@ -371,14 +417,15 @@ class Model:
         return self._module(block_name(spec), params)
 
     def _output_table(self, params: Tree) -> Float[Array, "V D"]:
-        return params["embed" if self.config.tie_embeddings else "head"]["table"]
+        # A tied table is there twice only in `unstack`'s tree, where the head's is in the compute dtype.
+        return params["head" if "head" in params else "embed"]["table"]
 
     def _layers(
         self, params: Tree, x: Array, batch: dict[str, Array], ops: Ops, caches: Tree | None
     ) -> tuple[Array, Tree]:
-        """All layers in order, by one scan a segment, or with caches one by one.
+        """All layers in order: by one scan a segment or, where they are unstacked, one by one.
 
-        A scan would hand on the stacked caches as new arrays, a copy of them all for each token.
+        With caches they are: a scan would hand these on as new arrays, a copy of them all for each token.
         """
         filled: Tree = {}
         for s, segment in enumerate(self.segments):
@@ -392,14 +439,14 @@ class Model:
                 return x, out
 
             stacked = params["segments"][str(s)]
-            if caches is None:
+            if not isinstance(stacked, list):
                 # One layer in the program, however many there are: compile time does not grow with depth.
                 x, _ = jax.lax.scan(period, x, (stacked, None))
                 continue
             filled[str(s)] = []
-            for i, cache in enumerate(caches[str(s)]):
+            for i, layer in enumerate(stacked):
                 # Unrolled: compiled once per shape and run for every token, so what a step costs comes first.
-                x, out = period(x, (jax.tree.map(itemgetter(i), stacked), cache))
+                x, out = period(x, (layer, caches and caches[str(s)][i]))
                 filled[str(s)].append(out)
         return x, filled
 

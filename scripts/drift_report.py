@@ -146,7 +146,7 @@ def losses(options: DriftOptions, old: "StoreSample", new: "StoreSample") -> dic
         raise ValueError(
             f"run={options.run} has another tokenizer than {old.store.path}; prepare both with it"
         )
-    model, ops, params = trained_model(loaded, tokenizer.vocab_size)
+    model, params, ops, _ = trained_model(loaded, tokenizer.vocab_size)
 
     def of(one: "StoreSample") -> tuple[np.ndarray, np.ndarray]:
         rows = beginnings(one, options.rows, loaded.config.data.seq_len)

@@ -72,30 +72,27 @@ def generate_text(options: GenerateOptions) -> list[str]:
 
     loaded = load(options.run, from_stored)  # first: JAX and Orbax take their seconds
 
+    import numpy as np
+
     from data.pipeline import prepare
-    from serving.generator import generate
+    from serving.generator import Generator
+    from serving.sampling import Sampling, sample_keys
     from serving.text import encode_prompt, shown, stop_id
     from training.samples import trained_model
 
     config = loaded.config
     tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
     with_chat(tokenizer, loaded.path, config, options.chat)
-    model, ops, params = trained_model(
+    trained = trained_model(
         loaded, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
     )
     prompt = encode_prompt(tokenizer, options.prompt)
-    tails = generate(
-        model,
-        params,
-        ops,
+    tails = Generator(*trained).complete(
         [prompt] * options.samples,
+        Sampling(options.temperature, options.top_k, options.top_p, tokenizer.vocab_size),
+        sample_keys(options.seed, np.arange(options.samples)),
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_id=stop_id(tokenizer),
-        seed=options.seed,
-        vocab_size=tokenizer.vocab_size,
+        stop_id=stop_id(tokenizer),
     )
     return [shown(tokenizer, options.prompt, prompt, tail) for tail in tails]
 

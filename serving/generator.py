@@ -1,172 +1,301 @@
-"""Text from a model: one compiled loop for prompts of any lengths. Letters: B batch, L tokens of a text."""
+"""Token ids in, token ids and log-probabilities out: what samples, evaluations and a server share.
+
+Neither a tokenizer nor a file. B rows, T positions, L tokens of the longest text, D model, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Key
 
 from common.checks import within
-from kernels.attention import reference_attention
+from kernels.attention import chunked_attention, join_length, largest_divisor, split_length
+from kernels.einsum_8bit import QuantizedEinsum
 from kernels.grouped_experts import run_experts
-from models.config import ModelConfig
-from models.ops import identity_constrain
-from serving.sampling import Sampling, sample, sample_keys
+from models.ops import Ops, identity_constrain
+from models.transformer import Model, Tree
+from parallel.axes import Layout
+from parallel.experts import expert_dispatch
+from serving.sampling import Sampling, keys_at, sample
 
-PREFILL_STEP = 16  # prompts are prefilled in whole multiples of this, and texts padded to multiples of
-LENGTH_STEP = 64  # that: few shapes, so few compilations
+SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
+LENGTH_STEP = 64  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
+LEAST_CAPACITY = 192  # of a cache that grows: below, a program more costs what it saves
+SCORED = 16384  # tokens of one forward pass of `score`, at most, where a row is no longer
+Texts = Sequence[Sequence[int]]
 
 
-def generate(
-    model: Any,
-    params: Any,
-    ops: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_id: int | None = None,
-    seed: int = 0,
-    sample_ids: Sequence[int] | None = None,
-    vocab_size: int | None = None,
-) -> list[list[int]]:
-    """The new tokens of each prompt, without the prompt and without the closing eos_id.
+class Generator:
+    """A model whose weights are ready to decode, on the mesh where they lie.
 
-    A list is shorter than max_new_tokens exactly where eos_id ended it. sample_ids are the numbers that the
-    samples' random keys are folded from, 0.. by default: a sample with the same number, prompt and seed comes
-    out the same in any batch. vocab_size: the tokenizer's, where the model's is padded. The parameters may
-    lie on any mesh; ops.constrain is not used, since the rows need not divide over it.
-    A second call with the same model, ops, sampling and nearly the same lengths does not compile again.
-    Raises ValueError for an empty prompt, an id outside the vocabulary, a count below 1, or a text longer
-    than a learned position table.
+    model, ops: as in training; params: stacked as in a checkpoint, sharded over the mesh of `layout` (None:
+    on one device). What is written for a prompt depends on the weights, the prompt, `sampling` and its key
+    alone: in float32 neither the batch around it nor the mesh changes a token. Over several processes all
+    call alike, and all get the whole answer. Programs are compiled once for a shape and live as long as the
+    generator.
     """
-    if not prompts:
-        return []
-    sampling = Sampling(temperature, top_k, top_p, vocab_size)
-    tokens, lengths = _pack(model.config, prompts, max_new_tokens)
-    # The first token that is fed alone has to be the last of the shortest prompt or an earlier one.
-    prefill = (int(lengths.min()) - 1) // PREFILL_STEP * PREFILL_STEP
-    ids = np.arange(len(prompts)) if sample_ids is None else np.asarray(sample_ids)
-    eos = np.int32(-1 if eos_id is None else eos_id)
-    decode = _compiled(_Program(model, ops), sampling, prefill, _replicated(params))
-    texts = decode(
-        params, tokens, lengths, ids.astype(np.int32), np.int32(max_new_tokens), eos, np.int32(seed)
-    )
-    return [
-        _until(row[n : n + max_new_tokens], int(eos))
-        for row, n in zip(np.asarray(texts), lengths, strict=True)
-    ]
 
+    def __init__(self, model: Model, params: Tree, ops: Ops, layout: Layout | None = None) -> None:
+        if layout is not None:
+            # A token decoded has one position, which no axis can split; devices of `context` work alike.
+            layout = replace(layout, rules={**layout.rules, "length": (), "act_length": ()})
+        self.model = model
+        self._ways = 1 if layout is None else layout.ways("batch")
+        ops = decoding_ops(ops, layout)
+        # Eight-bit products round straight from the masters.
+        dtype = jnp.float32 if isinstance(ops.einsum, QuantizedEinsum) else None
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, dtype=dtype))
+        self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
+        self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
+        self._score = jax.jit(partial(_score, model, ops))
+        self.update(params)
 
-def _pack(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts at the left of int32[B, L], with room for what is to come, and their lengths int32[B]."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    room = _room(config, int(lengths.min()), int(lengths.max()), max_new_tokens)
-    tokens = np.zeros((len(prompts), room), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"a prompt holds a token outside 0..{config.vocab_size - 1}, the model's vocabulary; "
-            f"use the tokenizer that the model was trained with"
+    def update(self, params: Tree) -> None:
+        """Go on with other weights of the same shapes and shardings; nothing is compiled again."""
+        # Once, and not at every token: cast and cut into layers. A copy, where the caller keeps its own.
+        self._weights = self._unstack(params)
+
+    def complete(
+        self,
+        prompts: Texts,
+        sampling: Sampling,
+        keys: Key[Array, " B"],
+        *,
+        max_new_tokens: int,
+        stop_id: int | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, without the prompt and without the closing `stop_id`.
+
+        keys: one a prompt (`serving.sampling.sample_keys`); a token's is folded from it by its position. A
+        list is shorter than max_new_tokens exactly where `stop_id` ended it. Raises ValueError for an empty
+        prompt, an id outside the vocabulary, a count below 1, or a text longer than a learned position table.
+        """
+        if not prompts:
+            return []
+        within("max_new_tokens", max_new_tokens, 1)
+        self._check(prompts, max_new_tokens)
+        count = len(prompts)
+        longest = max(map(len, prompts))
+        room = self._room(longest + max_new_tokens)
+        # Rows that only fill the devices hold one token, are at their end, and borrow the first key.
+        rows = [*prompts, *[[0]] * (-count % self._ways)]
+        tokens, lengths = _at_the_left(rows, room)
+        done = np.arange(len(rows)) >= count
+        keys = np.asarray(jax.random.key_data(keys))[np.where(done, 0, np.arange(len(rows)))]
+        given = (lengths, lengths + np.int32(max_new_tokens), keys, np.int32(-1 if stop_id is None else stop_id))
+
+        cache, sizes = None, _capacities(longest, room)
+        if longest > SHORT:
+            # All but the last token of each, from which the first new one is drawn.
+            head = tokens[:, : min(_rounded(longest - 1), room)]
+            cache = self._prefill(self._weights, head, lengths - 1, capacity=sizes[0])
+        for size in sizes:
+            cache, tokens, done = self._advance(
+                self._weights, cache, tokens, done, *given, capacity=size, sampling=sampling
+            )
+            if np.all(done):
+                break
+        texts = np.asarray(tokens)[:count]
+        return [
+            _until(row[n : n + max_new_tokens], stop_id) for row, n in zip(texts, lengths[:count], strict=True)
+        ]
+
+    def score(self, texts: Texts) -> list[Float[np.ndarray, " L-1"]]:
+        """Natural log-probabilities, float32, of the tokens of each text but its first, by those before them.
+
+        Texts are packed into rows, as documents are in training. Raises ValueError as `complete` does.
+        """
+        if not texts:
+            return []
+        self._check(texts, 0)
+        length = self._room(max(2, *map(len, texts)) - 1)
+        places, count = _first_fit([len(text) - 1 for text in texts], length)
+        step = min(count, max(1, SCORED // length))
+        step += -step % self._ways
+        batch = _packed(texts, places, count + -count % step, length)
+        found = np.concatenate(
+            [
+                np.asarray(self._score(self._weights, {name: x[i : i + step] for name, x in batch.items()}))
+                for i in range(0, count, step)
+            ]
         )
-    return tokens, lengths
+        return [found[r, at : at + len(x) - 1] for x, (r, at) in zip(texts, places, strict=True)]
+
+    def _check(self, texts: Texts, max_new_tokens: int) -> None:
+        """Raise ValueError for what the model can neither read nor go on from."""
+        config, longest = self.model.config, max(map(len, texts))
+        if not all(texts):
+            raise ValueError(
+                "a prompt of 0 tokens has nothing to go on from; begin it with the tokenizer's bos"
+            )
+        if min(map(min, texts)) < 0 or max(map(max, texts)) >= config.vocab_size:
+            raise ValueError(
+                f"a prompt holds a token outside 0..{config.vocab_size - 1}, the model's vocabulary; "
+                f"use the tokenizer that the model was trained with"
+            )
+        if config.position == "learned" and longest + max_new_tokens > config.max_seq_len:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds "
+                f"model.max_seq_len={config.max_seq_len} learned positions; "
+                f"use at most {config.max_seq_len - longest}"
+            )
+
+    def _room(self, needed: int) -> int:
+        """Places for a text of so many tokens, rounded up as far as there are positions."""
+        room = _rounded(needed, LENGTH_STEP)
+        return min(room, self.model.config.max_seq_len) if self.model.config.position == "learned" else room
 
 
-def _room(config: ModelConfig, shortest: int, longest: int, max_new_tokens: int) -> int:
-    """Tokens that the longest text may come to, rounded up."""
-    within("max_new_tokens", max_new_tokens, 1)
-    if shortest == 0:
-        raise ValueError("a prompt of 0 tokens has nothing to go on from; begin it with the tokenizer's bos")
-    needed = longest + max_new_tokens
-    if config.position != "learned":
-        return -(-needed // LENGTH_STEP) * LENGTH_STEP
-    if needed > config.max_seq_len:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds "
-            f"model.max_seq_len={config.max_seq_len} learned positions; "
-            f"use at most {config.max_seq_len - longest}"
-        )
-    return min(-(-needed // LENGTH_STEP) * LENGTH_STEP, config.max_seq_len)
+def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
+    """Training's operations for queries beside a cache: what its kernels are not made for is replaced."""
+    dispatch = run_experts if layout is None else expert_dispatch(layout, run_experts)
+
+    def experts(*arrays: Array, spec: Any, **rest: Any) -> Any:
+        # Capacity is counted in a row of training's length, so what it drops would hang on the shape here.
+        return dispatch(*arrays, spec=replace(spec, capacity=None), **rest)
+
+    constrain = identity_constrain if layout is None else layout.constrain
+    return replace(ops, attention=chunked_attention, experts=experts, constrain=constrain)
 
 
-def _until(row: np.ndarray, eos: int) -> list[int]:
-    ends = np.flatnonzero(row == eos)
+# -- on the devices ----------------------------------------------------------------------------------------
+
+
+def _prefill(
+    model: Model, ops: Ops, params: Tree, tokens: Int[Array, "B T"], counts: Int[Array, " B"], *, capacity: int
+) -> Tree:
+    """A cache of that capacity with the first `counts` tokens of each row."""
+    cache = model.init_cache(tokens.shape[0], capacity, ops)
+    return model.decode(params, tokens, cache, ops, counts)[1]  # nothing is drawn: no logits are made
+
+
+def _advance(
+    model: Model,
+    ops: Ops,
+    params: Tree,
+    cache: Tree | None,
+    tokens: Int[Array, "B L"],
+    done: Array,
+    lengths: Int[Array, " B"],
+    ends: Int[Array, " B"],
+    keys: Array,
+    stop: Int[Array, ""],
+    *,
+    capacity: int,
+    sampling: Sampling,
+) -> tuple[Tree, Int[Array, "B L"], Array]:
+    """(cache, tokens, done) when all rows are, or one has come to `capacity`; texts are completed in place.
+
+    A row feeds the token at its own length: its prompt's, as far as that goes, then what it drew. What
+    follows a row's end or `stop` in `tokens` is what was there.
+    """
+    rows = jnp.arange(tokens.shape[0])
+    keys = jax.random.wrap_key_data(keys)
+    grown = model.init_cache(len(rows), capacity, ops) if cache is None else model.grow(cache, capacity, ops)
+
+    def unfinished(carry: tuple[Tree, Array, Array]) -> Array:
+        cache, _, done = carry
+        return jnp.any(~done) & (jnp.max(cache["lengths"]) < capacity)
+
+    def advance(carry: tuple[Tree, Array, Array]) -> tuple[Tree, Array, Array]:
+        cache, tokens, done = carry
+        current = tokens[rows, cache["lengths"]]
+        # A row that is done gives nothing more to its cache, and stays where it is.
+        logits, cache = model.decode(params, current[:, None], cache, ops, (~done).astype(jnp.int32))
+        position = cache["lengths"]
+        # Whole rows of logits: what is split by vocabulary is drawn from as on one device.
+        drawn = sample(ops.constrain(logits, ("batch", None)), keys_at(keys, position), sampling)
+        is_new = ~done & (position >= lengths)
+        at = jnp.where(is_new, position, tokens.shape[1])
+        tokens = tokens.at[rows, at].set(drawn, mode="drop")
+        return cache, tokens, done | (is_new & (drawn == stop)) | (position + 1 >= ends)
+
+    cache, tokens, done = jax.lax.while_loop(unfinished, advance, (grown, tokens, done))
+    # Read by every process.
+    return cache, ops.constrain(tokens, (None, None)), ops.constrain(done, (None,))
+
+
+def _score(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Float[Array, "B T"]:
+    """The log-probability of each of the batch's targets."""
+    batch = {name: ops.constrain(x, ("batch", None)) for name, x in batch.items()}
+    x = model.hidden(params, batch, ops)
+
+    def picked(block: tuple[Array, Array]) -> Array:
+        x, targets = block
+        logits = model.logits(params, x, ops)
+        # By comparison: a gather from a vocabulary that is split would collect it.
+        hit = targets[..., None] == jnp.arange(logits.shape[-1])
+        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+    # Never all of [B, T, V]: some positions of every row at a time.
+    size = largest_divisor(x.shape[1], ops.loss_chunk // x.shape[0])
+    blocks = jax.tree.map(lambda a: split_length(a, size), (x, batch["targets"]))
+    return ops.constrain(join_length(jax.lax.map(picked, blocks)), (None, None))
+
+
+# -- on the host -------------------------------------------------------------------------------------------
+
+
+def _rounded(count: int, step: int | None = None) -> int:
+    """`count` up to a multiple of `step`: by default a small one where it is small."""
+    step = step or (SHORT if count <= LENGTH_STEP else LENGTH_STEP)
+    return -(-count // step) * step
+
+
+def _capacities(longest: int, room: int) -> list[int]:
+    """Sizes that a cache has one after another, up to `room`.
+
+    A step reads the whole cache, filled or not: half the size is enough for half of a text. Each size is a
+    program of its own, so there are few.
+    """
+    sizes = [room]
+    while (half := _rounded(-(-sizes[0] // 2), LENGTH_STEP)) >= max(LEAST_CAPACITY, longest + LENGTH_STEP):
+        if half == sizes[0]:
+            break
+        sizes.insert(0, half)
+    return sizes
+
+
+def _at_the_left(texts: Texts, room: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, " B"]]:
+    """The texts at the left of rows, zeros behind them, and their lengths."""
+    tokens = np.zeros((len(texts), room), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    return tokens, np.array([len(text) for text in texts], np.int32)
+
+
+def _until(row: np.ndarray, stop_id: int | None) -> list[int]:
+    ends = np.flatnonzero(row == stop_id) if stop_id is not None else []
     return row[: ends[0] if len(ends) else len(row)].tolist()
 
 
-class _Program:
-    """A model and its ops as one static argument: the same two objects, the same executable."""
-
-    def __init__(self, model: Any, ops: Any) -> None:
-        self.model, self.ops = model, ops
-
-    def __hash__(self) -> int:
-        return hash((id(self.model), id(self.ops)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Program) and self.model is other.model and self.ops is other.ops
-
-
-def _replicated(params: Any) -> NamedSharding | None:
-    """Where the texts go: to every device of the parameters' mesh, so that every host can read them."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+def _first_fit(sizes: Sequence[int], length: int) -> tuple[list[tuple[int, int]], int]:
+    """(row, start) of each size in rows of `length`, the longest placed first, and how many rows there are."""
+    free: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, left in enumerate(free) if left >= sizes[i]), len(free))
+        if row == len(free):
+            free.append(length)
+        places[i] = row, length - free[row]
+        free[row] -= sizes[i]
+    return places, len(free)
 
 
-@lru_cache(maxsize=16)
-def _compiled(program: _Program, sampling: Sampling, prefill: int, sharding: NamedSharding | None) -> Any:
-    return jax.jit(partial(_decode, program.model, program.ops, sampling, prefill), out_shardings=sharding)
-
-
-def _decode(
-    model: Any,
-    ops: Any,
-    sampling: Sampling,
-    prefill: int,
-    params: Any,
-    tokens: Int[Array, "B L"],
-    lengths: Int[Array, " B"],
-    sample_ids: Int[Array, " B"],
-    max_new_tokens: Int[Array, ""],
-    eos: Int[Array, ""],
-    seed: Int[Array, ""],
-) -> Int[Array, "B L"]:
-    """Prompts at the left of `tokens`, completed in place; what follows an eos or max_new_tokens is noise.
-
-    All rows stand at the same position. A row whose prompt is longer than the position feeds its prompt on, a
-    shorter one what it drew: different lengths need neither padding inside a text nor masks.
-    """
-    # One device, and queries beside a cache of keys: not what a kernel for training is made for.
-    ops = replace(ops, constrain=identity_constrain, experts=run_experts, attention=reference_attention)
-    cache = model.init_cache(tokens.shape[0], tokens.shape[1], ops.compute_dtype)
-    if prefill:
-        _, cache = model.decode(params, tokens[:, :prefill], cache, ops)
-    ends = lengths + max_new_tokens
-
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        return ~jnp.all(carry[-1])
-
-    def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        position, tokens, cache, done = carry
-        current = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
-        logits, cache = model.decode(params, current, cache, ops)
-        position = position + 1
-        drawn = sample(logits[:, 0], sample_keys(seed, sample_ids, position), sampling)
-        given = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
-        is_new = position >= lengths
-        tokens = tokens.at[:, position].set(jnp.where(is_new, drawn, given))
-        done = done | (is_new & (drawn == eos)) | (position + 1 >= ends)
-        return position, tokens, cache, done
-
-    start = (jnp.int32(prefill), tokens, cache, jnp.zeros(tokens.shape[0], bool))
-    return jax.lax.while_loop(unfinished, advance, start)[1]
+def _packed(
+    texts: Texts, places: Sequence[tuple[int, int]], rows: int, length: int
+) -> dict[str, Int[np.ndarray, "B T"]]:
+    """The batch in which each text lies at its (row, start), with the tokens that follow as its targets."""
+    names = ("tokens", "targets", "positions", "segment_ids")
+    batch = {name: np.zeros((rows, length), np.int32) for name in names}
+    for number, (text, (row, start)) in enumerate(zip(texts, places, strict=True), 1):
+        here = slice(start, start + len(text) - 1)
+        parts = (text[:-1], text[1:], np.arange(len(text) - 1), number)
+        for name, part in zip(names, parts, strict=True):
+            batch[name][row, here] = part
+    return batch

@@ -1,19 +1,17 @@
 """Text in and text out: a prompt becomes tokens, the model goes on, and the tokens become text again."""
 
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
 
 from data.tokens.tokenizer import Tokenizer
-from models.ops import Ops
-from models.transformer import Model
 from serving.config import SampleConfig
-from serving.generator import generate
+from serving.generator import Generator
+from serving.sampling import Sampling, sample_keys
 
 
 def complete(
-    model: Model,
-    params: Any,
-    ops: Ops,
+    generator: Generator,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     settings: SampleConfig,
@@ -22,21 +20,14 @@ def complete(
 ) -> tuple[list[str], list[bool]]:
     """Each prompt with its continuation, and whether the model itself ended it.
 
-    numbers: of the samples, 0.. by default, see `serving.generator`.
+    numbers: of the samples, 0.. by default: one with the same number, prompt and seed comes out the same.
     """
     heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    tails = generate(
-        model,
-        params,
-        ops,
-        heads,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        eos_id=stop_id(tokenizer),
-        seed=seed,
-        sample_ids=numbers,
-        vocab_size=tokenizer.vocab_size,
+    keys = sample_keys(seed, np.arange(len(prompts)) if numbers is None else np.asarray(numbers, int))
+    # A padded vocabulary has rows that no token owns.
+    sampling = Sampling(settings.temperature, settings.top_k, vocab_size=tokenizer.vocab_size)
+    tails = generator.complete(
+        heads, sampling, keys, max_new_tokens=settings.max_new_tokens, stop_id=stop_id(tokenizer)
     )
     texts = [shown(tokenizer, *parts) for parts in zip(prompts, heads, tails, strict=True)]
     return texts, [len(tail) < settings.max_new_tokens for tail in tails]

@@ -35,7 +35,7 @@ from training.safety.rollback import ended_by, remedy
 from training.safety.signals import Notices, Stopping
 from training.safety.skip_updates import Trouble, trouble
 from training.safety.watchdog import Watchdog
-from training.samples import on_one_device, write_samples
+from training.samples import draw_samples, write_samples
 from training.setup import Run, Setup, as_now, compose, go_back, say, start
 from training.state import TrainState
 
@@ -288,19 +288,14 @@ def finish(run: Run, state: TrainState) -> int:
     setup.ledger.enter("samples")  # the averages, the plot and the summary are with them
     with recorder.outside_steps("evaluation"):
         figures = final_figures(run, state, checkpoints)
-    program, params = setup.program, state.params
-    sampling = bool(config.sample.prompts) or config.sample.parse_snippets > 0
-    if sampling and program.layout.mesh.size > 1:
-        program, params = on_one_device(program, config, params)
+    samples = None
+    if config.sample.prompts or config.sample.parse_snippets > 0:
+        recorder.announce("samples")
+        samples = draw_samples(setup.program, state.params, setup.prepared.tokenizer, config)
     recorder.announce("the end")
 
     def write() -> None:
-        written = {}
-        if sampling and params is not None:
-            recorder.announce("samples")
-            tokenizer = setup.prepared.tokenizer
-            written = write_samples(program, params, tokenizer, config, setup.directory.path)
-            recorder.announce("the end")
+        written = {} if samples is None else write_samples(*samples, config, setup.directory.path)
         show(report(run, recorder, figures | written))
 
     processes.from_primary("the samples and the summary", write, CLOSING_SECONDS)

@@ -4,7 +4,6 @@ B batch, T query position, S key position, D model, N query heads, K key/value h
 the two of a fused pair (key and value).
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -15,7 +14,7 @@ from kernels.attention import Masks, Scores
 from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V
 from models.config import ModelConfig
 from models.layers import HEADS, Norm, add_bias, residual_init
-from models.mixer import Activations, Cache, CacheArray, Dim, Mixer
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache
 from models.ops import Ops
 from models.param import param, vector
 from models.rope import rope_frequencies, rotate
@@ -60,11 +59,10 @@ class Attention(Mixer):
         """Attend within the batch, or, with a cache of earlier keys and values, to it and the batch."""
         q, k, v = self.project(x, batch["positions"], spec, ops)
         if cache is not None:
-            # Kept heads first, as the products of attention read them: else each new token would cost a copy
-            # of the whole cache into that order.
-            new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
-            cache = extend_cache(cache, new, batch["positions"][0, 0], axis=2)
-            k, v = (cache[name].astype(x.dtype).swapaxes(1, 2) for name in new)
+            arrays = self.cache_arrays(self.config, spec, batch["kv_positions"].shape[1])
+            new = {"k": k.transpose(0, 2, 3, 1), "v": v.swapaxes(1, 2)}
+            cache = extend_cache(cache, new, arrays, batch, ops)
+            k, v = cache["k"].transpose(0, 3, 1, 2), cache["v"].swapaxes(1, 2)
         # Behind the cache, which holds each head once.
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
         # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
@@ -99,9 +97,13 @@ class Attention(Mixer):
 
     @staticmethod
     def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
-        """Keys and values [B, K, length, H]: heads first, as the products of attention read them."""
-        shape, axes = (config.num_kv_heads, length, config.head_dim), ("act_kv_heads", "length", None)
-        return {name: CacheArray(shape, axes) for name in ("k", "v")}
+        """Keys [B, K, H, length] and values [B, K, length, H], as the products of attention read them."""
+        # In any other order each new token would cost a copy of the whole cache.
+        K, H = config.num_kv_heads, config.head_dim
+        return {
+            "k": CacheArray((K, H, length), ("act_kv_heads", None, "length")),
+            "v": CacheArray((K, length, H), ("act_kv_heads", "length", None)),
+        }
 
     @staticmethod
     def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
@@ -164,13 +166,6 @@ def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         checkpoint_name(k, ATTENTION_K),
         checkpoint_name(v, ATTENTION_V),
     )
-
-
-def extend_cache(cache: Cache, new: Cache, start: Array, *, axis: int = 1) -> Cache:
-    """The cache [B, S, ...] with what is new [B, T, ...] written from position `start` on; S is at `axis`."""
-    # One slice for all rows: a batch is decoded in step, so rows have the same length.
-    write = jax.lax.dynamic_update_slice_in_dim
-    return {name: write(cache[name], new[name].astype(cache[name].dtype), start, axis=axis) for name in new}
 
 
 def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"]:

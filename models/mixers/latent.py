@@ -3,6 +3,7 @@
 B batch, T query position, S key position, D model, N heads, R latent, H head size of queries and keys.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -12,12 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from models.config import MLAConfig, ModelConfig
 from models.layers import HEADS, Norm, residual_init
-from models.mixer import Activations, Cache, CacheArray, Dim, Mixer
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache
 from models.mixers.attention import (
     attention_activations,
     attention_dims,
     attention_flops,
-    extend_cache,
     masks_of,
     name_inputs,
     scores_of,
@@ -33,7 +33,7 @@ class LatentAttention(Mixer):
 
     R latent width, N heads, H = nope + rope head size of queries and keys; values have a size of their own.
     Keys (their unrotated part) and values are projections of one normed latent [B, T, R]; the rotated part of
-    a key is one for all heads. Decoding caches these two, and projects them again at each step.
+    a key is one for all heads. Decoding caches these two side by side, and never expands them: `absorb`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -74,14 +74,36 @@ class LatentAttention(Mixer):
         """Attend within the batch, or, with a cache of earlier latents, to it and the batch."""
         positions = batch["positions"]
         q, latent, k_rope = self.project(x, positions, spec, ops)
-        if cache is not None:
-            cache = extend_cache(cache, {"latent": latent, "k_rope": k_rope}, positions[0, 0])
-            latent, k_rope = cache["latent"].astype(x.dtype), cache["k_rope"].astype(x.dtype)
-        q, k, v = name_inputs(q, *self.expand(latent, k_rope, ops))
         # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
         scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
-        mixed = ops.attention(q, k, v, masks_of(batch), scores)
+        attend = partial(ops.attention, masks=masks_of(batch), scores=scores)
+        if cache is not None:
+            arrays = self.cache_arrays(self.config, spec, batch["kv_positions"].shape[1])
+            joined = jnp.concatenate([latent, k_rope], axis=-1)
+            cache = extend_cache(cache, {"latent": joined}, arrays, batch, ops)
+            latent, k_rope = jnp.split(cache["latent"], [latent.shape[-1]], axis=-1)
+        if cache is not None and x.shape[1] == 1:
+            mixed = self.absorb(q, cache["latent"], attend, ops)
+        else:
+            # The many queries of a prompt share what is expanded: less work than in a latent's width each.
+            mixed = attend(*name_inputs(q, *self.expand(latent, k_rope, ops)))
         return ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...]), cache
+
+    def absorb(
+        self, q: Float[Array, "B T N H"], cache: Float[Array, "B S W"], attend: Callable[..., Array], ops: Ops
+    ) -> Float[Array, "B T N V"]:
+        """Attention to the latents themselves, one key and value for all heads: the sums in another order.
+
+        cache: of W = R + rope. q·(W_k c) = (W_k^T q)·c, and the mean of W_v c is W_v of the mean: nothing of
+        [B, S, N, H] is made.
+        """
+        nope = self.mla.qk_nope_head_dim
+        inner = jnp.einsum("BTNH,RNH->BTNR", q[..., :nope], self.k[...].astype(q.dtype))
+        q = ops.constrain(jnp.concatenate([inner, q[..., nope:]], axis=-1), HEADS)
+        shared = cache[:, :, None]
+        # Rotated parts are mixed as well and cut off again: a slice of the cache would be a copy of it.
+        mixed = attend(q, shared, shared)[..., : self.mla.kv_lora_rank]
+        return ops.constrain(jnp.einsum("BTNR,RNH->BTNH", mixed, self.v[...].astype(q.dtype)), HEADS)
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], spec: LayerSpec, ops: Ops
@@ -113,13 +135,12 @@ class LatentAttention(Mixer):
 
     @staticmethod
     def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
-        """The normed latent [B, length, R] and the keys' rotated part: what keys and values are made of.
+        """The normed latent and behind it the keys' rotated part, [B, length, R + rope].
 
-        R + rope numbers a token instead of 2 * N * H.
+        What keys and values are made of, instead of their 2 * N * H numbers a token.
         """
         mla = sizes_of(config)
-        widths = {"latent": mla.kv_lora_rank, "k_rope": mla.qk_rope_head_dim}
-        return {name: CacheArray((length, width), ("length", None)) for name, width in widths.items()}
+        return {"latent": CacheArray((length, mla.kv_lora_rank + mla.qk_rope_head_dim), ("length", None))}
 
     @staticmethod
     def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:
