@@ -72,8 +72,6 @@ def generate_text(options: GenerateOptions) -> list[str]:
 
     loaded = load(options.run, from_stored)  # first: JAX and Orbax take their seconds
 
-    import numpy as np
-
     from data.pipeline import prepare
     from serving.generator import Generator
     from serving.sampling import Sampling, sample_keys
@@ -90,7 +88,7 @@ def generate_text(options: GenerateOptions) -> list[str]:
     tails = Generator(*trained).complete(
         [prompt] * options.samples,
         Sampling(options.temperature, options.top_k, options.top_p, tokenizer.vocab_size),
-        sample_keys(options.seed, np.arange(options.samples)),
+        sample_keys(options.seed, range(options.samples)),
         max_new_tokens=options.max_new_tokens,
         stop_id=stop_id(tokenizer),
     )

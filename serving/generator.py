@@ -24,8 +24,8 @@ from parallel.experts import expert_dispatch
 from serving.sampling import Sampling, keys_at, sample
 
 SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
-LENGTH_STEP = 64  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
-LEAST_CAPACITY = 192  # of a cache that grows: below, a program more costs what it saves
+LENGTH_STEP = 32  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
+LEAST_CAPACITY = 160  # of a cache that grows: below, a program more costs what it saves
 SCORED = 16384  # tokens of one forward pass of `score`, at most, where a row is no longer
 Texts = Sequence[Sequence[int]]
 
@@ -86,8 +86,9 @@ class Generator:
         rows = [*prompts, *[[0]] * (-count % self._ways)]
         tokens, lengths = _at_the_left(rows, room)
         done = np.arange(len(rows)) >= count
-        keys = np.asarray(jax.random.key_data(keys))[np.where(done, 0, np.arange(len(rows)))]
-        given = (lengths, lengths + np.int32(max_new_tokens), keys, np.int32(-1 if stop_id is None else stop_id))
+        keys_data = np.asarray(jax.random.key_data(keys))[np.where(done, 0, np.arange(len(rows)))]
+        stop = np.int32(-1 if stop_id is None else stop_id)
+        given = (lengths, lengths + np.int32(max_new_tokens), keys_data, stop)
 
         cache, sizes = None, _capacities(longest, room)
         if longest > SHORT:
@@ -100,10 +101,8 @@ class Generator:
             )
             if np.all(done):
                 break
-        texts = np.asarray(tokens)[:count]
-        return [
-            _until(row[n : n + max_new_tokens], stop_id) for row, n in zip(texts, lengths[:count], strict=True)
-        ]
+        written = zip(np.asarray(tokens)[:count], lengths[:count], strict=True)
+        return [_until(row[n : n + max_new_tokens], stop) for row, n in written]
 
     def score(self, texts: Texts) -> list[Float[np.ndarray, " L-1"]]:
         """Natural log-probabilities, float32, of the tokens of each text but its first, by those before them.
@@ -167,7 +166,13 @@ def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
 
 
 def _prefill(
-    model: Model, ops: Ops, params: Tree, tokens: Int[Array, "B T"], counts: Int[Array, " B"], *, capacity: int
+    model: Model,
+    ops: Ops,
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    *,
+    capacity: int,
 ) -> Tree:
     """A cache of that capacity with the first `counts` tokens of each row."""
     cache = model.init_cache(tokens.shape[0], capacity, ops)
@@ -243,7 +248,7 @@ def _score(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Flo
 
 def _rounded(count: int, step: int | None = None) -> int:
     """`count` up to a multiple of `step`: by default a small one where it is small."""
-    step = step or (SHORT if count <= LENGTH_STEP else LENGTH_STEP)
+    step = step or (SHORT if count <= 2 * LENGTH_STEP else 2 * LENGTH_STEP)
     return -(-count // step) * step
 
 
@@ -269,13 +274,13 @@ def _at_the_left(texts: Texts, room: int) -> tuple[Int[np.ndarray, "B L"], Int[n
     return tokens, np.array([len(text) for text in texts], np.int32)
 
 
-def _until(row: np.ndarray, stop_id: int | None) -> list[int]:
-    ends = np.flatnonzero(row == stop_id) if stop_id is not None else []
+def _until(row: np.ndarray, stop: np.int32) -> list[int]:
+    ends = np.flatnonzero(row == stop)
     return row[: ends[0] if len(ends) else len(row)].tolist()
 
 
 def _first_fit(sizes: Sequence[int], length: int) -> tuple[list[tuple[int, int]], int]:
-    """(row, start) of each size in rows of `length`, the longest placed first, and how many rows there are."""
+    """(row, start) of each size in rows of `length`, the largest placed first, and the number of rows."""
     free: list[int] = []
     places = [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -294,8 +299,8 @@ def _packed(
     names = ("tokens", "targets", "positions", "segment_ids")
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     for number, (text, (row, start)) in enumerate(zip(texts, places, strict=True), 1):
-        here = slice(start, start + len(text) - 1)
-        parts = (text[:-1], text[1:], np.arange(len(text) - 1), number)
+        size = len(text) - 1
+        parts = text[:-1], text[1:], range(size), [number] * size
         for name, part in zip(names, parts, strict=True):
-            batch[name][row, here] = part
+            batch[name][row, start : start + size] = part
     return batch

@@ -1,11 +1,12 @@
 """From logits to the next token. Letters: B batch, V vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from common.checks import require
@@ -46,10 +47,10 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
     return _first_largest(logits + noise)
 
 
-def sample_keys(seed: Int[Array, ""] | int, samples: Int[Array, " B"]) -> Key[Array, " B"]:
+def sample_keys(seed: int, numbers: Sequence[int] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
     """A key for each text from (seed, the sample's own number): the same in any batch, beside any others."""
     root = jax.random.key(seed)
-    return jax.vmap(lambda number: jax.random.fold_in(root, number))(samples)
+    return jax.vmap(lambda number: jax.random.fold_in(root, number))(jnp.array(numbers, jnp.int32))
 
 
 def keys_at(keys: Key[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from data.tokens.tokenizer import Tokenizer
 from serving.config import SampleConfig
 from serving.generator import Generator
@@ -23,7 +21,7 @@ def complete(
     numbers: of the samples, 0.. by default: one with the same number, prompt and seed comes out the same.
     """
     heads = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    keys = sample_keys(seed, np.arange(len(prompts)) if numbers is None else np.asarray(numbers, int))
+    keys = sample_keys(seed, range(len(prompts)) if numbers is None else numbers)
     # A padded vocabulary has rows that no token owns.
     sampling = Sampling(settings.temperature, settings.top_k, vocab_size=tokenizer.vocab_size)
     tails = generator.complete(

@@ -28,6 +28,7 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from models.config import ModelConfig, RopeScaling, padded_vocab
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
+    from serving.generator import Generator
     from serving.sampling import Sampling, sample, sample_keys
     from serving.text import complete
     from training.config import Config, TrainingConfig
@@ -82,7 +83,9 @@ def compute():
     assert combined(digests({"table": state.params["embed"]["table"], "step": state.step}))
     prompts = ["def ", "the second is long enough to be prefilled"]
     settings = replace(config.sample, max_new_tokens=3, top_k=5)
-    texts, _ = complete(program.model, state.params, program.ops, tokenizer, prompts, settings, 0)
+    generator = Generator(program.model, state.params, program.ops, program.layout)
+    texts, _ = complete(generator, tokenizer, prompts, settings, 0)
+    assert generator.score([tokenizer.encode(text) for text in texts])[0].dtype == np.float32
     assert [text[:3] for text in texts] == ["def", "the"]
 
 
@@ -107,7 +110,7 @@ def refuse():
         with pytest.raises(TypeError, match="chunked_cross_entropy"):
             chunked_cross_entropy(*wrong, chunk=8)
     with pytest.raises(TypeError, match="sample"):
-        sample(table, sample_keys(0, ids[0], 0), Sampling())
+        sample(table, sample_keys(0, [0, 1]), Sampling())
 
 
 if __name__ == "__main__":

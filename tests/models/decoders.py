@@ -1,11 +1,13 @@
 """Small decoders of every family, batches for them, and an independent float64 decoder in numpy loops."""
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
 
 from models.config import ModelConfig, RopeScaling
+from models.ops import Ops
 from models.transformer import Model
 
 SMALL = dict(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48)
@@ -90,6 +92,18 @@ def lively(model: Model, seed: int = 0, spread: float = 0.3) -> dict:
         return jax.numpy.asarray(rng.normal(centre, spread, info.shape), "float32")
 
     return jax.tree.map(draw, model.info)
+
+
+def decoded(model: Model, params: dict, tokens: np.ndarray, prompt: int, **arguments) -> jax.Array:
+    """Logits of a decoder from position `prompt` on, token by token; those up to there are given at once."""
+    ops, rows = Ops(**arguments), tokens.shape[0]
+    decode = jax.jit(partial(model.decode, ops=ops))
+    params, cache, logits = model.unstack(params, ops), model.init_cache(rows, tokens.shape[1] + 3, ops), []
+    for cut in (slice(0, prompt + 1), *(slice(t, t + 1) for t in range(prompt + 1, tokens.shape[1]))):
+        last, cache = decode(params, tokens[:, cut], cache)
+        logits.append(last)
+    assert cache["lengths"].tolist() == [tokens.shape[1]] * rows
+    return jax.numpy.stack(logits, axis=1)
 
 
 class LoopDecoder:

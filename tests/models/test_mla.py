@@ -1,5 +1,6 @@
 """Latent attention against loops in float64; values whose heads have another size than keys."""
 
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from models.config import MLAConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import build_model
 from parallel.schedules.accumulate import GradientAccumulation
-from tests.models.decoders import lively, make_batch, slope
+from tests.models.decoders import decoded, lively, make_batch, slope
 from tests.models.mixtures import LoopMixture, latent
 from training.objectives.next_token import NextToken
 
@@ -47,14 +48,21 @@ def test_decode_equals_forward_and_caches_the_latent_alone():
     model = build_model(LATENTS["yarn"])
     params, batch = lively(model), make_batch([[12], [12]], 12)
     full = jax.jit(partial(model.apply, ops=Ops()))(params, batch)
-    decode, cache = jax.jit(partial(model.decode, ops=Ops())), model.init_cache(2, 15, jnp.float32)
-    shapes = {name: leaf.shape for name, leaf in cache["segments"]["0"][0]["0"].items()}
-    assert shapes == {"latent": (2, 15, 16), "k_rope": (2, 15, 4)}
-    parts = []
-    for cut in (slice(0, 7), *(slice(t, t + 1) for t in range(7, 12))):
-        logits, cache = decode(params, batch["tokens"][:, cut], cache)
-        parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=5e-5)
+    shapes = jax.tree.map(jnp.shape, model.init_cache(2, 15, Ops())["segments"]["0"][0]["0"])
+    assert shapes == {"latent": (2, 15, 16 + 4)}
+    # The prompt is expanded, as in training; every token behind it meets the latent itself.
+    np.testing.assert_allclose(decoded(model, params, batch["tokens"], 6), full[:, 6:], atol=5e-5)
+
+
+def test_a_decoded_token_expands_nothing():
+    """No array of the program has heads and places of the cache, but scores [B, N, S]."""
+    model = build_model(LATENTS["yarn"])
+    params, ops, places = model.unstack(lively(model), Ops()), Ops(), 37
+    cache, token = model.init_cache(2, places, ops), jnp.ones((2, 1), jnp.int32)
+    program = str(jax.make_jaxpr(partial(model.decode, ops=ops))(params, token, cache))
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", program)}
+    wide = [shape for shape in shapes if places in shape and np.prod(shape) > 2 * places * 20]
+    assert (2, places, 20) in shapes and not wide
 
 
 @pytest.mark.parametrize("size", [3, 12])

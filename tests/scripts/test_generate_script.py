@@ -20,7 +20,8 @@ from optim.config import ConstantConfig, LionConfig
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from scripts.generate import GenerateOptions, main, parse_options
-from serving.generator import generate
+from serving.generator import Generator
+from serving.sampling import Sampling, sample_keys
 from serving.text import encode_prompt
 from training.config import Config, from_stored
 from training.state import TrainState, abstract_state, nothing_seen, shardings
@@ -82,16 +83,13 @@ def run(tmp_path_factory, tokenizer, model):
 
 def expected(model, tokenizer, params, **settings):
     prompt = encode_prompt(tokenizer, "def f")
-    tail = generate(
-        model,
-        params,
-        Ops(),
+    (tail,) = Generator(model, params, Ops()).complete(
         [prompt],
+        Sampling(**settings, vocab_size=tokenizer.vocab_size),
+        sample_keys(0, [0]),
         max_new_tokens=12,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        **settings,
-    )[0]
+        stop_id=tokenizer.eos_id,
+    )
     return tokenizer.decode([*prompt[1:], *tail]) + "\n"
 
 

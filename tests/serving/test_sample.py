@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serving.sampling import Sampling, sample, sample_keys
+from serving.sampling import Sampling, _keep_top_k, _keep_top_p, keys_at, sample, sample_keys
 
 LOGITS = jnp.log(jnp.array([0.05, 0.4, 0.15, 0.3, 0.1]))
 DRAWS = 4000
 
 
 def drawn_shares(sampling):
-    keys = sample_keys(0, jnp.arange(DRAWS), 7)
+    keys = keys_at(sample_keys(0, range(DRAWS)), jnp.full(DRAWS, 7))
     drawn = sample(jnp.tile(LOGITS, (DRAWS, 1)), keys, sampling)
     return np.bincount(drawn, minlength=5) / DRAWS
 
@@ -40,7 +40,7 @@ def test_shares_of_drawn_tokens_equal_the_distribution(sampling, expected):
 
 def test_a_key_is_its_own_for_every_seed_sample_and_position():
     keys = [
-        jax.random.key_data(sample_keys(seed, jnp.arange(4), position)[i]).tobytes()
+        jax.random.key_data(keys_at(sample_keys(seed, range(4)), jnp.full(4, position))[i]).tobytes()
         for seed in (0, 1)
         for position in (0, 1, 2)
         for i in range(4)
@@ -54,3 +54,24 @@ def test_a_key_is_its_own_for_every_seed_sample_and_position():
 def test_a_value_out_of_range_is_named(key, value):
     with pytest.raises(ValueError, match=f"{key}={value} must be "):
         Sampling(**{key: value})
+
+
+def test_a_draw_is_that_of_jax_random_categorical():
+    """To the bit: texts under a seed are the same as ever."""
+    keys, logits = sample_keys(3, range(64)), jax.random.normal(jax.random.key(1), (64, 50))
+    expected = jax.vmap(jax.random.categorical)(keys, logits / 0.7)
+    np.testing.assert_array_equal(sample(logits, keys, Sampling(0.7)), expected)
+    np.testing.assert_array_equal(sample(logits, keys, Sampling(0)), jnp.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_what_is_kept_is_what_a_sort_would_keep(scale):
+    logits = scale * jax.random.normal(jax.random.key(2), (20, 33)).at[:, 5:9].set(0.25)
+    logits = logits.at[:, 30].set(-jnp.inf)
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    for k in (1, 7, 32):
+        np.testing.assert_array_equal(jnp.isfinite(_keep_top_k(logits, k)), logits >= falling[:, k - 1 : k])
+    shares = jax.nn.softmax(falling, axis=-1)
+    for p in (0.01, 0.6, 0.99):
+        least = jnp.min(jnp.where(jnp.cumsum(shares, -1) - shares < p, falling, jnp.inf), -1, keepdims=True)
+        np.testing.assert_array_equal(jnp.isfinite(_keep_top_p(logits, p)), logits >= least)

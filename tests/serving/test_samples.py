@@ -14,10 +14,11 @@ from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
 from serving.config import SampleConfig
+from serving.generator import Generator
 from serving.python_share import parse_share
 from serving.text import complete, encode_prompt
 from training.config import Config, TrainingConfig
-from training.samples import PYTHON_PROMPT, write_samples
+from training.samples import PYTHON_PROMPT, draw_samples, write_samples
 
 STEP = 7
 VOCAB = 384  # padded: the last 127 rows are nobody's token
@@ -36,20 +37,28 @@ class Recitation:
     def __init__(self, *texts):
         self.tokens = [[TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts]
 
-    def init_cache(self, batch_size, length, dtype):
-        self.length = length
-        return jnp.zeros((), jnp.int32)
+    def unstack(self, params, ops, dtype):
+        return params
 
-    def decode(self, params, tokens, cache, ops):
-        logits = jnp.full((self.length + 1, VOCAB), -1e9)
+    def init_cache(self, batch_size, capacity, ops):
+        self.capacity = capacity
+        return {"lengths": jnp.zeros(batch_size, jnp.int32)}
+
+    def decode(self, params, tokens, cache, ops, counts):
+        logits = jnp.full((self.capacity + 1, VOCAB), -1e9)
         for text in self.tokens:
             logits = logits.at[jnp.arange(len(text)), jnp.array(text)].set(0.0)
-        here = logits[1 + cache + jnp.arange(tokens.shape[1])]
-        return jnp.broadcast_to(here, (*tokens.shape, VOCAB)), cache + tokens.shape[1]
+        lengths = cache["lengths"] + counts
+        return logits[lengths], {"lengths": lengths}
 
 
-def reciting(*texts):
-    return SimpleNamespace(model=Recitation(*texts), ops=Ops())
+def program_of(model):
+    return SimpleNamespace(model=model, ops=Ops(), layout=None, to_canonical=lambda params: params)
+
+
+def written(program, params, config, path):
+    """The figures of what a run draws and writes at its end."""
+    return write_samples(*draw_samples(program, params, TOKENIZER, config), config, path)
 
 
 def make_config(seed=0, **sample):
@@ -65,7 +74,7 @@ def make_config(seed=0, **sample):
 def tiny():
     sizes = {"num_layers": 1, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32}
     model = build_model(ModelConfig(vocab_size=VOCAB, **sizes))
-    return SimpleNamespace(model=model, ops=Ops()), model.init(jax.random.key(0))
+    return program_of(model), model.init(jax.random.key(0))
 
 
 def texts_in(path):
@@ -88,7 +97,7 @@ def test_a_space_at_the_end_is_left_to_the_model(prompt, left):
 def test_both_files_hold_the_texts_that_the_figures_are_of(tmp_path, tiny):
     prompts = ["import ", "class A", ""]
     config = make_config(prompts=prompts, parse_snippets=2, max_new_tokens=9)
-    figures = write_samples(*tiny, TOKENIZER, config, tmp_path)
+    figures = written(*tiny, config, tmp_path)
     texts = texts_in(tmp_path / "samples" / f"{STEP}.txt")
     snippets = texts_in(tmp_path / "samples" / f"{STEP}.python.txt")
     for text, prompt in zip(texts, prompts, strict=True):
@@ -99,15 +108,15 @@ def test_both_files_hold_the_texts_that_the_figures_are_of(tmp_path, tiny):
 
 
 def test_what_is_not_asked_for_is_not_written(tmp_path, tiny):
-    assert write_samples(*tiny, TOKENIZER, make_config(), tmp_path) == {}
+    assert written(*tiny, make_config(), tmp_path) == {}
     assert list((tmp_path / "samples").iterdir()) == []
 
 
 def test_same_seed_same_text(tiny):
     settings = SampleConfig(max_new_tokens=9, temperature=1.0)
+    generator = Generator(tiny[0].model, tiny[1], tiny[0].ops)
     first, again, other = (
-        complete(tiny[0].model, tiny[1], tiny[0].ops, TOKENIZER, ["def "] * 2, settings, seed)[0]
-        for seed in (3, 3, 4)
+        complete(generator, TOKENIZER, ["def "] * 2, settings, seed)[0] for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -115,9 +124,9 @@ def test_same_seed_same_text(tiny):
 
 
 def test_counts_are_those_of_the_texts_in_the_file(tmp_path):
-    program = reciting(FUNCTION + "\nx = 1", FUNCTION.replace("+", ")") + "\nx = 1")
+    program = program_of(Recitation(FUNCTION + "\nx = 1", FUNCTION.replace("+", ")") + "\nx = 1"))
     config = make_config(parse_snippets=12, max_new_tokens=len(BODY) + 7, temperature=1.0)
-    figures = write_samples(program, {"w": jnp.zeros(())}, TOKENIZER, config, tmp_path)
+    figures = written(program, {"w": jnp.zeros(())}, config, tmp_path)
     snippets = texts_in(tmp_path / "samples" / f"{STEP}.python.txt")
     share, passed, total = parse_share(snippets)
     assert 0 < passed < total == 12
@@ -128,6 +137,7 @@ def test_counts_are_those_of_the_texts_in_the_file(tmp_path):
 def test_a_text_that_the_model_ended_itself_is_whole(tmp_path, room, parsed):
     """One statement cut by the limit may go on; the same one, ended by the model, does not."""
     config = make_config(parse_snippets=2, max_new_tokens=room, temperature=0.0)
-    figures = write_samples(reciting(FUNCTION), {"w": jnp.zeros(())}, TOKENIZER, config, tmp_path)
+    program = program_of(Recitation(FUNCTION))
+    figures = written(program, {"w": jnp.zeros(())}, config, tmp_path)
     assert texts_in(tmp_path / "samples" / f"{STEP}.python.txt") == ["def" + BODY] * 2
     assert figures["parse_passed"] == parsed
