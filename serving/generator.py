@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from common.checks import within
-from kernels.attention import chunked_attention, join_length, largest_divisor, split_length
-from kernels.einsum_8bit import QuantizedEinsum
+from kernels.attention import chunked_attention
+from kernels.einsum import Projector
 from kernels.grouped_experts import run_experts
+from kernels.names import PROJECTIONS
 from models.ops import Ops, identity_constrain
 from models.transformer import Model, Tree
 from parallel.axes import Layout
@@ -48,8 +49,10 @@ class Generator:
         self._ways = 1 if layout is None else layout.ways("batch")
         ops = decoding_ops(ops, layout)
         # Eight-bit products round straight from the masters.
-        dtype = jnp.float32 if isinstance(ops.einsum, QuantizedEinsum) else None
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, dtype=dtype))
+        product = ops.project
+        eight_bit = isinstance(product, Projector) and product.quantized is not None
+        masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
         self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
         self._score = jax.jit(partial(_score, model, ops))
@@ -159,7 +162,8 @@ def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
         return dispatch(*arrays, spec=replace(spec, capacity=None), **rest)
 
     constrain = identity_constrain if layout is None else layout.constrain
-    return replace(ops, attention=chunked_attention, experts=experts, constrain=constrain)
+    parts = (1, 1) if layout is None else (layout.ways("batch"), 1)
+    return replace(ops, attention=chunked_attention, experts=experts, constrain=constrain, parts=parts)
 
 
 # -- on the devices ----------------------------------------------------------------------------------------
@@ -229,18 +233,7 @@ def _score(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Flo
     """The log-probability of each of the batch's targets."""
     batch = {name: ops.constrain(x, ("batch", None)) for name, x in batch.items()}
     x = model.hidden(params, batch, ops)
-
-    def picked(block: tuple[Array, Array]) -> Array:
-        x, targets = block
-        logits = model.logits(params, x, ops)
-        # By comparison: a gather from a vocabulary that is split would collect it.
-        hit = targets[..., None] == jnp.arange(logits.shape[-1])
-        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-    # Never all of [B, T, V]: some positions of every row at a time.
-    size = largest_divisor(x.shape[1], ops.loss_chunk // x.shape[0])
-    blocks = jax.tree.map(lambda a: split_length(a, size), (x, batch["targets"]))
-    return ops.constrain(join_length(jax.lax.map(picked, blocks)), (None, None))
+    return ops.constrain(model.logprobs(params, x, batch, ops), (None, None))
 
 
 # -- on the host -------------------------------------------------------------------------------------------

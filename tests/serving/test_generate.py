@@ -206,8 +206,8 @@ def test_a_mesh_writes_and_scores_what_one_device_does(name, mesh):
     config = Config(run=RunConfig(name="test"), model=MODELS[name], mesh=sizes)
     placed = jax.device_put(params, layout.tree(model.info, is_info))
     one, many = Generator(model, params, OPS), Generator(model, placed, build_ops(config, layout), layout)
-    for sampling in (GREEDY, Sampling(0.8, top_k=30, top_p=0.9)):
-        assert write(many, PROMPTS[1:], 8, sampling) == write(one, PROMPTS[1:], 8, sampling)
+    sampling = Sampling(0.8, top_k=30, top_p=0.9)
+    assert write(many, PROMPTS[1:], 8, sampling) == write(one, PROMPTS[1:], 8, sampling)
     for found, expected in zip(many.score(PROMPTS), one.score(PROMPTS), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     kept = many._weights["segments"]["0"][0]["0"]["mlp" if name != "moe" else "attention"]
