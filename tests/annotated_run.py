@@ -85,7 +85,7 @@ def compute():
     settings = replace(config.sample, max_new_tokens=3, top_k=5)
     generator = Generator(program.model, state.params, program.ops, program.layout)
     texts, _ = complete(generator, tokenizer, prompts, settings, 0)
-    assert generator.score([tokenizer.encode(text) for text in texts])[0].dtype == np.float32
+    assert generator.score([tokenizer.encode(text).tolist() for text in texts])[0].dtype == np.float32
     assert [text[:3] for text in texts] == ["def", "the"]
 
 

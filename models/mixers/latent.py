@@ -76,7 +76,11 @@ class LatentAttention(Mixer):
         q, latent, k_rope = self.project(x, positions, spec, ops)
         # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
         scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
-        attend = partial(ops.attention, masks=masks_of(batch), scores=scores)
+        masks = masks_of(batch)
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return ops.attention(q, k, v, masks, scores)
+
         if cache is not None:
             arrays = self.cache_arrays(self.config, spec, batch["kv_positions"].shape[1])
             joined = jnp.concatenate([latent, k_rope], axis=-1)
