@@ -1,6 +1,6 @@
 """Token ids in, token ids and log-probabilities out: what samples, evaluations and a server share.
 
-Neither a tokenizer nor a file. B rows, T positions, L tokens of the longest text, D model, V vocabulary.
+Neither a tokenizer nor a file. B rows, T positions, L room for the longest text, P tokens with a score.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ class Generator:
         written = zip(np.asarray(tokens)[:count], lengths[:count], strict=True)
         return [_until(row[n : n + max_new_tokens], stop) for row, n in written]
 
-    def score(self, texts: Texts) -> list[Float[np.ndarray, " L-1"]]:
+    def score(self, texts: Texts) -> list[Float[np.ndarray, " P"]]:
         """Natural log-probabilities, float32, of the tokens of each text but its first, by those before them.
 
         Texts are packed into rows, as documents are in training. Raises ValueError as `complete` does.
