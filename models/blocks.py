@@ -3,6 +3,8 @@
 B batch, T query position, D model.
 """
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jax.nn.initializers import normal
@@ -10,11 +12,11 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.layers import RESIDUAL, FeedForward, Norm, Sums, residual_init
-from models.mixer import Cache, mixer
+from models.mixer import Cache, Dim, mixer
 from models.moe import Experts
 from models.ops import Ops
 from models.param import param
-from models.spec import LayerSpec
+from models.spec import LayerSpec, Segment
 
 
 class Mixture(nnx.Module):
@@ -73,6 +75,23 @@ class Block(nnx.Module):
         # Between blocks the stream may be split over more axes than inside (sequence parallelism): norms and
         # sums need no whole rows.
         return ops.constrain(x, RESIDUAL), cache, sums
+
+
+def model_dims(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Dim, ...]:
+    """The sizes that meshes split, with the config keys that say them; a key may stand twice."""
+    specs = {spec for segment in segments for spec in segment.period}
+    dims = [dim for name in config.mixers for dim in mixer(name).dims(config)]
+    dims.append(Dim("model.d_model", config.d_model, ("embed", "act_embed")))
+    if not all(spec.moe for spec in specs):
+        dims.append(Dim("model.d_ff", config.d_ff, ("mlp", "act_mlp")))
+    if config.moe is not None:
+        dims.append(Dim("model.moe.num_experts", config.moe.num_experts, ("experts",)))
+        # Shared experts are a whole number of times as wide.
+        dims.append(Dim("model.moe.d_expert", config.moe.d_expert, ("mlp", "act_mlp")))
+        dims.append(Dim("model.d_model", config.d_model, ("expert_embed",)))
+    if config.position == "learned":
+        dims.append(Dim("model.max_seq_len", config.max_seq_len, ("positions",)))
+    return tuple(dict.fromkeys(dims))
 
 
 class MTPBlock(nnx.Module):

@@ -47,13 +47,18 @@ def layer_spec(config: ModelConfig, window: str, mixer: str = "attention") -> La
     return LayerSpec(seen, float(theta), not own_theta, mixer=mixer)
 
 
-def make_segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """The layers as `cut_layers` cuts them; those from `first_dense_layers` on have experts, if any have."""
-    dense = config.num_layers if config.moe is None else config.moe.first_dense_layers
+def make_segments(config: ModelConfig, num_layers: int | None = None) -> tuple[Segment, ...]:
+    """The layers as `cut_layers` cuts them; those from `first_dense_layers` on have experts, if any have.
+
+    num_layers: instead of the config's own.
+    """
+    num_layers = num_layers or config.num_layers
+    # All of a dense model is of one kind, and so are all layers of one whose experts begin at once.
+    dense = num_layers if config.moe is None else config.moe.first_dense_layers
     pattern = kinds_of(config)
     specs = {kind: layer_spec(config, *kind) for kind in pattern}
     segments, first = [], 0
-    for count, kinds in cut_layers(pattern, config.num_layers, dense):
+    for count, kinds in cut_layers(pattern, num_layers, dense):
         period = tuple(replace(specs[kind], moe=first >= dense) for kind in kinds)
         segments.append(Segment(count, period))
         first += count * len(period)

@@ -1,9 +1,10 @@
 """How the devices are laid out, and which logical axis of a tensor goes to which mesh axis."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from common.checks import choice, require, within
 
@@ -159,3 +160,13 @@ class AutoscaleConfig:
             )
         if not self.queue:
             raise ValueError("autoscale.queue is empty; use env, squeue or the path of a file")
+
+
+def main_segment(segments: Sequence[Any]) -> int:
+    """The segment that a pipeline splits into stages: the one with the most layers.
+
+    segments: with the `count` of repetitions and the `period` of layers of each.
+    """
+    # The most layers, not the most parameters: ticks take as long as layers do. The first of equals, as `max`
+    # has it, so that checkpoints and rules agree on which.
+    return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))

@@ -21,9 +21,8 @@ from models.transformer import Model, build_model
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel.axes import Layout, kv_repeats
-from parallel.config import MeshConfig, mesh_shape
+from parallel.config import MeshConfig, main_segment, mesh_shape
 from parallel.hardware import Machine
-from parallel.schedules.stage_layout import main_segment
 from parallel.schedules.tables import Schedule
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from training.config import Config

@@ -29,10 +29,11 @@ from parallel import processes
 from parallel.attention.choose import build_attention, choose_attention
 from parallel.attention.context import Zigzag
 from parallel.axes import Layout, kv_repeats
+from parallel.config import main_segment
 from parallel.experts import expert_dispatch
 from parallel.schedules.accumulate import GradientAccumulation, check_remat
 from parallel.schedules.pipeline import Pipeline
-from parallel.schedules.stage_layout import Arrangement, main_segment
+from parallel.schedules.stage_layout import Arrangement
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from parallel.sharded_matrices import ShardedMatrices
 from training.config import Config

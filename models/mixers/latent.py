@@ -164,6 +164,8 @@ class LatentAttention(Mixer):
             *attention_dims(config),
             Dim("model.mla.kv_lora_rank", mla.kv_lora_rank, ("embed",)),
             Dim("model.mla.q_lora_rank", mla.q_lora_rank or config.d_model, ("embed",)),
+            Dim("model.mla.qk_nope_head_dim", mla.qk_nope_head_dim, ("head_dim",)),
+            Dim("model.mla.v_head_dim", mla.v_head_dim, ("head_dim",)),
         )
 
 

@@ -37,19 +37,14 @@ def context_attention(
     computes for itself and does not call it, and `allgather` in zigzag order hands it keys in that order.
     Where mesh.context is 1, `local` itself. zigzag: whether T is in `zigzag_order` (never so for ulysses,
     whose work is even by heads). Ring counts on positions to grow by one from token to token within a
-    document. Raises ValueError for an unknown kind and, when called, for sizes that do not divide.
+    document. What can be had is for `training.legal` to say.
     Ulysses: arXiv:2309.14509; all-gather: arXiv:2407.21783, 3.3.2; ring: arXiv:2310.01889.
     """
     size = layout.mesh.shape[AXIS]
-    if kind not in CONTEXT_ATTENTION:
-        raise ValueError(f"context.attention={kind} is unknown; use one of {', '.join(CONTEXT_ATTENTION)}")
+    assert kind in CONTEXT_ATTENTION, kind
     if size == 1:
         return local
-    if tuple(layout.rules.get("length", ())) != (AXIS,):
-        raise ValueError(
-            f"mesh.context={size}, but mesh.rules.length={list(layout.rules.get('length', ()))}; "
-            f"use mesh.rules.length=[{AXIS}] or mesh.context=1"
-        )
+    assert tuple(layout.rules.get("length", ())) == (AXIS,), layout.rules
 
     def attention(
         q: Float[Array, "B T N H"],
@@ -60,7 +55,9 @@ def context_attention(
     ) -> Float[Array, "B T N W"]:
         tensor = layout.ways("act_heads")
         zigzags = uses_zigzag(kind, zigzag)
-        check_context(kind, zigzags, size, tensor=tensor, num_heads=q.shape[2], seq_len=q.shape[1])
+        # What `training.legal` has made sure of.
+        assert q.shape[1] % (size * (2 if zigzags else 1)) == 0, (q.shape, size)
+        assert kind != "ulysses" or q.shape[2] % (tensor * size) == 0, (q.shape, tensor, size)
         # Before the shard_map, which needs heads that divide.
         k, v = split_heads(k, tensor), split_heads(v, tensor)
         place = placement(layout, f"context.attention={kind}", q, k, v)
@@ -84,34 +81,6 @@ def context_attention(
 def uses_zigzag(kind: str, zigzag: bool) -> bool:
     """Whether the batch is to be permuted: by heads (ulysses) the work is even in any order."""
     return zigzag and kind != "ulysses"
-
-
-def check_context(
-    kind: str, zigzag: bool, context: int, *, tensor: int, num_heads: int, seq_len: int
-) -> None:
-    """Raise ValueError where positions or heads cannot be split as this kind of attention needs them.
-
-    context, tensor: the sizes of these mesh axes.
-    """
-    if context == 1:
-        return
-    chunks = 2 if uses_zigzag(kind, zigzag) else 1  # a device
-    if seq_len % (chunks * context):
-        asked = f"mesh.context={context}" + (" in zigzag order" if chunks == 2 else "")
-        near = seq_len - seq_len % (chunks * context)
-        lengths = " or ".join(str(n) for n in (near, near + chunks * context) if n)
-        legal = [1, *(n for n in range(2, 2 * context) if seq_len % (chunks * n) == 0)]
-        raise ValueError(
-            f"data.seq_len={seq_len} does not split into {chunks * context} equal parts, as {asked} needs; "
-            f"use data.seq_len={lengths}, or a mesh.context of {', '.join(map(str, legal))}"
-        )
-    if kind == "ulysses" and num_heads % (tensor * context):
-        legal = [n for n in range(1, num_heads + 1) if num_heads % (tensor * n) == 0] or [1]
-        raise ValueError(
-            f"context.attention=ulysses cannot split model.num_heads={num_heads} over mesh.tensor={tensor} * "
-            f"mesh.context={context}; use a mesh.context of {', '.join(map(str, legal))}, a multiple of "
-            f"{tensor * context} heads, or context.attention=allgather or ring"
-        )
 
 
 def _ulysses(local: Callable[..., Array], size: int, q: Array, k: Array, v: Array, masks: Masks) -> Array:
@@ -140,11 +109,8 @@ def _gather(x: Array) -> Array:
 
 
 def zigzag_order(length: int, size: int) -> np.ndarray:
-    """[T] int32: the original index of each place; device c of `size` holds chunks c and 2*size-1-c.
-
-    Raises ValueError where 2 * size does not divide `length`.
-    """
-    check_context("ring", True, size, tensor=1, num_heads=1, seq_len=length)
+    """[T] int32: the original index of each place; device c of `size` holds chunks c and 2*size-1-c."""
+    assert length % (2 * size) == 0, (length, size)
     chunks = np.arange(length, dtype=np.int32).reshape(2 * size, -1)
     return np.stack([chunks[:size], chunks[size:][::-1]], axis=1).reshape(-1)
 
@@ -152,8 +118,7 @@ def zigzag_order(length: int, size: int) -> np.ndarray:
 def permute_batch(batch: dict[str, Array], size: int) -> dict[str, Array]:
     """Every array [B, T, ...] in zigzag order for `size` devices, and `order` [B, T], the original indices.
 
-    What a row has once, [B], stays. `size` is mesh.context; 1 changes nothing. Raises ValueError where
-    2 * size does not divide T.
+    What a row has once, [B], stays. `size` is mesh.context; 1 changes nothing.
     """
     if size == 1:
         return batch

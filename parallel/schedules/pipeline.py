@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from parallel.axes import Layout
+from parallel.config import main_segment
 from parallel.schedules.accumulate import (
     Batch,
     BatchLoss,
@@ -34,7 +35,7 @@ from parallel.schedules.accumulate import (
     batch_axes,
 )
 from parallel.schedules.split_backward import DeferredGradients, ReplayedGradients, Taps, tap_shapes
-from parallel.schedules.stage_layout import AXIS, main_segment
+from parallel.schedules.stage_layout import AXIS
 from parallel.schedules.stages import RESIDUAL, Stages
 from parallel.schedules.tables import IDLE, Schedule, TickRun, fold_runs
 

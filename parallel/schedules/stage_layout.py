@@ -16,13 +16,6 @@ from jaxtyping import Array
 AXIS = "pipeline"
 
 
-def main_segment(segments: tuple[Any, ...]) -> int:
-    """The segment that is split into stages: the one with the most layers."""
-    # The most layers, not the most parameters: ticks take as long as layers do. The first of equals, as `max`
-    # has it, so that checkpoints and rules agree on which.
-    return max(range(len(segments)), key=lambda i: segments[i].count * len(segments[i].period))
-
-
 @dataclass(frozen=True)
 class Arrangement:
     """How a stack of layers [n, ...] lies in memory for a schedule, [v, P, n/(vP), ...], and back.
@@ -37,10 +30,7 @@ class Arrangement:
     main: str  # number of the segment that is split
 
     def in_memory(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
-        """Birth certificates as their parameters lie in memory.
-
-        Raises ValueError, with the legal numbers, where the layers do not divide.
-        """
+        """Birth certificates as their parameters lie in memory."""
         return self._map(self._split_info, info, is_info)
 
     def on_disk(self, info: Any, is_info: Callable[[Any], bool]) -> Any:
@@ -102,11 +92,7 @@ class Arrangement:
 
     def _split_info(self, leaf: Any) -> Any:
         ways, layers = self.chunks * self.stages, leaf.shape[0]
-        if layers % ways:
-            by = f"mesh.pipeline={self.stages}"
-            by += f" * pipeline.virtual_stages={self.chunks}" if self.chunks > 1 else ""
-            legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-            raise ValueError(f"{layers} layers (or periods) cannot be split over {by}; use one of {legal}")
+        assert layers % ways == 0, (layers, ways)
         return dataclasses.replace(
             leaf,
             shape=(self.chunks, self.stages, layers // ways, *leaf.shape[1:]),

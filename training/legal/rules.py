@@ -8,31 +8,27 @@ B rows of a batch, M microbatches, P stages, v chunks of layers a stage holds (v
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from kernels.backends import problem as backend_problem
+from kernels.names import PROJECTIONS, dims_of
 from models.config import VOCAB_MULTIPLE, ModelConfig
-from models.spec import cut_layers, kinds_of
-from parallel.config import dcn_problem, divisors
+from models.spec import Segment, make_segments
+from parallel.config import dcn_problem, divisors, main_segment
 from training.config import inner_steps
 from training.legal.attention import wanted_attention
 from training.legal.mesh_case import MeshCase, around, remedy, values
 
+if TYPE_CHECKING:
+    from models.mixer import Dim
+
 # What an axis does is written for one logical axis and this rule.
 NEEDED_RULES = {"pipeline": "stages", "expert": "experts", "context": "length"}
-# Logical axes that meet in one tensor, so that no mesh axis may split two of them.
-TENSORS = (
-    ("stages", "layers", "embed", "heads", "head_dim"),
-    ("stages", "layers", "embed", "kv_heads", "head_dim"),
-    ("stages", "layers", "embed", "mlp"),
-    ("stages", "layers", "experts", "expert_embed", "mlp"),
-    ("vocab", "embed"),
-    ("positions", "embed"),
-    ("stages", "batch", "act_length", "act_embed"),
-    ("stages", "batch", "length", "act_heads"),
-    ("stages", "batch", "length", "act_kv_heads"),
-    ("stages", "batch", "length", "act_mlp"),
-    ("batch", "length", "act_vocab"),
-)
+Tensor = tuple[str | None, ...]
+_KEPT: dict[str, Any] = {}  # by the model's config; a process asks about few models
+# The stream between blocks, and the head's logits.
+ENDS: tuple[Tensor, ...] = (("stages", "batch", "act_length", "act_embed"), ("batch", "length", "act_vocab"))
 
 
 def broken_rule(case: MeshCase) -> str | None:
@@ -56,9 +52,12 @@ def _rules(case: MeshCase) -> str | None:
                 f"mesh.{axis}={case.sizes[axis]} needs {name} split over {axis}, and mesh.rules.{name}="
                 f"{_plain(rules.get(name, ()))}; use {plus}mesh.rules.{name}=[{axis}] or mesh.{axis}=1"
             )
-    for tensor in TENSORS:
+    if max(case.sizes.values()) == 1:
+        return None
+    _, tensors = read_model(case.config.model)
+    for tensor in tensors:
         used: dict[str, str] = {}
-        for name in tensor:
+        for name in filter(None, tensor):
             for axis in case.axes(name):
                 if axis in used:
                     return (
@@ -72,6 +71,30 @@ def _rules(case: MeshCase) -> str | None:
 
 def _plain(names: Iterable[str]) -> str:
     return f"[{','.join(names)}]"
+
+
+# -- the model ---------------------------------------------------------------------------------------------
+
+
+def read_model(model: ModelConfig) -> "tuple[tuple[Dim, ...], tuple[Tensor, ...]]":
+    """The sizes that meshes split, and the logical axes that meet in a tensor; read once for all meshes."""
+    if (key := repr(model)) not in _KEPT:
+        # Imported where a mesh is there to split it: JAX loads slowly, and what is refused for less is
+        # refused at once.
+        import jax
+
+        from models.blocks import model_dims
+        from models.transformer import build_model
+
+        sized = replace(model, vocab_size=VOCAB_MULTIPLE) if model.vocab_size == -1 else model
+        leaves = jax.tree.leaves(build_model(sized).info)
+        # Layers lie in stages where a pipeline splits them.
+        tensors = [("stages", *leaf.axes) if "layers" in leaf.axes else leaf.axes for leaf in leaves]
+        for name in dict.fromkeys(leaf.projection for leaf in leaves if leaf.projection):
+            known = PROJECTIONS[name]
+            tensors += [("stages", *dims_of(axes, 2 + len(axes))) for axes in (known.x, known.y)]
+        _KEPT[key] = model_dims(model, make_segments(model)), tuple(dict.fromkeys((*tensors, *ENDS)))
+    return _KEPT[key]
 
 
 # -- stages --------------------------------------------------------------------------------------------------
@@ -122,12 +145,14 @@ def _layers(case: MeshCase) -> str | None:
     model, p, stages = case.config.model, case.config.pipeline, case.sizes["pipeline"]
     if stages == 1 or _layers_split(case):
         return None
-    count, period = main_segment(model)
+    segment = _split_segment(model, model.num_layers)
+    count, period = segment.count, len(segment.period)
     inside = f" (its largest segment: {count} periods of {period})" if period > 1 else ""
     if period == 1 and count < model.num_layers:
         inside = f" (its largest segment: {count})"
+    dense = 0 if model.moe is None else model.moe.first_dense_layers
     chunks = f" * pipeline.virtual_stages={p.virtual_stages}" if p.virtual_stages > 1 else ""
-    numbers = around(model.num_layers, lambda n: _layers_split(case, layers=n), least=_dense(model) + 1)
+    numbers = around(model.num_layers, lambda n: _layers_split(case, layers=n), least=dense + 1)
     return (
         f"model.num_layers={model.num_layers}{inside} cannot be split over mesh.pipeline={stages}{chunks}"
         + remedy(
@@ -142,18 +167,13 @@ def _layers_split(
 ) -> bool:
     """Whether the largest segment divides into the stages' chunks."""
     ways = (stages or case.sizes["pipeline"]) * (chunks or case.config.pipeline.virtual_stages)
-    return main_segment(case.config.model, layers)[0] % ways == 0
+    model = case.config.model
+    return _split_segment(model, layers or model.num_layers).count % ways == 0
 
 
-def main_segment(model: ModelConfig, num_layers: int | None = None) -> tuple[int, int]:
-    """(repetitions, layers in a period) of the segment that a pipeline splits: the one with most layers."""
-    cut = cut_layers(kinds_of(model), num_layers or model.num_layers, _dense(model))
-    return max(((count, len(period)) for count, period in cut), key=math.prod)
-
-
-def _dense(model: ModelConfig) -> int:
-    """First layers without experts, in a model that has some; a dense model is of one kind all through."""
-    return 0 if model.moe is None else model.moe.first_dense_layers
+def _split_segment(model: ModelConfig, num_layers: int) -> Segment:
+    segments = make_segments(model, num_layers)
+    return segments[main_segment(segments)]
 
 
 # -- rows and positions --------------------------------------------------------------------------------------
@@ -251,29 +271,13 @@ def _experts(case: MeshCase) -> str | None:
 
 
 def _splits(case: MeshCase) -> str | None:
-    m = case.config.model
-    moe = m.moe
-    dims = [
-        ("model.num_heads", m.num_heads, ("heads", "act_heads")),
-        ("model.num_kv_heads", m.num_kv_heads, ("kv_heads", "act_kv_heads")),
-        ("model.d_model", m.d_model, ("embed", "act_embed")),
-        ("model.head_dim", m.head_dim, ("head_dim",)),
-    ]
-    if moe is None or moe.first_dense_layers:
-        dims.append(("model.d_ff", m.d_ff, ("mlp", "act_mlp")))
-    if moe is not None:
-        dims.append(("model.moe.num_experts", moe.num_experts, ("experts",)))
-        dims.append(("model.moe.d_expert", moe.d_expert, ("mlp", "act_mlp")))
-        dims.append(("model.d_model", m.d_model, ("expert_embed",)))
-    if m.mla is not None:
-        dims.append(("model.mla.kv_lora_rank", m.mla.kv_lora_rank, ("embed",)))
-        dims.append(("model.mla.q_lora_rank", m.mla.q_lora_rank or m.d_model, ("embed",)))
-    if m.position == "learned":
-        dims.append(("model.max_seq_len", m.max_seq_len, ("positions",)))
-    for key, size, names in dims:
-        for name in names:
-            if not _divides(key, size, case.ways(name)):
-                return _no_split(case, key, size, name)
+    if max(case.sizes.values()) == 1:
+        return None
+    dims, _ = read_model(case.config.model)
+    for dim in dims:
+        for name in dim.axes:
+            if not _divides(dim.key, dim.size, case.ways(name)):
+                return _no_split(case, dim.key, dim.size, name)
     return None
 
 
