@@ -77,6 +77,11 @@ PROJECTIONS = {
     "latent_q": Projection(y=("act_heads", None)),  # and up from them
     "latent_kv": Projection(y=("act_heads", None)),
     "latent_rope": Projection(),
+    "gate": Projection(y=("act_heads", None)),  # of attention's output
+    "delta_qk": Projection(y=("act_heads", None)),  # the gated delta rule: queries and keys
+    "delta_v": Projection(y=("act_heads", None)),
+    "delta_z": Projection(y=("act_heads", None)),  # the gate of its output
+    "delta_ba": Projection(y=("act_heads",)),  # how much is written, and how much is left
     "further": Projection(),  # multi-token prediction: stream and embedding to one stream
 }
 

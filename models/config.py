@@ -82,6 +82,30 @@ class MLAConfig:
 
 
 @dataclass
+class DeltaConfig:
+    """The gated delta rule (Gated DeltaNet, arXiv:2412.06464), of `gated_delta` layers."""
+
+    num_key_heads: int = 16  # query and key heads
+    num_value_heads: int = 32  # states; a multiple of num_key_heads
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+    conv_width: int = 4  # tokens that the short convolution sees, itself included
+    chunk: int = 64  # positions that training computes at once; a power of two
+
+    def __post_init__(self) -> None:
+        for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_width"):
+            _check_count(f"model.delta.{key}", getattr(self, key))
+        keys, values, chunk = self.num_key_heads, self.num_value_heads, self.chunk
+        if values % keys:
+            fits = [n for n in range(1, values + 1) if values % n == 0]
+            raise ValueError(
+                f"model.delta.num_key_heads={keys} must divide model.delta.num_value_heads={values}; "
+                f"use one of {fits}"
+            )
+        require(chunk >= 1 and chunk & (chunk - 1) == 0, "model.delta.chunk", chunk, "a power of two; use 64")
+
+
+@dataclass
 class RopeScaling:
     """Rotary positions stretched over texts `factor` times as long as the `original_length` before."""
 
@@ -148,6 +172,7 @@ class ModelConfig:
     position: str = "rope"  # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotation frequencies
     rope_local_theta: float | None = None  # Gemma 3: of local layers, which are then not scaled either
+    rope_fraction: float = 1.0  # the first share of a head that rotates; Qwen3-Next: 0.25
     rope_scaling: RopeScaling | None = None  # stretched over longer texts; null: as trained
     activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
     window: int | None = None  # positions a local layer sees, itself included
@@ -155,6 +180,7 @@ class ModelConfig:
     mixer_pattern: list[str] | None = None  # the repeating order of token mixers; null: attention throughout
     attention_softcap: float | None = None  # Gemma 2: 50, on attention scores
     logit_softcap: float | None = None  # Gemma 2: 30, on logits
+    output_gate: bool = False  # Qwen3-Next: attention's output times the sigmoid of a further projection
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embed_scale: bool = False  # Gemma: embeddings times sqrt(d_model)
     tie_embeddings: bool = True  # the head is the embedding table
@@ -162,6 +188,7 @@ class ModelConfig:
     init_std: float = 0.02  # spread of what no other rule covers
     moe: MoEConfig | None = None  # a mixture of experts instead of one feed-forward; null: dense
     mla: MLAConfig | None = None  # latent attention instead of grouped heads; null: grouped heads
+    delta: DeltaConfig | None = None  # sizes of the gated delta rule; null: no layer has it
     mtp: MTPConfig | None = None  # DeepSeek-V3: predict further tokens as well; null: the next one alone
 
     def __post_init__(self) -> None:
@@ -198,6 +225,12 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError(
             f"model.head_dim={config.head_dim} must be even for model.position=rope; "
             f"use {config.head_dim + 1}"
+        )
+    rotated = config.head_dim * config.rope_fraction
+    if config.position == "rope" and (not 0 < config.rope_fraction <= 1 or rotated % 2):
+        raise ValueError(
+            f"model.rope_fraction={config.rope_fraction} of model.head_dim={config.head_dim} must be an even "
+            "number of elements, at most all; use 1.0"
         )
     if "local" in config.window_pattern and config.window is None:
         raise ValueError(
@@ -288,7 +321,8 @@ def _check_parts(config: ModelConfig) -> None:
             f"model.num_kv_heads={config.num_kv_heads} must be model.num_heads={config.num_heads}: "
             "with model.mla each head has keys of its own"
         )
-    for key, wanted in (("position", "rope"), ("qk_norm", False), ("qkv_bias", False), ("bias", False)):
+    plain = {"position": "rope", "qk_norm": False, "qkv_bias": False, "bias": False}
+    for key, wanted in (plain | {"rope_fraction": 1.0, "output_gate": False}).items():
         value = getattr(config, key)
         if value != wanted:
             raise ValueError(
@@ -321,8 +355,11 @@ def _check_choices(config: ModelConfig) -> None:
         choice("model.mixer_pattern", name, MIXERS)
     if config.mixer_pattern is not None and not config.mixer_pattern:
         raise ValueError(f"model.mixer_pattern=[] must list at least one of {', '.join(MIXERS)}, or be null")
-    if "latent" in config.mixers and config.mla is None:
-        raise ValueError("model.mixer_pattern has latent layers but model.mla=null; give model.mla its sizes")
+    for name, group in (("latent", "mla"), ("gated_delta", "delta")):
+        if name in config.mixers and getattr(config, group) is None:
+            raise ValueError(
+                f"model.mixer_pattern has {name} layers but model.{group}=null; give model.{group} its sizes"
+            )
 
 
 SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")

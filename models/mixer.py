@@ -9,7 +9,7 @@ B batch, T query position, D model.
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,15 +56,20 @@ class CacheArray:
 class Activations:
     """Numbers a token of what a mixer holds at once, over all of its heads.
 
-    queries: of the queries, and of the output, which `act_heads` split. keys_values: of both, which
-    `act_kv_heads` split. statistics: float32, that the kernel keeps for its backward pass. squares: heads
-    with a score for each pair of positions, where the backend makes them.
+    queries, keys_values: what goes into the mixing, which `act_heads` and `act_kv_heads` split; all else is
+    split by `act_heads`. output: what the kernel's backward pass needs of its output, so that no pass of
+    it is made again. products: of projections, that remat=dots keeps. statistics: float32, beside the
+    output. squares: heads with a score for each pair of positions, where the backend makes them. inside:
+    float32, of a layer that goes backward.
     """
 
     queries: float
     keys_values: float
+    output: float
+    products: float
     statistics: float = 0.0
     squares: int = 0
+    inside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class Dim:
 
 class Mixer(nnx.Module):
     """A token mixer: parameters as any module, and four questions that it answers from the config alone."""
+
+    # Whether a row's positions have to lie on one device: then mesh.context cannot split them.
+    whole_rows: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         raise NotImplementedError

@@ -71,14 +71,13 @@ def kept_by_a_layer(sizes: Sizes) -> float:
     m = s.config.model
     if policy == "none":
         inside = NONE_WIDE * s.wide + NONE_STREAM * s.stream
-        return inside + s.mixer.scores
-    output = s.mixer.queries + s.mixer.statistics
+        return inside + s.mixer.scores + s.mixer.inside
+    output = s.mixer.output + s.mixer.statistics
     if policy == "offload":
         return s.stream + output
-    projections = s.mixer.queries + s.mixer.keys_values
     if policy == "attention":
-        return s.stream + output + projections
-    return s.stream + output + projections + (s.gates * s.wide if m.moe is None else 0.0)
+        return s.stream + output + s.mixer.queries + s.mixer.keys_values
+    return s.stream + output + s.mixer.products + (s.gates * s.wide if m.moe is None else 0.0)
 
 
 def kept(sizes: Sizes) -> float:
@@ -89,7 +88,7 @@ def kept(sizes: Sizes) -> float:
         return layers
     taps = 0.0
     if schedule.split:
-        each = sizes.gates * sizes.wide + 2 * sizes.stream + sizes.mixer.queries + sizes.mixer.keys_values
+        each = sizes.gates * sizes.wide + 2 * sizes.stream + sizes.mixer.products
         taps = TAPS * schedule.weight_slots[2] * sizes.layers * each
     return 2 * layers / schedule.chunks + schedule.peak_inputs * sizes.stream + taps
 

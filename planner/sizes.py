@@ -161,15 +161,18 @@ def state_bytes(config: Config, model: Model, layout: Layout) -> tuple[int, int]
 class MixerSizes:
     """Bytes of what a layer's mixer holds of a microbatch's tokens on one device.
 
-    queries, keys_values: in the compute dtype. statistics: float32, of a softmax with as many places as a row
-    may hold documents where cuDNN computes it. scores: float32, of each pair of positions, where they are
-    made.
+    What `models.mixer.Activations` counts: queries, keys_values, output, products in the compute dtype, the
+    rest in float32. statistics: of a softmax with as many places as a row may hold documents where cuDNN
+    computes it. scores: of each pair of positions, where they are made.
     """
 
     queries: float
     keys_values: float
+    output: float
+    products: float
     statistics: float
     scores: float
+    inside: float
 
 
 @dataclass(frozen=True)
@@ -273,18 +276,22 @@ def mixers_of(
     places = documents_of(config) if attention == "cudnn" else 1
     # Scores of all pairs, or of a block of queries with all keys.
     block = min(QUERY_BLOCK, length) if attention == "chunked" else length / layout.mesh.shape["context"]
-    pairs = tokens * block * layout.mesh.shape["context"] if attention in SQUARE else 0.0
+    pairs = block * layout.mesh.shape["context"] if attention in SQUARE else 0
     found = []
     for segment in model.segments:
         for spec in segment.period * segment.count:
             a = mixer(spec.mixer).activations(m)
-            repeated = a.keys_values * kv_repeats(m.num_kv_heads, layout)
+            more = (kv_repeats(m.num_kv_heads, layout) / keys - 1 / heads) * a.keys_values
             sizes = (
                 itemsize * a.queries / heads,
-                itemsize * repeated / keys,
+                itemsize * (a.keys_values / heads + more),
+                itemsize * a.output / heads,
+                itemsize * (a.products / heads + more),
                 4 * a.statistics * places / heads,
+                4 * a.squares / heads * pairs,
+                4 * a.inside / heads,
             )
-            found.append((*(tokens * size for size in sizes), 4 * pairs * a.squares / heads))
+            found.append(tuple(tokens * size for size in sizes))
     return found
 
 

@@ -4,6 +4,9 @@ B batch, T query position, S key position, D model, N query heads, K key/value h
 the two of a fused pair (key and value).
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -28,9 +31,15 @@ class Attention(Mixer):
         self.config = config
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         init = normal(config.init_std)
-        self.q = param(
-            rngs, (D, N, H), ("embed", "heads", "head_dim"), init, project="q", reduction=(0,), output=(1, 2)
+        # As wide as the queries; named apart, so that each may be kept in full precision by itself.
+        query = partial(
+            param,
+            *(rngs, (D, N, H), ("embed", "heads", "head_dim"), init),
+            reduction=(0,),
+            output=(1, 2),
         )
+        self.q = query(project="q")
+        self.gate = query(project="gate") if config.output_gate else None
         # Fused, but the pair keeps a dim of its own: splitting a sharded flat [D, 2KH] costs permutes.
         kv_axes = (None, "kv_heads", "head_dim")
         self.kv = param(
@@ -68,6 +77,10 @@ class Attention(Mixer):
         # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
         q, k, v = name_inputs(q, k, v)
         mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
+        if self.gate is not None:
+            # A head may say nothing at a position, which a softmax alone cannot.
+            gate = ops.constrain(ops.project("gate", "BTD,DNH->BTNH", x, self.gate[...]), HEADS)
+            mixed = mixed * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(mixed.dtype)
         out = ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...])
         return add_bias(out, self.o_bias), cache
 
@@ -91,9 +104,27 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
-            frequencies, amplitude = rope_frequencies(self.config, spec)
-            q, k = rotate((q, k), positions, frequencies, amplitude, ops.materialize)
+            q, k = self.rotate(q, k, positions, spec, ops)
         return q, k, v
+
+    def rotate(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+        spec: LayerSpec,
+        ops: Ops,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+        """Queries and keys with the first share of each head turned by its position."""
+        turning = round(self.config.head_dim * self.config.rope_fraction)
+        frequencies, amplitude = rope_frequencies(self.config, spec, turning)
+        if turning == self.config.head_dim:
+            q, k = rotate((q, k), positions, frequencies, amplitude, ops.materialize)
+            return q, k
+        parts = (q[..., :turning], k[..., :turning])
+        q_first, k_first = rotate(parts, positions, frequencies, amplitude, ops.materialize)
+        q = jnp.concatenate([q_first, q[..., turning:]], axis=-1)
+        return q, jnp.concatenate([k_first, k[..., turning:]], axis=-1)
 
     @staticmethod
     def cache_arrays(config: ModelConfig, spec: LayerSpec, length: int) -> dict[str, CacheArray]:
@@ -132,7 +163,9 @@ def attention_flops(sizes: int, config: ModelConfig, spec: LayerSpec, seq_len: i
 def attention_activations(config: ModelConfig, value_dim: int) -> Activations:
     """Of attention with these values: queries and output have the mean of both sizes."""
     both, heads = config.head_dim + value_dim, config.num_heads
-    return Activations(heads * both / 2, config.num_kv_heads * both, statistics=heads, squares=heads)
+    queries, keys_values = heads * both / 2, config.num_kv_heads * both
+    products = queries + keys_values + (queries if config.output_gate else 0)
+    return Activations(queries, keys_values, queries, products, statistics=heads, squares=heads)
 
 
 def attention_dims(config: ModelConfig) -> tuple[Dim, ...]:

@@ -258,6 +258,20 @@ def _ulysses(case: MeshCase) -> str | None:
     )
 
 
+def _whole_rows(case: MeshCase) -> str | None:
+    if case.sizes["context"] == 1:
+        return None
+    from models.mixer import mixer
+
+    for name in dict.fromkeys(case.config.model.mixers):
+        if mixer(name).whole_rows:
+            return (
+                f"mesh.context={case.sizes['context']} splits rows, but {name} layers (model.mixer_pattern) "
+                "go through them from the first position to the last; use mesh.context=1"
+            )
+    return None
+
+
 # -- tensors -------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +369,7 @@ RULES = (
     _layers,
     _batch,
     _length,
+    _whole_rows,
     _ulysses,
     _kernel,
     _splits,
