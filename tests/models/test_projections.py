@@ -18,8 +18,9 @@ from models.transformer import build_model
 from parallel.axes import Layout
 from tests.models.decoders import FAMILIES, family, make_batch
 from tests.models.mixtures import MIXTURES
+from tests.models.test_gated_delta import HYBRID
 
-MODELS = FAMILIES | MIXTURES
+MODELS = FAMILIES | MIXTURES | {"hybrid": family(**HYBRID)}
 
 
 def called(model):

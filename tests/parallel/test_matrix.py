@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from models.config import MoEConfig
+from models.config import DeltaConfig, MoEConfig
 from tests.parallel import small
 from training.legal.nearest import legal
 
@@ -27,6 +27,15 @@ MODELS: dict[str, dict[str, Any]] = {
             load_balance_weight=0.01,
             router_z_weight=0.001,
         )
+    },
+    # The gated delta rule beside attention, experts in both; no context, which it cannot split.
+    "hybrid": {
+        "num_layers": 8,
+        "mixer_pattern": ["gated_delta", "attention"],
+        "delta": DeltaConfig(8, 16, 8, 4, chunk=8),
+        "output_gate": True,
+        "rope_fraction": 0.5,
+        "moe": MoEConfig(num_experts=8, experts_per_token=2, d_expert=32),
     },
 }
 SEQUENCE = {"act_length": ["context", "tensor"]}
@@ -50,7 +59,8 @@ class Case:
 
 
 def axes(model: str) -> tuple[str, ...]:
-    return DENSE_AXES if model == "dense" else (*DENSE_AXES, "expert")
+    names = DENSE_AXES if model == "dense" else (*DENSE_AXES, "expert")
+    return tuple(name for name in names if model != "hybrid" or name != "context")
 
 
 def all_cases() -> list[Case]:
@@ -64,7 +74,10 @@ def all_cases() -> list[Case]:
     cases += [Case("moe", {"pipeline": 2, "expert": 2, "tensor": 2}, {"pipeline": INTERLEAVED})]
     cases += [Case("moe", {"pipeline": 2, "fsdp": 2, "expert": 2}, {"pipeline": {"schedule": "zero_bubble"}})]
     cases += [Case(model, mesh, {"context": how}) for model, mesh, how in CONTEXTS]
-    cases += [Case(model, mesh, {"rules": SEQUENCE}) for model in MODELS for mesh in SEQUENCE_MESHES]
+    cases += [
+        Case(model, mesh, {"rules": SEQUENCE}) for model in ("dense", "moe") for mesh in SEQUENCE_MESHES
+    ]
+    cases += [Case("hybrid", mesh, {"pipeline": how}) for mesh, how in HYBRIDS]
     cases += [Case("moe", {"data": 2, "expert": 4}, {"dispatch": "capacity"})]
     cases += [Case("moe", {"expert": 2, "context": 2, "pipeline": 2}, {"dispatch": "capacity"})]
     return cases
@@ -88,7 +101,19 @@ TRIPLES = {
         ("data", "expert", "context"),
         ("replica", "expert", "tensor"),
     ],
+    "hybrid": [
+        ("pipeline", "fsdp", "tensor"),
+        ("pipeline", "fsdp", "expert"),
+        ("pipeline", "expert", "tensor"),
+        ("data", "fsdp", "tensor"),
+        ("fsdp", "expert", "tensor"),
+        ("replica", "fsdp", "tensor"),
+    ],
 }
+HYBRIDS = [
+    ({"pipeline": 2, "fsdp": 2}, {"schedule": "zero_bubble"}),
+    ({"pipeline": 2, "tensor": 2}, {"schedule": "interleaved_1f1b", "virtual_stages": 2}),
+]
 INTERLEAVED = {"schedule": "interleaved_1f1b", "virtual_stages": 2}
 SCHEDULES = [
     ({"pipeline": 4, "data": 2}, {"schedule": "gpipe"}),
@@ -116,6 +141,7 @@ SAMPLE = {
     "dense-pipeline4-fsdp2-zero_bubble",
     "dense-fsdp2-tensor4-['context','tensor']",
     "moe-pipeline2-expert2-tensor2",
+    "hybrid-fsdp2-expert2-tensor2",
 }
 
 

@@ -14,22 +14,23 @@ from jax.sharding import AbstractMesh
 from common.checks import ConfigError
 from configs.groups import options
 from kernels.names import LOGICAL_AXES
-from models.config import MLAConfig, MoEConfig
+from models.config import DeltaConfig, MLAConfig, MoEConfig
 from models.transformer import build_model
 from parallel.axes import Layout
 from parallel.config import MESH_AXES, main_segment
 from parallel.schedules.stage_layout import Arrangement
 from parallel.schedules.tables import check_schedule
 from tests.configs.composing import config
-from tests.models.decoders import FAMILIES
+from tests.models.decoders import FAMILIES, family
 from tests.models.mixtures import MIXTURES
+from tests.models.test_gated_delta import HYBRID
 from training.config import LocalSGDConfig
 from training.legal.check import check, mesh_sizes
 from training.legal.nearest import legal, nearest_meshes, overrides, refusal
 from training.legal.rules import read_model
 from training.state import is_info
 
-MODELS = FAMILIES | MIXTURES
+MODELS = FAMILIES | MIXTURES | {"hybrid": family(**HYBRID)}
 SHAPE = {
     "model.vocab_size": 512,
     "model.num_layers": 8,
@@ -191,6 +192,23 @@ ILLEGAL = {
             "mesh.rules.act_length": ["context", "tensor"],
         },
         ["data.seq_len=36", "8 equal parts", "mesh.context=2 * mesh.tensor=4", "data.seq_len=32, 40"],
+    ),
+    "rows that a recurrence goes through": (
+        {
+            "mesh.context": 2,
+            "mesh.data": 4,
+            "model.delta": DeltaConfig(4, 4, 8, 8),
+            "model.mixer_pattern": ["gated_delta", "attention"],
+        },
+        ["mesh.context=2 splits rows, but gated_delta layers", "use mesh.context=1"],
+    ),
+    "heads of the delta rule": (
+        {
+            "mesh.tensor": 8,
+            "model.delta": DeltaConfig(4, 8, 8, 8),
+            "model.mixer_pattern": ["gated_delta", "attention"],
+        },
+        ["model.delta.num_key_heads=4 cannot be split over mesh.tensor=8", "use mesh.tensor=1, 2, 4"],
     ),
     "experts of a dense model": (
         {"mesh.expert": 2, "mesh.fsdp": 4},
