@@ -88,7 +88,10 @@ class GatedDelta(Mixer):
         state = None if cache is None else cache["state"]
         out, state = delta_rule(q, k, v, beta, g, segments, state, chunk=self.delta.chunk)
         out = self.gate(ops.constrain(out, ("batch", "length", "act_heads", None)), x, ops)
-        cache = None if cache is None else {"state": state, **filled}
+        if cache is not None:
+            arrays, new = self.cache_arrays(self.config, spec, 0), {"state": state, **filled}
+            # As they were, whatever the batch is computed in: a loop over tokens hands them on.
+            cache = {n: arrays[n].placed(x.astype(cache[n].dtype), ops) for n, x in new.items()}
         return ops.project("o", "BTNH,NHD->BTD", out, self.o[...]), cache
 
     def project(
