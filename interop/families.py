@@ -1,0 +1,199 @@
+"""What parameters are called in files of Hugging Face's layout, a line each; a family is a list of such lines.
+
+Sources: the modeling files of transformers, whose names these are. Weights are `[out, in]` there unless said.
+Rules for parameters that a model does not have are not used, so that a family's table may hold all variants.
+"""
+
+from models.config import ModelConfig
+from interop.rules import Rule as R
+
+Rules = list[R]
+LAYER = "model.layers.{n}."
+ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
+Names = tuple[str, str]
+
+TOP = [
+    R("embed/table", "model.embed_tokens.weight", "V D -> V D"),
+    R("head/table", "lm_head.weight", "V D -> V D"),
+    *(R(f"final_norm/{ours}", f"model.norm.{theirs}", "D -> D") for ours, theirs in (("scale", "weight"), ("bias", "bias"))),
+]
+FURTHER = [  # layers behind the last one predict further tokens (DeepSeek-V3)
+    R("mtp/hidden_norm/scale", LAYER + "hnorm.weight", "D -> D"),
+    R("mtp/embed_norm/scale", LAYER + "enorm.weight", "D -> D"),
+    R("mtp/final_norm/scale", LAYER + "shared_head.norm.weight", "D -> D"),
+    # The embedding's half comes first there, the stream's here.
+    R("mtp/project", LAYER + "eh_proj.weight", "M (C D) -> C D M", part=("C", 1, 2, 2), at=0),
+    R("mtp/project", LAYER + "eh_proj.weight", "M (C D) -> C D M", part=("C", 0, 1, 2), at=1),
+]
+
+
+def norms(attention: str, mlp: str, after: Names | None = None) -> Rules:
+    """The norms of a layer: before its halves, and behind them."""
+    names = {"attention_norm": attention, "mlp_norm": mlp}
+    if after is not None:
+        names |= {"attention_post_norm": after[0], "mlp_post_norm": after[1]}
+    kinds = (("scale", "weight"), ("bias", "bias"))
+    return [R(f"{o}/{kind}", f"{LAYER}{t}.{k}", "D -> D") for o, t in names.items() for kind, k in kinds]
+
+
+def attention(pairs: int | None = None, prefix: str = ATTENTION) -> Rules:
+    """Projections apart, with what biases and norms there are. pairs: rotated columns side by side, from 0."""
+    k, v = prefix + "k_proj", prefix + "v_proj"
+    return [
+        R("attention/q", prefix + "q_proj.weight", "(N H) D -> D N H", pairs=pairs),
+        R("attention/kv", k + ".weight", "(K H) D -> D C K H", pairs=pairs, at=0),
+        R("attention/kv", v + ".weight", "(K H) D -> D C K H", at=1),
+        R("attention/o", prefix + "o_proj.weight", "D (N H) -> N H D"),
+        R("attention/q_bias", prefix + "q_proj.bias", "(N H) -> N H", pairs=pairs),
+        R("attention/kv_bias", k + ".bias", "(K H) -> C K H", pairs=pairs, at=0),
+        R("attention/kv_bias", v + ".bias", "(K H) -> C K H", at=1),
+        R("attention/o_bias", prefix + "o_proj.bias", "D -> D"),
+        R("attention/q_norm/scale", prefix + "q_norm.weight", "H -> H"),
+        R("attention/k_norm/scale", prefix + "k_norm.weight", "H -> H"),
+    ]
+
+
+def gated(prefix: str = MLP, ours: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Rules:
+    """A feed-forward with a gate, the gate first."""
+    gate, up, down = (prefix + name for name in names)
+    return [
+        R(f"{ours}/up", (gate + ".weight", up + ".weight"), "F D -> D C F"),
+        R(f"{ours}/down", down + ".weight", "D F -> F D"),
+        R(f"{ours}/up_bias", (gate + ".bias", up + ".bias"), "F -> C F"),
+        R(f"{ours}/down_bias", down + ".bias", "D -> D"),
+    ]
+
+
+def plain(up: str, down: str) -> Rules:
+    """A feed-forward without a gate."""
+    return [
+        R("mlp/up", f"{MLP}{up}.weight", "F D -> D F"),
+        R("mlp/down", f"{MLP}{down}.weight", "D F -> F D"),
+        R("mlp/up_bias", f"{MLP}{up}.bias", "F -> F"),
+        R("mlp/down_bias", f"{MLP}{down}.bias", "D -> D"),
+    ]
+
+
+def experts(prefix: str = MLP, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Rules:
+    """Experts in files of their own, the router, its bias, and shared experts as one feed-forward."""
+    gate, up, down = (f"{prefix}experts.{{e}}.{name}.weight" for name in names)
+    return [
+        R("mlp/experts/router", prefix + "gate.weight", "E D -> D E"),
+        R("mlp/experts/up", (gate, up), "F D -> E D C F"),
+        R("mlp/experts/down", down, "D F -> E F D"),
+        R("mlp/experts/bias", prefix + "gate.e_score_correction_bias", "E -> E"),
+        *gated(prefix + "shared_experts.", "mlp/shared"),
+    ]
+
+
+def latent(config: ModelConfig) -> Rules:
+    """Latent attention (DeepSeek-V2); rotated columns are pairs there, and keys and values share arrays."""
+    if config.mla is None:
+        return []
+    nope, rope, v, rank = (
+        config.mla.qk_nope_head_dim,
+        config.mla.qk_rope_head_dim,
+        config.mla.v_head_dim,
+        config.mla.kv_lora_rank,
+    )
+    down, up = ATTENTION + "kv_a_proj_with_mqa.weight", ATTENTION + "kv_b_proj.weight"
+    queries = "q_proj" if config.mla.q_lora_rank is None else "q_b_proj"
+    return [
+        R("attention/q_down", ATTENTION + "q_a_proj.weight", "Q D -> D Q"),
+        R("attention/q_norm/scale", ATTENTION + "q_a_layernorm.weight", "Q -> Q"),
+        R("attention/q", f"{ATTENTION}{queries}.weight", "(N H) Q -> Q N H", pairs=nope),
+        R("attention/kv_down", down, "X D -> D X", part=("X", 0, rank, rank + rope)),
+        R("attention/k_rope", down, "X D -> D X", part=("X", rank, rank + rope, rank + rope), pairs=0),
+        R("attention/kv_norm/scale", ATTENTION + "kv_a_layernorm.weight", "R -> R"),
+        R("attention/k", up, "(N X) R -> R N X", part=("X", 0, nope, nope + v)),
+        R("attention/v", up, "(N X) R -> R N X", part=("X", nope, nope + v, nope + v)),
+        R("attention/o", ATTENTION + "o_proj.weight", "D (N H) -> N H D"),
+    ]
+
+
+def fused(config: ModelConfig) -> Rules:
+    """Phi-3: queries, keys and values below each other in one array, gate and up in another."""
+    N, K = config.num_heads, config.num_kv_heads
+    name, every = ATTENTION + "qkv_proj.weight", N + 2 * K
+    return [
+        R("attention/q", name, "(N H) D -> D N H", part=("N", 0, N, every)),
+        R("attention/kv", name, "(K H) D -> D C K H", part=("K", N, N + K, every), at=0),
+        R("attention/kv", name, "(K H) D -> D C K H", part=("K", N + K, every, every), at=1),
+        R("attention/o", ATTENTION + "o_proj.weight", "D (N H) -> N H D"),
+        R("mlp/up", MLP + "gate_up_proj.weight", "(C F) D -> D C F"),
+        R("mlp/down", MLP + "down_proj.weight", "D F -> F D"),
+    ]
+
+
+def gpt2(config: ModelConfig) -> Rules:
+    """GPT-2: weights are [in, out] there, and queries, keys and values one array."""
+    h, N = "transformer.h.{n}.", config.num_heads
+    kinds = (("scale", "weight"), ("bias", "bias"))
+    halves = (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
+    return [
+        R("embed/table", "transformer.wte.weight", "V D -> V D"),
+        R("embed/positions", "transformer.wpe.weight", "T D -> T D"),
+        *(R(f"final_norm/{ours}", f"transformer.ln_f.{theirs}", "D -> D") for ours, theirs in kinds),
+        *(R(f"{o}/{kind}", f"{h}{t}.{k}", "D -> D") for o, t in halves for kind, k in kinds),
+        R("attention/q", h + "attn.c_attn.weight", "D (C N H) -> D N H", part=("C", 0, 1, 3)),
+        R("attention/kv", h + "attn.c_attn.weight", "D (C K H) -> D C K H", part=("C", 1, 3, 3)),
+        R("attention/q_bias", h + "attn.c_attn.bias", "(C N H) -> N H", part=("C", 0, 1, 3)),
+        R("attention/kv_bias", h + "attn.c_attn.bias", "(C K H) -> C K H", part=("C", 1, 3, 3)),
+        R("attention/o", h + "attn.c_proj.weight", "(N H) D -> N H D"),
+        R("attention/o_bias", h + "attn.c_proj.bias", "D -> D"),
+        R("mlp/up", h + "mlp.c_fc.weight", "D F -> D F"),
+        R("mlp/up_bias", h + "mlp.c_fc.bias", "F -> F"),
+        R("mlp/down", h + "mlp.c_proj.weight", "F D -> F D"),
+        R("mlp/down_bias", h + "mlp.c_proj.bias", "D -> D"),
+    ]
+
+
+def llama(config: ModelConfig) -> Rules:
+    """Llama and whoever has its names: Mistral, Qwen 2 and 3, SmolLM 2, Seed-OSS, Granite."""
+    return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *attention(), *gated()]
+
+
+def gemma2(config: ModelConfig) -> Rules:
+    """Gemma 2 and 3: norms on both sides of each half."""
+    after = ("post_attention_layernorm", "post_feedforward_layernorm")
+    before = norms("input_layernorm", "pre_feedforward_layernorm", after)
+    return [*TOP, *before, *attention(), *gated()]
+
+
+def mixtral(config: ModelConfig) -> Rules:
+    """Mixtral: Llama with experts that are called by number."""
+    inside = experts(LAYER + "block_sparse_moe.", ("w1", "w3", "w2"))
+    return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *attention(), *inside]
+
+
+def qwen3_moe(config: ModelConfig) -> Rules:
+    """Qwen 3's and dots.llm1's experts in a Llama with q/k norms; the first layers may be dense."""
+    return [*llama(config), *experts()]
+
+
+def deepseek(config: ModelConfig) -> Rules:
+    """DeepSeek-V2 and V3, Kimi K2: latent attention, dense layers first, then experts."""
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *FURTHER, *halves, *latent(config), *gated(), *experts()]
+
+
+def starcoder2(config: ModelConfig) -> Rules:
+    """StarCoder 2: LayerNorm and biases everywhere."""
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *halves, *attention(), *plain("c_fc", "c_proj")]
+
+
+def arcee(config: ModelConfig) -> Rules:
+    """Arcee AFM: a squared ReLU without a gate."""
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *halves, *attention(), *plain("up_proj", "down_proj")]
+
+
+def ernie(config: ModelConfig) -> Rules:
+    """ERNIE 4.5: a Llama whose rotated columns are pairs."""
+    return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *attention(pairs=0), *gated()]
+
+
+def phi3(config: ModelConfig) -> Rules:
+    """Phi-3 and Phi-4: fused arrays."""
+    return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *fused(config)]

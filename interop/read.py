@@ -1,0 +1,152 @@
+"""A directory of Hugging Face's layout as a model's parameters, straight onto the devices that own them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.configs import Family, read_config
+from interop.rules import Slot, read, slots, their_shape
+from interop.safetensors import Tensors
+from models.config import ModelConfig
+from models.transformer import Model, build_model
+
+# Arrays that files carry and no model needs: tables of rotations, and masks.
+IDLE = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
+PREFIXES = ("", "model.", "transformer.", "language_model.", "model.language_model.")
+
+
+class Published:
+    """Weights in a directory with a config.json, whatever made them."""
+
+    def __init__(self, path: Path):
+        """Raises ValueError for what is no such directory, or is of a kind that is not supported."""
+        self.path = path
+        try:
+            values = json.loads((path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / 'config.json'} cannot be read ({error}); fetch it again") from error
+        self.values: Mapping[str, Any] = values
+        self.config: ModelConfig
+        self.family: Family
+        self.config, self.family = read_config(values)
+        self.tensors = Tensors(path)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's manifest keeps of where it began: each file's bytes, and the digest of their tables."""
+        files = sorted({entry[0] for entry in self.tensors.entries.values()})
+        table = json.dumps({name: [str(e[1]), e[2], e[3]] for name, e in self.tensors.entries.items()})
+        digest = hashlib.sha256((json.dumps(self.values, sort_keys=True) + table).encode()).hexdigest()
+        sizes = {file.name: file.stat().st_size for file in files}
+        return {"path": str(self.path), "format": "hf", "files": sizes, "digest": digest}
+
+    def slots(self, model: Model) -> list[Slot]:
+        """All that fills the model's parameters, checked against what is there before any is read.
+
+        Raises ValueError where an array is missing, has another shape, or is there and would not be used.
+        """
+        found = list(slots(model, self.family.rules(model.config)))
+        used = set(self._copies(model))
+        for slot in found:
+            for source in slot.sources:
+                name = self.named(source.name)
+                there, wanted = self.tensors.entries[name][2], their_shape(source, slot.shape)
+                if there != wanted:
+                    raise ValueError(f"{self.path}: {name} is {list(there)}, and this model's is {list(wanted)}")
+                used.add(name)
+        unused = sorted(name for name in self.tensors if name not in used and not IDLE.search(name))
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            raise ValueError(f"{self.path}: {unused[0]}{more} is not part of this model; is it another one's?")
+        return found
+
+    def named(self, name: str) -> str:
+        """The name by which the files have this array: some leave the outermost module's out, or add one."""
+        bare = re.sub(r"^(model|transformer)\.", "", name)
+        for prefix in PREFIXES:
+            for inner in (name, bare):
+                if prefix + inner in self.tensors.entries:
+                    return prefix + inner
+        raise ValueError(f"{self.path}: {name} is missing; fetch the files again")
+
+    def _copies(self, model: Model) -> set[str]:
+        """Names of arrays that are copies of others: they must be, and are not read."""
+        copies = {}
+        if model.config.tie_embeddings and "lm_head.weight" in self.tensors.entries:
+            copies["lm_head.weight"] = self.named("model.embed_tokens.weight")
+        for depth in range(model.config.mtp_depth):
+            layer = f"model.layers.{model.config.num_layers + depth}."
+            copies[layer + "embed_tokens.weight"] = self.named("model.embed_tokens.weight")
+            copies[layer + "shared_head.head.weight"] = self.named("lm_head.weight")
+        for copy, original in copies.items():
+            if copy in self.tensors.entries and not np.array_equal(self.tensors[copy], self.tensors[original]):
+                raise ValueError(f"{self.path}: {copy} differs from {original}, which it must be a copy of")
+        return {name for name in copies if name in self.tensors.entries}
+
+    def weights(self, abstract: Any, model: Model | None = None) -> Any:
+        """Parameters as `abstract` (shapes, dtypes, shardings; layers stacked [count, ...]) says.
+
+        Layer by layer: each device's slice of one layer is read, put, and written into a donated stack, so
+        that a host holds one layer of one parameter beside its arrays.
+        """
+        model = model or build_model(self.config)
+        by_path: dict[tuple[str, ...], list[Slot]] = {}
+        for slot in self.slots(model):
+            by_path.setdefault(slot.path, []).append(slot)
+
+        def leaf(path: Any, like: Any) -> Any:
+            found = by_path[tuple(entry.key for entry in path)]
+            if found[0].row is None:
+                return self._array(found[0], like.shape, like.sharding, like.dtype)
+            return self._stack(found, like)
+
+        return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+    def _array(self, slot: Slot, shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
+        def get(name: str) -> np.ndarray:
+            return self.tensors[self.named(name)]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = tuple(slice(*one.indices(n)[:2]) for one, n in zip(index, shape, strict=True))
+            return read(slot, get, wanted, np.dtype(dtype).type)
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def _stack(self, found: list[Slot], like: Any) -> jax.Array:
+        spec, mesh = like.sharding.spec, like.sharding.mesh
+        one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:]))
+        if spec and spec[0] is not None:  # layers are split too: read each device's own
+            return self._split_layers(found, like)
+        stack = jax.jit(partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
+        put = _writer(like.sharding, one)
+        for slot in found:
+            assert slot.row is not None
+            stack = put(stack, self._array(slot, slot.shape, one, like.dtype), slot.row)
+        return stack
+
+    def _split_layers(self, found: list[Slot], like: Any) -> jax.Array:
+        by_row = {slot.row: slot for slot in found}
+
+        def get(name: str) -> np.ndarray:
+            return self.tensors[self.named(name)]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            rows, *inner = (slice(*one.indices(n)[:2]) for one, n in zip(index, like.shape, strict=True))
+            kind = np.dtype(like.dtype).type
+            return np.stack([read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)])
+
+        return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _writer(stack: Any, one: Any) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    def put(whole: jax.Array, layer: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, layer, row, 0)
+
+    return jax.jit(put, donate_argnums=0, in_shardings=(stack, one, None), out_shardings=stack)

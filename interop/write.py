@@ -1,0 +1,110 @@
+"""A model's parameters as a directory of Hugging Face's layout, with all that others want to open it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop.configs import FAMILIES, Family, write_config
+from interop.rules import Slot, slots, their_shape, write
+from interop.safetensors import SHARD, Tensors, write_tensors
+from models.config import ModelConfig
+from models.transformer import Model, build_model
+
+Read = Callable[[tuple[str, ...], int | None], np.ndarray]  # a parameter by its path, one layer of it by row
+
+
+def export(
+    output: Path,
+    config: ModelConfig,
+    read: Read,
+    *,
+    family: str | None = None,
+    dtype: Any = np.float32,
+    files: dict[str, bytes] | None = None,
+    extra: dict[str, Any] | None = None,
+    shard: int = SHARD,
+) -> Family:
+    """Write config.json and the weights; the directory gets its name when it is whole and read back.
+
+    family: a model_type, where several could hold the model; None: the plainest that can. files: what lies
+    beside them, by name. extra: further keys of config.json. Raises ValueError where no class of theirs
+    computes this model, or where `output` is taken.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={output} is there already; remove it or choose another")
+    chosen, values = write_config(config, family)
+    model = build_model(config)
+    found = list(slots(model, chosen.rules(config)))
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        text = json.dumps({**values, "torch_dtype": str(np.dtype(dtype)), **(extra or {})}, indent=2)
+        (aside / "config.json").write_text(text + "\n", "utf-8")
+        shapes = {source.name: their_shape(source, slot.shape) for slot in found for source in slot.sources}
+        write_tensors(aside, shapes, arrays(found, read, shapes), dtype, shard)
+        for name, content in (files or {}).items():
+            (aside / name).write_bytes(content)
+        _check(aside, model, chosen, found, read, dtype)
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return chosen
+
+
+def arrays(
+    found: list[Slot], read: Read, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their arrays as they become whole, layer by layer: no more than one layer's lie in memory.
+
+    Several parameters of ours may share an array of theirs (queries, keys and values of GPT-2).
+    """
+    left: dict[str, int] = {}
+    for slot in found:
+        for name in {source.name for source in slot.sources}:
+            left[name] = left.get(name, 0) + 1
+    open_arrays: dict[str, np.ndarray] = {}
+    for slot in _by_layer(found):
+        ours = read(slot.path, slot.row)
+
+        def buffer(name: str, kind: Any = ours.dtype) -> np.ndarray:
+            return open_arrays.setdefault(name, np.zeros(shapes[name], kind))
+
+        write(slot, ours, buffer)
+        for name in {source.name for source in slot.sources}:
+            left[name] -= 1
+            if not left[name]:
+                yield name, open_arrays.pop(name)
+
+
+def _by_layer(found: list[Slot]) -> list[Slot]:
+    """Slots in an order in which those of one array of theirs stand together: by segment, row and place."""
+    return sorted(found, key=lambda slot: (slot.path[:2], slot.row or 0, slot.path[2:3]))
+
+
+def _check(directory: Path, model: Model, family: Family, found: list[Slot], read: Read, dtype: Any) -> None:
+    """Read every array back and compare: what was written must be what was meant, to the bit."""
+    from interop.rules import read as assemble
+
+    tensors, kind = Tensors(directory), np.dtype(dtype)
+    for slot in found:
+        ours = read(slot.path, slot.row).astype(kind)
+        if not np.array_equal(assemble(slot, tensors.__getitem__, dtype=kind.type), ours):
+            raise ValueError(f"{directory}: {'/'.join(slot.path)} was not written as it is; is the disk sound?")
+
+
+def families_for(config: ModelConfig) -> list[str]:
+    """The model types whose class computes this model, the plainest first."""
+    found = []
+    for name in FAMILIES:
+        try:
+            write_config(config, name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found

@@ -1,0 +1,99 @@
+"""Models of transformers with random weights, and their logits: run by an environment that has it, and by nothing else.
+
+    python tests/interop/oracle.py FAMILY DIRECTORY    writes config.json, weights, tokens.npy, logits.npy, greedy.npy
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+TOKENS = 512
+BASE = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+DEEP = {
+    **EXPERTS, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+LATENT = {
+    "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "rope_theta": 5000.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5000.0}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+CASES = {
+    "llama": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 100}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 90, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": False}),
+    "ernie4_5": ("ernie4_5", {"use_bias": False}),
+    "arcee": ("arcee", {}),
+    "phi3": ("phi3", {"sliding_window": 80}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 70, "query_pre_attn_scalar": 24, "layer_types": SLIDING}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 70, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 1024, "n_inner": 48}),
+    "starcoder2": ("starcoder2", {"sliding_window": 100, "use_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 100}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": []}),
+    "dots1": ("dots1", {**DEEP, "n_group": 1, "topk_group": 1}),
+    "deepseek_v3": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": 10, "n_group": 4, "topk_group": 2}),
+    "kimi_flat": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek_v2": ("deepseek_v2", {**DEEP, **LATENT, "q_lora_rank": None, "norm_topk_prob": False}),
+}  # fmt: skip
+
+
+def main(case: str, directory: Path) -> None:
+    """Make the model, its files and what it says."""
+    name, values = CASES[case]
+    base = {"vocab_size": BASE["vocab_size"]} if name == "gpt2" else BASE
+    if name == "gpt2":
+        base |= {"bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(name, **{**base, **values})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    with torch.no_grad():
+        # Every parameter random, norms, biases and routers' biases too, so that none can be left out unseen.
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in key or not value.dtype.is_floating_point or "embed_scale" in key:
+                continue
+            spread = 0.3 if value.ndim > 1 else 0.2
+            noise = torch.randn_like(value) * spread
+            value.copy_(value + noise if value.ndim == 1 else noise)
+    model.save_pretrained(directory)
+    tokens = torch.randint(3, BASE["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(tokens).logits[0].numpy()
+        out, past = tokens[:, :16], None
+        for _ in range(64):
+            scores = model(out).logits[0, -1]
+            out = torch.cat([out, scores.argmax().view(1, 1)], dim=1)
+    np.save(directory / "tokens.npy", tokens.numpy())
+    np.save(directory / "logits.npy", logits)
+    np.save(directory / "greedy.npy", out.numpy())
+    print(case, transformers.__version__, float(logits.std()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
