@@ -37,9 +37,11 @@ def train(config: Config) -> int:
     """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
     import jax
 
+    from training.initial_weights import with_parent_model
     from training.loop import fit
 
     with processes.all_or_none("the configuration"):
+        config = with_parent_model(config)
         # Once more, now that the machine is known; under autoscale the run decides what of it is used.
         check(config, jax.device_count() if config.autoscale is None else None)
     return fit(config, began=BEGAN.pop() if BEGAN else None)

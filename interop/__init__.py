@@ -1,1 +1,1 @@
-"""Weights in other formats, both ways: tables of names and dims, and files that are read and written by slices."""
+"""Weights in other formats, both ways: tables of names and dims, and files that are read by slices."""

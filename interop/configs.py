@@ -21,7 +21,8 @@ from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScal
 HARMLESS = set(
     """
     architectures model_type torch_dtype dtype transformers_version _name_or_path bos_token_id eos_token_id
-    pad_token_id sep_token_id unk_token_id decoder_start_token_id use_cache initializer_range attention_dropout
+    pad_token_id sep_token_id unk_token_id decoder_start_token_id use_cache initializer_range
+    attention_dropout
     hidden_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout embedding_dropout hidden_dropout_prob
     output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise pretraining_tp
     cache_implementation gradient_checkpointing summary_type summary_use_proj summary_activation
@@ -82,8 +83,8 @@ class Keys:
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             raise ValueError(
-                f"config.json: {strange[0]}={self.values[strange[0]]!r}{more} is not understood, and may change "
-                "what the model computes"
+                f"config.json: {strange[0]}={self.values[strange[0]]!r}{more} is not understood, and may "
+                "change what the model computes"
             )
 
 
@@ -94,7 +95,9 @@ class Family:
     name: str  # model_type
     architecture: str
     rules: Callable[[ModelConfig], Rules]
-    features: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of ModelConfig, whatever the file says
+    features: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of ModelConfig, whatever the file says
     read: Callable[[Keys, dict[str, Any]], None] = lambda keys, model: None
     tied: bool = False  # where the file says nothing
     eps: float = 1e-6  # the same
@@ -103,7 +106,7 @@ class Family:
 
 
 def read_config(values: Mapping[str, Any]) -> tuple[ModelConfig, Family]:
-    """The model that a config.json describes, and its family. ValueError, by key, for what is not supported."""
+    """The model that a config.json describes, and its family. ValueError, by key, else."""
     text = values.get("text_config")
     if isinstance(text, Mapping):  # a model of images too, whose text part is what we take
         values = {"model_type": f"{values.get('model_type')}_text", **text}
@@ -137,7 +140,9 @@ def _read_decoder(keys: Keys, family: Family, model: dict[str, Any]) -> None:
     name = keys.get("hidden_activation", keys.get("hidden_act", family.activation))
     keys.get("hidden_act")
     if name not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act={name} is not supported; use one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"config.json: hidden_act={name} is not supported; use one of {', '.join(ACTIVATIONS)}"
+        )
     model["activation"] = ACTIVATIONS[name]
 
 
@@ -148,11 +153,15 @@ def _read_rope(keys: Keys, model: dict[str, Any]) -> None:
     if "full_attention" in found:  # by kind of layer, as Gemma 3 has it
         local = found.get("sliding_attention") or {}
         if local.get("rope_type", "default") != "default":
-            raise ValueError(f"config.json: rope_type={local['rope_type']} of sliding layers is not supported")
+            raise ValueError(
+                f"config.json: rope_type={local['rope_type']} of sliding layers is not supported"
+            )
         model["rope_local_theta"] = local.get("rope_theta", 10000.0)
         found = found["full_attention"]
     scaling = dict(keys.get("rope_scaling", found) or {})
-    theta = keys.get("rope_theta", scaling.pop("rope_theta", found.get("rope_theta", model.pop("theta", 10000.0))))
+    theta = keys.get(
+        "rope_theta", scaling.pop("rope_theta", found.get("rope_theta", model.pop("theta", 10000.0)))
+    )
     model.pop("theta", None)
     model["rope_theta"] = float(theta)
     if (local := keys.get("rope_local_base_freq")) is not None:
@@ -187,7 +196,7 @@ def _check_yarn(scaling: Mapping[str, Any], factor: float, model: dict[str, Any]
     if model.get("mla"):
         if not all_dim or mscale != all_dim:
             raise ValueError(
-                f"config.json: rope_scaling.mscale={mscale} and mscale_all_dim={all_dim} must be equal and set"
+                f"config.json: rope_scaling.mscale={mscale}, mscale_all_dim={all_dim} must be equal and set"
             )
         wanted = model["head_dim"] ** -0.5 * (stretch(all_dim) / stretch(1.0)) ** 2
         model["attention_scale"] = None if all_dim == 1.0 else wanted
@@ -211,9 +220,13 @@ def _windows(keys: Keys, model: dict[str, Any]) -> None:
     if kinds is not None:
         known = {"sliding_attention": "local", "full_attention": "global"}
         if not set(kinds) <= set(known):
-            raise ValueError(f"config.json: layer_types has {sorted(set(kinds) - set(known))[0]}; not supported")
+            raise ValueError(
+                f"config.json: layer_types has {sorted(set(kinds) - set(known))[0]}; not supported"
+            )
         pattern = [known[kind] for kind in kinds]
-        period = next(n for n in range(1, len(pattern) + 1) if (pattern[:n] * len(pattern))[: len(pattern)] == pattern)
+        period = next(
+            n for n in range(1, len(pattern) + 1) if (pattern[:n] * len(pattern))[: len(pattern)] == pattern
+        )
         model["window_pattern"] = pattern[:period]
         model["window"] = size if "local" in pattern else None
     elif size is not None:
@@ -233,7 +246,9 @@ def _qwen(keys: Keys, model: dict[str, Any]) -> None:
     first, kinds = keys.get("max_window_layers"), keys.get("layer_types")
     if used and size is not None and kinds is None and first is not None:
         count = model["num_layers"]
-        keys.values["layer_types"] = ["sliding_attention" if n >= first else "full_attention" for n in range(count)]
+        keys.values["layer_types"] = [
+            "sliding_attention" if n >= first else "full_attention" for n in range(count)
+        ]
     elif not used:
         keys.values.pop("layer_types", None)
         keys.values.pop("sliding_window", None)
@@ -245,8 +260,10 @@ def _qwen_moe(keys: Keys, model: dict[str, Any]) -> None:
     keys.must_be("decoder_sparse_step", 1)
     if keys.get("mlp_only_layers", []):
         raise ValueError("config.json: mlp_only_layers is not supported; only [] is")
+    count = keys.get("num_experts", 128)
+    keys.must_be("num_local_experts", count)  # another name of the same, in files of transformers 5
     model["moe"] = MoEConfig(
-        num_experts=keys.get("num_experts", 128),
+        num_experts=count,
         experts_per_token=keys.get("num_experts_per_tok", 8),
         d_expert=keys.get("moe_intermediate_size", 768),
         normalize_gates=bool(keys.get("norm_topk_prob", False)),
@@ -275,7 +292,10 @@ def _gemma(keys: Keys, model: dict[str, Any]) -> None:
     model["logit_softcap"] = keys.get("final_logit_softcapping")
     every = keys.get("sliding_window_pattern", 6 if model["name"] == "gemma3_text" else 2)
     if keys.get("layer_types") is None and model["name"] != "gemma":
-        kinds = ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(model["num_layers"])]
+        kinds = [
+            "full_attention" if (n + 1) % every == 0 else "sliding_attention"
+            for n in range(model["num_layers"])
+        ]
         keys.values["layer_types"] = kinds
     _windows(keys, model)
 
@@ -355,6 +375,9 @@ def _deepseek_v2(keys: Keys, model: dict[str, Any]) -> None:
 
 def _dots(keys: Keys, model: dict[str, Any]) -> None:
     keys.must_be("attention_bias", False)
+    kinds, size = keys.get("layer_types"), keys.get("sliding_window")
+    if kinds is not None or size is None:  # else it says from which layer on there are windows
+        keys.asked.add("max_window_layers")
     _windows(keys, model)
     _deepseek_experts(keys, model)
 
@@ -397,10 +420,12 @@ _ALL = (
     Family("arcee", "ArceeForCausalLM", families.arcee, read=_llama, eps=1e-5, activation="relu2"),
     Family("phi3", "Phi3ForCausalLM", families.phi3, read=_phi3, eps=1e-5),
     Family(
-        "gemma", "GemmaForCausalLM", families.llama, GEMMA, _gemma, True, head_dim=256, activation="gelu_pytorch_tanh"
+        "gemma", "GemmaForCausalLM", families.llama, GEMMA, _gemma, True,
+        head_dim=256, activation="gelu_pytorch_tanh",
     ),
     Family(
-        "gemma2", "Gemma2ForCausalLM", families.gemma2, POST, _gemma, True, head_dim=256, activation="gelu_pytorch_tanh"
+        "gemma2", "Gemma2ForCausalLM", families.gemma2, POST, _gemma, True,
+        head_dim=256, activation="gelu_pytorch_tanh",
     ),
     Family(
         "gemma3_text",
@@ -450,7 +475,7 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
         except ValueError as error:
             reasons[family.name] = str(error)
             continue
-        differs = _difference(config, back)
+        differs = difference(config, back)
         if not differs and not _refused_there(config, family):
             return family, values
         reasons[family.name] = differs or _refused_there(config, family)
@@ -460,10 +485,16 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
 
 # Of a model these say nothing about its function from tokens to logits.
 FREE = {"name", "zero_init", "init_std", "max_seq_len", "mtp"}
-FREE_OF_EXPERTS = {"load_balance_weight", "router_z_weight", "bias_update_rate", "dispatch", "capacity_factor"}
+FREE_OF_EXPERTS = {
+    "load_balance_weight",
+    "router_z_weight",
+    "bias_update_rate",
+    "dispatch",
+    "capacity_factor",
+}
 
 
-def _difference(ours: ModelConfig, back: ModelConfig) -> str:
+def difference(ours: ModelConfig, back: ModelConfig) -> str:
     """The first key in which two models differ in what they compute, or nothing."""
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(back, field.name)
@@ -541,7 +572,9 @@ def _their_scaling(config: ModelConfig) -> dict[str, Any] | None:
         found |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         if config.mla is not None:
             unit = 0.1 * math.log(scaling.factor) + 1.0
-            share = math.sqrt((config.attention_scale or config.head_dim**-0.5) / config.head_dim**-0.5) * unit
+            share = (
+                math.sqrt((config.attention_scale or config.head_dim**-0.5) / config.head_dim**-0.5) * unit
+            )
             x = (share - 1.0) / (0.1 * math.log(scaling.factor))
             found |= {"mscale": x, "mscale_all_dim": x}
     return found

@@ -1,11 +1,11 @@
-"""What parameters are called in files of Hugging Face's layout, a line each; a family is a list of such lines.
+"""What parameters are called in files of Hugging Face's layout, a line each; a family is a list of lines.
 
 Sources: the modeling files of transformers, whose names these are. Weights are `[out, in]` there unless said.
 Rules for parameters that a model does not have are not used, so that a family's table may hold all variants.
 """
 
-from models.config import ModelConfig
 from interop.rules import Rule as R
+from models.config import ModelConfig
 
 Rules = list[R]
 LAYER = "model.layers.{n}."
@@ -15,7 +15,10 @@ Names = tuple[str, str]
 TOP = [
     R("embed/table", "model.embed_tokens.weight", "V D -> V D"),
     R("head/table", "lm_head.weight", "V D -> V D"),
-    *(R(f"final_norm/{ours}", f"model.norm.{theirs}", "D -> D") for ours, theirs in (("scale", "weight"), ("bias", "bias"))),
+    *(
+        R(f"final_norm/{ours}", f"model.norm.{theirs}", "D -> D")
+        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+    ),
 ]
 FURTHER = [  # layers behind the last one predict further tokens (DeepSeek-V3)
     R("mtp/hidden_norm/scale", LAYER + "hnorm.weight", "D -> D"),
@@ -37,7 +40,7 @@ def norms(attention: str, mlp: str, after: Names | None = None) -> Rules:
 
 
 def attention(pairs: int | None = None, prefix: str = ATTENTION) -> Rules:
-    """Projections apart, with what biases and norms there are. pairs: rotated columns side by side, from 0."""
+    """Projections apart, with what biases and norms there are. pairs: from there on columns lie in pairs."""
     k, v = prefix + "k_proj", prefix + "v_proj"
     return [
         R("attention/q", prefix + "q_proj.weight", "(N H) D -> D N H", pairs=pairs),
@@ -53,7 +56,9 @@ def attention(pairs: int | None = None, prefix: str = ATTENTION) -> Rules:
     ]
 
 
-def gated(prefix: str = MLP, ours: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Rules:
+def gated(
+    prefix: str = MLP, ours: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Rules:
     """A feed-forward with a gate, the gate first."""
     gate, up, down = (prefix + name for name in names)
     return [
@@ -127,7 +132,7 @@ def fused(config: ModelConfig) -> Rules:
 
 def gpt2(config: ModelConfig) -> Rules:
     """GPT-2: weights are [in, out] there, and queries, keys and values one array."""
-    h, N = "transformer.h.{n}.", config.num_heads
+    h = "transformer.h.{n}."
     kinds = (("scale", "weight"), ("bias", "bias"))
     halves = (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
     return [

@@ -40,7 +40,7 @@ class Published:
         self.tensors = Tensors(path)
 
     def facts(self) -> dict[str, Any]:
-        """What a run's manifest keeps of where it began: each file's bytes, and the digest of their tables."""
+        """What a run's manifest keeps of where it began: each file's bytes, the digest of their tables."""
         files = sorted({entry[0] for entry in self.tensors.entries.values()})
         table = json.dumps({name: [str(e[1]), e[2], e[3]] for name, e in self.tensors.entries.items()})
         digest = hashlib.sha256((json.dumps(self.values, sort_keys=True) + table).encode()).hexdigest()
@@ -59,12 +59,16 @@ class Published:
                 name = self.named(source.name)
                 there, wanted = self.tensors.entries[name][2], their_shape(source, slot.shape)
                 if there != wanted:
-                    raise ValueError(f"{self.path}: {name} is {list(there)}, and this model's is {list(wanted)}")
+                    raise ValueError(
+                        f"{self.path}: {name} is {list(there)}, and this model's is {list(wanted)}"
+                    )
                 used.add(name)
         unused = sorted(name for name in self.tensors if name not in used and not IDLE.search(name))
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-            raise ValueError(f"{self.path}: {unused[0]}{more} is not part of this model; is it another one's?")
+            raise ValueError(
+                f"{self.path}: {unused[0]}{more} is not part of this model; is it another one's?"
+            )
         return found
 
     def named(self, name: str) -> str:
@@ -86,7 +90,9 @@ class Published:
             copies[layer + "embed_tokens.weight"] = self.named("model.embed_tokens.weight")
             copies[layer + "shared_head.head.weight"] = self.named("lm_head.weight")
         for copy, original in copies.items():
-            if copy in self.tensors.entries and not np.array_equal(self.tensors[copy], self.tensors[original]):
+            if copy in self.tensors.entries and not np.array_equal(
+                self.tensors[copy], self.tensors[original]
+            ):
                 raise ValueError(f"{self.path}: {copy} differs from {original}, which it must be a copy of")
         return {name for name in copies if name in self.tensors.entries}
 
@@ -113,7 +119,7 @@ class Published:
         def get(name: str) -> np.ndarray:
             return self.tensors[self.named(name)]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = tuple(slice(*one.indices(n)[:2]) for one, n in zip(index, shape, strict=True))
             return read(slot, get, wanted, np.dtype(dtype).type)
 
@@ -137,7 +143,7 @@ class Published:
         def get(name: str) -> np.ndarray:
             return self.tensors[self.named(name)]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             rows, *inner = (slice(*one.indices(n)[:2]) for one, n in zip(index, like.shape, strict=True))
             kind = np.dtype(like.dtype).type
             return np.stack([read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)])

@@ -30,8 +30,12 @@ class Rule:
     ours: str
     theirs: str | tuple[str, ...]  # {n} is the layer, {e} the expert; several names are ours's C, in order
     dims: str  # "(N H) D -> D N H": one group a dim of theirs, one letter a dim of ours
-    part: tuple[str, int, int, int] | None = None  # letter of theirs, [first, end) of which is ours, all of it
-    pairs: int | None = None  # from this column of the last dim on theirs has (2i, 2i+1) where ours has halves
+    part: tuple[str, int, int, int] | None = (
+        None  # letter of theirs, [first, end) of which is ours, all of it
+    )
+    pairs: int | None = (
+        None  # from this column of the last dim on theirs has (2i, 2i+1) where ours has halves
+    )
     at: int | None = None  # which one of ours's C this is
     add: float = 0.0  # ours is theirs plus this
 
@@ -41,7 +45,7 @@ class Rule:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """An array of theirs and the rule by which it is a part of a parameter."""
 
     name: str
@@ -56,7 +60,7 @@ class Slot(NamedTuple):
     path: tuple[str, ...]  # in the parameter tree
     row: int | None  # of the stack [count, ...]
     shape: tuple[int, ...]  # of this one
-    sources: tuple[Source, ...]
+    sources: tuple[Origin, ...]
 
 
 def slots(model: Model, rules: Sequence[Rule]) -> Iterator[Slot]:
@@ -65,7 +69,7 @@ def slots(model: Model, rules: Sequence[Rule]) -> Iterator[Slot]:
     for rule in rules:
         by_path.setdefault(rule.ours, []).append(rule)
 
-    def made_of(where: str, path: tuple[str, ...], shape: tuple[int, ...], n: int) -> tuple[Source, ...]:
+    def made_of(where: str, path: tuple[str, ...], shape: tuple[int, ...], n: int) -> tuple[Origin, ...]:
         found = by_path.get(where)
         if not found:
             raise ValueError(f"no rule says what {'/'.join(path)} is called there")
@@ -88,7 +92,9 @@ def slots(model: Model, rules: Sequence[Rule]) -> Iterator[Slot]:
             depth = int(path[0]) if part == "mtp" else 0
             inner = path[1:] if part == "mtp" else path
             where = "/".join(inner[1:] if inner[0] == "block" else (part, *inner))
-            yield Slot((part, *path), None, info.shape, made_of(where, (part, *path), info.shape, first + depth))
+            yield Slot(
+                (part, *path), None, info.shape, made_of(where, (part, *path), info.shape, first + depth)
+            )
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -99,13 +105,13 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield from _leaves(inner, (*path, name))
 
 
-def _sources(rule: Rule, shape: tuple[int, ...], n: int) -> Iterator[Source]:
+def _sources(rule: Rule, shape: tuple[int, ...], n: int) -> Iterator[Origin]:
     left, right = _letters(rule)
     # Experts that theirs stacks as we do are a letter on the left, and one array.
     experts = shape[right.index("E")] if "E" in right and "E" not in sum(left, ()) else 1
     for expert in range(experts):
         for pair, name in enumerate(rule.names):
-            yield Source(name.format(n=n, e=expert), rule, pair, expert)
+            yield Origin(name.format(n=n, e=expert), rule, pair, expert)
 
 
 def _letters(rule: Rule) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
@@ -115,7 +121,7 @@ def _letters(rule: Rule) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     return groups, tuple(right.split())
 
 
-def their_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(source: Origin, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that the whole array of theirs must have, for a parameter of ours of this shape."""
     groups, _ = _letters(source.rule)
     sizes = _sizes(source.rule, shape)
@@ -129,7 +135,7 @@ def _sizes(rule: Rule, shape: tuple[int, ...]) -> dict[str, int]:
     return sizes | ({rule.part[0]: rule.part[3]} if rule.part else {})
 
 
-def placements(source: Source, theirs: np.ndarray, shape: tuple[int, ...]) -> Iterator[Placement]:
+def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> Iterator[Placement]:
     """Where in a parameter of ours of this shape which views of the array lie.
 
     Raises ValueError where the array has another shape than the rule says.
@@ -162,8 +168,10 @@ def placements(source: Source, theirs: np.ndarray, shape: tuple[int, ...]) -> It
     yield (*region[:-1], slice(middle, end)), view[..., begin + 1 :: 2]
 
 
-def read(slot: Slot, get: Get, wanted: tuple[slice, ...] | None = None, dtype: Any = np.float32) -> np.ndarray:
-    """This slice of a parameter, [wanted]; of their arrays only what it is made of is touched."""
+def read(
+    slot: Slot, get: Get, wanted: tuple[slice, ...] | None = None, dtype: Any = np.float32
+) -> np.ndarray:
+    """A slice of a parameter, [wanted]; of their arrays only what it is made of is touched."""
     wanted = wanted or tuple(slice(0, n) for n in slot.shape)
     out = np.empty([part.stop - part.start for part in wanted], dtype)
     filled = 0

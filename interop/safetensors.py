@@ -1,8 +1,8 @@
 """Arrays of a directory in safetensors files, by name: read as views of the files, written one at a time.
 
-A file is 8 bytes of length, a JSON table {name: {dtype, shape, data_offsets}}, and the arrays. As views nothing
-is read but what is touched, so that a process of many takes its part of each array and no more; the format's
-own library gives whole arrays or slices along their first dims, and writes a whole file from memory.
+A file is 8 bytes of length, a JSON table {name: {dtype, shape, data_offsets}}, and the arrays. As views
+nothing is read but what is touched, so that a process of many takes its part of each array and no more; the
+format's own library gives whole arrays or slices along their first dims, and writes a file from memory.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -22,8 +22,8 @@ KINDS: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -45,7 +45,7 @@ class Tensors:
         self.entries: dict[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]] = {}
         index = path / INDEX
         if path.is_file():
-            files = {path.name: None}
+            files: dict[str, list[str] | None] = {path.name: None}
         elif index.is_file():
             files = _of_index(index)
         else:
@@ -116,7 +116,10 @@ def _table(path: Path) -> Iterator[tuple[str, tuple[Path, np.dtype[Any], tuple[i
 
 
 def write_tensors(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[tuple[str, np.ndarray]], dtype: Any,
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    dtype: Any,
     shard: int = SHARD,
 ) -> list[str]:
     """Write arrays [shape] as they come, as `dtype`, in files of at most `shard` bytes; the files' names.
@@ -134,7 +137,9 @@ def write_tensors(
         groups[-1].append(name)
         size += bytes_of
     many = len(groups) > 1
-    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" if many else SINGLE for i in range(len(groups))]
+    files = [
+        f"model-{i + 1:05}-of-{len(groups):05}.safetensors" if many else SINGLE for i in range(len(groups))
+    ]
     places: dict[str, tuple[Path, int]] = {}
     for file, names in zip(files, groups, strict=True):
         places |= _begin(directory / file, {name: shapes[name] for name in names}, kind)
@@ -160,7 +165,9 @@ def _in_order(name: str) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _begin(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]) -> dict[str, tuple[Path, int]]:
+def _begin(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]
+) -> dict[str, tuple[Path, int]]:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -95,7 +95,9 @@ def _check(directory: Path, model: Model, family: Family, found: list[Slot], rea
     for slot in found:
         ours = read(slot.path, slot.row).astype(kind)
         if not np.array_equal(assemble(slot, tensors.__getitem__, dtype=kind.type), ours):
-            raise ValueError(f"{directory}: {'/'.join(slot.path)} was not written as it is; is the disk sound?")
+            raise ValueError(
+                f"{directory}: {'/'.join(slot.path)} was not written as it is; is the disk sound?"
+            )
 
 
 def families_for(config: ModelConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where `init_from` points: another run's weights, with which a new run begins."""
+"""Where `init_from` points: another run's weights or published ones, with which a new run begins."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,11 @@ from artifacts.directory import RunDirectory, stored_config
 from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
-from models.config import MTPConfig, regrouped
-from training.config import Config
+from interop.configs import difference
+from interop.read import Published
+from models.config import ModelConfig, MTPConfig, regrouped
+from models.transformer import Model
+from training.config import Config, from_stored
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,79 @@ class Parent:
         """The other run's own copy."""
         return self.run / "tokenizer.json"
 
+    def weights(self, abstract: Any, model: Model) -> Any:
+        """Verified parameters, layers stacked, placed as `abstract` says."""
+        return self.checkpoints.restore_weights(self.step, abstract)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Layers for further tokens go on with the stream that they were trained on: mtp.normed_stream."""
+        check_further_tokens(self, config.mtp)
+
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps: path and digest."""
         record = self.checkpoints.record(self.step)
         return {"path": str(self.checkpoints.directory), "step": self.step, "digest": state_digest(record)}
 
 
-def find_parent(config: Config, only_step: int | None = None) -> Parent | None:
-    """The checkpoint that `init_from` names: a run beside this one, a run's directory, or one step's."""
+@dataclass(frozen=True)
+class PublishedParent:
+    """A directory with a config.json, as Hugging Face's transformers write one."""
+
+    published: Published
+
+    @property
+    def run(self) -> Path:
+        """The directory."""
+        return self.published.path
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that lies beside the weights."""
+        return self.published.path / "tokenizer.json"
+
+    def weights(self, abstract: Any, model: Model) -> Any:
+        """Parameters, layers stacked, placed as `abstract` says; each device reads what it holds."""
+        return self.published.weights(abstract, model)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise ValueError where the run's model would compute something else with these weights."""
+        if differs := difference(config, self.published.config):
+            raise ValueError(
+                f"{differs} is not what {self.published.path / 'config.json'} says; use model=parent, which "
+                "takes every value from there"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps: path, files and a digest of their tables."""
+        return self.published.facts()
+
+
+AnyParent = Parent | PublishedParent
+
+
+def with_parent_model(config: Config) -> Config:
+    """A config whose `model=parent` has become the model of `init_from`, the coefficients of its own kept."""
+    if config.model.name != "parent":
+        return config
+    if config.init_from is None:
+        raise ValueError(
+            "model=parent is that of init_from, which is null; give init_from=NAME or a directory"
+        )
+    parent = find_parent(config)
+    if isinstance(parent, PublishedParent):
+        return replace(config, model=parent.published.config)
+    assert parent is not None  # or it would have been refused
+    stored = stored_config(parent.run, "init_from")
+    return replace(config, model=from_stored(stored).model)
+
+
+def find_parent(config: Config, only_step: int | None = None) -> AnyParent | None:
+    """What `init_from` names: a run beside this one, a run's directory, one step's, or published weights."""
     if config.init_from is None:
         return None
-    asked = Path(config.init_from)
+    asked = Path(config.init_from).expanduser()
+    if (asked / "config.json").is_file() and not (asked / "config.yaml").is_file():
+        return PublishedParent(Published(asked))
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
         where = stored_checkpoints(candidate, config.checkpoint)
@@ -52,25 +117,25 @@ def find_parent(config: Config, only_step: int | None = None) -> Parent | None:
             if steps:
                 return Parent(candidate, checkpoints, steps[-1])
     raise ValueError(
-        f"init_from={config.init_from} is no run and no checkpoint; give a run's name "
-        f"(beside {config.run.dir}), its directory, or its checkpoints/STEP"
+        f"init_from={config.init_from} is no run, no checkpoint and no published model; give a run's name "
+        f"(beside {config.run.dir}), its directory, its checkpoints/STEP, or a directory with a config.json"
     )
 
 
-def same_parent(config: Config, run: RunDirectory) -> Parent | None:
+def same_parent(config: Config, run: RunDirectory) -> AnyParent | None:
     """The parent of an earlier start, killed before its first checkpoint: it may have trained on since."""
     if (earlier := run.parent) is None:
         return None
-    parent = find_parent(config, earlier["step"])
+    parent, step = find_parent(config, earlier.get("step")), earlier.get("step")
     if parent is None or parent.facts()["digest"] != earlier["digest"]:
         raise ValueError(
-            f"{run.path} began from step {earlier['step']} of {earlier['path']}, which is not there any "
-            f"more; remove {run.path} to begin anew"
+            f"{run.path} began from {f'step {step} of ' if step else ''}{earlier['path']}, which is not "
+            f"there any more; remove {run.path} to begin anew"
         )
     return parent
 
 
-def check_tokenizer(parent: Parent, digest: str) -> None:
+def check_tokenizer(parent: AnyParent, digest: str) -> None:
     """Weights know tokens by number, so a run that starts from them must cut text as their run did."""
     path = parent.tokenizer
     if path.exists() and load_tokenizer(path).digest != digest:
@@ -93,7 +158,7 @@ def check_further_tokens(parent: Parent, mtp: MTPConfig | None) -> None:
         )
 
 
-def tokenizer_config(config: Config, run: RunDirectory | None, parent: Parent | None) -> TokenizerConfig:
+def tokenizer_config(config: Config, run: RunDirectory | None, parent: AnyParent | None) -> TokenizerConfig:
     """`config.tokenizer`, where tokenizer.kind=inherit has become the file of the run or of its parent.
 
     The chat template beside that file is inherited with it.

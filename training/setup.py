@@ -38,8 +38,7 @@ from training.config import Config, with_vocab
 from training.device_batches import rows_here
 from training.flops import Flops, peak_flops, training_flops
 from training.initial_weights import (
-    Parent,
-    check_further_tokens,
+    AnyParent,
     check_tokenizer,
     find_parent,
     same_parent,
@@ -76,7 +75,7 @@ class Setup:
     train_step: FlatStep
     eval_step: Any
     flops: Flops
-    parent: Parent | None  # of a new run
+    parent: AnyParent | None  # of a new run
     compile_seconds: float
     watch: CacheWatch
     scaled: Scaled
@@ -140,15 +139,16 @@ def build_setup(
     watch: CacheWatch,
     ledger: Ledger,
     layout: Layout,
-    parent: Parent | None,
+    parent: AnyParent | None,
     prepared: Prepared,
     scaled: Scaled,
 ) -> Setup:
     """What every process compiles for itself, once it has data and devices."""
     if parent is not None:
         check_tokenizer(parent, prepared.tokenizer.digest)
-        check_further_tokens(parent, scaled.config.model.mtp)
     config = with_vocab(scaled.config, prepared.tokenizer.vocab_size)
+    if parent is not None:
+        parent.check_model(config.model)
     program = build_program(config, layout)
     if missing := sorted(set(program.objective.fields) - set(TEXT)):
         raise ConfigError(
@@ -377,7 +377,7 @@ def fresh_state(setup: Setup) -> TrainState:
         parent = same_parent(setup.config, directory) if directory.resuming else setup.parent
     if parent is None:
         return state
-    params = parent.checkpoints.restore_weights(parent.step, program.canonical.params)
+    params = parent.weights(program.canonical.params, program.model)
     return program.with_params(state, program.from_canonical(params))
 
 

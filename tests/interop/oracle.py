@@ -1,17 +1,18 @@
-"""Models of transformers with random weights, and their logits: run by an environment that has it, and by nothing else.
+"""Models of transformers with random weights, and their logits, for an environment that has transformers.
 
-    python tests/interop/oracle.py FAMILY DIRECTORY    writes config.json, weights, tokens.npy, logits.npy, greedy.npy
+python tests/interop/oracle.py CASE DIRECTORY    config.json, weights, tokens, logits, greedy text
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
 TOKENS = 512
-BASE = {
+BASE: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,20 +27,33 @@ BASE = {
 }
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 DEEP = {
-    **EXPERTS, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    **EXPERTS,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
 }
 LATENT = {
-    "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
     "head_dim": 8,
 }
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "rope_theta": 5000.0,
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 5000.0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5000.0}
+SEVEN = {"num_hidden_layers": 7}
 SLIDING = ["sliding_attention", "full_attention"] * 2
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": 100}),
@@ -51,7 +65,7 @@ CASES = {
     "phi3": ("phi3", {"sliding_window": 80}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 70, "query_pre_attn_scalar": 24, "layer_types": SLIDING}),
-    "gemma3_text": ("gemma3_text", {"sliding_window": 70, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 70, "query_pre_attn_scalar": 24, **SEVEN}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 1024, "n_inner": 48}),
     "starcoder2": ("starcoder2", {"sliding_window": 100, "use_bias": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 100}),
@@ -66,9 +80,8 @@ CASES = {
 def main(case: str, directory: Path) -> None:
     """Make the model, its files and what it says."""
     name, values = CASES[case]
-    base = {"vocab_size": BASE["vocab_size"]} if name == "gpt2" else BASE
-    if name == "gpt2":
-        base |= {"bos_token_id": 1, "eos_token_id": 2}
+    few = ("vocab_size", "bos_token_id", "eos_token_id")
+    base = {key: BASE[key] for key in few} if name == "gpt2" else BASE
     config = transformers.AutoConfig.for_model(name, **{**base, **values})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -78,14 +91,14 @@ def main(case: str, directory: Path) -> None:
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in key or not value.dtype.is_floating_point or "embed_scale" in key:
                 continue
-            spread = 0.3 if value.ndim > 1 else 0.2
+            spread = 0.15 if value.ndim > 1 else 0.2
             noise = torch.randn_like(value) * spread
             value.copy_(value + noise if value.ndim == 1 else noise)
     model.save_pretrained(directory)
     tokens = torch.randint(3, BASE["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model(tokens).logits[0].numpy()
-        out, past = tokens[:, :16], None
+        out = tokens[:, :16]
         for _ in range(64):
             scores = model(out).logits[0, -1]
             out = torch.cat([out, scores.argmax().view(1, 1)], dim=1)

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import shutil
 import struct
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from interop.configs import FAMILIES, read_config, write_config
+from interop.configs import FAMILIES
 from interop.read import Published
-from interop.rules import slots
-from interop.safetensors import Tensors
+from interop.safetensors import Tensors, write_tensors
 from interop.write import export, families_for
 from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
 from models.transformer import build_model
@@ -31,10 +32,9 @@ SAME = {**SMALL, "head_dim": 4}
 GEMMA = {"norm_unit_offset": True, "embed_scale": True, "activation": "geglu", "tie_embeddings": True}
 POST = {**GEMMA, "post_norms": True, "window": 8, "window_pattern": ["local", "global"]}
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, d_expert=8)
-DEEP = MoEConfig(
-    num_experts=4, experts_per_token=2, d_expert=8, num_shared_experts=2, first_dense_layers=1, score="sigmoid",
-    gate_scale=2.5, num_groups=2, groups_per_token=1, selection_bias=True,
-)  # fmt: skip
+SHARED = replace(EXPERTS, num_shared_experts=2, first_dense_layers=1)
+GROUPED = {"num_groups": 2, "groups_per_token": 1, "selection_bias": True}
+DEEP = replace(SHARED, score="sigmoid", gate_scale=2.5, **GROUPED)
 MLA = MLAConfig(
     q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=5, norm_eps=1e-6
 )
@@ -59,14 +59,8 @@ MODELS = {
     "dots1": {**SMALL, "qk_norm": True, "moe": DEEP},
     "deepseek_v3": {**SMALL, **LATENT, "mtp": MTPConfig(depth=1)},
     "kimi_k2": {**SMALL, **LATENT},
-    "deepseek_v2": {
-        **SMALL,
-        **LATENT,
-        "num_heads": 4,
-        "moe": MoEConfig(num_experts=4, experts_per_token=2, d_expert=8, num_shared_experts=2, first_dense_layers=1,
-                         normalize_gates=False),
-    },
-}  # fmt: skip
+    "deepseek_v2": {**SMALL, **LATENT, "moe": replace(SHARED, normalize_gates=False)},
+}
 
 
 def random_weights(model):
@@ -87,16 +81,16 @@ def reader(params):
 
 
 def placed(model):
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
-    del device
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=spec), model.info)
 
 
 def digests_of(path):
     tensors = Tensors(path)
-    return {name: hashlib.sha256(np.ascontiguousarray(tensors[name]).tobytes()).hexdigest() for name in tensors}
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(tensors[name]).tobytes()).hexdigest() for name in tensors
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,3 +111,147 @@ def test_out_and_in_again_is_the_same_to_the_bit(name, tmp_path):
 
 def test_every_family_is_tried():
     assert set(MODELS) == set(FAMILIES)
+
+
+# -- what damaged and strange directories get ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A small llama in three files."""
+    directory = tmp_path_factory.mktemp("sound") / "llama"
+    config = ModelConfig(**{**SAME, "tie_embeddings": True})
+    export(directory, config, reader(random_weights(build_model(config))), family="llama", shard=6000)
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return directory
+
+
+def rewrite(directory, change):
+    """The whole model in one file, its arrays changed by `change(dict)`."""
+    tensors = Tensors(directory)
+    arrays = {name: np.array(tensors[name]) for name in tensors}
+    change(arrays)
+    for path in directory.glob("model*"):
+        path.unlink()
+    write_tensors(directory, {n: a.shape for n, a in arrays.items()}, arrays.items(), np.float32)
+
+
+def missing(directory):
+    rewrite(directory, lambda arrays: arrays.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def extra(directory):
+    rewrite(directory, lambda arrays: arrays.update({"model.layers.9.mlp.up_proj.weight": np.ones((24, 16))}))
+
+
+def transposed(directory):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda arrays: arrays.update({name: arrays[name].T.copy()}))
+
+
+def untied(directory):
+    table = np.ones((40, 16))
+    rewrite(directory, lambda arrays: arrays.update({"lm_head.weight": table}))
+
+
+def cut_short(directory):
+    path = sorted(directory.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def lengthened(directory):
+    path = sorted(directory.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes() + b"0" * 8)
+
+
+def swapped(directory):
+    first, second = sorted(directory.glob("*.safetensors"))[:2]
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+
+
+def gone(directory):
+    sorted(directory.glob("*.safetensors"))[1].unlink()
+
+
+def other_dtype(directory):
+    path = sorted(directory.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F99"'))
+
+
+def wrong_size(directory):
+    path = sorted(directory.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"', 1))
+
+
+def no_table(directory):
+    path = sorted(directory.glob("*.safetensors"))[0]
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+
+
+def key(name, value):
+    def change(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+    return change
+
+
+def outside(directory):
+    path = directory / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00001", "../model-00001"))
+
+
+DAMAGED = {
+    "missing": (missing, "up_proj.weight is missing"),
+    "extra": (extra, "layers.9.mlp.up_proj.weight is not part"),
+    "transposed": (transposed, r"up_proj.weight is \[16, 24\]"),
+    "untied": (untied, "lm_head.weight differs from"),
+    "cut_short": (cut_short, "its table says"),
+    "lengthened": (lengthened, "its table says"),
+    "swapped": (swapped, "disagree about"),
+    "gone": (gone, "is missing"),
+    "other_dtype": (other_dtype, "F99, which is not supported"),
+    "wrong_size": (wrong_size, "bytes for"),
+    "no_table": (no_table, "cut short"),
+    "outside": (outside, "which is not beside it"),
+    "unknown_key": (key("residual_multiplier", 0.5), "residual_multiplier=0.5 is not understood"),
+    "quantized": (key("quantization_config", {"bits": 4}), "quantization_config"),
+    "partial": (key("partial_rotary_factor", 0.5), "partial_rotary_factor=0.5"),
+    "one_bias": (key("attention_bias", True), "attention_bias without mlp_bias"),
+    "rope": (key("rope_scaling", {"rope_type": "longrope", "factor": 4.0}), "rope_type=longrope"),
+    "wider": (key("hidden_size", 32), "and this model's is"),
+    "deeper": (key("num_hidden_layers", 4), "layers.3.*is missing"),
+    "family": (key("model_type", "lama"), "did you mean llama"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_or_strange_directory_is_refused_in_one_line(how, sound, tmp_path):
+    damage, says = DAMAGED[how]
+    shutil.copytree(sound, tmp_path / "there")
+    damage(tmp_path / "there")
+    with pytest.raises(ValueError, match=says) as caught:
+        there = Published(tmp_path / "there")
+        there.slots(build_model(there.config))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_reads_its_slice_and_nothing_else(sound):
+    """On fsdp x tensor each device's part of each array is what the whole has there."""
+    there = Published(sound)
+    model = build_model(there.config)
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+
+    def split(info):
+        axes = {"embed": "a", "mlp": "b", "heads": "b", "vocab": "b"}
+        spec = jax.sharding.PartitionSpec(*(axes.get(axis) for axis in info.axes))
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(info.shape, np.float32, sharding=sharding)
+
+    got = there.weights(jax.tree.map(split, model.info), model)
+    whole = there.weights(placed(model), model)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(whole))
+    up = got["segments"]["0"]["0"]["mlp"]["up"]
+    assert up.addressable_shards[0].data.size * 8 == up.size

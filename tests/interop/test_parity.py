@@ -1,0 +1,72 @@
+"""Published families against transformers itself: logits of 512 tokens, and 64 tokens of greedy text.
+
+The oracle runs in an environment of its own (`make torch-env`, or CAMBRIAN_TORCH_PYTHON names its Python):
+nothing of ours imports it. Every parameter is random, norms, biases and routers' biases too.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from interop.read import Published
+from models.ops import Ops
+from models.transformer import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("CAMBRIAN_TORCH_PYTHON", ROOT / ".venv-torch/bin/python"))
+KEPT = os.environ.get("CAMBRIAN_PARITY_CASES")  # a directory of cases that were made before
+CASES = [
+    *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "seed_oss", "ernie4_5", "arcee", "phi3", "gemma"),
+    *("gemma2", "gemma3_text", "gpt2", "starcoder2", "mixtral", "qwen3_moe", "dots1", "deepseek_v3"),
+    *("kimi_flat", "deepseek_v2"),
+]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON.exists() and "CAMBRIAN_REQUIRE_TORCH" not in os.environ,
+        reason="needs transformers in an environment of its own: make torch-env",
+    ),
+]
+
+
+def case(name, tmp_path):
+    if KEPT and (Path(KEPT) / name / "greedy.npy").exists():
+        return Path(KEPT) / name
+    subprocess.run(
+        [PYTHON, "tests/interop/oracle.py", name, tmp_path], cwd=ROOT, check=True, capture_output=True
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
+    directory = case(name, tmp_path)
+    there = Published(directory)
+    model = build_model(there.config)
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.info)
+    params = there.weights(like, model)
+
+    @jax.jit
+    def forward(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
+        return model.apply(params, batch, Ops())
+
+    wanted = np.load(directory / "logits.npy")
+    got = np.asarray(forward(jnp.asarray(np.load(directory / "tokens.npy"))))[0]
+    apart = np.abs(got - wanted).max(axis=-1) / wanted.std()
+    # Experts amplify rounding: a token near a tie goes elsewhere, and all behind it with it.
+    assert np.median(apart) < 2e-5
+    if there.config.moe is None:
+        assert apart.max() < 2e-5
+    greedy = np.load(directory / "greedy.npy")
+    scores = np.asarray(forward(jnp.asarray(greedy)))[0, 15:-1]
+    np.testing.assert_array_equal(scores.argmax(axis=-1), greedy[0, 16:])
+    print(f"{name}: median {np.median(apart):.2e}, largest {apart.max():.2e} deviations")
