@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.configs import Family, read_config
-from interop.rules import Slot, read, slots, their_shape
+from interop.rules import Slot, Stacked, read, slots, their_shape
 from interop.safetensors import Tensors
 from models.config import ModelConfig
-from models.transformer import Model, build_model
 
 # Arrays that files carry and no model needs: tables of rotations, and masks.
 IDLE = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
@@ -47,13 +46,13 @@ class Published:
         sizes = {file.name: file.stat().st_size for file in files}
         return {"path": str(self.path), "format": "hf", "files": sizes, "digest": digest}
 
-    def slots(self, model: Model) -> list[Slot]:
+    def slots(self, model: Stacked) -> list[Slot]:
         """All that fills the model's parameters, checked against what is there before any is read.
 
         Raises ValueError where an array is missing, has another shape, or is there and would not be used.
         """
-        found = list(slots(model, self.family.rules(model.config)))
-        used = set(self._copies(model))
+        found = list(slots(model, self.family.rules(self.config)))
+        used = set(self._copies(self.config))
         for slot in found:
             for source in slot.sources:
                 name = self.named(source.name)
@@ -80,13 +79,13 @@ class Published:
                     return prefix + inner
         raise ValueError(f"{self.path}: {name} is missing; fetch the files again")
 
-    def _copies(self, model: Model) -> set[str]:
+    def _copies(self, config: ModelConfig) -> set[str]:
         """Names of arrays that are copies of others: they must be, and are not read."""
         copies = {}
-        if model.config.tie_embeddings and "lm_head.weight" in self.tensors.entries:
+        if config.tie_embeddings and "lm_head.weight" in self.tensors.entries:
             copies["lm_head.weight"] = self.named("model.embed_tokens.weight")
-        for depth in range(model.config.mtp_depth):
-            layer = f"model.layers.{model.config.num_layers + depth}."
+        for depth in range(config.mtp_depth):
+            layer = f"model.layers.{config.num_layers + depth}."
             copies[layer + "embed_tokens.weight"] = self.named("model.embed_tokens.weight")
             copies[layer + "shared_head.head.weight"] = self.named("lm_head.weight")
         for copy, original in copies.items():
@@ -96,13 +95,12 @@ class Published:
                 raise ValueError(f"{self.path}: {copy} differs from {original}, which it must be a copy of")
         return {name for name in copies if name in self.tensors.entries}
 
-    def weights(self, abstract: Any, model: Model | None = None) -> Any:
+    def weights(self, abstract: Any, model: Stacked) -> Any:
         """Parameters as `abstract` (shapes, dtypes, shardings; layers stacked [count, ...]) says.
 
         Layer by layer: each device's slice of one layer is read, put, and written into a donated stack, so
         that a host holds one layer of one parameter beside its arrays.
         """
-        model = model or build_model(self.config)
         by_path: dict[tuple[str, ...], list[Slot]] = {}
         for slot in self.slots(model):
             by_path.setdefault(slot.path, []).append(slot)

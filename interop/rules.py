@@ -12,15 +12,25 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-from models.transformer import Model
 
 Index = tuple[int | slice, ...]  # of one layer's parameter of ours
 Placement = tuple[Index, np.ndarray]  # where in ours, and the view of theirs that is the same
 Get = Callable[[str], np.ndarray]  # an array of theirs by its name
+
+
+class Stacked(Protocol):
+    """What is read of a model: which layers it has, and the ParamInfo of every parameter, by path."""
+
+    @property
+    def segments(self) -> tuple[Any, ...]:
+        """(count, period) of each stretch of layers with the same period."""
+
+    @property
+    def info(self) -> Any:
+        """The tree: "segments" by segment and place, and what no layer has."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Slot(NamedTuple):
     sources: tuple[Origin, ...]
 
 
-def slots(model: Model, rules: Sequence[Rule]) -> Iterator[Slot]:
+def slots(model: Stacked, rules: Sequence[Rule]) -> Iterator[Slot]:
     """All that must be filled of a model's parameters, layer by layer. ValueError where no rule says how."""
     by_path: dict[str, list[Rule]] = {}
     for rule in rules:

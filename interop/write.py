@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from interop.configs import FAMILIES, Family, write_config
-from interop.rules import Slot, slots, their_shape, write
+from interop.rules import Slot, Stacked, slots, their_shape, write
 from interop.safetensors import SHARD, Tensors, write_tensors
 from models.config import ModelConfig
-from models.transformer import Model, build_model
 
 Read = Callable[[tuple[str, ...], int | None], np.ndarray]  # a parameter by its path, one layer of it by row
 
@@ -21,6 +20,7 @@ Read = Callable[[tuple[str, ...], int | None], np.ndarray]  # a parameter by its
 def export(
     output: Path,
     config: ModelConfig,
+    model: Stacked,
     read: Read,
     *,
     family: str | None = None,
@@ -38,7 +38,6 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={output} is there already; remove it or choose another")
     chosen, values = write_config(config, family)
-    model = build_model(config)
     found = list(slots(model, chosen.rules(config)))
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +49,7 @@ def export(
         write_tensors(aside, shapes, arrays(found, read, shapes), dtype, shard)
         for name, content in (files or {}).items():
             (aside / name).write_bytes(content)
-        _check(aside, model, chosen, found, read, dtype)
+        _check(aside, found, read, dtype)
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -87,7 +86,7 @@ def _by_layer(found: list[Slot]) -> list[Slot]:
     return sorted(found, key=lambda slot: (slot.path[:2], slot.row or 0, slot.path[2:3]))
 
 
-def _check(directory: Path, model: Model, family: Family, found: list[Slot], read: Read, dtype: Any) -> None:
+def _check(directory: Path, found: list[Slot], read: Read, dtype: Any) -> None:
     """Read every array back and compare: what was written must be what was meant, to the bit."""
     from interop.rules import read as assemble
 

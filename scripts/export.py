@@ -77,6 +77,7 @@ def do(arguments: Sequence[str]) -> int:
     family = export(
         options.output,
         config,
+        model,
         read,
         family=options.family,
         dtype=jnp.bfloat16 if options.dtype == "bfloat16" else np.float32,

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ GEMMA = {"norm_unit_offset": True, "embed_scale": True, "activation": "geglu", "
 POST = {**GEMMA, "post_norms": True, "window": 8, "window_pattern": ["local", "global"]}
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, d_expert=8)
 SHARED = replace(EXPERTS, num_shared_experts=2, first_dense_layers=1)
-GROUPED = {"num_groups": 2, "groups_per_token": 1, "selection_bias": True}
+GROUPED: Any = {"num_groups": 2, "groups_per_token": 1, "selection_bias": True}
 DEEP = replace(SHARED, score="sigmoid", gate_scale=2.5, **GROUPED)
 MLA = MLAConfig(
     q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=5, norm_eps=1e-6
@@ -98,12 +99,12 @@ def test_out_and_in_again_is_the_same_to_the_bit(name, tmp_path):
     config = ModelConfig(**MODELS[name])
     model = build_model(config)
     params = random_weights(model)
-    assert export(tmp_path / "a", config, reader(params), family=name, shard=4000).name == name
+    assert export(tmp_path / "a", config, model, reader(params), family=name, shard=4000).name == name
     there = Published(tmp_path / "a")
     got = jax.device_get(there.weights(placed(build_model(there.config)), build_model(there.config)))
     jax.tree.map(np.testing.assert_array_equal, got, params)
     # Theirs, ours, theirs: the same files.
-    export(tmp_path / "b", there.config, reader(got), family=name, shard=4000)
+    export(tmp_path / "b", there.config, model, reader(got), family=name, shard=4000)
     assert digests_of(tmp_path / "a") == digests_of(tmp_path / "b")
     assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
     assert name in families_for(config)
@@ -121,7 +122,8 @@ def sound(tmp_path_factory):
     """A small llama in three files."""
     directory = tmp_path_factory.mktemp("sound") / "llama"
     config = ModelConfig(**{**SAME, "tie_embeddings": True})
-    export(directory, config, reader(random_weights(build_model(config))), family="llama", shard=6000)
+    model = build_model(config)
+    export(directory, config, model, reader(random_weights(model)), family="llama", shard=6000)
     assert len(list(directory.glob("*.safetensors"))) > 1
     return directory
 
