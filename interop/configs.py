@@ -260,8 +260,8 @@ def _qwen_moe(keys: Keys, model: dict[str, Any]) -> None:
     keys.must_be("decoder_sparse_step", 1)
     if keys.get("mlp_only_layers", []):
         raise ValueError("config.json: mlp_only_layers is not supported; only [] is")
-    count = keys.get("num_experts", 128)
-    keys.must_be("num_local_experts", count)  # another name of the same, in files of transformers 5
+    # Files of transformers 5 call it by the other name.
+    count = keys.get("num_experts", keys.get("num_local_experts", 128))
     model["moe"] = MoEConfig(
         num_experts=count,
         experts_per_token=keys.get("num_experts_per_tok", 8),
@@ -322,6 +322,7 @@ def _gpt2(keys: Keys, model: dict[str, Any]) -> None:
 def _latent(keys: Keys, model: dict[str, Any]) -> None:
     nope, rope = keys.get("qk_nope_head_dim", 128), keys.get("qk_rope_head_dim", 64)
     keys.must_be("attention_bias", False)
+    keys.must_be("mlp_bias", False)
     keys.must_be("rope_interleave", True)
     model["mla"] = MLAConfig(
         q_lora_rank=keys.get("q_lora_rank"),

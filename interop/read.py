@@ -1,5 +1,6 @@
 """A directory of Hugging Face's layout as a model's parameters, straight onto the devices that own them."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -37,6 +38,10 @@ class Published:
         self.family: Family
         self.config, self.family = read_config(values)
         self.tensors = Tensors(path)
+        further = f"model.layers.{self.config.num_layers}."
+        if self.config.mtp is not None and not any(name.startswith(further) for name in self.tensors):
+            # transformers keeps the key and writes no such layers: the next token is the same without them.
+            self.config = dataclasses.replace(self.config, mtp=None)
 
     def facts(self) -> dict[str, Any]:
         """What a run's manifest keeps of where it began: each file's bytes, the digest of their tables."""

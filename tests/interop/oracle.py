@@ -108,5 +108,25 @@ def main(case: str, directory: Path) -> None:
     print(case, transformers.__version__, float(logits.std()))
 
 
-if __name__ == "__main__":
+def read_ours(directory: Path) -> None:
+    """Open what was exported as anybody does, and write down logits, and ids of a text and back."""
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.load(directory / "tokens.npy"))).logits[0].numpy()
+    np.save(directory / "logits.npy", logits)
+    text = directory / "text.txt"
+    if text.exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        ids = tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        assert tokenizer.eos_token_id == model.config.eos_token_id
+        assert tokenizer.decode(ids) == text.read_text("utf-8")
+        np.save(directory / "ids.npy", np.array(ids))
+
+
+if __name__ == "__main__" and sys.argv[1] == "open":
+    read_ours(Path(sys.argv[2]))
+elif __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.tokens.tokenizer import load_tokenizer
 from interop.read import Published
 from models.ops import Ops
 from models.transformer import build_model
+from scripts.export import main as export
+from training.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("CAMBRIAN_TORCH_PYTHON", ROOT / ".venv-torch/bin/python"))
@@ -43,22 +46,30 @@ def case(name, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
-    directory = case(name, tmp_path)
-    there = Published(directory)
+def weights_of(there):
+    """(model, parameters) of a directory, on one device."""
     model = build_model(there.config)
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.info)
-    params = there.weights(like, model)
+    return model, there.weights(like, model)
 
+
+def forward_of(model, params):
     @jax.jit
     def forward(tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         batch = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
         return model.apply(params, batch, Ops())
 
+    return forward
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
+    directory = case(name, tmp_path)
+    there = Published(directory)
+    forward = forward_of(*weights_of(there))
     wanted = np.load(directory / "logits.npy")
     got = np.asarray(forward(jnp.asarray(np.load(directory / "tokens.npy"))))[0]
     apart = np.abs(got - wanted).max(axis=-1) / wanted.std()
@@ -70,3 +81,23 @@ def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
     scores = np.asarray(forward(jnp.asarray(greedy)))[0, 15:-1]
     np.testing.assert_array_equal(scores.argmax(axis=-1), greedy[0, 16:])
     print(f"{name}: median {np.median(apart):.2e}, largest {apart.max():.2e} deviations")
+
+
+def test_a_run_that_was_exported_is_opened_by_transformers(ground, tmp_path):
+    """Without a missing or an unexpected key; the same logits, and the same ids of a text and back."""
+    words = ("training.num_steps=4", "eval.every=4", "checkpoint.every=4", "schedule.warmup_steps=1")
+    bpe = ("tokenizer=bpe", "tokenizer.vocab_size=300", "model.qk_norm=true", "model.tie_embeddings=false")
+    assert fit(ground.config("opened", *words, *bpe)) == 0
+    directory = tmp_path / "out"
+    assert export([str(ground.run("opened")), f"output={directory}"]) == 0
+    there = Published(directory)
+    tokens = np.random.default_rng(0).integers(3, 300, (1, 200))
+    np.save(directory / "tokens.npy", tokens)
+    text = "the quick brown fox jumps over\n  lazy dogs: def f(x): return x  # \u00e9"
+    (directory / "text.txt").write_text(text, "utf-8")
+    subprocess.run([PYTHON, "tests/interop/oracle.py", "open", directory], cwd=ROOT, check=True)
+    wanted = np.load(directory / "logits.npy")
+    got = np.asarray(forward_of(*weights_of(there))(jnp.asarray(tokens)))[0]
+    assert there.family.name == "qwen3" and np.abs(got - wanted).max() < 2e-5 * wanted.std()
+    ours = load_tokenizer(directory / "tokenizer.json").encode(text)
+    np.testing.assert_array_equal(np.load(directory / "ids.npy"), ours)
