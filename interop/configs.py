@@ -14,7 +14,7 @@ from typing import Any
 from common.checks import did_you_mean
 from interop import families
 from interop.families import Rules
-from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from models.config import DeltaConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
 
 # Keys that say nothing of the function from tokens to logits: dropout is for training, and so are the
 # coefficients of routers' losses; the rest is about files, caches and how a text is begun and ended.
@@ -148,8 +148,13 @@ def _read_decoder(keys: Keys, family: Family, model: dict[str, Any]) -> None:
 
 def _read_rope(keys: Keys, model: dict[str, Any]) -> None:
     """Base and stretching of the rotation: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
-    keys.must_be("partial_rotary_factor", 1.0, 1)
     found = keys.get("rope_parameters", {})
+    fraction = keys.get("partial_rotary_factor", found.get("partial_rotary_factor"))
+    default = model.pop("fraction", 1.0)
+    model["rope_fraction"] = float(default if fraction is None else fraction)
+    if model["rope_fraction"] != 1.0 and model["name"] not in ("qwen3_next", "glm4_moe"):
+        # Others cut the pairs elsewhere, or turn them in another order.
+        raise ValueError(f"config.json: partial_rotary_factor={fraction} is not supported; only 1 is")
     if "full_attention" in found:  # by kind of layer, as Gemma 3 has it
         local = found.get("sliding_attention") or {}
         if local.get("rope_type", "default") != "default":
@@ -168,8 +173,7 @@ def _read_rope(keys: Keys, model: dict[str, Any]) -> None:
         model["rope_local_theta"] = float(local)
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor is not supported; only 1 is")
+    scaling.pop("partial_rotary_factor", None)
     if kind == "default":
         return
     if kind not in ("linear", "llama3", "yarn"):
@@ -408,6 +412,42 @@ def _ernie(keys: Keys, model: dict[str, Any]) -> None:
     keys.must_be("use_bias", False)
 
 
+def _glm4_moe(keys: Keys, model: dict[str, Any]) -> None:
+    model["qkv_bias"] = bool(keys.get("attention_bias", False))
+    model["qk_norm"] = bool(keys.get("use_qk_norm", False))
+    model["fraction"] = 0.5
+    _deepseek_experts(keys, model)
+    if depth := keys.get("num_nextn_predict_layers", 0):
+        model["mtp"] = MTPConfig(depth=depth)
+
+
+def _qwen3_next(keys: Keys, model: dict[str, Any]) -> None:
+    keys.must_be("attention_bias", False)
+    layers = model["num_layers"]
+    count = keys.get("num_experts", keys.get("num_local_experts", 512))
+    if sorted(keys.get("mlp_only_layers", [])) != list(range(layers)) and count:
+        raise ValueError(
+            f"config.json: num_experts={count} needs a gate on the shared expert, which is not supported; "
+            "only num_experts=0 is"
+        )
+    every = keys.get("full_attention_interval", 4)
+    default = ["full_attention" if (n + 1) % every == 0 else "linear_attention" for n in range(layers)]
+    names = {"linear_attention": "gated_delta", "full_attention": "attention"}
+    kinds = [names[kind] for kind in keys.get("layer_types", default)]
+    period = next(n for n in range(1, layers + 1) if (kinds[:n] * layers)[:layers] == kinds)
+    model["mixer_pattern"], model["fraction"] = kinds[:period], 0.25
+    model["delta"] = DeltaConfig(
+        num_key_heads=keys.get("linear_num_key_heads", 16),
+        num_value_heads=keys.get("linear_num_value_heads", 32),
+        key_head_dim=keys.get("linear_key_head_dim", 128),
+        value_head_dim=keys.get("linear_value_head_dim", 128),
+        conv_width=keys.get("linear_conv_kernel_dim", 4),
+    )
+    # Of experts, which there are none of.
+    keys.asked |= {"decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size"}
+    keys.asked |= {"num_experts_per_tok", "norm_topk_prob", "num_local_experts"}
+
+
 GEMMA = {"norm_unit_offset": True, "embed_scale": True}
 POST = {**GEMMA, "post_norms": True}
 LAYERNORM = {"norm": "layernorm", "bias": True}
@@ -453,6 +493,15 @@ _ALL = (
     Family("mixtral", "MixtralForCausalLM", families.mixtral, read=_mixtral, eps=1e-5),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", families.qwen3_moe, {"qk_norm": True}, _qwen_moe),
     Family("dots1", "Dots1ForCausalLM", families.qwen3_moe, {"qk_norm": True}, _dots),
+    Family("glm4_moe", "Glm4MoeForCausalLM", families.qwen3_moe, read=_glm4_moe),
+    Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        families.qwen3_next,
+        {"qk_norm": True, "norm_unit_offset": True, "output_gate": True},
+        _qwen3_next,
+        head_dim=256,
+    ),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", families.deepseek, read=_deepseek),
     Family("kimi_k2", "DeepseekV3ForCausalLM", families.deepseek, read=_deepseek),
     Family("deepseek_v2", "DeepseekV2ForCausalLM", families.deepseek, read=_deepseek_v2),
@@ -514,11 +563,19 @@ def difference(ours: ModelConfig, back: ModelConfig) -> str:
                 continue
         if field.name == "window_pattern":
             a, b = (_every_layer(model) for model in (ours, back))
+        if field.name == "mixer_pattern":
+            a, b = (_every_mixer(model) for model in (ours, back))
+        if field.name == "delta" and a is not None and b is not None:
+            b = dataclasses.replace(b, chunk=a.chunk)
         if field.name == "window" and "local" not in ours.window_pattern:
             continue
         if field.name not in FREE and a != b:
             return f"model.{field.name}={a}"
     return ""
+
+
+def _every_mixer(config: ModelConfig) -> list[str]:
+    return [config.mixers[n % len(config.mixers)] for n in range(config.num_layers)]
 
 
 def _every_layer(config: ModelConfig) -> list[str]:
@@ -661,6 +718,34 @@ def _mixtral_values(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _glm_values(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "partial_rotary_factor": config.rope_fraction,
+        "attention_bias": config.qkv_bias,
+        "use_qk_norm": config.qk_norm,
+        "num_nextn_predict_layers": config.mtp_depth,
+    }
+
+
+def _delta_values(config: ModelConfig) -> dict[str, Any]:
+    if config.delta is None:
+        return {}
+    names = {"gated_delta": "linear_attention", "attention": "full_attention"}
+    pattern = config.mixers
+    d = config.delta
+    return {
+        "partial_rotary_factor": config.rope_fraction,
+        "layer_types": [names.get(pattern[n % len(pattern)], "?") for n in range(config.num_layers)],
+        "linear_num_key_heads": d.num_key_heads,
+        "linear_num_value_heads": d.num_value_heads,
+        "linear_key_head_dim": d.key_head_dim,
+        "linear_value_head_dim": d.value_head_dim,
+        "linear_conv_kernel_dim": d.conv_width,
+        "mlp_only_layers": list(range(config.num_layers)),
+        "num_experts": 0,
+    }
+
+
 def _biases(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.bias, "mlp_bias": config.bias}
 
@@ -681,6 +766,8 @@ _WRITERS: dict[str, tuple[Writer, ...]] = {
     "starcoder2": (_one_window, lambda config: {"use_bias": True}),
     "mixtral": (_mixtral_values,),
     "dots1": (_layer_types, _expert_values),
+    "glm4_moe": (_expert_values, _glm_values),
+    "qwen3_next": (_delta_values,),
     "deepseek_v2": (_latent_values, _expert_values, lambda config: {"num_nextn_predict_layers": None}),
     "deepseek_v3": (_latent_values, _expert_values),
     "kimi_k2": (_latent_values, _expert_values),

@@ -199,6 +199,55 @@ def ernie(config: ModelConfig) -> Rules:
     return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *attention(pairs=0), *gated()]
 
 
+def delta(config: ModelConfig) -> Rules:
+    """Qwen3-Next's gated delta rule: rows by key head, each with its queries, keys, values, and gates."""
+    if config.delta is None:
+        return []
+    d, prefix, mixer = config.delta, LAYER + "linear_attn.", "gated_delta:attention/"
+    K, H, V, group = d.num_key_heads, d.key_head_dim, d.value_head_dim, d.num_value_heads // d.num_key_heads
+    wide, keys, values = 2 * H + 2 * group * V, K * H, d.num_value_heads * V
+    inputs, rates, conv = (
+        prefix + "in_proj_qkvz.weight",
+        prefix + "in_proj_ba.weight",
+        prefix + "conv1d.weight",
+    )
+    channels = 2 * keys + values
+    rules = [
+        R(mixer + "qk", inputs, "(K H) D -> D C K H", part=("H", 0, H, wide), at=0),
+        R(mixer + "qk", inputs, "(K H) D -> D C K H", part=("H", H, 2 * H, wide), at=1),
+        R(mixer + "qk_conv", conv, "(K H) 1 J -> J C K H", cut=(0, keys, channels), at=0),
+        R(mixer + "qk_conv", conv, "(K H) 1 J -> J C K H", cut=(keys, 2 * keys, channels), at=1),
+        R(mixer + "v_conv", conv, "(N H) 1 J -> J N H", cut=(2 * keys, channels, channels)),
+        R(mixer + "decay", prefix + "A_log", "N -> N"),
+        R(mixer + "step", prefix + "dt_bias", "N -> N"),
+        R(mixer + "norm", prefix + "norm.weight", "H -> H"),
+        R(mixer + "o", prefix + "out_proj.weight", "D (N H) -> N H D"),
+    ]
+    for k in range(K):
+        heads = ("N", k * group, (k + 1) * group)
+        for number, name in enumerate("vz"):
+            first = k * wide + 2 * H + number * group * V
+            rows = (first, first + group * V, K * wide)
+            rules.append(R(mixer + name, inputs, "(N H) D -> D N H", cut=rows, into=heads))
+        for number in range(2):  # how much is written, then how much is left
+            first = (2 * k + number) * group
+            rows = (first, first + group, 2 * K * group)
+            rules.append(R(mixer + "ba", rates, "N D -> D C N", cut=rows, into=heads, at=number))
+    return rules
+
+
+def qwen3_next(config: ModelConfig) -> Rules:
+    """Qwen3-Next: three layers of the gated delta rule to one of attention, whose output has a gate."""
+    H, q = config.head_dim, ATTENTION + "q_proj.weight"
+    both = [rule for rule in attention() if rule.ours != "attention/q"]
+    gates = [
+        R("attention/q", q, "(N H) D -> D N H", part=("H", 0, H, 2 * H)),
+        R("attention/gate", q, "(N H) D -> D N H", part=("H", H, 2 * H, 2 * H)),
+    ]
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *halves, *both, *gates, *delta(config), *gated()]
+
+
 def phi3(config: ModelConfig) -> Rules:
     """Phi-3 and Phi-4: fused arrays."""
     return [*TOP, *norms("input_layernorm", "post_attention_layernorm"), *fused(config)]

@@ -47,6 +47,8 @@ class Rule:
         None  # from this column of the last dim on theirs has (2i, 2i+1) where ours has halves
     )
     at: int | None = None  # which one of ours's C this is
+    cut: tuple[int, int, int] | None = None  # of their first dim, before letters: [first, end), all of it
+    into: tuple[str, int, int] | None = None  # a letter of ours, of which these [first, end) are filled
     add: float = 0.0  # ours is theirs plus this
 
     @property
@@ -79,20 +81,23 @@ def slots(model: Stacked, rules: Sequence[Rule]) -> Iterator[Slot]:
     for rule in rules:
         by_path.setdefault(rule.ours, []).append(rule)
 
-    def made_of(where: str, path: tuple[str, ...], shape: tuple[int, ...], n: int) -> tuple[Origin, ...]:
-        found = by_path.get(where)
+    def made_of(
+        where: str, path: tuple[str, ...], shape: tuple[int, ...], n: int, mixer: str = ""
+    ) -> tuple[Origin, ...]:
+        # Mixers may call a parameter alike, and mean another array.
+        found = by_path.get(f"{mixer}:{where}") or by_path.get(where)
         if not found:
             raise ValueError(f"no rule says what {'/'.join(path)} is called there")
         return tuple(source for rule in found for source in _sources(rule, shape, n))
 
     first = 0
     for s, segment in enumerate(model.segments):
-        for p in range(len(segment.period)):
+        for p, spec in enumerate(segment.period):
             for path, info in _leaves(model.info["segments"][str(s)][str(p)]):
                 whole, shape = ("segments", str(s), str(p), *path), info.shape[1:]
                 for row in range(segment.count):
                     n = first + p + len(segment.period) * row
-                    yield Slot(whole, row, shape, made_of("/".join(path), whole, shape, n))
+                    yield Slot(whole, row, shape, made_of("/".join(path), whole, shape, n, spec.mixer))
         first += segment.count * len(segment.period)
     for part, tree in model.info.items():
         if part == "segments":
@@ -135,14 +140,23 @@ def their_shape(source: Origin, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that the whole array of theirs must have, for a parameter of ours of this shape."""
     groups, _ = _letters(source.rule)
     sizes = _sizes(source.rule, shape)
-    return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+    found = [math.prod(_size(letter, sizes) for letter in group) for group in groups]
+    if source.rule.cut is not None:
+        found[0] = source.rule.cut[2]
+    return tuple(found)
 
 
 def _sizes(rule: Rule, shape: tuple[int, ...]) -> dict[str, int]:
     _, right = _letters(rule)
     assert len(right) == len(shape), (rule, shape)
     sizes = dict(zip(right, shape, strict=True))
+    if rule.into is not None:
+        sizes[rule.into[0]] = rule.into[2] - rule.into[1]
     return sizes | ({rule.part[0]: rule.part[3]} if rule.part else {})
+
+
+def _size(letter: str, sizes: dict[str, int]) -> int:
+    return int(letter) if letter.isdecimal() else sizes[letter]
 
 
 def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> Iterator[Placement]:
@@ -156,7 +170,10 @@ def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> It
     if theirs.shape != wanted:
         raise ValueError(f"{source.name} is {list(theirs.shape)} there and must be {list(wanted)}")
     sizes, left = _sizes(rule, shape), [letter for group in groups for letter in group]
-    view = theirs.reshape([sizes[letter] for letter in left])
+    if rule.cut is not None:
+        theirs = theirs[rule.cut[0] : rule.cut[1]]
+    view = theirs.reshape([_size(letter, sizes) for letter in left])
+    assert np.shares_memory(view, theirs) or not view.size, rule  # or what is written would be lost
     if rule.part is not None:
         letter, first, end, _ = rule.part
         view = view[(slice(None),) * left.index(letter) + (slice(first, end),)]
@@ -166,7 +183,10 @@ def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> It
     left = [letter for letter in left if letter not in alone]
     view = view.transpose([left.index(letter) for letter in right if letter in left])
     stacked = {"C": source.pair if rule.at is None else rule.at, "E": source.expert}
-    region: Index = tuple(slice(0, n) if d in left else stacked[d] for d, n in zip(right, shape, strict=True))
+    filled = {rule.into[0]: slice(*rule.into[1:])} if rule.into else {}
+    region: Index = tuple(
+        filled.get(d, slice(0, n)) if d in left else stacked[d] for d, n in zip(right, shape, strict=True)
+    )
     if rule.pairs is None:
         yield region, view
         return

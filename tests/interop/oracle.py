@@ -52,6 +52,16 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5000.0}
 SEVEN = {"num_hidden_layers": 7}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "num_experts": 0,
+    "mlp_only_layers": list(range(8)),
+    "num_hidden_layers": 8,
+    "head_dim": 16,
+}
 SLIDING = ["sliding_attention", "full_attention"] * 2
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
@@ -71,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 100}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": []}),
     "dots1": ("dots1", {**DEEP, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": ("glm4_moe", {**DEEP, "attention_bias": True, "use_qk_norm": True}),
+    "qwen3_next": ("qwen3_next", LINEAR),
     "deepseek_v3": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": 10, "n_group": 4, "topk_group": 2}),
     "kimi_flat": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek_v2": ("deepseek_v2", {**DEEP, **LATENT, "q_lora_rank": None, "norm_topk_prob": False}),

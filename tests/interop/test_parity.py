@@ -26,7 +26,7 @@ KEPT = os.environ.get("CAMBRIAN_PARITY_CASES")  # a directory of cases that were
 CASES = [
     *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "seed_oss", "ernie4_5", "arcee", "phi3", "gemma"),
     *("gemma2", "gemma3_text", "gpt2", "starcoder2", "mixtral", "qwen3_moe", "dots1", "deepseek_v3"),
-    *("kimi_flat", "deepseek_v2"),
+    *("kimi_flat", "deepseek_v2", "glm4_moe", "qwen3_next"),
 ]
 pytestmark = [
     pytest.mark.slow,
@@ -73,9 +73,10 @@ def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
     wanted = np.load(directory / "logits.npy")
     got = np.asarray(forward(jnp.asarray(np.load(directory / "tokens.npy"))))[0]
     apart = np.abs(got - wanted).max(axis=-1) / wanted.std()
-    # Experts amplify rounding: a token near a tie goes elsewhere, and all behind it with it.
+    # Experts amplify rounding: a token near a tie goes elsewhere, and all behind it with it. So does a state
+    # that is written to 512 times: the two forms of the delta rule there are 4e-4 apart at their worst.
     assert np.median(apart) < 2e-5
-    if there.config.moe is None:
+    if there.config.moe is None and there.config.delta is None:
         assert apart.max() < 2e-5
     greedy = np.load(directory / "greedy.npy")
     scores = np.asarray(forward(jnp.asarray(greedy)))[0, 15:-1]

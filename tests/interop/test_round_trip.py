@@ -15,7 +15,7 @@ from interop.configs import FAMILIES
 from interop.read import Published
 from interop.safetensors import Tensors, write_tensors
 from interop.write import export, families_for
-from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from models.config import DeltaConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
 from models.transformer import build_model
 
 SMALL = {
@@ -58,6 +58,13 @@ MODELS = {
     "mixtral": {**SMALL, "moe": EXPERTS},
     "qwen3_moe": {**SMALL, "qk_norm": True, "moe": EXPERTS},
     "dots1": {**SMALL, "qk_norm": True, "moe": DEEP},
+    "glm4_moe": {**SMALL, "head_dim": 8, "rope_fraction": 0.5, "qkv_bias": True, "moe": DEEP},
+    "qwen3_next": {
+        **{**SMALL, "num_layers": 5, "head_dim": 8},
+        **{"qk_norm": True, "norm_unit_offset": True, "output_gate": True, "rope_fraction": 0.25},
+        "mixer_pattern": ["gated_delta", "gated_delta", "gated_delta", "attention"],
+        "delta": DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=5, chunk=4),
+    },
     "deepseek_v3": {**SMALL, **LATENT, "mtp": MTPConfig(depth=1)},
     "kimi_k2": {**SMALL, **LATENT},
     "deepseek_v2": {**SMALL, **LATENT, "moe": replace(SHARED, normalize_gates=False)},
