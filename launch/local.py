@@ -20,6 +20,8 @@ NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 DEVICES = 8  # in all, by default: enough for every pair of mesh axes
 FOLLOW_SECONDS = 8.0  # that the others have to come to the same end by themselves
 MAX_PROCESSES = 256
+# As which a process ends for want of another one: JAX and gloo abort it, or it has lost a connection.
+AFTERMATH = (-signal.SIGABRT, Requeue.status)
 _FORCED = re.compile(r"--xla_force_host_platform_device_count=\S+\s*")
 
 
@@ -85,6 +87,11 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 os.execvp(sys.argv[1], sys.argv[1:])
 """
+
+
+def cause(failed: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of the ranks found ended at one look, as (rank, status), the one that the others followed."""
+    return min(failed, key=lambda found: (found[1] in AFTERMATH, found[0]))
 
 
 class LocalJob:
@@ -161,7 +168,7 @@ class LocalJob:
             if self.asked is not None:
                 return self._stop(self.asked)
             if failed:
-                return self._follow(*failed[0])
+                return self._follow(*cause(failed))
             if None not in statuses:
                 return 0
             time.sleep(0.05)

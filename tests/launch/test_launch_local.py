@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launch.local import LaunchOptions, LocalJob, environment, parse
+from launch.local import LaunchOptions, LocalJob, cause, environment, parse
 from scripts.launch_local import main
 
 ME = "import os, sys, time; me = int(os.environ['CAMBRIAN_PROCESS']); "
@@ -77,6 +77,20 @@ def test_those_who_come_to_the_same_end_may_say_so(capfdbinary):
 def test_a_killed_rank_is_named(capfdbinary):
     assert run("os.kill(os.getpid(), 9) if me == 2 else time.sleep(60)") == 128 + 9
     assert b"rank 2 was ended by SIGKILL" in capfdbinary.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failed", "wanted"),
+    [
+        ([(0, -signal.SIGABRT), (1, -signal.SIGKILL)], (1, -signal.SIGKILL)),
+        ([(0, 75), (2, 1)], (2, 1)),
+        ([(0, -signal.SIGKILL), (1, -signal.SIGABRT)], (0, -signal.SIGKILL)),
+        ([(1, 75), (2, 75)], (1, 75)),
+        ([(1, 2), (2, 7)], (1, 2)),
+    ],
+)
+def test_of_ranks_that_end_between_two_looks_the_one_that_others_followed_gives_the_status(failed, wanted):
+    assert cause(failed) == wanted
 
 
 def assert_gone(pids):

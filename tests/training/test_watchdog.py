@@ -125,6 +125,16 @@ def test_a_stopped_process_ends_the_job_within_the_bound_with_75(ground):
     assert "no progress in 8 s" in err and "process0.txt" in stacks(ground, "stopped")
 
 
+@pytest.mark.slow
+def test_a_run_that_a_library_aborts_leaves_the_stacks_of_its_threads_the_main_one_s_too(ground):
+    """As JAX aborts every other process where rank 0 is gone."""
+    aborted = ground.start("aborted", *SMALL, *LONG)
+    at_step(aborted, ground, "aborted", 2)
+    aborted.send_signal(signal.SIGABRT)
+    _, err = finish(aborted, -signal.SIGABRT)
+    assert "Fatal Python error: Aborted" in err and re.search(r"train.py\", line \d+ in <module>", err)
+
+
 @pytest.mark.faults
 @pytest.mark.slow
 def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(ground):
@@ -139,21 +149,19 @@ def test_killed_ranks_rank_0_too_end_the_job_and_it_ends_bitwise_as_undisturbed(
     rng = random.Random(4)
     for number, least in ((0, rng.randrange(6, 20)), (1, rng.randrange(30, 45))):
         killed = job(ground, 2, "killed_in_turn", *words)
-        at_step(killed, ground, "killed_in_turn", least)
+        # Rows of the start before are there until this one cuts them: more than those is progress of its own.
+        at_step(killed, ground, "killed_in_turn", max(least, *lost, 0) + 1)
         primary, doomed = rank(killed, 0), rank(killed, number)
         if number == 1:
             stop_in_a_save(killed, ground, "killed_in_turn", primary)
         os.kill(doomed, signal.SIGKILL)
         if number == 1:
             os.kill(primary, signal.SIGCONT)
-        began = time.monotonic()
         _, err = finish(killed, 128 + signal.SIGKILL)
-        assert time.monotonic() - began < 60
+        # By the death itself, not by the watchdog. How the survivor ends is a race: JAX aborts it, gloo tells
+        # it of a broken connection, and the launcher's patience ends.
+        assert f"rank {number} was ended by SIGKILL" in err and "no progress in" not in err
         lost.append(steps_done(ground, "killed_in_turn"))
-        if number == 0:  # JAX aborts the survivor: its stacks, the main thread's too, are in the log
-            assert "Fatal Python error: Aborted" in err and re.search(
-                r"train.py\", line \d+ in <module>", err
-            )
     finish(job(ground, 2, "killed_in_turn", *words))
     ours, wanted = (ground.record(name, 80) for name in ("killed_in_turn", "both_lived"))
     assert ours["digests"] == wanted["digests"] and ours["data"] == wanted["data"]
