@@ -1,5 +1,6 @@
 """Where a run writes, and what it keeps of its checkpoints."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """A name that is one directory, on every file system, and a limit that is one."""
+        # A shell leaves the tilde of `run.dir=~/runs/a` as it is.
+        self.dir = os.path.expanduser(self.dir)
+        self.compile_cache = self.compile_cache and os.path.expanduser(self.compile_cache)
         require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "0 or more")
         if self.name == "???":  # not given yet: Hydra's own mark
             return
@@ -40,6 +44,7 @@ class CheckpointConfig:
         require(self.every >= 1, "checkpoint.every", self.every, "1 step or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more, so that a run can resume")
         require(self.average_last >= 0, "checkpoint.average_last", self.average_last, "0 (off) or more")
+        self.directory = self.directory and os.path.expanduser(self.directory)
         scheme, url, below = (self.directory or "").partition("://")
         ok = self.directory is None or (bool(scheme) and (not url or (scheme in SCHEMES and bool(below))))
         limit = f"null, a path, or a URL of {', '.join(SCHEMES)} such as s3://bucket/run"

@@ -187,9 +187,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     from common.checks import ConfigError
 
     def refuse(message: str) -> NoReturn:
+        # Most programs take --key value, and so a stranger types it.
+        if "unrecognized arguments: -" in message:
+            message += "; keys stand without dashes, as +experiment=NAME or KEY=VALUE"
         raise ConfigError(f"{message}; --help lists what there is")
 
     parser = get_args_parser()
+    parser.allow_abbrev = False  # `--experiment` would be Hydra's --experimental-rerun
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage as well
     return parser.parse_intermixed_args(argv)
 

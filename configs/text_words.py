@@ -1,7 +1,8 @@
 """Words of a command whose key takes text, quoted where Hydra would read something else in them.
 
 Hydra's grammar knows no types: `run.name=2024_01_15` is to it the number 20240115, `12e5678` (a commit, say)
-is infinity, `true` a truth value; and OmegaConf makes text of those. What is typed for text is text.
+is infinity, `true` a truth value; and OmegaConf makes text of those. What is typed for text is text. A tilde
+that no shell has taken, as none takes that of `data.path=~/texts`, it cannot read at all.
 """
 
 import re
@@ -28,6 +29,7 @@ from data.config import DataConfig
 Kind = tuple[Any, ...]  # the types that a value may have
 
 NOT_TEXT = r"[+-]?(?:[\d_.]+(?:[eE][+-]?[\d_]+)?|(?i:inf|nan|true|false|null))"  # to Hydra
+HOME = r"(?<![^=,:\[\s])~(?:\$\{[^}]*\}|[^\s,()\[\]{}])*"  # at the start of a value, or of an element of one
 READ_AS_OTHER = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 SAME_KIND = ("choice", "shuffle", "tag")  # Hydra's functions whose arguments are values of the key
 GROUP_CHOICE: Kind = (str, list[str], NoneType)
@@ -49,6 +51,8 @@ def unquoted(word: str) -> str:
 def _as_typed(word: str, root: type) -> str:
     key, _, value = word.lstrip("+").partition("=")
     kind = GROUP_CHOICE if "." not in key and key in groups() else _kind_of(key, root)
+    if kind and not re.search(r"['\"\\]", value):
+        word = word[: len(word) - len(value)] + re.sub(HOME, r"'\g<0>'", value)
     if not kind or re.search(NOT_TEXT, value) is None:
         return word
     for token in reversed(list(_misread(_parsed(word), kind))):

@@ -36,7 +36,10 @@ def parse(words: Sequence[str], options: type[OptionsT], positional: Sequence[st
         if key.startswith("--"):
             key = key[2:].replace("-", "_")
             if key in types and not equals:
-                text = "true" if types[key] is bool else next(rest, "")
+                following = "true" if types[key] is bool else next(rest, None)
+                if following is None:
+                    raise ValueError(f"{word} is without a value; as in {key}=VALUE")
+                text = following
         elif not equals or not key.isidentifier():  # a run's name may hold "=", as those of a sweep do
             free = [name for name in free if name not in values]
             if not free:

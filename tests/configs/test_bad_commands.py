@@ -38,6 +38,7 @@ BAD = {
     ),
     "deleted key": ([DEBUG, "~model.num_layers"], ["model.num_layers"]),
     "unknown flag": ([DEBUG, "--bogus"], ["--bogus", "--help"]),
+    "key as a flag": (["--experiment", "debug"], ["--experiment", "without dashes", "+experiment=NAME"]),
     "unreadable override": ([DEBUG, "a=b=["], ["a=b=[", "quote"]),
     "text for a number": ([DEBUG, "model.num_layers=abc"], ["model.num_layers=abc", "whole number"]),
     "fraction for a count": ([DEBUG, "training.num_steps=1.5"], ["training.num_steps=1.5", "whole number"]),

@@ -90,11 +90,26 @@ def test_null_is_nothing_where_there_may_be_nothing_and_else_text():
         ("optim.moment_dtype=1e3", "optim.moment_dtype='1e3'"),
         ("+experiment=2024_01_15", "+experiment='2024_01_15'"),
         ("autoscale=null", None),
+        ("data.path=~/texts", "data.path='~/texts'"),
+        ("data.path=~/a,~b/1e3,/c~d", "data.path='~/a','~b/1e3',/c~d"),
+        ("+data.mixture.web={path: ~/web, weight: 2}", "+data.mixture.web={path: '~/web', weight: 2}"),
+        ("data.path='~/it is'", None),
+        ("~optim.weight_decay", None),
     ],
 )
 def test_quotes_stand_about_text_and_nothing_else(word, told):
     assert as_typed([word], Config) == [told or word]
     assert as_typed(as_typed([word], Config), Config) == as_typed([word], Config)
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = config(
+        *("+experiment=debug", "data=folder", "data.path=~/texts", "run.dir=~/runs/a"),
+        *("run.compile_cache=~/xla", "checkpoint.directory=~/kept/${run.name}"),
+    )
+    places = (made.data.path, made.run.dir, made.run.compile_cache, made.checkpoint.directory)
+    assert places == tuple(f"{tmp_path}/{name}" for name in ("texts", "runs/a", "xla", "kept/debug"))
 
 
 def test_a_component_of_a_mixture_gets_its_text(tmp_path):

@@ -43,6 +43,7 @@ def test_words_become_what_the_dataclass_says(words, expected):
         (["steps=3"], "RUN is missing"),
         (["quick", "more"], "'more' is no key=value"),
         (["quick", "stps=3"], "stps is no key of this command; did you mean steps?"),
+        (["quick", "--steps"], "--steps is without a value; as in steps=VALUE"),
         (["quick", "--stps", "3"], "stps is no key of this command; did you mean steps?"),
         (["quick", "steps=many"], "steps=many is not a whole number"),
         (["quick", "rate=fast"], "rate=fast is not a number"),
