@@ -1,10 +1,11 @@
 """Before the first step: whether the step that was compiled fits the devices that it is to run on.
 
 The compiler's own account, against what the device says it can give. Without this look a run would die in the
-allocator, on a cluster after its time in the queue.
+allocator, on a cluster after its time in the queue, and on a laptop by the kernel, without a word.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def refuse_what_cannot_fit(hardware: HardwareConfig, mesh: Mesh, state: Any, bat
     """Raise ValueError, in the planner's words, where the compiled step needs more than a device has.
 
     state, batch: what the step takes, abstract arrays with shardings; step: anything with XLA's
-    `memory_analysis()`. Says nothing on a CPU, whose memory is everybody's.
+    `memory_analysis()`.
     """
     device = mesh.local_devices[0]
     limit = capacity(hardware, device)
@@ -64,16 +65,24 @@ def capacity(hardware: HardwareConfig, device: Any) -> int | None:
     """Bytes that a program may have on this device; None where nobody looks.
 
     The device's own word counts, which knows what share the allocator took; the datasheet where it says none.
+    CPU devices share the machine's memory, with everybody: what is more than all of it fits under no luck.
     """
     datasheet = hardware.device
-    if device.platform == "cpu" or (datasheet is not None and not datasheet.preflight):
+    if datasheet is not None and not datasheet.preflight:
         return None
+    if device.platform == "cpu":
+        return machine_memory() // jax.local_device_count()
     said = (device.memory_stats() or {}).get("bytes_limit")
     if said:
         return int(said)
     if datasheet is None or datasheet.memory_gib is None:
         return None
     return round(datasheet.memory_gib * GIB)
+
+
+def machine_memory() -> int:
+    """Bytes of main memory, free or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_of(state: Any, batch: Any, temporaries: int) -> Memory:

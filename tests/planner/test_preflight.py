@@ -23,11 +23,13 @@ def device(platform="gpu", stats=None):
         (KNOWN, device(stats=None), 139 * 2**30),
         (HardwareConfig(), device(stats={"bytes_limit": 100}), 100),
         (HardwareConfig(), device(stats={}), None),
-        (KNOWN, device("cpu", {"bytes_limit": 100}), None),
+        (KNOWN, device("cpu", {"bytes_limit": 100}), 2**30),  # one of eight on this machine
+        (HardwareConfig(device=DeviceConfig(preflight=False)), device("cpu"), None),
         (HardwareConfig(device=DeviceConfig(preflight=False)), device(stats={"bytes_limit": 100}), None),
     ],
 )
-def test_what_a_device_can_hold(hardware, asked, expected):
+def test_what_a_device_can_hold(hardware, asked, expected, monkeypatch):
+    monkeypatch.setattr(preflight, "machine_memory", lambda: 8 * 2**30)
     assert capacity(hardware, asked) == expected
 
 
