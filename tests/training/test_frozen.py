@@ -114,11 +114,11 @@ def test_every_schedule_equals_one_device(name, alone):
     _, expected, losses = alone
     np.testing.assert_allclose(seen, losses, rtol=1e-5)
     found = jax.device_get(program.to_canonical(state))
-    for (path, x), y in zip(
-        named_leaves(found.params).items(), jax.tree.leaves(expected.params), strict=True
-    ):
-        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=path)
-    assert_equal(found.frozen, expected.frozen)
+    # Levels are the same to the bit; what is drawn, and scales of it, to the last one.
+    for item, limits in (("params", {"rtol": 1e-5, "atol": 1e-5}), ("frozen", {"rtol": 1e-6})):
+        names, others = named_leaves(getattr(found, item)), jax.tree.leaves(getattr(expected, item))
+        for (path, x), y in zip(names.items(), others, strict=True):
+            np.testing.assert_allclose(x, y, err_msg=path, **limits)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_an_altered_byte_of_a_quantized_weight_is_found(alone, stored, tmp_path)
 def test_weights_of_another_form_are_refused_by_name(stored):
     for adapters in (LORA, dataclasses.replace(QLORA, rank=4), dataclasses.replace(QLORA, bits=8), None):
         with pytest.raises(
-            ValueError, match=r"checkpoints/2: (frozen|params)\.\S+ is .* in this config; use the config"
+            ValueError, match=r"checkpoints/2: \S+ is .* in this config; use the config"
         ):
             Checkpoints(stored, CheckpointConfig()).restore(2, program_of(adapters=adapters).canonical)
 
