@@ -10,6 +10,7 @@ import pytest
 
 from artifacts.checkpoints.errors import CorruptCheckpoint
 from artifacts.checkpoints.files import LIST
+from artifacts.checkpoints.inspect import export_weights
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
 from artifacts.config import CheckpointConfig
@@ -172,10 +173,22 @@ def test_an_altered_byte_of_a_quantized_weight_is_found(alone, stored, tmp_path)
 
 def test_weights_of_another_form_are_refused_by_name(stored):
     for adapters in (LORA, dataclasses.replace(QLORA, rank=4), dataclasses.replace(QLORA, bits=8), None):
-        with pytest.raises(
-            ValueError, match=r"checkpoints/2: \S+ is .* in this config; use the config"
-        ):
+        with pytest.raises(ValueError, match=r"checkpoints/2: \S+ is .* in this config; use the config"):
             Checkpoints(stored, CheckpointConfig()).restore(2, program_of(adapters=adapters).canonical)
+
+
+def test_what_trains_is_not_exported_without_what_is_frozen(stored, tmp_path):
+    with pytest.raises(
+        ValueError, match="step 2 has weights that do not train beside its params.* merge them first"
+    ):
+        export_weights(
+            stored.parent,
+            Checkpoints(stored, CheckpointConfig(), read_only=True),
+            2,
+            tmp_path / "out",
+            item="params",
+            dtype="float32",
+        )
 
 
 def test_muon_takes_the_factors_as_matrices_and_the_average_is_of_what_trains():
