@@ -4,7 +4,7 @@ Both are pytree nodes that stand where an array would: a scan slices them, a che
 a module reads them by `[...]` and `astype`. Of each there is also the tree of its parts' birth certificates,
 so that shardings, optimizer states and checkpoints follow as for any parameter.
 
-L layers, D model, C the two of a fused pair, F outputs, R rank; Q a QTensor's levels.
+D model or inputs, C the two of a fused pair, F outputs, R rank, V vocabulary.
 """
 
 import math

@@ -18,6 +18,8 @@ from models.weights import Adapters, merged
 from optim.config import MuonConfig
 from optim.muon import Matrix
 from parallel.partition import join
+from serving.generator import Generator
+from serving.sampling import Sampling
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.states import assert_equal, written
 from training.config import LocalSGDConfig
@@ -189,6 +191,21 @@ def test_what_trains_is_not_exported_without_what_is_frozen(stored, tmp_path):
             item="params",
             dtype="float32",
         )
+
+
+def test_a_generator_on_a_mesh_writes_what_the_merged_model_writes(alone):
+    """Quantized tables and merged projections, on the training mesh."""
+    one, state, _ = alone
+    many = program_of({"fsdp": 2, "tensor": 2})
+    weights = jax.device_put(state.weights, shardings(many.state.weights))
+    prompts, keys = [[1, 2, 3], [4] * 20], jax.random.split(jax.random.key(0), 2)
+    written, scores = [], []
+    for program, params in ((one, merged(state.weights)), (many, weights)):
+        generator = Generator(program.model, params, program.ops, program.layout)
+        written.append(generator.complete(prompts, Sampling(), keys, max_new_tokens=4))
+        scores.append(np.concatenate(generator.score(prompts)))
+    assert written[0] == written[1]
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-5)
 
 
 def test_muon_takes_the_factors_as_matrices_and_the_average_is_of_what_trains():
