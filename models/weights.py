@@ -12,12 +12,12 @@ import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Int8, Key, UInt8
 
 from common.checks import choice, require
 from kernels.einsum import Einsum, letters_of, multiply
@@ -78,7 +78,7 @@ class QTensor:
             levels = levels - in_blocks(self.zero.astype(jnp.float32), ones)
         return (levels * in_blocks(self.scale, ones)).reshape(shape).astype(dtype)
 
-    def levels(self) -> Int[Array, "..."]:
+    def levels(self) -> Int8[Array, "..."]:
         """int8 of the weight's shape."""
         if self.bits == 8:
             return self.q
@@ -95,7 +95,7 @@ class QTensor:
         """Rows of a table [V, D]: gathered as they are stored, dequantized behind that."""
         return jax.tree.map(lambda part: part.at[ids].get(mode=mode), self).astype(jnp.float32)
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> "QTensor":
         """Itself for `...`, or an entry of the first dim."""
         if index is Ellipsis:
             return self
@@ -174,7 +174,7 @@ class LowRank:
         named[self.reduction[0]] = RANK
         return "".join([*a, RANK]), "".join(c for d, c in named.items() if d not in self.reduction[1:])
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> "LowRank":
         """Itself for `...`, or an entry of the first dim."""
         if index is Ellipsis:
             return self
@@ -337,7 +337,7 @@ def quantize(
     )
 
 
-def pack(levels: Int[Array, "..."], dim: int) -> Int[Array, "..."]:
+def pack(levels: Int8[Array, "..."], dim: int) -> UInt8[Array, "..."]:
     """Levels from -8 to 7, two of `dim` (from the end) in a byte: what `QTensor.levels` unpacks."""
     place = levels.ndim + dim
     shape = (*levels.shape[:place], levels.shape[place] // 2, 2, *levels.shape[place + 1 :])

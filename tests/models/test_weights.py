@@ -10,6 +10,7 @@ import pytest
 
 from kernels.einsum import plain_einsum
 from kernels.einsum_cpu import fast_einsum
+from kernels.names import PROJECTIONS
 from models.ops import Ops
 from models.param import ParamInfo
 from models.transformer import build_model
@@ -27,8 +28,9 @@ from models.weights import (
 )
 from tests.models.decoders import FAMILIES, family, make_batch
 from tests.models.mixtures import MIXTURES
+from tests.models.test_gated_delta import HYBRID
 
-NAMES = ("q", "kv", "o", "up", "down", "experts", "further", "latent", "latent_q", "latent_kv", "latent_rope")
+NAMES = (*PROJECTIONS, "experts")
 FORMS = {
     "int8": (8, None, 0),
     "int4": (4, 4, 0),
@@ -210,6 +212,7 @@ def test_an_entry_of_a_weight_is_that_of_the_merged_one(form):
 MODELS = [
     *(("llama", FAMILIES["llama3"], form) for form in FORMS),
     ("gpt2", FAMILIES["gpt2"], "int4"),  # a table of positions, and one table for both ends
+    ("hybrid", family(**HYBRID), "qlora"),
     ("deepseek", MIXTURES["deepseek"], "qlora"),  # experts, latents, layers for further tokens
 ]
 
