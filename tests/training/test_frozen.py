@@ -27,7 +27,7 @@ from training.objectives.base import build_objective
 from training.state import matrix_dims, shardings
 
 SMALL = {
-    "num_layers": 2,
+    "num_layers": 4,
     "d_model": 32,
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -105,6 +105,10 @@ MESHES = {
     "accumulation": ({"data": 2}, {"accumulation_steps": 2, "scan_layers": False, "remat": "dots"}),
     "context": ({"context": 2}, {}),
     "1f1b": ({"pipeline": 2, "data": 2}, {}),
+    "interleaved": (
+        {"pipeline": 2},
+        {"pipeline": {"schedule": "interleaved_1f1b", "virtual_stages": 2}},
+    ),
     "zero_bubble": ({"pipeline": 2}, {"pipeline": {"schedule": "zero_bubble"}}),
 }
 
@@ -141,7 +145,7 @@ def test_a_checkpoint_holds_both_with_digests_and_goes_on_bitwise(alone, stored)
     assert_equal(restored, state)
     names = {name.rpartition("attention.q.")[2] for name in record["digests"] if "frozen.segments" in name}
     assert {"w.q", "w.scale"} <= names
-    assert record["types"]["frozen.segments.0.0.attention.q.w.q"] == "uint8[2, 16, 4, 8]"
+    assert record["types"]["frozen.segments.0.0.attention.q.w.q"] == "uint8[4, 16, 4, 8]"
     train, batch = program.compile_train(), place(program, packed_batch(2))
     onward, _ = train(jax.device_put(state, shardings(program.state)), batch)
     again, _ = train(restored, batch)
