@@ -6,6 +6,7 @@ A spec is `"BTD,DNH->BTNH"`: the activation's dims, the weight's, the result's.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -15,6 +16,24 @@ from common.checks import choice
 from kernels.names import PROJECTIONS, product_name
 
 Einsum = Callable[[str, Array, Array], Array]
+
+
+@runtime_checkable
+class CompoundWeight(Protocol):
+    """A weight that is more than an array and knows its product (`models.weights`)."""
+
+    def multiply(self, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
+        """The product with an activation; by its master through `product`, by what learns through `plain`."""
+
+    def astype(self, dtype: Any) -> Array:
+        """The array that it stands for."""
+
+
+def multiply(w: Array | CompoundWeight, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
+    """`product(spec, x, w)`, which a weight that is more than an array composes itself."""
+    if isinstance(w, CompoundWeight):
+        return w.multiply(product, plain, spec, x)
+    return product(spec, x, w)
 
 
 def plain_einsum(spec: str, x: Array, w: Array) -> Array:
@@ -35,13 +54,13 @@ class Projector:
     quantized: Einsum | None = None
     keep: Collection[str] = ()
 
-    def __call__(self, name: str, spec: str, x: Array, w: Array) -> Array:
+    def __call__(self, name: str, spec: str, x: Array, w: Array | CompoundWeight) -> Array:
         """The product in x's dtype; w is the float32 master. ValueError for a name that is not known."""
         choice("projection", name, PROJECTIONS)
         einsum = self.plain if self.quantized is None or name in self.keep else self.quantized
         # Named outside of whatever computes it: a policy that keeps a projection keeps one array, rounded
         # and scaled, and does not ask which kernel made it.
-        return checkpoint_name(einsum(spec, x, w), product_name(name))
+        return checkpoint_name(multiply(w, einsum, self.plain, spec, x), product_name(name))
 
 
 def letters_of(spec: str) -> tuple[str, str, str]:

@@ -17,6 +17,7 @@ from kernels.grouped_experts import GATES, activate
 from models.config import ModelConfig
 from models.ops import Ops
 from models.param import param, vector
+from models.weights import rows
 
 RESIDUAL = ("batch", "act_length", "act_embed")  # between blocks
 WHOLE = ("batch", "length", "act_embed")  # inside them
@@ -123,10 +124,11 @@ class Embedding(nnx.Module):
         """The start of the residual stream, in the compute dtype."""
         # Ids lie within the table by construction: without a bounds check it stays one gather per shard.
         # Whole rows first: looked up in a table split by its width, activations would have to change sides.
-        table = ops.constrain(self.table[...], ("act_vocab", None))
-        x = table.at[batch["tokens"]].get(mode="promise_in_bounds") * self.multiplier
+        # Of a quantized one levels and scales are both by rows, and rows are dequantized behind the lookup.
+        table = jax.tree.map(lambda part: ops.constrain(part, ("act_vocab", None)), self.table[...])
+        x = rows(table, batch["tokens"], "promise_in_bounds") * self.multiplier
         if self.positions is not None:
-            x = x + self.positions[...].at[batch["positions"]].get(mode="clip")
+            x = x + rows(self.positions[...], batch["positions"], "clip")
         # With positions whole, the gradient of a table split over tensor is made where the rows are.
         x = ops.constrain(x.astype(ops.compute_dtype), WHOLE)
         return ops.constrain(x, RESIDUAL)

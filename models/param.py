@@ -23,6 +23,7 @@ class ParamInfo:
     with its input and the dims it produces; dims in neither are batch dims (stacked layers, a fused pair).
     Both are empty for what is not a matrix. `init(key, shape, dtype)` makes the value of one layer.
     `projection` names the product that the matrix is for (`kernels.names`), where it is one of these.
+    What is not `trained` has no gradient and no moments (`training.state.TrainState.frozen`).
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class ParamInfo:
     decay: bool
     init: Callable[..., Any]
     projection: str | None = None
+    trained: bool = True
 
     def stacked(self, count: int) -> "ParamInfo":
         """The same parameter of `count` layers in one array, layers first."""

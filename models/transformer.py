@@ -28,6 +28,7 @@ from models.mtp import next_targets
 from models.ops import Ops
 from models.param import ParamInfo, info_of
 from models.spec import LayerSpec, Segment, make_segments
+from models.weights import LowRank, QTensor, merge
 
 Tree = dict[str, Any]
 
@@ -295,6 +296,8 @@ class Model:
         def ready(info: ParamInfo, leaf: Array) -> Array:
             cast = info.role == "head" or "experts" in info.axes
             cast = cast or (info.projection is not None and info.projection not in masters)
+            if isinstance(leaf, QTensor | LowRank) and not cast:
+                return leaf  # several arrays, each where it lies
             return ops.constrain(leaf.astype(ops.compute_dtype) if cast else leaf, info.axes)
 
         def layer(info: ParamInfo, stack: Array, i: int) -> Array:
@@ -417,8 +420,9 @@ class Model:
         return self._module(block_name(spec), params)
 
     def _output_table(self, params: Tree) -> Float[Array, "V D"]:
-        # A tied table is there twice only in `unstack`'s tree, where the head's is in the compute dtype.
-        return params["head" if "head" in params else "embed"]["table"]
+        # A tied table is there twice only in `unstack`'s tree, where the head's is in the compute dtype. A
+        # quantized one is dequantized once, not chunk by chunk: the loss casts the whole of any as well.
+        return merge(params["head" if "head" in params else "embed"]["table"])
 
     def _layers(
         self, params: Tree, x: Array, batch: dict[str, Array], ops: Ops, caches: Tree | None

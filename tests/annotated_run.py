@@ -26,6 +26,7 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from data.tokens.tokenizer import train_tokenizer
     from kernels.token_losses import chunked_cross_entropy
     from models.config import ModelConfig, RopeScaling, padded_vocab
+    from models.weights import Adapters
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
     from serving.generator import Generator
@@ -53,7 +54,7 @@ def store_of(tokenizer):
     return TokenStore(Path(), tokens, offsets, counts, size, tokenizer.bos_id, tokenizer.eos_id)
 
 
-def program_of(optim, schedule, model, **training):
+def program_of(optim, schedule, model, adapters=None, **training):
     sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 64}
     config = Config(
         model=ModelConfig(vocab_size=padded_vocab(257), **sizes, **model),
@@ -62,7 +63,7 @@ def program_of(optim, schedule, model, **training):
         schedule=schedule,
         training=TrainingConfig(num_steps=200, loss_chunk=64, **training),
     )
-    return config, build_program(config, build_layout(config.mesh, jax.devices()[:1]))
+    return config, build_program(config, build_layout(config.mesh, jax.devices()[:1]), adapters)
 
 
 def compute():
@@ -90,8 +91,11 @@ def compute():
 
 
 def trace_variants():
-    for optim, model in zip((MuonConfig(), LionConfig(), AdamWConfig()), VARIANTS, strict=True):
-        program = program_of(optim, WSDConfig(), model)[1]
+    adapters = (None, None, Adapters(rank=2, bits=4, group=8))
+    for optim, model, more in zip(
+        (MuonConfig(), LionConfig(), AdamWConfig()), VARIANTS, adapters, strict=True
+    ):
+        program = program_of(optim, WSDConfig(), model, more)[1]
         jax.eval_shape(program.train_step, program.state, program.batch)
 
 

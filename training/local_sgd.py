@@ -152,7 +152,7 @@ class Replicas:
                 (state.params, state.local["momentum"], state.ema, params),
             )
             local = {"params": params, "momentum": momentum}
-            return TrainState(step, outer, opt_state, ema, local, guard), metrics
+            return TrainState(step, outer, opt_state, ema, local, guard, state.frozen), metrics
 
         return train_step
 
@@ -162,7 +162,9 @@ class Replicas:
         """Parameters, optimizer states, guards and metrics of all replicas after one step of each."""
 
         def step(params: Any, opt_state: Any, guard: Any, rows: Any) -> tuple[Any, Any, Any, Any]:
-            new, metrics = inner(TrainState(state.step, params, opt_state, guard=guard), rows)
+            # What does not train is the same for all replicas, and not batched.
+            mine = TrainState(state.step, params, opt_state, guard=guard, frozen=state.frozen)
+            new, metrics = inner(mine, rows)
             return new.params, new.opt_state, new.guard, metrics
 
         counters = jax.tree.map(lambda x: 0 if x.ndim else None, state.opt_state)

@@ -21,6 +21,7 @@ from common.errors import RunFault
 from data.loading.loader import Prefetcher
 from kernels.attention_cudnn import check_documents
 from parallel import processes
+from parallel.partition import join
 from training.autoscale.apply import scale
 from training.compile_cache import start_compile_cache
 from training.config import Config, inner_steps
@@ -247,9 +248,9 @@ def figures_of(wanted: Iterable[Evaluation], state: TrainState) -> dict[str, flo
     """What these evaluations measure of the weights, and of their average where one is kept."""
     figures: dict[str, float] = {}
     for one in wanted:
-        figures |= one.measure(state.params)
+        figures |= one.measure(state.weights)
         if state.ema is not None:
-            figures |= {f"{name}_ema": value for name, value in one.measure(state.ema).items()}
+            figures |= {f"{name}_ema": value for name, value in one.measure(state.average).items()}
     return figures
 
 
@@ -291,7 +292,7 @@ def finish(run: Run, state: TrainState) -> int:
     samples = None
     if config.sample.prompts or config.sample.parse_snippets > 0:
         recorder.announce("samples")
-        samples = draw_samples(setup.program, state.params, setup.prepared.tokenizer, config)
+        samples = draw_samples(setup.program, state.weights, setup.prepared.tokenizer, config)
     recorder.announce("the end")
 
     def write() -> None:
@@ -315,6 +316,7 @@ def final_figures(run: Run, state: TrainState, checkpoints: Checkpoints) -> dict
         steps = processes.from_primary("the checkpoints to average", checkpoints.steps)
         steps = steps[-setup.config.checkpoint.average_last :]
         mean = setup.program.from_canonical(checkpoints.mean_weights(steps, setup.program.canonical.params))
+        mean = join(mean, state.frozen)
         for one in evaluations(setup):
             figures |= {f"{name}_mean": value for name, value in one.measure(mean).items()}
     return figures

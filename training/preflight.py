@@ -91,7 +91,7 @@ def memory_of(state: Any, batch: Any, temporaries: int) -> Memory:
     state, batch: abstract arrays with shardings. Gradients are a part of the temporaries: float32, placed
     like the parameters.
     """
-    parameters = bytes_on_device(state.params)
+    parameters = bytes_on_device((state.params, state.frozen))
     gradients = sum(4 * math.prod(shard_shape(leaf)) for leaf in jax.tree.leaves(state.params))
     return Memory(
         parameters=parameters,

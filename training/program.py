@@ -23,6 +23,7 @@ from kernels.einsum_cpu import contract_rows, fast_einsum, materialize
 from kernels.grouped_experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
+from models.weights import Adapters
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel import processes
@@ -49,13 +50,14 @@ from training.state import (
     abstract_state,
     balance_mask,
     decay_mask,
+    first_state,
     init_state,
     is_info,
-    make_state,
     matrix_dims,
     nothing_seen,
     placed_like,
     shardings,
+    split,
 )
 from training.step import (
     Batch,
@@ -102,13 +104,13 @@ class Program:
             # Made where it belongs: one copy made on one device and sent out would not fit there.
             place = shardings(self.state)
             first = jax.jit(
-                lambda k: begin(make_state(self.placement.init(k), self.tx, ema)), out_shardings=place
+                lambda k: begin(first_state(self.placement, self.tx, k, ema=ema)), out_shardings=place
             )
             return first(jax.random.key(seed))
         return init_state(self.placement, self.tx, self.state, seed=seed, ema=self.state.ema is not None)
 
     def to_canonical(self, tree: Any) -> Any:
-        """A state, or parameters, with layers stacked [n, ...] as checkpoints and other meshes have them."""
+        """A state, parameters or whole weights, with layers stacked [n, ...] as checkpoints have them."""
         if self.replicas is not None and isinstance(tree, TrainState):
             return self.replicas.to_canonical(tree)
         return self._relocate(tree, self.canonical, join=True)
@@ -140,7 +142,11 @@ class Program:
         if self.placement.arrangement is None:
             return tree
         # Of a whole state every leaf that follows a parameter (moments, average) moves with it.
-        like = target if isinstance(tree, TrainState) else target.params
+        like: Any = target
+        if not isinstance(tree, TrainState):
+            structure: Any = jax.tree.structure
+            whole = structure(tree) == structure(target.weights)
+            like = target.weights if whole else target.params
         return self.placement.arrangement.relocate(tree, shardings(like), join=join)
 
     def compile_train(self) -> FlatStep:
@@ -160,7 +166,7 @@ class Program:
         step = make_eval_step(self.model, self.strategy, self.ops)
         # Held-out text has the fields of any text, whatever an objective wants beside them.
         batch = {name: self.batch[name] for name in TEXT}
-        return compile_eval_step(step, self.state.params, batch, self.layout, self.compiler_options)
+        return compile_eval_step(step, self.state.weights, batch, self.layout, self.compiler_options)
 
     def chosen(self, config: Config, peak: str) -> list[tuple[str, str, str]]:
         """Rows (name, value, why) of the start-up table: devices, model and what computes it."""
@@ -193,6 +199,7 @@ class ParamLayout:
 
     model: Model
     arrangement: Arrangement | None
+    adapters: Adapters | None = None
 
     @property
     def chunks(self) -> int:
@@ -202,33 +209,46 @@ class ParamLayout:
     @property
     def info(self) -> Any:
         """ParamInfo by path."""
-        if self.arrangement is None:
-            return self.model.info
-        return self.arrangement.in_memory(self.model.info, is_info)
+        return self._adapted(self._plain)
+
+    @property
+    def trained(self) -> Any:
+        """Those of what trains; None in the place of all else."""
+        return split(self.info, self.info)[0]
 
     @property
     def canonical_info(self) -> Any:
         """The same of the stacks in a checkpoint."""
         if self.arrangement is None:
+            return self.info
+        return self._adapted(self.arrangement.on_disk(self.model.info, is_info))
+
+    @property
+    def _plain(self) -> Any:
+        if self.arrangement is None:
             return self.model.info
-        return self.arrangement.on_disk(self.model.info, is_info)
+        return self.arrangement.in_memory(self.model.info, is_info)
+
+    def _adapted(self, info: Any) -> Any:
+        # In memory's form: factors have the dims of layers that their weight has, whatever these are.
+        return info if self.adapters is None else self.adapters.info(info)
 
     def init(self, key: Array) -> Any:
         """The values, the same on any mesh and for any schedule."""
-        if self.arrangement is None:
-            return self.model.init(key)
-        return self.model.init(key, self.arrangement.layers)
+        arranged = () if self.arrangement is None else (self.arrangement.layers,)
+        params = self.model.init(key, *arranged)
+        return params if self.adapters is None else self.adapters.make(self._plain, params, key)
 
 
-def arrange(config: Config, model: Model, layout: Layout) -> ParamLayout:
+def arrange(config: Config, model: Model, layout: Layout, adapters: Adapters | None = None) -> ParamLayout:
     """Layers in stages where mesh.pipeline asks for them."""
     stages = layout.mesh.shape["pipeline"]
     if stages == 1:
-        return ParamLayout(model, None)
+        return ParamLayout(model, None, adapters)
     # Only the longest run of equal layers is cut into stages; what stands before and behind it is computed
     # with the embedding and the head.
     main = str(main_segment(model.segments))
-    return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main))
+    return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main), adapters)
 
 
 def build_strategy(config: Config, placement: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
@@ -237,7 +257,7 @@ def build_strategy(config: Config, placement: ParamLayout, layout: Layout) -> Gr
     if placement.arrangement is None:
         # Gradients are pinned to where their parameters lie before microbatches are added up: left to XLA,
         # every microbatch may hold all of them whole.
-        placed = layout.tree(placement.info, is_info) if layout.mesh.size > 1 else None
+        placed = layout.tree(placement.trained, is_info) if layout.mesh.size > 1 else None
         return GradientAccumulation(training.accumulation_steps, training.remat, training.scan_layers, placed)
     schedule = make_pipeline_schedule(
         config.pipeline.schedule,
@@ -339,10 +359,11 @@ def attention_of(config: Config, layout: Layout, dtype: Any) -> Choice:
     return choose_attention(config.training.attention, wanted, layout, dtype)
 
 
-def build_program(config: Config, layout: Layout) -> Program:
+def build_program(config: Config, layout: Layout, adapters: Adapters | None = None) -> Program:
     """Compose the step for a resolved config (`model.vocab_size` known).
 
-    config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
+    config: the root `Config`; layout: the mesh and its rules; adapters: what trains beside frozen weights;
+    None: all weights train. Raises ValueError where a size does not fit.
     """
     # 1. What is computed, and where its layers lie.
     model, training = build_model(config.model), config.training
@@ -354,7 +375,7 @@ def build_program(config: Config, layout: Layout) -> Program:
             f"objective={objective.name} trains no layers for further tokens, and model.mtp.depth="
             f"{config.model.mtp_depth}; use objective=next_token or model.mtp=null"
         )
-    placement = arrange(config, model, layout)
+    placement = arrange(config, model, layout, adapters)
     alone = steps_alone(config.local_sgd, layout.mesh)
     # A replica that steps alone must reduce over its own devices only: its step never hears of the others.
     seen = one_replica(layout) if alone else layout
@@ -364,9 +385,9 @@ def build_program(config: Config, layout: Layout) -> Program:
     tx = make_optimizer(
         config.optim,
         schedule,
-        decay_mask=decay_mask(placement.info),
-        matrices=matrix_dims(placement.info, seen),
-        balance=balance_mask(placement.info),
+        decay_mask=decay_mask(placement.trained),
+        matrices=matrix_dims(placement.trained, seen),
+        balance=balance_mask(placement.trained),
         balance_rate=config.model.moe.bias_update_rate if config.model.moe else 0.0,
         parts=sharing(seen, alone=alone),
         muon_dtype=muon_dtype(training.precision, platform),
@@ -386,6 +407,7 @@ def build_program(config: Config, layout: Layout) -> Program:
         seed=config.seed,
         guard=config.guard,
         skipping=skipping(platform, alone=alone),
+        info=placement.trained,
     )
     state = abstract_state(placement, tx, seen, ema=training.ema_decay is not None)
     canonical, replicas = canonical_state(placement, state, seen), None

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from optim.muon import Matrix
 from parallel.axes import Layout
+from parallel.partition import join
 
 WINDOW = 128  # updates that a new one is compared with
 Watched = dict[str, Array]  # of `TrainState.guard`: last [2, WINDOW] losses and norms, counts [2]
@@ -21,7 +22,8 @@ class TrainState:
     """Everything the step carries. `ema` is a tree like `params`, or None where no average is kept.
 
     `local` is None unless replicas step alone (`training.local_sgd`). `guard`: see
-    `training.safety.skip_updates`.
+    `training.safety.skip_updates`. `frozen` is None where every weight trains; else `params` has None for
+    what lies in it (`parallel.partition`), and the model sees both joined.
     """
 
     step: Int[Array, ""]
@@ -30,6 +32,17 @@ class TrainState:
     ema: Any = None
     local: Any = None
     guard: Any = None
+    frozen: Any = None
+
+    @property
+    def weights(self) -> Any:
+        """What the model sees."""
+        return join(self.params, self.frozen)
+
+    @property
+    def average(self) -> Any:
+        """The same of the averaged weights, where an average is kept."""
+        return join(self.ema, self.frozen)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
@@ -44,6 +57,17 @@ def nothing_seen() -> Watched:
 def is_info(leaf: Any) -> bool:
     """A parameter's birth certificate (`models.param.ParamInfo`), told by what it carries."""
     return hasattr(leaf, "axes") and hasattr(leaf, "reduction")
+
+
+def split(info: Any, tree: Any) -> tuple[Any, Any]:
+    """A parameter tree as (what trains, what is frozen); None for the second where all of it trains."""
+    if all(leaf.trained for leaf in jax.tree.leaves(info, is_leaf=is_info)):
+        return tree, None
+
+    def pick(*, trained: bool) -> Any:
+        return jax.tree.map(lambda i, x: x if i.trained == trained else None, info, tree, is_leaf=is_info)
+
+    return pick(trained=True), pick(trained=False)
 
 
 def decay_mask(info: Any) -> Any:
@@ -68,10 +92,17 @@ def matrix_dims(info: Any, layout: Layout | None = None) -> Any:
     return jax.tree.map(dims, info, is_leaf=is_info)
 
 
-def make_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+def make_state(params: Any, tx: optax.GradientTransformation, ema: bool, frozen: Any = None) -> TrainState:
     """Step 0: fresh optimizer, and the average starting at the parameters."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, guard=nothing_seen())
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, tx.init(params), average, guard=nothing_seen(), frozen=frozen)
+
+
+def first_state(model: Any, tx: optax.GradientTransformation, key: Array, *, ema: bool) -> TrainState:
+    """Step 0 of a model's initial weights, split as their certificates say."""
+    params, frozen = split(model.info, model.init(key))
+    return make_state(params, tx, ema, frozen)
 
 
 def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
@@ -80,7 +111,7 @@ def abstract_state(model: Any, tx: optax.GradientTransformation, layout: Layout,
     model: anything with `init(key)` and `info`, the parameters as they lie in memory. A moment is placed like
     the parameter whose path its own path ends with: left to itself, `jit(tx.init)` would replicate it.
     """
-    shapes = jax.eval_shape(lambda key: make_state(model.init(key), tx, ema), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: first_state(model, tx, key, ema=ema), jax.random.key(0))
     return placed_like(shapes, layout.tree(model.info, is_info), layout)
 
 
@@ -114,6 +145,6 @@ def init_state(
     """Initialize every leaf on the devices that own it; the same numbers on any mesh."""
 
     def init(key: Array) -> TrainState:
-        return make_state(model.init(key), tx, ema)
+        return first_state(model, tx, key, ema=ema)
 
     return jax.jit(init, out_shardings=shardings(abstract))(jax.random.key(seed))

@@ -50,6 +50,7 @@ def make_train_step(
     seed: int,
     guard: GuardConfig | None = None,
     skipping: Skipping = "branch",
+    info: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch) -> (state, metrics)`.
 
@@ -58,18 +59,18 @@ def make_train_step(
     folded from (seed, step), so that neither mesh nor schedule changes them.
 
     guard: what updates are skipped; None: none. skipping: how, see
-    `training.safety.skip_updates.unless_skipped`.
+    `training.safety.skip_updates.unless_skipped`. info: certificates of what trains; None: the model's.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         # Not carried in the state: a resumed run has the key of its step whatever came before.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Before the gradient what it is taken of: here an objective may ask for a forward pass of its own.
-        batch, figures = objective.prepare(batch, lambda b: strategy.score(model, state.params, b, ops))
-        means, grads = strategy.value_and_grad(objective, model, state.params, batch, key, ops)
+        batch, figures = objective.prepare(batch, lambda b: strategy.score(model, state.weights, b, ops))
+        means, grads = strategy.value_and_grad(objective, model, state.params, batch, key, ops, state.frozen)
         means = {**means, **figures}
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(weights_only(model.info, grads))
+            norm = optax.tree.norm(weights_only(model.info if info is None else info, grads))
 
         def update(kept: Updated) -> Updated:
             params, opt_state, ema = kept
@@ -106,7 +107,8 @@ def make_train_step(
             **told,
         }
         metrics |= objective.report(means)
-        return TrainState(state.step + 1, params, opt_state, ema, guard=watched), metrics
+        new = TrainState(state.step + 1, params, opt_state, ema, guard=watched, frozen=state.frozen)
+        return new, metrics
 
     return train_step
 

@@ -1,6 +1,7 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
+    checkpoints/STEP/frozen                     the weights that do not train, where there are any
     checkpoints/STEP/guard                      what new updates are compared with
     (`training.safety.skip_updates`) checkpoints/STEP/{momentum,replicas,guards} where replicas step alone
     (`training.local_sgd`) checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of
@@ -245,7 +246,7 @@ class Checkpoints:
         count = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda _: np.asarray(record["step"], np.int32)
         )
-        restored = {"params": trees["params"], "opt_state": trees["opt_state"], "ema": trees.get("ema")}
+        restored = {item: trees.get(item) for item in ("params", "opt_state", "ema", "frozen")}
         return abstract.replace(step=count, **restored, local=local, guard=guard), record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:

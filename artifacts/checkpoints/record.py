@@ -37,6 +37,8 @@ def trees_of(state: Any) -> dict[str, Any]:
     trees = {"params": state.params, "opt_state": state.opt_state}
     if state.ema is not None:
         trees["ema"] = state.ema
+    if state.frozen is not None:
+        trees["frozen"] = state.frozen
     if state.guard is not None:
         trees["guard"] = state.guard
     local = state.local or {}

@@ -184,10 +184,17 @@ class Zigzag:
     layout: Layout
 
     def value_and_grad(
-        self, loss: Any, model: Any, params: Any, batch: dict[str, Array], key: Array, ops: Any
+        self,
+        loss: Any,
+        model: Any,
+        params: Any,
+        batch: dict[str, Array],
+        key: Array,
+        ops: Any,
+        frozen: Any = None,
     ) -> Any:
         """Means and gradients as the schedule's own, of the batch in zigzag order."""
-        return self.schedule.value_and_grad(loss, model, params, self.permuted(batch), key, ops)
+        return self.schedule.value_and_grad(loss, model, params, self.permuted(batch), key, ops, frozen)
 
     def evaluate(self, model: Any, params: Any, batch: dict[str, Array], ops: Any) -> Any:
         """Sums as the schedule's own, of the batch in zigzag order."""

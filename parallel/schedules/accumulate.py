@@ -1,9 +1,9 @@
 """The plain schedule: scan over layers, accumulate over microbatches.
 
-One value of the interface that every schedule shares: `value_and_grad(loss, model, params, batch, key, ops)
--> (means, grads)` and its forward-only twins, `evaluate` (sums over the batch) and `score` (a figure for each
-token). It knows a model only by `embed`, `segments`, `layer`, `head` and `logprobs`, and what is minimized
-only by `weight` and `loss`.
+One value of the interface that every schedule shares: `value_and_grad(loss, model, params, batch, key, ops,
+frozen) -> (means, grads)` and its forward-only twins, `evaluate` (sums over the batch) and `score` (a figure
+for each token). It knows a model only by `embed`, `segments`, `layer`, `head` and `logprobs`, and what is
+minimized only by `weight` and `loss`.
 
 B rows, T position, D model; an array of a batch is [B], [B, T] or [B, T, ...].
 """
@@ -24,6 +24,7 @@ from kernels.names import (
     ROUTER_LOGITS,
     product_name,
 )
+from parallel.partition import join
 
 HOST_MEMORY = "pinned_host"
 
@@ -215,12 +216,20 @@ class GradientAccumulation:
         return end(params, x, batch), totals
 
     def value_and_grad(
-        self, loss: BatchLoss, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+        self,
+        loss: BatchLoss,
+        model: LayeredModel,
+        params: Params,
+        batch: Batch,
+        key: Array,
+        ops: Any,
+        frozen: Params = None,
     ) -> tuple[Sums, Params]:
-        """Means over the batch's total weight, and gradients of `objective` among them.
+        """Means over the batch's total weight, and gradients of `objective` among them by `params`.
 
-        The weight is known before any forward pass, so that microbatches of unequal weight still sum to the
-        exact gradient of the whole batch.
+        frozen: what the model has beside these, if anything (`parallel.partition`). The weight is known
+        before any forward pass, so that microbatches of unequal weight still sum to the exact gradient of the
+        whole batch.
         """
         weight = loss.weight(batch)
 
@@ -228,7 +237,7 @@ class GradientAccumulation:
             return loss.loss(model, params, x, micro, ops)
 
         def loss_of(params: Params, micro: Batch) -> tuple[Array, Sums]:
-            (value, sums), totals = self.forward(end, model, params, micro, key, ops)
+            (value, sums), totals = self.forward(end, model, join(params, frozen), micro, key, ops)
             value, sums = value + totals.get("loss", 0.0), add_sums(totals, sums)
             return value / weight, jax.tree.map(lambda s: s / weight, {"objective": value, **sums})
 

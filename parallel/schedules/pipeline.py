@@ -22,6 +22,7 @@ from jaxtyping import Array, Int
 
 from parallel.axes import Layout
 from parallel.config import main_segment
+from parallel.partition import apart, join
 from parallel.schedules.accumulate import (
     Batch,
     BatchLoss,
@@ -56,14 +57,21 @@ class Pipeline:
     scan_layers: bool = True
 
     def value_and_grad(
-        self, loss: BatchLoss, model: LayeredModel, params: Params, batch: Batch, key: Array, ops: Any
+        self,
+        loss: BatchLoss,
+        model: LayeredModel,
+        params: Params,
+        batch: Batch,
+        key: Array,
+        ops: Any,
+        frozen: Params = None,
     ) -> tuple[Sums, Params]:
-        """Means over the batch's total weight, and gradients of `objective` among them."""
+        """Means over the batch's total weight, and gradients of `objective` among them by `params`."""
 
         def end(params: Params, x: Array, micro: Batch) -> tuple[Array, Sums]:
             return loss.loss(model, params, x, micro, ops)
 
-        program = StageProgram(self, end, model, params, batch, key, ops, loss.weight)
+        program = StageProgram(self, end, model, params, batch, key, ops, loss.weight, frozen)
         state = program.run(self.schedule.runs, program.start())
         return program.finish(state)
 
@@ -101,15 +109,20 @@ class StageProgram:
         key: Array,
         ops: Any,
         weigh: Callable[[Batch], Array] = lambda batch: jnp.ones((), jnp.float32),
+        frozen: Params = None,
     ) -> None:
         self.layout, self.schedule, self.plan = plan.layout, plan.schedule, plan
         self.model, self.key, self.ops, self.make_end = model, key, ops, make_end
         # Only one segment is split: stages must run the same layers, and segments differ in theirs.
         self.main = str(main_segment(model.segments))
-        self.params = params["segments"][self.main]
+        whole = join(params, frozen)
+        self.params = whole["segments"][self.main]
         # Embedding and head are computed by all stages at once, a part each, instead of by the first and the
         # last while others wait for them.
-        self.rest = without(params, self.main)
+        self.rest = without(whole, self.main)
+        # What is differentiated of the two (None: all of it). Layers go through the stages whole.
+        self.trains = None if frozen is None else params["segments"][self.main]
+        self.rest_trains = None if frozen is None else without(params, self.main)
         self.at = Stages(
             plan.layout, plan.schedule.stages, plan.schedule.chunks, plan.specs["segments"][self.main]
         )
@@ -174,12 +187,15 @@ class StageProgram:
         """Gradients by the weights, [P, n/(vP), ...], from what a backward tick left in `taps`."""
         before = self._layers_before_stage(chunk)
 
+        params, beside = apart(self.trains, params)
+
         def total(params: Params) -> Array:
             def stage(params: Params, x: Array, micro: Batch, before: Array, taps: Taps) -> Array:
                 return ReplayedGradients(self._scan(int(self.main), micro))(params, x, before, taps)
 
             # The stages' scalars share no parameter, so their sum's gradient is each stage's own.
-            return jnp.sum(jax.vmap(stage, spmd_axis_name=AXIS)(params, x, micro, before, taps))
+            whole = join(params, beside)
+            return jnp.sum(jax.vmap(stage, spmd_axis_name=AXIS)(whole, x, micro, before, taps))
 
         return jax.grad(total)(params)
 
@@ -221,8 +237,8 @@ class StageProgram:
                 "inputs": self.layout.constrain(inputs, (None, *RESIDUAL)),
                 # In the shape of the parameters in stages, so that adding to them moves nothing between
                 # devices.
-                "grads": jax.tree.map(jnp.zeros_like, self.params),
-                "rest": jax.tree.map(jnp.zeros_like, self.rest),
+                "grads": jax.tree.map(jnp.zeros_like, apart(self.trains, self.params)[0]),
+                "rest": jax.tree.map(jnp.zeros_like, apart(self.rest_trains, self.rest)[0]),
             }
             if self.schedule.split:
                 places = self.schedule.weight_slots[2]
@@ -342,16 +358,17 @@ class StageProgram:
         """Each stage recomputes a chunk from its kept input and hands the gradient to the one before."""
         unit, micro, chunk = self.units(row["backward"])
         busy, params, mine = unit != IDLE, self.at.chunk(self.params, chunk), self.micro(micro)
+        params, beside = apart(self.trains, params)
         x = self.at.take(state["inputs"], row["take"])
         if self.schedule.split:
             shapes = self.tap_shapes(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
             # Zeros that nothing reads: only their gradient is asked for, so XLA can drop them.
             empty = jax.tree.map(lambda t: self.at.pin(jnp.zeros(t.shape, t.dtype), t.axes), shapes)
             (y, sums), pull = jax.vjp(
-                lambda p, x, taps: self.tapped_stages(p, x, mine, chunk, taps), params, x, empty
+                lambda p, x, taps: self.tapped_stages(join(p, beside), x, mine, chunk, taps), params, x, empty
             )
         else:
-            (y, sums), pull = jax.vjp(lambda p, x: self.stages(p, x, mine, chunk), params, x)
+            (y, sums), pull = jax.vjp(lambda p, x: self.stages(join(p, beside), x, mine, chunk), params, x)
         dy = state["dx"]
         if head:
             ends = (self.stage_ids == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
@@ -368,7 +385,7 @@ class StageProgram:
                 state["taps"],
                 left,
             )
-        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
+        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk, self.trains)
         self.count(state, sums, busy)
         dx = self.at.constrain(dx)
         # The gradient that leaves the first stage's first chunk belongs to the embedding, whose pull-back all
@@ -396,12 +413,13 @@ class StageProgram:
             chunk,
             taps,
         )
-        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk)
+        state["grads"] = self.at.add_chunk(state["grads"], dparams, chunk, self.trains)
 
     def pull_end(self, state: dict[str, Any], y: Array, micro: Batch) -> Array:
         """Loss and its gradient by what the last stage gives, for the microbatch that it is at."""
+        rest, beside = apart(self.rest_trains, self.rest)
         (loss, sums), pull = jax.vjp(
-            lambda rest, x: self.end(rest, x, micro), self.rest, self.at.of_stage(y, -1)
+            lambda rest, x: self.end(join(rest, beside), x, micro), rest, self.at.of_stage(y, -1)
         )
         # Sums are reported and not minimized: their cotangents are zero.
         nothing = jax.tree.map(jnp.zeros_like, sums)
@@ -412,7 +430,8 @@ class StageProgram:
 
     def pull_begin(self, state: dict[str, Any], dx: Array, micro: Batch, busy: Array) -> None:
         """Gradients of embedding and first segments from what the first stage hands back."""
-        (_, sums), pull = jax.vjp(lambda rest: self.begin(rest, micro), self.rest)
+        rest, beside = apart(self.rest_trains, self.rest)
+        (_, sums), pull = jax.vjp(lambda rest: self.begin(join(rest, beside), micro), rest)
         (drest,) = pull((dx, self.cotangents(sums, busy)))
         state["rest"] = self.add_rest(state["rest"], drest)
         self.count(state, sums, busy)
@@ -478,7 +497,7 @@ class StageProgram:
 
     def add_rest(self, grads: Params, more: Params) -> Params:
         """Gradients of what all stages have together with those of one microbatch added."""
-        specs = without(self.plan.specs, self.main)
+        specs, _ = apart(self.rest_trains, without(self.plan.specs, self.main))
 
         def add(g: Array, m: Array, spec: PartitionSpec) -> Array:
             placed = NamedSharding(self.layout.mesh, spec)

@@ -39,8 +39,9 @@ def _backward(product: Product, residuals: tuple[Array, Array], dy: Array) -> An
     x, w = residuals
     # By its input alone: the product for the weights is what waits.
     _, pull = jax.vjp(lambda x: product(x, w), x)
-    # A cotangent has the form of its argument: a tap is shaped like (x, y), so the pair fits into it.
-    return pull(dy)[0], jnp.zeros_like(w), (x, dy)
+    # A cotangent has the form of its argument: a tap is shaped like (x, y), so the pair fits into it. None is
+    # one of zeros for every part of a weight that is more than an array.
+    return pull(dy)[0], jnp.zeros_like(w) if isinstance(w, jax.Array) else None, (x, dy)
 
 
 _tapped.defvjp(_forward, _backward)

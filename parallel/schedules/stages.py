@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from parallel.axes import Layout
+from parallel.partition import apart
 from parallel.schedules.stage_layout import AXIS
 
 RESIDUAL = ("stages", "batch", "act_length", "act_embed")
@@ -124,8 +125,11 @@ class Stages:
         # as traffic between stages.
         return self.local(pick, (self.specs, ONE), self._chunk_specs())(params, chunk)
 
-    def add_chunk(self, grads: Any, more: Any, chunk: Int[Array, " P"]) -> Any:
-        """Gradients [v, P, n/(vP), ...] with each stage's part of a chunk added."""
+    def add_chunk(self, grads: Any, more: Any, chunk: Int[Array, " P"], trains: Any = None) -> Any:
+        """Gradients [v, P, n/(vP), ...] with each stage's part of a chunk added.
+
+        trains: the parameters that they are of, where these are not all.
+        """
 
         def add(grads: Any, more: Any, chunk: Array) -> Any:
             def put(g: Array, m: Array) -> Array:
@@ -135,7 +139,8 @@ class Stages:
 
             return jax.tree.map(put, grads, more)
 
-        return self.local(add, (self.specs, self._chunk_specs(), ONE), self.specs)(grads, more, chunk)
+        (specs, _), (parts, _) = apart(trains, self.specs), apart(trains, self._chunk_specs())
+        return self.local(add, (specs, parts, ONE), specs)(grads, more, chunk)
 
     def _chunk_specs(self) -> Any:
         return jax.tree.map(

@@ -10,6 +10,7 @@ import yaml
 
 from artifacts.config import RunConfig
 from models.config import ModelConfig
+from models.weights import Adapters
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MESH_AXES, ContextConfig, MeshConfig, PipelineConfig
 from parallel.mesh import build_layout
@@ -50,10 +51,10 @@ def make_config(
     return config
 
 
-def make_program(config: Config) -> Program:
+def make_program(config: Config, adapters: Adapters | None = None) -> Program:
     """The program on as many of the forced devices as the mesh asks for."""
     devices = int(np.prod([getattr(config.mesh, axis) for axis in MESH_AXES]))
-    return build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
+    return build_program(config, build_layout(config.mesh, jax.devices()[:devices]), adapters)
 
 
 def packed_batch(step, rows=ROWS, length=LENGTH, vocab=VOCAB):

@@ -1,0 +1,455 @@
+"""Weights that are more than an array: `QTensor` in eight or four bits, `LowRank` with factors beside it.
+
+Both are pytree nodes that stand where an array would: a scan slices them, a checkpoint names their parts, and
+a module reads them by `[...]` and `astype`. Of each there is also the tree of its parts' birth certificates,
+so that shardings, optimizer states and checkpoints follow as for any parameter.
+
+D model or inputs, C the two of a fused pair, F outputs, R rank, V vocabulary.
+"""
+
+import math
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal, zeros
+from jaxtyping import Array, Float, Int, Int8, Key, UInt8
+
+from common.checks import choice, require
+from kernels.einsum import Einsum, letters_of, multiply
+from kernels.names import PROJECTIONS
+from models.param import ParamInfo
+
+BITS = (8, 4)
+TABLES = ("embedding", "head")
+RANK = "Z"  # a letter that no projection uses
+
+
+def static(**values: Any) -> Any:
+    """A field of a node that belongs to its structure, not to its arrays."""
+    return field(metadata={"static": True}, **values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A weight as integers on a grid: (levels - zero) * scale, a scale for each block of it.
+
+    q: int8 of the weight's shape; in four bits uint8, two along the dim `packed` in a byte, the even one
+    low, each plus 8. scale: float32, as many dims, each as long as there are blocks along it (1: one for all
+    of it). zero: int8 like scale; None: level 0. packed counts from the end: leading dims come and go.
+    """
+
+    q: Any
+    scale: Any
+    zero: Any = None
+    bits: int = static(default=8)
+    packed: int = static(default=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, not of what holds it."""
+        shape = list(self.q.shape)
+        if self.bits == 4:
+            shape[self.packed] *= 2
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Dims of the weight."""
+        return len(self.q.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """What it is computed in."""
+        return self.scale.dtype
+
+    def astype(self, dtype: Any) -> Array:
+        """The weight as an array: made in float32, rounded once."""
+        shape = self.shape
+        blocks = [size // count for size, count in zip(shape, self.scale.shape, strict=True)]
+        levels = in_blocks(self.levels().astype(jnp.float32), blocks)
+        ones = [1] * self.ndim
+        if self.zero is not None:
+            levels = levels - in_blocks(self.zero.astype(jnp.float32), ones)
+        return (levels * in_blocks(self.scale, ones)).reshape(shape).astype(dtype)
+
+    def levels(self) -> Int8[Array, "..."]:
+        """int8 of the weight's shape."""
+        if self.bits == 8:
+            return self.q
+        # Neighbours share a byte: however the dim is split over devices, each unpacks its own.
+        place = self.q.ndim + self.packed + 1
+        both = jnp.stack([self.q & 15, self.q >> 4], axis=place).astype(jnp.int8) - 8
+        return both.reshape(self.shape)
+
+    def multiply(self, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
+        """The product with an activation, of the weight dequantized where it is read."""
+        return product(spec, x, self.astype(x.dtype))
+
+    def rows(self, ids: Int[Array, "..."], mode: str) -> Float[Array, "... D"]:
+        """Rows of a table [V, D]: gathered as they are stored, dequantized behind that."""
+        return jax.tree.map(lambda part: part.at[ids].get(mode=mode), self).astype(jnp.float32)
+
+    def __getitem__(self, index: Any) -> "QTensor":
+        """Itself for `...`, or an entry of the first dim."""
+        if index is Ellipsis:
+            return self
+        refuse_index(self, index)
+        if self.bits == 4 and -self.packed == self.ndim:
+            raise TypeError(f"a QTensor {self.shape} in 4 bits has no entries along the dim that it packs")
+        block = index * self.scale.shape[0] // self.shape[0]
+        zero = None if self.zero is None else self.zero[block]
+        return replace(self, q=self.q[index], scale=self.scale[block], zero=zero)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A weight w + scale * a b, of which only the thin factors learn (Hu et al. 2021, arXiv:2106.09685).
+
+    w: an array or a QTensor (Dettmers et al. 2023, arXiv:2305.14314), to which no gradient goes. a: w's dims
+    without its outputs, and R behind them; b: without its inputs, R in the first one's place. So [D, C, F]
+    has [D, C, R] and [R, C, F], a pair of its own for each of C. reduction, output: dims of w, from the end.
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    scale: float = static(default=1.0)
+    reduction: tuple[int, ...] = static(default=())
+    output: tuple[int, ...] = static(default=())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return tuple(self.w.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Dims of the weight."""
+        return len(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the factors."""
+        return self.a.dtype
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Dims that are neither reduced nor made: stacked layers, experts, a fused pair."""
+        return tuple(dim for dim in range(-self.ndim, 0) if dim not in self.reduction + self.output)
+
+    def astype(self, dtype: Any) -> Array:
+        """The weight as one array, merged in float32 and rounded once; gradients go to the factors alone."""
+        base = jax.lax.stop_gradient(self.w).astype(jnp.float32)
+        letters = "abcdefgh"[: self.ndim]
+        a, b = self.factor_letters(letters)
+        product = jnp.einsum(f"{a},{b}->{letters}", self.a, self.b, precision="highest")
+        return (base + self.scale * product).astype(dtype)
+
+    def multiply(self, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
+        """As x w + scale * (x a) b: two thin products beside the one by w, which stays as it is."""
+        left, right, out = letters_of(spec)
+        inner = [right[dim] for dim in self.reduction]
+        if {*inner} != {c for c in right if c in left and c not in out}:
+            return product(spec, x, self.astype(x.dtype))  # not the product that the factors are made for
+        a, b = self.factor_letters(right)
+        low = "".join(c for c in left + a if c not in inner)
+        base = multiply(jax.lax.stop_gradient(self.w), product, plain, spec, x)
+        # `plain`, whatever multiplies w: the factors are what learns, and eight bits would save nothing.
+        thin = plain(f"{left},{a}->{low}", x, self.a)
+        # A pair's dim is in the activation then and in b, which no plain projection has.
+        second = jnp.einsum if self.batch else plain
+        return base + self.scale * second(f"{low},{b}->{out}", thin, self.b.astype(x.dtype))
+
+    def factor_letters(self, letters: str) -> tuple[str, str]:
+        """The letters of a's dims and of b's, of those of w's dims."""
+        named = dict(zip(range(-self.ndim, 0), letters, strict=True))
+        a = [c for dim, c in named.items() if dim not in self.output]
+        named[self.reduction[0]] = RANK
+        return "".join([*a, RANK]), "".join(c for d, c in named.items() if d not in self.reduction[1:])
+
+    def __getitem__(self, index: Any) -> "LowRank":
+        """Itself for `...`, or an entry of the first dim."""
+        if index is Ellipsis:
+            return self
+        refuse_index(self, index)
+        first = -self.ndim
+        if self.reduction == (first,):
+            raise TypeError(f"a LowRank {self.shape} has no entries along the one dim that it reduces")
+        a = self.a if first in self.output else self.a[index]
+        b = self.b if first in self.reduction else self.b[index]
+        dims = ((d for d in group if d != first) for group in (self.reduction, self.output))
+        reduction, output = map(tuple, dims)
+        return replace(self, w=self.w[index], a=a, b=b, reduction=reduction, output=output)
+
+
+def refuse_index(weight: Any, index: Any) -> None:
+    """Raise TypeError for anything but a whole number: no other part of a grid or of factors is one."""
+    if not isinstance(index, int) and getattr(index, "shape", None) != ():
+        name = type(weight).__name__
+        raise TypeError(
+            f"a {name} {weight.shape} is read by [...] or [number], not [{index}]; merge it first"
+        )
+
+
+def dequantize(weight: QTensor) -> Array:
+    """The numbers that the levels are, in float32."""
+    return weight.astype(jnp.float32)
+
+
+def merge(weight: Any) -> Array:
+    """The array that a weight stands for, in float32 where it is more than one; any array is itself."""
+    return weight.astype(jnp.float32) if isinstance(weight, QTensor | LowRank) else weight
+
+
+def merged(tree: Any) -> Any:
+    """A parameter tree whose weights are arrays."""
+    return jax.tree.map(merge, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | LowRank))
+
+
+def rows(table: Any, ids: Int[Array, "..."], mode: str) -> Float[Array, "... D"]:
+    """Rows of a table [V, D] that is an array or a QTensor."""
+    return table.rows(ids, mode) if isinstance(table, QTensor) else table.at[ids].get(mode=mode)
+
+
+# -- eight and four bits -----------------------------------------------------------------------------------
+
+
+def in_blocks(x: Array, blocks: Sequence[int]) -> Array:
+    """Every dim as (number of blocks, their size): [n, ...] as [n / b, b, ...]."""
+    pairs = zip(x.shape, blocks, strict=True)
+    return x.reshape([part for size, block in pairs for part in (size // block, block)])
+
+
+def quantizable(info: ParamInfo) -> bool:
+    """Whether whoever reads the parameter takes a QTensor: projections, experts and tables."""
+    return info.role in TABLES or (info.role == "matrix" and kind_of(info) is not None)
+
+
+def kind_of(info: ParamInfo) -> str | None:
+    """What adapters name a matrix by: its projection, or "experts" for those that experts hold."""
+    return "experts" if info.projection is None and "experts" in info.axes else info.projection
+
+
+def reduced(info: ParamInfo) -> tuple[int, ...]:
+    """The dims along which a weight's numbers share a scale: those that its product sums over."""
+    return (len(info.shape) - 1,) if info.role in TABLES else info.reduction
+
+
+def block_sizes(info: ParamInfo, group: int | None) -> tuple[int, ...]:
+    """How many numbers along each dim share a scale: `group` in a row along the reduced dims, None: all.
+
+    Raises ValueError where the group is no whole part of them.
+    """
+    blocks, dims = [1] * len(info.shape), reduced(info)
+    sizes = [info.shape[dim] for dim in dims]
+    left = math.prod(sizes) if group is None else group if group > 1 else 0
+    for dim, size in zip(reversed(dims), reversed(sizes), strict=True):
+        # From the last dim outwards, so that a block is a run of neighbours: part of a row, or whole rows.
+        blocks[dim] = math.gcd(left, size)
+        if blocks[dim] < min(left, size):
+            left = 0
+            break
+        left //= blocks[dim]
+    if left != 1:
+        last = sizes[-1]
+        legal = ", ".join(str(n) for n in range(2, last + 1) if last % n == 0)
+        raise ValueError(
+            f"group={group} does not divide the reduced dims {sizes} of a weight; use one of {legal}"
+        )
+    return tuple(blocks)
+
+
+def quantized_info(
+    info: ParamInfo, bits: int, group: int | None = None, *, symmetric: bool = True
+) -> QTensor:
+    """The birth certificates of what `quantize` makes, none of which trains.
+
+    Raises ValueError for bits other than 8 and 4, a group that does not divide, and a parameter whose readers
+    take an array alone (norms, biases, a router, balance).
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits={bits} is not one of {', '.join(map(str, BITS))}")
+    if not quantizable(info):
+        raise ValueError(
+            f"a {info.role} {info.shape} without a projection cannot be quantized; "
+            "take projections, experts and tables, and leave the rest as arrays"
+        )
+    dims, blocks = reduced(info), block_sizes(info, group)
+    shape, packed = list(info.shape), dims[-1] - len(info.shape)
+    if bits == 4:
+        require(shape[packed] % 2 == 0, "bits=4: a reduced dim", shape[packed], "even; use bits=8")
+        shape[packed] //= 2
+    counts = tuple(size // block for size, block in zip(info.shape, blocks, strict=True))
+    # One scale for a whole dim is everybody's; several lie with the numbers that they are of.
+    axes = tuple(None if dim in dims and counts[dim] == 1 else axis for dim, axis in enumerate(info.axes))
+    part = replace(info, decay=False, trained=False)
+    scale = replace(part, shape=counts, axes=axes)
+    return QTensor(
+        q=replace(part, shape=tuple(shape), dtype=jnp.dtype("int8" if bits == 8 else "uint8")),
+        scale=scale,
+        zero=None if symmetric else replace(scale, dtype=jnp.dtype("int8")),
+        bits=bits,
+        packed=packed,
+    )
+
+
+def quantize(
+    info: ParamInfo, w: Array, bits: int, group: int | None = None, *, symmetric: bool = True
+) -> QTensor:
+    """Round to the nearest level (RTN): at most half a scale from w, wherever it lies on its block's grid.
+
+    symmetric: levels to 127 (or 7) either side of 0, the largest magnitude of a block on the last. Else from
+    the least to the largest number of a block, 0 among them, over all 256 (or 16) levels.
+    Raises ValueError as `quantized_info`, and for what is quantized already.
+    """
+    like = quantized_info(info, bits, group, symmetric=symmetric)
+    if isinstance(w, QTensor | LowRank):
+        raise ValueError(f"a {type(w).__name__} {w.shape} is no array to be quantized; merge it first")
+    assert w.shape == info.shape, (w.shape, info.shape)
+    blocks = in_blocks(w.astype(jnp.float32), block_sizes(info, group))
+    within = tuple(range(1, blocks.ndim, 2))
+    top = 2 ** (bits - 1) - 1
+    if symmetric:
+        largest = jnp.max(jnp.abs(blocks), axis=within, keepdims=True)
+        scale, zero, least = largest / top, None, -top
+    else:
+        low = jnp.minimum(jnp.min(blocks, axis=within, keepdims=True), 0.0)
+        high = jnp.maximum(jnp.max(blocks, axis=within, keepdims=True), 0.0)
+        scale, least = (high - low) / (2 * top + 1), -top - 1
+    scale = jnp.where(scale == 0, 1.0, scale)  # a block of zeros
+    if not symmetric:
+        zero = jnp.clip(least - jnp.round(low / scale), least, top)
+    levels = jnp.round(blocks / scale) + (0.0 if zero is None else zero)
+    levels = jnp.clip(levels, least, top).astype(jnp.int8).reshape(w.shape)
+    return QTensor(
+        q=levels if bits == 8 else pack(levels, like.packed),
+        scale=scale.reshape(like.scale.shape),
+        zero=None if zero is None else zero.astype(jnp.int8).reshape(like.scale.shape),
+        bits=bits,
+        packed=like.packed,
+    )
+
+
+def pack(levels: Int8[Array, "..."], dim: int) -> UInt8[Array, "..."]:
+    """Levels from -8 to 7, two of `dim` (from the end) in a byte: what `QTensor.levels` unpacks."""
+    place = levels.ndim + dim
+    shape = (*levels.shape[:place], levels.shape[place] // 2, 2, *levels.shape[place + 1 :])
+    low, high = jnp.moveaxis((levels + 8).astype(jnp.uint8).reshape(shape), place + 1, 0)
+    return low | (high << 4)
+
+
+# -- low rank ----------------------------------------------------------------------------------------------
+
+
+def low_rank_info(info: ParamInfo, rank: int, scale: float = 1.0, base: Any = None) -> LowRank:
+    """The birth certificates of a weight that learns by its factors alone.
+
+    base: of the weight itself, if it is not `info`, such as `quantized_info`'s. Raises ValueError for a rank
+    that is not below the matrix's own, and for what is no projection's matrix and no expert's.
+    """
+    if info.role != "matrix" or not quantizable(info):
+        raise ValueError(
+            f"a {info.role} {info.shape} without a projection has no factors; take projections and experts"
+        )
+    fan_in, fan_out = (math.prod(info.shape[d] for d in dims) for dims in (info.reduction, info.output))
+    most = min(fan_in, fan_out)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank={rank} of a matrix [{fan_in}, {fan_out}] must be from 1 to {most}")
+    count, first = len(info.shape), info.reduction[0]
+    inputs = [dim for dim in range(count) if dim not in info.output]
+    outputs = [dim for dim in range(count) if dim not in info.reduction[1:]]
+    part = partial(replace, info, trained=True, dtype=jnp.dtype("float32"), projection=None)
+    a = part(
+        shape=(*(info.shape[dim] for dim in inputs), rank),
+        axes=(*(info.axes[dim] for dim in inputs), None),
+        reduction=tuple(map(inputs.index, info.reduction)),
+        output=(len(inputs),),
+        # Of an activation of ones' size one of ones' size; b's zeros make the weight begin as it was.
+        init=normal(fan_in**-0.5),
+    )
+    b = part(
+        shape=tuple(rank if dim == first else info.shape[dim] for dim in outputs),
+        axes=tuple(None if dim == first else info.axes[dim] for dim in outputs),
+        reduction=(outputs.index(first),),
+        output=tuple(map(outputs.index, info.output)),
+        init=zeros,
+    )
+    base = replace(info, trained=False) if base is None else base
+    dims = (tuple(dim - count for dim in dims) for dims in (info.reduction, info.output))
+    return LowRank(base, a, b, scale, *dims)
+
+
+def low_rank(info: ParamInfo, w: Any, rank: int, key: Key[Array, ""], scale: float = 1.0) -> LowRank:
+    """A weight with a drawn at random and b zero, so that it begins as it is; w: an array or a QTensor.
+
+    Raises ValueError as `low_rank_info`, and for a weight that has factors already.
+    """
+    if isinstance(w, LowRank):
+        raise ValueError(f"a LowRank {w.shape} has factors already; merge it first")
+    like = low_rank_info(info, rank, scale)
+    # All layers in one draw: by their place in row-major order, which stages of a pipeline do not change.
+    return replace(
+        like,
+        w=w,
+        a=like.a.init(key, like.a.shape, like.a.dtype),
+        b=like.b.init(key, like.b.shape, like.b.dtype),
+    )
+
+
+# -- a whole model -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank factors for some projections of a model, all else of which is frozen.
+
+    names: of the projections (`kernels.names`), and "experts". bits, group: of every weight that can be
+    quantized, below the factors and elsewhere (QLoRA); None: weights stay as they are.
+    """
+
+    rank: int
+    scale: float = 1.0
+    names: Collection[str] = ("q", "kv", "o", "up", "down")
+    bits: int | None = None
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            choice("adapter projection", name, (*PROJECTIONS, "experts"))
+
+    def adapts(self, info: ParamInfo) -> bool:
+        """Whether a parameter gets factors."""
+        return info.role == "matrix" and kind_of(info) in self.names
+
+    def info(self, infos: Any) -> Any:
+        """The certificates of the model's weights as they will be."""
+
+        def of(info: ParamInfo) -> Any:
+            base: Any = replace(info, trained=False)
+            if self.bits is not None and quantizable(info):
+                base = quantized_info(info, self.bits, self.group)
+            return low_rank_info(info, self.rank, self.scale, base) if self.adapts(info) else base
+
+        return jax.tree.map(of, infos)
+
+    def make(self, infos: Any, params: Any, key: Key[Array, ""]) -> Any:
+        """The weights, from those of the plain model; to be traced. A factor's key depends on its name."""
+
+        def of(path: Any, info: ParamInfo, w: Array) -> Any:
+            base: Any = w
+            if self.bits is not None and quantizable(info):
+                base = quantize(info, w, self.bits, self.group)
+            if not self.adapts(info):
+                return base
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            return low_rank(info, base, self.rank, own, self.scale)
+
+        return jax.tree_util.tree_map_with_path(of, infos, params)
