@@ -16,11 +16,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from parallel.axes import Layout
 from parallel.partition import apart
+from parallel.schedules.accumulate import Batch, Params
 from parallel.schedules.stage_layout import AXIS
+from parallel.schedules.tables import Schedule
 
 RESIDUAL = ("stages", "batch", "act_length", "act_embed")
 ONE = PartitionSpec(AXIS)
 Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Where stages lie, in what order they work, and what they keep.
+
+    specs: PartitionSpecs of the parameters as they lie in memory, the main segment's of [v, P, n/(vP), ...].
+    """
+
+    layout: Layout
+    schedule: Schedule
+    specs: Any
+    remat: str = "none"
+    scan_layers: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,3 +162,24 @@ class Stages:
         return jax.tree.map(
             lambda spec: PartitionSpec(*spec[1:]), self.specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
+
+
+def split_rows(batch: Batch, count: int) -> Batch:
+    """[B, ...] as [B/count, count, ...]: microbatch m is every count-th row, spread over all devices."""
+    return {name: x.reshape(x.shape[0] // count, count, *x.shape[1:]) for name, x in batch.items()}
+
+
+def join_rows(x: Array) -> Array:
+    """[B/count, count, ...] as [B, ...]: the inverse of `split_rows`."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def without(params: Params, segment: str) -> Params:
+    """All parameters but those of one segment."""
+    others = {name: tree for name, tree in params["segments"].items() if name != segment}
+    return {**params, "segments": others}
+
+
+def widen(mask: Array, x: Array) -> Array:
+    """A mask of the first dims of x with as many dims as x, so that it broadcasts."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
