@@ -4,9 +4,9 @@
 
     kept          L k(policy): what layers leave for the backward pass; in a pipeline twice that of a stage's
                   layers, and a stream for each microbatch on its way
-    working       w_F F + w_D (D + N + 2K) + w_W W + w_X X: the layer that goes backward: products of width F
-                  and their gradients, streams and projections, its weights gathered and their gradients
-                  before they are scattered, tokens sent to experts
+    working       w_F F + w_D (D + N + 2K) + w_I I + w_W W + w_X X: the layer that goes backward: products of
+                  width F and their gradients, streams and projections, what recurrences are made of, its
+                  weights gathered and their gradients before they are scattered, tokens sent to experts
     tables        w_V V: float32 gradients of embedding and head before they are scattered
     accumulators  a second set of gradients where microbatches add up
 
@@ -44,6 +44,7 @@ COMPILERS: Mapping[str, Weights] = {
 }
 IN_STAGES = 1.0  # of weights, where a pipeline's ticks gather them one layer after another
 UNSHARDED = 1.0  # of weights that lie whole on a device: their copy in the compute dtype
+INSIDE = 2.2  # of what a recurrence is made of: values and gradients; 2 compiled hybrids for H100s
 TAPS = 2.8  # zero_bubble keeps a layer's inputs of products and their cotangents, some of them in float32
 NONE_WIDE, NONE_STREAM = 11, 17  # of `none`: bytes a token, element of a width and byte of the compute dtype
 
@@ -100,6 +101,7 @@ def working(sizes: Sizes) -> float:
     products = (s.gates + 1) / 3 * w.wide * s.wide
     streams = w.streams * (s.whole + s.widest.queries + s.widest.keys_values)
     layer = products + streams + w.dispatched * s.dispatched + w.scores * s.widest.scores
+    layer += INSIDE * s.inside
     layer += (weights if s.sharded else UNSHARDED) * s.layer_weights
     tables = w.tables * s.table if s.sharded else 0.0
     return max(layer, s.logits) + tables

@@ -180,12 +180,11 @@ class Sizes:
     """Bytes, unless another unit is named; of a microbatch's tokens on one device, in the compute dtype.
 
     stream: the residual stream between blocks, which sequence parallelism splits further; whole: before that
-    split. mixer: of one layer, the mean over layers; widest: the largest of each. wide: one product of the
-    width F (of experts: of all choices). dispatched: tokens on their way to experts. layer_weights:
-    parameters of the largest layer in the compute dtype, gathered but for tensor and expert parallelism;
-    sharded: whether they had to be gathered. table: float32, of the larger of embedding and head, gathered.
-    logits: float32, of a chunk of
-    the loss.
+    split. mixer: of one layer, the mean over layers; widest: the largest of each; inside: of all mixers of a
+    period. wide: one product of the width F (of experts: of all choices). dispatched: tokens on their way to
+    experts. layer_weights: parameters of the largest layer in the compute dtype, gathered but for tensor and
+    expert parallelism; sharded: whether they had to be gathered. table: float32, of the larger of embedding
+    and head, gathered. logits: float32, of a chunk of the loss.
     """
 
     config: Config
@@ -202,6 +201,7 @@ class Sizes:
     whole: float
     mixer: MixerSizes
     widest: MixerSizes
+    inside: float
     wide: float
     gates: int  # not bytes: products of the width F in a layer's forward, before the one back
     dispatched: float
@@ -257,6 +257,7 @@ def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
         whole=itemsize * tokens * m.d_model,
         mixer=MixerSizes(*(sum(sizes) / len(mixers) for sizes in zip(*mixers, strict=True))),
         widest=MixerSizes(*map(max, zip(*mixers, strict=True))),
+        inside=max(period_inside(model, mixers)),
         wide=wide,
         gates=2 if m.gated else 1,
         dispatched=itemsize * tokens * choices * m.d_model if m.moe is not None else 0.0,
@@ -292,6 +293,15 @@ def mixers_of(
                 4 * a.inside / heads,
             )
             found.append(tuple(tokens * size for size in sizes))
+    return found
+
+
+def period_inside(model: Model, mixers: list[tuple[float, ...]]) -> list[float]:
+    """Of each segment, what the mixers of one period hold inside: its layers are rematerialized together."""
+    found, first = [], 0
+    for segment in model.segments:
+        found.append(sum(sizes[-1] for sizes in mixers[first : first + len(segment.period)]))
+        first += segment.count * len(segment.period)
     return found
 
 

@@ -23,6 +23,8 @@ MESHES = [
     ["mesh.data=2", "mesh.pipeline=2", "pipeline.microbatches=2"],
 ]
 
+HYBRID = ("model=hybrid_1b", "data.seq_len=4096", "training.global_batch_size=32", "mesh=fsdp")
+
 
 def text(program):
     """The traced step, without the addresses of functions."""
@@ -56,10 +58,18 @@ def described(*words, nodes=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["mesh=fsdp"], ["mesh=fsdp_tensor", "mesh.tensor=4"], ["training.remat=dots"]]
+    "words",
+    [
+        ["mesh=fsdp"],
+        ["mesh=fsdp_tensor", "mesh.tensor=4"],
+        ["training.remat=dots"],
+        [*HYBRID, "training.remat=full"],
+        [*HYBRID, "training.remat=dots"],
+    ],
 )
 def test_the_model_is_near_the_compiler(words):
-    asked, machine, compiled = described("+experiment=llama3_8b", "training.global_batch_size=16", *words)
+    words = ("training.global_batch_size=16", *words)
+    asked, machine, compiled = described("+experiment=llama3_8b", *words)
     computed = estimate(asked, machine)
     assert computed.memory.total == pytest.approx(compiled.work.memory.total, rel=0.1)
     assert sum(computed.flops.values()) == pytest.approx(sum(compiled.work.flops.values()), rel=0.05)
