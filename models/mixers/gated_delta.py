@@ -149,7 +149,7 @@ class GatedDelta(Mixer):
         """Of the state's products and those within a chunk, its triangular system solved by substitution."""
         d = sizes_of(config)
         K, N, H, V, C = d.num_key_heads, d.num_value_heads, d.key_head_dim, d.value_head_dim, d.chunk
-        inside = 4 * C * K * H + N * C * (2 * H + 4 * V + C)
+        inside = N * C * (6 * H + 4 * V + C)
         channels = 2 * K * H + N * V
         flops = float(6 * N * H * V + inside + 2 * d.conv_width * channels)
         return flops, flops
@@ -240,54 +240,51 @@ def delta_rule(
     rounding.
     """
     (B, T, K, H), (N, V) = q.shape, v.shape[2:]
-    G, C = N // K, min(chunk, 1 << (T - 1).bit_length())
+    C = min(chunk, 1 << (T - 1).bit_length())
     # Behind the end nothing is written and nothing decays, as on padding.
     rest = -T % C
     n = (T + rest) // C
 
-    def cut(x: Array, *heads: int) -> Array:
-        """[B, T, ...] as chunks [n, B, *heads, C, ...]."""
-        x = jnp.pad(
-            x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)], mode="edge" if not heads else "constant"
-        )
-        x = x.reshape(B, n, C, *heads, *x.shape[2 + bool(heads) :])
-        return jnp.moveaxis(jnp.moveaxis(x, 2, 2 + len(heads)), 1, 0)
+    def cut(x: Array) -> Array:
+        """[B, T, N, ...] as chunks [n, B, N, C, ...]."""
+        x = jnp.pad(x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(B, n, C, *x.shape[2:]), (1, 2), (0, 3))
 
     # As exact as the inputs: float32 throughout where these are, and on a GPU or TPU fast where they are not.
     dot = partial(jnp.einsum, preferred_element_type=F32, precision="highest" if q.dtype == F32 else None)
-    q, k = cut(unit(q) * H**-0.5, K), cut(unit(k), K)
-    v, beta, g = cut(v, K, G).astype(F32), cut(beta, K, G), jnp.cumsum(cut(g, K, G), axis=-1)
-    owner = cut(segments)[:, :, None, None]
+    # Each key head for its G value heads. One product for all of them would be less work, but with the two
+    # kinds of heads as dims of their own XLA:CPU (JAX 0.10) crashes in the gradient on more than one device.
+    q, k = (cut(jnp.repeat(x, N // K, axis=2)) for x in (unit(q) * H**-0.5, unit(k)))
+    v, beta, g = cut(v).astype(F32), cut(beta), jnp.cumsum(cut(g), axis=-1)
+    owner = jnp.pad(segments, [(0, 0), (0, rest)], mode="edge").reshape(B, n, 1, C).swapaxes(0, 1)
     # Decay from one position to a later one of the same document; within it g adds up, and across a border
     # nothing is left. Masked in the exponent: above the diagonal its exponential might overflow.
     past = jnp.tril(jnp.ones((C, C), bool)) & (owner[..., :, None] == owner[..., None, :])
     decays = jnp.exp(jnp.where(past, g[..., :, None] - g[..., None, :], -jnp.inf))
-    keys = dot("nbkch,nbksh->nbkcs", k, k)[:, :, :, None]
-    system = beta[..., None] * jnp.tril(decays, -1) * keys
+    system = beta[..., None] * jnp.tril(decays, -1) * dot("nbmch,nbmsh->nbmcs", k, k)
     solved = unit_triangular_inverse(system) * beta[..., None, :]
     # u = values - reading S, with S the state before the chunk.
-    values = dot("nbkgcs,nbkgsv->nbkgcv", solved, v)
+    values = dot("nbmcs,nbmsv->nbmcv", solved, v)
     # The state before the chunk is of the document that the chunk before it ended with.
     before = jnp.concatenate([owner[:1, ..., :1], owner[:-1, ..., -1:]])
     fading = jnp.where(owner == before, jnp.exp(g), 0.0)
-    reading = dot("nbkgcs,nbksh->nbkgch", solved * fading[..., None, :], k)
-    scores = dot("nbkch,nbksh->nbkcs", q, k)[:, :, :, None] * decays
+    reading = dot("nbmcs,nbmsh->nbmch", solved * fading[..., None, :], k)
+    scores = dot("nbmch,nbmsh->nbmcs", q, k) * decays
     # What of each position is left at the chunk's end, and what of the state before it.
     writing, left = decays[..., -1, :], fading[..., -1]
 
     def step(state: Array, item: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, values, reading, scores, fading, writing, left = item
-        u = values - dot("bkgch,bkghv->bkgcv", reading, state)
-        out = fading[..., None] * dot("bkch,bkghv->bkgcv", q, state) + dot("bkgcs,bkgsv->bkgcv", scores, u)
-        written = dot("bkch,bkgcv->bkghv", k, writing[..., None] * u)
+        u = values - dot("bmch,bmhv->bmcv", reading, state)
+        out = fading[..., None] * dot("bmch,bmhv->bmcv", q, state) + dot("bmcs,bmsv->bmcv", scores, u)
+        written = dot("bmch,bmcv->bmhv", k, writing[..., None] * u)
         return left[..., None, None] * state + written, out
 
     first = jnp.zeros((B, N, H, V), F32) if state is None else state
-    items = (q, k, values, reading, scores, fading, writing, left)
-    final, out = jax.lax.scan(step, first.reshape(B, K, G, H, V), items)
-    # [n, B, K, G, C, V] to [B, T, N, V].
-    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, n * C, N, V)
-    return out[:, :T], final.reshape(B, N, H, V)
+    final, out = jax.lax.scan(step, first, (q, k, values, reading, scores, fading, writing, left))
+    # [n, B, N, C, V] to [B, T, N, V].
+    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, n * C, N, V)
+    return out[:, :T], final
 
 
 def unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
