@@ -9,6 +9,7 @@ import pytest
 from models.config import MoEConfig, MTPConfig
 from planner.hlo.program import read_hlo
 from tests.parallel import small
+from training.legal.check import check
 from training.state import shardings
 
 HEAD_DIMS = 64 * small.VOCAB  # D * V
@@ -131,8 +132,8 @@ def test_other_segments_ride_along(model):
 
 
 def test_layers_that_do_not_divide_are_refused_with_the_numbers_that_would():
-    with pytest.raises(ValueError, match=r"5 layers .* mesh.pipeline=2; use one of 1, 5"):
-        small.make_program(small.make_config({"pipeline": 2}, model={"num_layers": 5}))
+    with pytest.raises(ValueError, match=r"model.num_layers=5.* mesh.pipeline=2"):
+        check(small.make_config({"pipeline": 2}, model={"num_layers": 5, "vocab_size": -1}), 2)
 
 
 def test_initial_weights_do_not_depend_on_stages():
