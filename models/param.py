@@ -1,11 +1,14 @@
 """What a parameter is born with: shape, logical axes, initializer and role. All later readings start here."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
 from common.checks import choice
 from kernels.names import LOGICAL_AXES, PROJECTIONS
@@ -70,7 +73,7 @@ def param(
     if project is not None:
         choice("projection", project, PROJECTIONS)
     # Only shapes come of this: the model is described under eval_shape, and values are made later, each by
-    # the key of its name (`models.transformer.init_leaf`).
+    # the key of its name (`init_leaf`).
     value = init(rngs.params(), shape, jnp.float32)
     # `axes`, not Flax's own sharding keys: those would make Flax look for a mesh when the value is created.
     return nnx.Param(
@@ -99,3 +102,28 @@ def info_of(variable: Any) -> ParamInfo:
     return ParamInfo(
         shape=tuple(variable.shape), dtype=variable.dtype, **{name: metadata[name] for name in names}
     )
+
+
+def init_leaf(key: Array, part: str, path: Any, info: ParamInfo) -> Array:
+    """The value of one parameter that is not stacked over layers."""
+    return info.init(fold_name(key, part, path), info.shape, info.dtype)
+
+
+def init_stacked(key: Array, layers: Int[Array, "*stack"], path: Any, info: ParamInfo) -> Array:
+    """The values of one parameter of the given layers, stacked; each as if it were made alone."""
+    key = fold_name(key, "layer", path)
+
+    def make(layer: Array) -> Array:
+        return info.init(jax.random.fold_in(key, layer), info.shape[1:], info.dtype)
+
+    # vmap over keys: the same bits as one layer at a time, in one program.
+    for _ in range(layers.ndim):
+        make = jax.vmap(make)
+    return make(layers)
+
+
+def fold_name(key: Array, part: str, path: Any) -> Array:
+    """The random key that belongs to a parameter's name, by its part of the model and its path."""
+    # A checksum of the name, not a counter: adding or leaving out a parameter changes no other's values.
+    name = "/".join((part, *(str(entry.key) for entry in path)))
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))

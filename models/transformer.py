@@ -6,7 +6,6 @@ The tree is {"embed", "segments": {segment: {place in the period: stacked [count
 the next token is predicted.
 """
 
-import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +25,7 @@ from models.mixer import CacheArray, mixer
 from models.moe import LOAD
 from models.mtp import next_targets
 from models.ops import Ops
-from models.param import ParamInfo, info_of
+from models.param import ParamInfo, info_of, init_leaf, init_stacked
 from models.spec import LayerSpec, Segment, make_segments
 from models.weights import LowRank, QTensor, merge
 
@@ -453,31 +452,6 @@ class Model:
                 x, out = period(x, (layer, caches and caches[str(s)][i]))
                 filled[str(s)].append(out)
         return x, filled
-
-
-def init_leaf(key: Array, part: str, path: Any, info: ParamInfo) -> Array:
-    """The value of one parameter that is not stacked over layers."""
-    return info.init(fold_name(key, part, path), info.shape, info.dtype)
-
-
-def init_stacked(key: Array, layers: Int[Array, "*stack"], path: Any, info: ParamInfo) -> Array:
-    """The values of one parameter of the given layers, stacked; each as if it were made alone."""
-    key = fold_name(key, "layer", path)
-
-    def make(layer: Array) -> Array:
-        return info.init(jax.random.fold_in(key, layer), info.shape[1:], info.dtype)
-
-    # vmap over keys: the same bits as one layer at a time, in one program.
-    for _ in range(layers.ndim):
-        make = jax.vmap(make)
-    return make(layers)
-
-
-def fold_name(key: Array, part: str, path: Any) -> Array:
-    """The random key that belongs to a parameter's name, by its part of the model and its path."""
-    # A checksum of the name, not a counter: adding or leaving out a parameter changes no other's values.
-    name = "/".join((part, *(str(entry.key) for entry in path)))
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _size(info: ParamInfo) -> int:
