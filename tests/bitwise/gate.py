@@ -93,6 +93,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "ring_zigzag": (*DENSE, "mesh.context=2", "context.attention=ring"),
     "ulysses": (*DENSE, "mesh.context=2", "training.attention=chunked"),
     "fsdp_tensor": (*DENSE, "mesh.fsdp=2", "mesh.tensor=2", "optim=muon"),
+    "hybrid": ("+experiment=debug", "model=hybrid_debug", *SHAPE, "model.num_layers=4", "mesh.tensor=2"),
     "local_sgd": (*DENSE, "mesh.replica=2", "local_sgd.inner_steps=2", "local_sgd.exchange=int8"),
     "fp8": (*DENSE, "training.precision=fp8"),
     "int8": (*DENSE, "training.precision=int8"),

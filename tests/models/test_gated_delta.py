@@ -12,7 +12,7 @@ from models.config import DeltaConfig
 from models.mixers.gated_delta import EPS, delta_rule, short_convolution, unit_triangular_inverse
 from models.ops import Ops
 from models.transformer import build_model
-from tests.models.decoders import family, lively, make_batch, slope
+from tests.models.decoders import family, lively, make_batch
 
 DELTA = DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6, chunk=8)
 HYBRID = {
@@ -76,20 +76,39 @@ def test_chunks_equal_the_recurrence(length, chunk, alike):
     np.testing.assert_allclose(state, last, atol=1e-5 * max(1, np.abs(last).max()))
 
 
-@pytest.mark.parametrize("place", range(5), ids=["q", "k", "v", "beta", "g"])
-def test_gradients_equal_those_of_the_recurrence(place):
+def recurrence(q, k, v, beta, g, segments):
+    """`loops` again, in a form that can be differentiated; in whatever precision its arrays have."""
+    group = v.shape[2] // q.shape[2]
+    unit = [jnp.repeat(x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + EPS), group, 2) for x in (q, k)]
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments, axis=1)], axis=1) != 0
+
+    def token(state, item):
+        q, k, v, beta, g, begins = item
+        state = jnp.where(begins[:, None, None, None], 0, state) * jnp.exp(g)[..., None, None]
+        found = jnp.einsum("bnh,bnhv->bnv", k, state)
+        state = state + k[..., None] * (beta[..., None] * (v - found))[..., None, :]
+        return state, jnp.einsum("bnh,bnhv->bnv", q, state) / np.sqrt(q.shape[-1])
+
+    first = jnp.zeros((len(v), v.shape[2], q.shape[-1], v.shape[-1]), v.dtype)
+    items = (*unit, v, beta, g, begins)
+    _, out = jax.lax.scan(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in items))
+    return jnp.moveaxis(out, 0, 1)
+
+
+def test_gradients_equal_those_of_the_recurrence():
+    """Of every input, every element, against autodiff through the recurrence in float64."""
     arrays, segments = inputs(29)
     weights = np.random.default_rng(1).normal(size=arrays[2].shape)
-
-    def plain(*arrays):
-        return float(np.sum(weights * loops(*arrays, segments)[0]))
-
-    direction, want = slope(plain, arrays, place)
-    gradient = jax.grad(
-        lambda x: jnp.sum(weights * rule(8, [*arrays[:place], x, *arrays[place + 1 :]], segments)[0])
-    )
-    got = float(np.sum(np.asarray(gradient(jnp.asarray(arrays[place], jnp.float32)), np.float64) * direction))
-    assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(x, jnp.float64) for x in arrays]
+        np.testing.assert_allclose(recurrence(*exact, segments), loops(*arrays, segments)[0], atol=1e-12)
+        wanted = jax.grad(lambda x: jnp.sum(weights * recurrence(*x, segments)))(exact)
+        wanted = [np.asarray(x) for x in wanted]
+    single = [jnp.asarray(x, jnp.float32) for x in arrays]
+    got = jax.grad(lambda x: jnp.sum(weights.astype(np.float32) * rule(8, x, segments)[0]))(single)
+    for name, ours, want in zip(("q", "k", "v", "beta", "g"), got, wanted, strict=True):
+        apart = np.linalg.norm(np.asarray(ours, np.float64) - want) / np.linalg.norm(want)
+        assert apart < 1e-5, (name, apart)
 
 
 def test_a_state_goes_on_where_it_was_left():
