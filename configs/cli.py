@@ -125,7 +125,7 @@ def _launch(
     from configs import schema
     from configs.explain import check_overrides
     from configs.optional_groups import opened
-    from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere
+    from configs.swept_job import EndedElsewhere, check_launcher, end_elsewhere, refusal_of
     from configs.text_words import as_typed
     from training.config import Config
 
@@ -169,6 +169,10 @@ def _launch(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
             except EndedElsewhere as ended:
                 statuses.append(ended.status)
+            except RuntimeError as failed:
+                if (said := refusal_of(failed)) is None:
+                    raise
+                raise ValueError(said) from failed
     for error in defects:
         raise error
     return max(statuses, default=0)

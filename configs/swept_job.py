@@ -31,6 +31,15 @@ def check_launcher(overrides: Sequence[str]) -> None:
             raise ValueError(f"{word} needs the extra `slurm`; install it with: pip install -e '.[slurm]'")
 
 
+def refusal_of(error: RuntimeError) -> str | None:
+    """What Slurm said to a sweep that it did not take, its last line; None for anything else.
+
+    Submitit raises the same class, which is not there to be named without it, for a job that failed later.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if all(line.startswith("sbatch: ") for line in lines) else None
+
+
 def _installed() -> bool:
     try:
         return find_spec("hydra_plugins.hydra_submitit_launcher") is not None

@@ -69,6 +69,15 @@ def test_a_missing_launcher_is_named_with_its_install_command(monkeypatch, capsy
     assert said in capsys.readouterr().err
 
 
+def test_a_sweep_that_slurm_does_not_take_is_one_line_of_slurm_s(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("sbatch: error: fetch_config: failed\nsbatch: fatal: no configuration\n")
+
+    monkeypatch.setattr("hydra.main", lambda **_: lambda job: refuse)
+    assert main(lambda config: 0, ["-m", "+experiment=debug", "seed=0,1"]) == 2
+    assert capsys.readouterr().err == "error: sbatch: fatal: no configuration\n"
+
+
 def test_a_sweep_by_a_launcher_is_checked_before_it_starts(monkeypatch, capsys):
     monkeypatch.setattr("configs.swept_job._installed", lambda: True)
     words = ["-m", "+experiment=debug", "hydra/launcher=submitit_slurm"]
