@@ -17,7 +17,7 @@ import yaml
 
 from artifacts.directory import differing_keys, is_frozen, open_run
 from artifacts.manifest import build_manifest, git_state
-from models.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from models.config import DeltaConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
 from optim.config import OPTIMIZERS, SCHEDULES, AdamWConfig, OptimConfig, ScheduleConfig, WSDConfig
 from parallel.config import AutoscaleConfig
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig
@@ -242,7 +242,7 @@ def whole_configs():
     groups = {"autoscale": AutoscaleConfig(), "local_sgd": LocalSGDConfig()}
     sizes = {"num_kv_heads": 8, "head_dim": 192}
     parts = {"moe": MoEConfig(), "mla": MLAConfig(), "mtp": MTPConfig(), "rope_scaling": RopeScaling()}
-    model = ModelConfig(**sizes, **parts)
+    model = ModelConfig(**sizes, **parts, delta=DeltaConfig())
     hardware = HardwareConfig(device=DeviceConfig())
     for optim, schedule in zip_longest(OPTIMIZERS, SCHEDULES):
         yield Config(

@@ -247,7 +247,7 @@ def test_init_from_takes_the_weights_and_nothing_else(ground, sharded):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("init_from=nobody",), "init_from=nobody is no run and no checkpoint"),
+        (("init_from=nobody",), "init_from=nobody is no run, no checkpoint and no published model"),
         (("init_from=half", "model.d_ff=64"), "params.* there and .* in this config"),
         (("init_from=half", "tokenizer=bpe", "tokenizer.vocab_size=300"), "tokenizer=file tokenizer.path="),
     ],

@@ -170,7 +170,10 @@ def test_unrolled_layers_are_made_again_too(scan_layers):
     params, batch = made.state.params, made.batch
 
     def loss(params, batch):
-        return made.strategy.forward(made.model, params, batch, jax.random.key(0), made.ops)[0]
+        def end(params, x, batch):
+            return made.model.head(params, x, batch, made.ops)[0]
+
+        return made.strategy.forward(end, made.model, params, batch, jax.random.key(0), made.ops)[0]
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params, batch))
     assert f"prevent_cse={not scan_layers}" in text and f"prevent_cse={scan_layers}" not in text
