@@ -56,6 +56,7 @@ CASES = {
     "tensor": ({"tensor": 2, "data": 2}, {}),
     "expert": ({"expert": 2, "fsdp": 2}, {}),
     "context": ({"context": 2}, {}),
+    "gpipe": ({"pipeline": 2}, {"pipeline": {"schedule": "gpipe"}}),
     "1f1b": ({"pipeline": 2, "data": 2}, {}),
     "interleaved": ({"pipeline": 2}, {"pipeline": TWICE}),
     "zero_bubble": ({"pipeline": 2}, {"pipeline": ZERO}),
