@@ -98,8 +98,8 @@ def samples(recorder: Recorded, num_steps: int) -> Iterator[Point]:
     yield from _of_row(OF_A_ROW, recorder.last)
     yield from _of_row(OF_AN_EVALUATION, recorder.last_event)
     known = {*OF_A_ROW, *OF_AN_EVALUATION, "skipped"}
+    # Of a copy: the loop writes new rows while a scrape reads.
     for key, value in {**recorder.last_event, **recorder.last}.items():
-        # Copies, since the loop writes new rows while a scrape reads.
         if key not in known and isinstance(value, int | float):
             yield FIGURE, key, float(value)
     ledger = recorder.ledger

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from interop.configs import FAMILIES, Family, write_config
+from interop.config_out import write_config
+from interop.configs import FAMILIES, Family
 from interop.rules import Slot, Stacked, slots, their_shape, write
 from interop.safetensors import SHARD, Tensors, write_tensors
 from models.config import ModelConfig

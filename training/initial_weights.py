@@ -11,7 +11,7 @@ from artifacts.directory import RunDirectory, stored_config
 from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
-from interop.configs import difference
+from interop.config_out import difference
 from interop.read import Published
 from models.config import ModelConfig, MTPConfig, regrouped
 from models.transformer import Model

@@ -1,0 +1,275 @@
+"""A ModelConfig as a `config.json` of Hugging Face's layout: the way back of `interop.configs`.
+
+A family can hold a model where what is written reads back as the same model, so that no second list says what
+each of them supports.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from interop.configs import ACTIVATIONS, COMMON, FAMILIES, GPT2, Family, read_config
+from models.config import ModelConfig
+
+
+def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The config.json of a model, and the family that it goes out as: `name`, or the first that can hold it.
+
+    A family can hold a model when what is written reads back as the same model. ValueError where none does.
+    """
+    reasons: dict[str, str] = {}
+    for family in tuple(FAMILIES.values()) if name is None else [FAMILIES[name]]:
+        values = _their_values(config, family)
+        try:
+            back, _ = read_config(values)
+        except ValueError as error:
+            reasons[family.name] = str(error)
+            continue
+        differs = difference(config, back)
+        if not differs and not _refused_there(config, family):
+            return family, values
+        reasons[family.name] = differs or _refused_there(config, family)
+    one = name or config.name if (name or config.name) in reasons else next(iter(reasons))
+    raise ValueError(f"no class of transformers computes this model; {one} fails by {reasons[one]}")
+
+
+# Of a model these say nothing about its function from tokens to logits.
+FREE = {"name", "zero_init", "init_std", "max_seq_len", "mtp"}
+FREE_OF_EXPERTS = {
+    "load_balance_weight",
+    "router_z_weight",
+    "bias_update_rate",
+    "dispatch",
+    "capacity_factor",
+}
+
+
+def difference(ours: ModelConfig, back: ModelConfig) -> str:
+    """The first key in which two models differ in what they compute, or nothing."""
+    for field in dataclasses.fields(ours):
+        a, b = getattr(ours, field.name), getattr(back, field.name)
+        if field.name == "moe" and a is not None and b is not None:
+            if (a.selection_bias or a.bias_update_rate > 0) != (b.selection_bias or b.bias_update_rate > 0):
+                return "model.moe.selection_bias"
+            same = {key: getattr(a, key) for key in FREE_OF_EXPERTS | {"selection_bias"}}
+            b = dataclasses.replace(b, **same)
+        if field.name == "d_ff" and ours.moe is not None and not ours.moe.first_dense_layers:
+            continue
+        if field.name == "mla" and a is not None and b is not None and a.norm_eps is None:
+            a = dataclasses.replace(a, norm_eps=ours.norm_eps)
+        if field.name == "attention_scale":
+            a, b = (ours.head_dim**-0.5 if x is None else x for x in (a, b))
+            if math.isclose(a, b, rel_tol=1e-9):
+                continue
+        if field.name == "window_pattern":
+            a, b = (_every_layer(model) for model in (ours, back))
+        if field.name == "mixer_pattern":
+            a, b = (_every_mixer(model) for model in (ours, back))
+        if field.name == "delta" and a is not None and b is not None:
+            b = dataclasses.replace(b, chunk=a.chunk)
+        if field.name == "window" and "local" not in ours.window_pattern:
+            continue
+        if field.name not in FREE and a != b:
+            return f"model.{field.name}={a}"
+    return ""
+
+
+def _every_mixer(config: ModelConfig) -> list[str]:
+    return [config.mixers[n % len(config.mixers)] for n in range(config.num_layers)]
+
+
+def _every_layer(config: ModelConfig) -> list[str]:
+    pattern = list(config.window_pattern)
+    return [pattern[n % len(pattern)] for n in range(config.num_layers)]
+
+
+def _refused_there(config: ModelConfig, family: Family) -> str:
+    """Why the class itself would refuse a model that its config can say."""
+    strict = ("llama", "gemma2", "gemma3_text", "arcee", "deepseek_v2")
+    if family.name in strict and config.d_model % config.num_heads:
+        return f"model.d_model={config.d_model} not being a multiple of model.num_heads={config.num_heads}"
+    return ""
+
+
+def _their_values(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """What a family would call the values of this model; whether that is all of it is for reading to say."""
+    gpt2 = family.name == "gpt2"
+    values: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
+    values |= {theirs: getattr(config, ours) for theirs, ours in (GPT2 if gpt2 else COMMON).items()}
+    values["tie_word_embeddings"] = config.tie_embeddings
+    if gpt2:
+        return values | {"n_inner": config.d_ff, "activation_function": "gelu_new"}
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
+    act = "gelu_pytorch_tanh" if config.activation == "gelu" else names[config.activation]
+    eps = "norm_epsilon" if family.name == "starcoder2" else "rms_norm_eps"
+    values |= {
+        "hidden_act": act,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        eps: config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _their_scaling(config),
+    }
+    if family.name.startswith("gemma"):
+        values["hidden_activation"] = act
+    for write in _WRITERS.get(family.name, ()):
+        values |= write(config)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _their_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        found["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        found |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        found |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if config.mla is not None:
+            unit = 0.1 * math.log(scaling.factor) + 1.0
+            share = (
+                math.sqrt((config.attention_scale or config.head_dim**-0.5) / config.head_dim**-0.5) * unit
+            )
+            x = (share - 1.0) / (0.1 * math.log(scaling.factor))
+            found |= {"mscale": x, "mscale_all_dim": x}
+    return found
+
+
+def _layer_types(config: ModelConfig) -> dict[str, Any]:
+    names = {"local": "sliding_attention", "global": "full_attention"}
+    if config.window is None or "local" not in config.window_pattern:
+        return {"sliding_window": None}
+    return {"sliding_window": config.window, "layer_types": [names[kind] for kind in _every_layer(config)]}
+
+
+def _one_window(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": config.window if "local" in config.window_pattern else None}
+
+
+def _used_window(config: ModelConfig) -> dict[str, Any]:
+    found = _layer_types(config)
+    return found | {"use_sliding_window": found["sliding_window"] is not None}
+
+
+def _gemma_values(config: ModelConfig) -> dict[str, Any]:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    return {
+        **_layer_types(config),
+        "query_pre_attn_scalar": scale**-2,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
+def _gemma3_values(config: ModelConfig) -> dict[str, Any]:
+    return {**_gemma_values(config), "rope_local_base_freq": config.rope_local_theta or config.rope_theta}
+
+
+def _latent_values(config: ModelConfig) -> dict[str, Any]:
+    if config.mla is None:
+        return {}
+    found = dataclasses.asdict(config.mla)
+    found.pop("norm_eps")
+    # Null is a value here: queries straight from the stream.
+    return {**found, "head_dim": config.mla.qk_rope_head_dim, "num_nextn_predict_layers": config.mtp_depth}
+
+
+def _expert_values(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    if moe is None:
+        return {"first_k_dense_replace": config.num_layers}
+    return {
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.d_expert,
+        "n_shared_experts": moe.num_shared_experts,
+        "first_k_dense_replace": moe.first_dense_layers,
+        "n_group": moe.num_groups,
+        "topk_group": moe.groups_per_token,
+        "norm_topk_prob": moe.normalize_gates,
+        "routed_scaling_factor": moe.gate_scale,
+    }
+
+
+def _qwen_expert_values(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    if moe is None:
+        return {}
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.d_expert,
+        "norm_topk_prob": moe.normalize_gates,
+        "decoder_sparse_step": 1,
+    }
+
+
+def _mixtral_values(config: ModelConfig) -> dict[str, Any]:
+    if config.moe is None:
+        return {}
+    return {
+        **_one_window(config),
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "intermediate_size": config.moe.d_expert,
+    }
+
+
+def _glm_values(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "partial_rotary_factor": config.rope_fraction,
+        "attention_bias": config.qkv_bias,
+        "use_qk_norm": config.qk_norm,
+        "num_nextn_predict_layers": config.mtp_depth,
+    }
+
+
+def _delta_values(config: ModelConfig) -> dict[str, Any]:
+    if config.delta is None:
+        return {}
+    names = {"gated_delta": "linear_attention", "attention": "full_attention"}
+    pattern = config.mixers
+    d = config.delta
+    return {
+        "partial_rotary_factor": config.rope_fraction,
+        "layer_types": [names.get(pattern[n % len(pattern)], "?") for n in range(config.num_layers)],
+        "linear_num_key_heads": d.num_key_heads,
+        "linear_num_value_heads": d.num_value_heads,
+        "linear_key_head_dim": d.key_head_dim,
+        "linear_value_head_dim": d.value_head_dim,
+        "linear_conv_kernel_dim": d.conv_width,
+        "mlp_only_layers": list(range(config.num_layers)),
+        "num_experts": 0,
+    }
+
+
+def _biases(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+
+Writer = Callable[[ModelConfig], dict[str, Any]]
+_WRITERS: dict[str, tuple[Writer, ...]] = {
+    "llama": (_biases,),
+    "arcee": (_biases,),
+    "mistral": (_one_window,),
+    "qwen2": (_used_window,),
+    "qwen3": (_used_window,),
+    "qwen3_moe": (_used_window, _qwen_expert_values),
+    "seed_oss": (lambda config: {"attention_bias": config.qkv_bias},),
+    "phi3": (_one_window,),
+    "gemma": (lambda config: {},),
+    "gemma2": (_gemma_values,),
+    "gemma3_text": (_gemma3_values,),
+    "starcoder2": (_one_window, lambda config: {"use_bias": True}),
+    "mixtral": (_mixtral_values,),
+    "dots1": (_layer_types, _expert_values),
+    "glm4_moe": (_expert_values, _glm_values),
+    "qwen3_next": (_delta_values,),
+    "deepseek_v2": (_latent_values, _expert_values, lambda config: {"num_nextn_predict_layers": None}),
+    "deepseek_v3": (_latent_values, _expert_values),
+    "kimi_k2": (_latent_values, _expert_values),
+}
