@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, jax_worker, kernels, step, versus_torch
+from benchmarks import gpu, jax_worker, kernels, step, versus_generate, versus_torch
 from benchmarks.planner import plans
 from benchmarks.workload import synthetic_batch
 from models.transformer import build_model
@@ -50,6 +50,15 @@ def torch_losses(directory):
     )
     assert done.returncode == 0, done.stderr
     return np.array(json.loads(done.stdout.splitlines()[-1])["losses"])
+
+
+def test_transformers_writes_the_same_text_of_the_same_weights(tmp_path):
+    torch_python()
+    words = [word for word in TINY if not word.startswith("training.precision")]
+    flags = ["--rounds=1", "--rows=2", "--tokens=4", "--threads=1", f"--output={tmp_path}"]
+    assert versus_generate.main([*flags, *words, "model.vocab_size=4096"]) == 0
+    table = json.loads((tmp_path / "versus_generate.json").read_text("utf-8"))["table"]
+    assert [row["equal tokens, %"] for row in table if "float32" in row["precision, rows"]] == [100, 100]
 
 
 @pytest.mark.parametrize(
