@@ -1,11 +1,12 @@
-"""Attention for CPUs: a row at a time, blocks of queries with the keys up to their end, its own backward.
+"""Attention for CPUs: some rows at a time, blocks of queries with the keys up to their end, its own backward.
 
 B batch, T position, N query heads, K key/value heads, G = N/K, H head size of queries and keys, V that of
 values; Q positions in a block of queries, S those up to its end, R = G*Q rows that share a K/V head.
 
 Forward keeps the output and each query's log-sum-exp; backward makes a block's weights again from them
 (FlashAttention, Dao et al. 2022, arXiv:2205.14135, without its loop over keys). Keys behind a block's end are
-never multiplied, which halves the work on long rows. The scores of one row, [K, R, S], stay in the caches.
+never multiplied, which halves the work on long rows. The scores of some rows, [K, R, S] each, stay in the
+caches.
 
 What looks odd here is written for XLA:CPU as measured (`benchmarks/kernels.py`): it has fast kernels for
 products that contract the last dim of the first factor, in bfloat16 for no other, and it folds transposes
@@ -32,7 +33,10 @@ UNSEEN, LOWEST = -1e30, -1e20  # a score that is not seen, and the least maximum
 # What a query that sees nothing is divided by: its weights sum to 0.
 TINY = 1e-30
 BLOCKS = 8  # of a row at most: each is compiled by itself
-LEAST = 256  # queries in a block, where a row has so many: smaller products are slower than what they save
+LEAST = 128  # queries in a block, where a row has so many: smaller products are slower than what they save
+# Bytes of one block's scores, of all rows that are worked on together: few enough for the caches, and enough
+# that both threads have something to do in each of a dozen operations.
+TOGETHER = 3 << 20
 
 
 def fused_attention(
@@ -49,7 +53,7 @@ def fused_attention(
 
     A row in which what a query sees is no stretch of keys that ends with it (permuted positions) comes back
     as nan. `block`: queries at a time, lowered to a divisor of T; by default an eighth of T, and at least
-    256. `dtype`: what the factors of products are rounded to, those of gradients too; by default q's own.
+    128. `dtype`: what the factors of products are rounded to, those of gradients too; by default q's own.
     Raises ValueError where queries and keys are not of one row.
     """
     length = q.shape[1]
@@ -135,18 +139,25 @@ def _positions(x: Array, length: int) -> Array:
     return x.reshape(batch, length, -1, size)
 
 
-def _row_by_row(function: Callable[..., Any], *args: Array) -> Any:
-    # Row after row and not as a batch: one row's scores fit the caches, those of a batch do not.
-    return jax.lax.map(lambda row: function(*row), args)
+def _some_rows(function: Callable[..., Any], q: Array, k: Array, *args: Array) -> Any:
+    """`function` of each row, of so many at once that their scores fit the caches: a batch's do not."""
+    batch, kv_heads, _, rows, _ = q.shape
+    each = 4 * kv_heads * rows * k.shape[2]
+    # Twice at least: a loop of one turn is none, and what stands before it would be folded into products that
+    # XLA:CPU has no kernels for.
+    together = largest_divisor(batch, min(TOGETHER // each, batch // 2))
+    return jax.lax.map(
+        lambda row: function(*row), (q, k, *args), batch_size=together if together > 1 else None
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Array:
-    return _row_by_row(partial(_forward_row, spec), q, k, v, first)[0]
+    return _some_rows(partial(_forward_row, spec), q, k, v, first)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Any:
-    out, stats = _row_by_row(partial(_forward_row, spec), q, k, v, first)
+    out, stats = _some_rows(partial(_forward_row, spec), q, k, v, first)
     # Named, so that a policy of rematerialization can keep them: the forward is then not run again.
     out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in (out, stats))
     return out, (q, k, v, first, out, stats)
@@ -157,7 +168,7 @@ def _backward(spec: BlockSpec, saved: tuple[Array, ...], cotangent: Array) -> tu
     columns = jnp.swapaxes(
         spec.scaled(k), 2, 3
     )  # made here: inside the loop it would be folded into a product
-    return (*_row_by_row(partial(_backward_row, spec), q, k, columns, v, first, out, stats, cotangent), None)
+    return (*_some_rows(partial(_backward_row, spec), q, k, columns, v, first, out, stats, cotangent), None)
 
 
 _attend.defvjp(_forward, _backward)

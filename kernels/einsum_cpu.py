@@ -42,13 +42,16 @@ def _product(x: Array, w: Array, dtype: Any) -> Array:
 
 
 def _forward(x: Array, w: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(x.astype(dtype), w.astype(dtype), 1, 0).astype(x.dtype), (x, w)
+    # Rounded once: both products of the backward pass read these, and what they were made of can go.
+    rounded = x.astype(dtype)
+    return _dot(rounded, w.astype(dtype), 1, 0).astype(x.dtype), (rounded, w)
 
 
 def _backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    dx = _dot(dy.astype(dtype), w.astype(dtype), 1, 1).astype(x.dtype)
-    return dx, contract_rows(x, dy, dtype=dtype).astype(w.dtype)
+    rounded = dy.astype(dtype)
+    dx = _dot(rounded, w.astype(dtype), 1, 1).astype(dy.dtype)
+    return dx, contract_rows(x, rounded, dtype=dtype).astype(w.dtype)
 
 
 _product.defvjp(_forward, _backward)
@@ -56,20 +59,31 @@ _product.defvjp(_forward, _backward)
 
 def contract_rows(x: Float[Array, "M K"], y: Float[Array, "M N"], *, dtype: Any = F32) -> Float[Array, "K N"]:
     """The product x^T y in float32, of factors rounded to `dtype`: a gradient by weights."""
+    x, y = x.astype(dtype), y.astype(dtype)
     if dtype == F32:
         return _dot(x, y, 0, 0)
     if x.shape[1] > y.shape[1]:  # the narrower one is transposed
         return contract_rows(y, x, dtype=dtype).T
     # XLA has no bfloat16 kernel that contracts rows: it would compute in float32. A transpose beside the
     # product is folded into it again, but not into a loop. Contracting 1,024 rows at a time suits its caches.
-    rows, columns = x.shape[0], x.T
+    # Moved as integers: XLA:CPU would transpose and cut bfloat16 as float32, there and back.
+    rows, columns, words = x.shape[0], _bits(x).T, _bits(y)
     size = largest_divisor(rows, min(ROWS, rows // 2))
 
     def add(i: Array, total: Array) -> Array:
-        block = jax.lax.dynamic_slice_in_dim(columns, i * size, size, 1).astype(dtype)
-        return total + _dot(block, jax.lax.dynamic_slice_in_dim(y, i * size, size).astype(dtype), 1, 0)
+        left = jax.lax.dynamic_slice_in_dim(columns, i * size, size, 1)
+        right = jax.lax.dynamic_slice_in_dim(words, i * size, size)
+        return total + _dot(_floats(left, dtype), _floats(right, dtype), 1, 0)
 
     return jax.lax.fori_loop(0, rows // size, add, jnp.zeros((x.shape[1], y.shape[1]), F32))
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _floats(bits: Array, dtype: Any) -> Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:

@@ -86,3 +86,13 @@ def test_the_table_gets_the_same_gradient_either_way():
     rough = grads(contract_rows=partial(contract_rows, dtype=jnp.bfloat16), dtype=jnp.bfloat16)
     for a, b in zip(grads(), rough, strict=True):
         assert b.dtype == jnp.float32 and 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(a) < 2e-2
+
+
+def test_bits_are_moved_and_not_numbers():
+    # Rows in several blocks, and values that a 16-bit format of another kind does not hold.
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8)), jnp.bfloat16)
+    y = jnp.asarray(np.random.default_rng(1).standard_normal((64, 16)), jnp.bfloat16)
+    x, y = x.at[3, 2].set(1e-30), y.at[3, 1].set(1e30)
+    found = contract_rows(x, y, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float64).T @ np.asarray(y, np.float64)
+    assert np.all(np.abs(found - exact) <= 1e-5 * np.abs(exact).max(axis=0))
