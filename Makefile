@@ -5,6 +5,7 @@
 #   TESTS=tests/models  a part of the suite
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
+# `make eval-data` fetches the documents that models are evaluated on (86 MB, checked by its hash) into .cache/eval.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
 # `make test-plan` compiles for GPUs and TPUs that are not here, in .venv-plan, and compares with what is committed.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
@@ -39,7 +40,7 @@ PLANS := tests/planner tests/benchmarks/test_golden.py tests/benchmarks/test_des
 FRESH := .cache/bench
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env bench lint lock clean
+.PHONY: image test-docker quickstart test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env eval-data bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -83,6 +84,9 @@ image:
 		--build-arg COMMIT="$$(git describe --always --dirty --exclude='*' --abbrev=40)" .
 
 torch-env: $(TORCH)
+
+eval-data: $(CORE)
+	@$(BIN)/python -m evaluation.olmo
 
 # Ratios are compared, never times; on a quiet machine, or the gate says that it cannot tell.
 bench: $(CORE) $(TORCH)

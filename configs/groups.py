@@ -11,5 +11,7 @@ def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
 
 
 def groups(root: Path = CONFIG_DIR) -> list[str]:
-    """The groups there are: directories with YAML files."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and options(p.name, root))
+    """The groups there are: directories with YAML files, but for suites, which `eval.suite` names."""
+    return sorted(
+        p.name for p in root.iterdir() if p.is_dir() and p.name != "suite" and options(p.name, root)
+    )

@@ -27,8 +27,10 @@ from serving.sampling import Sampling, keys_at, sample
 SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
 LENGTH_STEP = 32  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
 LEAST_CAPACITY = 160  # of a cache that grows: below, a program more costs what it saves
-SCORED = 16384  # tokens of one forward pass of `score`, at most, where a row is no longer
+SCORED = 4096  # tokens of one forward pass of `score`, where a row is no longer
+TARGETS = 512  # whose scores are made at once from those of a pass: the head is the dearest projection
 Texts = Sequence[Sequence[int]]
+Place = tuple[int, int, int]  # a row of a pass, a position in it, and the token that is scored there
 
 
 class Generator:
@@ -55,13 +57,19 @@ class Generator:
         self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
         self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
+        self._hidden = jax.jit(partial(_hidden, model, ops))
         self._score = jax.jit(partial(_score, model, ops))
+        self._learned = model.config.position == "learned"
         self.update(params)
 
     def update(self, params: Tree) -> None:
         """Go on with other weights of the same shapes and shardings; nothing is compiled again."""
         # Once, and not at every token: cast and cut into layers. A copy, where the caller keeps its own.
         self._weights = self._unstack(params)
+
+    def forget(self) -> None:
+        """Let go of the weights, so that nothing holds their memory until `update` gives others."""
+        self._weights = None
 
     def complete(
         self,
@@ -107,26 +115,66 @@ class Generator:
         written = zip(np.asarray(tokens)[:count], lengths[:count], strict=True)
         return [_until(row[n : n + max_new_tokens], stop) for row, n in written]
 
-    def score(self, texts: Texts) -> list[Float[np.ndarray, " P"]]:
-        """Natural log-probabilities, float32, of the tokens of each text but its first, by those before them.
+    def score(self, texts: Texts, starts: Sequence[int] | None = None) -> list[Float[np.ndarray, " P"]]:
+        """Natural log-probabilities, float32, of the tokens of each text from its start (1 by default) on.
 
-        Texts are packed into rows, as documents are in training. Raises ValueError as `complete` does.
+        Each by those before it. On one device and in float32 a text's figures are bitwise the same whatever
+        is scored with it: its own length alone says which program computes it, and there it has a row to
+        itself. Texts that differ in their last token alone share one. Raises ValueError as `complete` does.
         """
         if not texts:
             return []
         self._check(texts, 0)
-        length = self._room(max(2, *map(len, texts)) - 1)
-        places, count = _first_fit([len(text) - 1 for text in texts], length)
-        step = min(count, max(1, SCORED // length))
-        step += -step % self._ways
-        batch = _packed(texts, places, count + -count % step, length)
-        found = np.concatenate(
-            [
-                np.asarray(self._score(self._weights, {name: x[i : i + step] for name, x in batch.items()}))
-                for i in range(0, count, step)
-            ]
-        )
-        return [found[r, at : at + len(x) - 1] for x, (r, at) in zip(texts, places, strict=True)]
+        starts = [1] * len(texts) if starts is None else starts
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, text in enumerate(texts):
+            rows.setdefault(tuple(text[:-1]), []).append(number)
+        # Several documents in one row would save its padding, but where keys lie in a row decides in which
+        # order a CPU adds them up: the last bit of a score would depend on its neighbours.
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for row in rows:
+            by_length.setdefault(self._row_length(len(row)), []).append(row)
+        found = [np.zeros(len(text) - start, np.float32) for text, start in zip(texts, starts, strict=True)]
+        for length, group in sorted(by_length.items()):
+            step = max(1, SCORED // length)
+            step += -step % self._ways
+            for i in range(0, len(group), step):
+                part = group[i : i + step]
+                wanted = [
+                    (r, at - 1, texts[number][at])
+                    for r, row in enumerate(part)
+                    for number in rows[row]
+                    for at in range(starts[number], len(texts[number]))
+                ]
+                scores = iter(self._scores(part, (step, length), wanted))
+                for number in (number for row in part for number in rows[row]):
+                    found[number][:] = [next(scores) for _ in found[number]]
+        return found
+
+    def _scores(
+        self, rows: Texts, shape: tuple[int, int], wanted: Sequence[Place]
+    ) -> Float[np.ndarray, " P"]:
+        """The log-probabilities of these tokens: one pass over the rows, then the head in equal blocks."""
+        if not wanted:
+            return np.zeros(0, np.float32)
+        stream = self._hidden(self._weights, _rows_of(rows, shape))
+        size = TARGETS + -TARGETS % self._ways
+        places = np.zeros((len(wanted) + -len(wanted) % size, 3), np.int32)
+        places[: len(wanted)] = wanted
+        blocks = places.reshape(-1, self._ways, size // self._ways, 3)
+        return np.concatenate([np.asarray(self._score(self._weights, stream, x)).ravel() for x in blocks])[
+            : len(wanted)
+        ]
+
+    def _row_length(self, size: int) -> int:
+        """Of the row that a text of so many tokens has: a power of two, from 128 on or half as much again."""
+        length = LENGTH_STEP
+        while length < size:
+            if length & (length - 1):
+                length = length * 4 // 3
+            else:  # below, a program more costs what it saves
+                length = 2 * length if length < 128 else length * 3 // 2
+        return min(length, self.model.config.max_seq_len) if self._learned else length
 
     def _check(self, texts: Texts, max_new_tokens: int) -> None:
         """Raise ValueError for what the model can neither read nor go on from."""
@@ -140,7 +188,7 @@ class Generator:
                 f"a prompt holds a token outside 0..{config.vocab_size - 1}, the model's vocabulary; "
                 f"use the tokenizer that the model was trained with"
             )
-        if config.position == "learned" and longest + max_new_tokens > config.max_seq_len:
+        if self._learned and longest + max_new_tokens > config.max_seq_len:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds "
                 f"model.max_seq_len={config.max_seq_len} learned positions; "
@@ -150,7 +198,7 @@ class Generator:
     def _room(self, needed: int) -> int:
         """Places for a text of so many tokens, rounded up as far as there are positions."""
         room = _rounded(needed, LENGTH_STEP)
-        return min(room, self.model.config.max_seq_len) if self.model.config.position == "learned" else room
+        return min(room, self.model.config.max_seq_len) if self._learned else room
 
 
 def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
@@ -229,11 +277,19 @@ def _advance(
     return cache, ops.constrain(tokens, (None, None)), ops.constrain(done, (None,))
 
 
-def _score(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Float[Array, "B T"]:
-    """The log-probability of each of the batch's targets."""
+def _hidden(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Float[Array, "B T D"]:
+    """What the last layer gives for each of the batch's tokens."""
     batch = {name: ops.constrain(x, ("batch", None)) for name, x in batch.items()}
-    x = model.hidden(params, batch, ops)
-    return ops.constrain(model.logprobs(params, x, batch, ops), (None, None))
+    return model.hidden(params, batch, ops)
+
+
+def _score(
+    model: Model, ops: Ops, params: Tree, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
+) -> Float[Array, "R P"]:
+    """The log-probability of a token at each place (row, position, token) of the stream."""
+    row, position, token = (ops.constrain(places[..., i], ("batch", None)) for i in range(3))
+    x = ops.constrain(stream[row, position], ("batch", None, None))
+    return ops.constrain(model.logprobs(params, x, {"targets": token}, ops), (None, None))
 
 
 # -- on the host -------------------------------------------------------------------------------------------
@@ -272,28 +328,11 @@ def _until(row: np.ndarray, stop: np.int32) -> list[int]:
     return row[: ends[0] if len(ends) else len(row)].tolist()
 
 
-def _first_fit(sizes: Sequence[int], length: int) -> tuple[list[tuple[int, int]], int]:
-    """(row, start) of each size in rows of `length`, the largest placed first, and the number of rows."""
-    free: list[int] = []
-    places = [(0, 0)] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, left in enumerate(free) if left >= sizes[i]), len(free))
-        if row == len(free):
-            free.append(length)
-        places[i] = row, length - free[row]
-        free[row] -= sizes[i]
-    return places, len(free)
-
-
-def _packed(
-    texts: Texts, places: Sequence[tuple[int, int]], rows: int, length: int
-) -> dict[str, Int[np.ndarray, "B T"]]:
-    """The batch in which each text lies at its (row, start), with the tokens that follow as its targets."""
-    names = ("tokens", "targets", "positions", "segment_ids")
-    batch = {name: np.zeros((rows, length), np.int32) for name in names}
-    for number, (text, (row, start)) in enumerate(zip(texts, places, strict=True), 1):
-        size = len(text) - 1
-        parts = text[:-1], text[1:], range(size), [number] * size
-        for name, part in zip(names, parts, strict=True):
-            batch[name][row, start : start + size] = part
+def _rows_of(texts: Texts, shape: tuple[int, int]) -> dict[str, Int[np.ndarray, "B T"]]:
+    """A batch of that shape with a text at the left of each of its first rows."""
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch["positions"][:] = np.arange(shape[1])
+    for row, text in enumerate(texts):
+        batch["tokens"][row, : len(text)] = text
+        batch["segment_ids"][row, : len(text)] = 1
     return batch

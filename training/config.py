@@ -106,16 +106,20 @@ class GuardConfig:
 
 @dataclass
 class EvalConfig:
-    """Steps between evaluations on held-out documents (`every`), and `batches` in each."""
+    """Evaluations on held-out documents, `batches` every so many steps, and on tasks of a suite."""
 
     every: int = 200  # steps
     batches: int = 16  # -1: the whole held-out split
+    suite: str | None = None  # small | core | code | domains | a YAML file of tasks; null: none
+    suite_every: int = 1000  # steps; 0: at the last one alone
 
     def __post_init__(self) -> None:
         """Each value by itself."""
         require(self.every >= 1, "eval.every", self.every, "1 step or more")
         ok = self.batches == -1 or self.batches >= 1
         require(ok, "eval.batches", self.batches, "1 or more, or -1 for the whole split")
+        ok = self.suite_every >= 0
+        require(ok, "eval.suite_every", self.suite_every, "1 step or more, or 0 for the last step alone")
 
 
 @dataclass

@@ -13,6 +13,15 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from data.tokens.tokenizer import Tokenizer
+from evaluation.olmo import cached_wheel
+from evaluation.results import evaluate as evaluate_tasks
+from evaluation.results import plans
+from evaluation.suites import load_suite
+from serving.generator import Generator
+from training.config import Config
+from training.program import Program
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -71,3 +80,36 @@ def row_losses(
     rows = jax.jit(lambda batch: jax.lax.map(one, batch))
     nll, weight = zip(*(jax.device_get(rows(batch)) for batch in batches), strict=True)
     return np.concatenate(nll).astype(float), np.concatenate(weight).astype(float)
+
+
+class SuiteFigures:
+    """The documents of a suite as tokens, read once, and what scores them, compiled once."""
+
+    def __init__(self, name: str, length: int, program: Program, tokenizer: Tokenizer) -> None:
+        """length: tokens read at once. Raises ValueError where a task's documents are not there."""
+        self._program, self._tokenizer = program, tokenizer
+        self._plans = plans(load_suite(name), tokenizer, cached_wheel(), length=length, bos=True)
+        self._generator: Generator | None = None
+
+    def measure(self, params: Any) -> dict[str, float]:
+        """`suite/TASK/METRIC` of each task, of parameters as they lie in memory. All processes call it."""
+        program = self._program
+        whole = program.to_canonical(params)
+        if self._generator is None:
+            self._generator = Generator(program.model, whole, program.ops, program.layout)
+        else:
+            self._generator.update(whole)
+        try:
+            return {
+                f"suite/{result.task.name}/{result.task.metric}": result.figures[result.task.metric].value
+                for result in evaluate_tasks(self._generator, self._tokenizer, self._plans)
+            }
+        finally:
+            self._generator.forget()  # the next step wants their memory
+
+
+def suite_figures(config: Config, program: Program, tokenizer: Tokenizer) -> SuiteFigures | None:
+    """What `eval.suite` asks for."""
+    if config.eval.suite is None:
+        return None
+    return SuiteFigures(config.eval.suite, config.data.seq_len, program, tokenizer)

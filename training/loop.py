@@ -242,6 +242,8 @@ def every(period: int, step: int, last: int) -> bool:
 def evaluations(setup: Setup) -> Iterator[Evaluation]:
     """What is measured while this run trains: a new kind of evaluation is one more here, and nothing else."""
     yield Evaluation(setup.config.eval.every, partial(held_out_loss, setup))
+    if setup.suite is not None:
+        yield Evaluation(setup.config.eval.suite_every, setup.suite.measure)
 
 
 def figures_of(wanted: Iterable[Evaluation], state: TrainState) -> dict[str, float]:

@@ -36,6 +36,7 @@ from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
 from training.config import Config, with_vocab
 from training.device_batches import rows_here
+from training.evaluate import SuiteFigures, suite_figures
 from training.flops import Flops, peak_flops, training_flops
 from training.initial_weights import (
     AnyParent,
@@ -80,6 +81,7 @@ class Setup:
     watch: CacheWatch
     scaled: Scaled
     ledger: Ledger
+    suite: SuiteFigures | None  # of eval.suite
 
 
 @dataclass
@@ -164,6 +166,8 @@ def build_setup(
         batch_size=config.training.global_batch_size,
         max_batches=config.eval.batches,
     )
+    # Read before anything is written: a missing file must not end a run at its first evaluation.
+    suite = suite_figures(config, program, prepared.tokenizer)
     device = layout.mesh.devices.flat[0]
     peak, how = peak_flops(config.hardware, device.platform, device.device_kind)
     flops = training_flops(
@@ -191,6 +195,7 @@ def build_setup(
         watch=watch,
         scaled=scaled,
         ledger=ledger,
+        suite=suite,
     )
 
 

