@@ -11,6 +11,7 @@ object stays in the program, and the tests hold a `Proxy` of it.
 
 import ast
 import builtins
+import collections
 import contextlib
 import ctypes
 import importlib
@@ -130,7 +131,8 @@ def own_root(disk: int) -> None:
         mount(path, inside, None, BIND | RECURSIVE, None)
         set_read_only(inside, 0x8000)  # and all below it
     os.mkdir(top + b"/tmp")
-    mount(b"tmpfs", top + b"/tmp", b"tmpfs", NOSUID | NODEV, f"size={disk}m,nr_inodes=1024,mode=1777".encode())
+    size = f"size={disk}m,nr_inodes=1024,mode=1777".encode()
+    mount(b"tmpfs", top + b"/tmp", b"tmpfs", NOSUID | NODEV, size)
     os.chdir(top)
     called(what, "syscall", PIVOT_ROOT, b".", b".")
     called(what, "umount2", b".", DETACH)
@@ -144,7 +146,7 @@ def landlock_version() -> int:
 
 
 def has_seccomp() -> bool:
-    """Whether this kernel filters system calls and we know their numbers: it stumbles over an empty filter."""
+    """Whether this kernel filters system calls and we know their numbers: a null filter is a bad address."""
     return bool(ARCH) and LIBC.prctl(22, 2, None) < 0 and ctypes.get_errno() == 14
 
 
@@ -155,7 +157,8 @@ def restrict_files() -> None:
     handled = struct.pack("QQQ", everything, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = called(what, "syscall", 444, handled, len(handled), 0)
     rights = {path: READ if os.path.isdir(path) else READ & ~(1 << 3) for path in READABLE}
-    for path, allowed in {**rights, "/tmp": everything & ~MAKE_DEVICE_OR_RUN, "/dev/null": WRITE_NULL}.items():
+    rights |= {"/tmp": everything & ~MAKE_DEVICE_OR_RUN, "/dev/null": WRITE_NULL}
+    for path, allowed in rights.items():
         opened = os.open(path, os.O_PATH)
         called(what, "syscall", 445, rules, 1, struct.pack("=Qi", allowed & everything, opened), 0)
         os.close(opened)
@@ -197,9 +200,9 @@ def limit(seconds: float, megabytes: int, disk: int, isolated: bool) -> None:
 
 
 def confine(spec: dict[str, Any]) -> None:
-    """All that a process does to itself before it runs what it was given. OSError names what is missing."""
+    """All that a process does to itself before it runs anything. OSError names what is missing."""
     if spec["isolated"]:
-        called("capabilities", "syscall", CAPSET, struct.pack("=Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
+        called("capabilities", "syscall", CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24))  # none
         called("no_new_privs", "prctl", 38, 1, 0, 0, 0)
         called("privacy", "prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody may look into it
         restrict_files()
@@ -210,9 +213,12 @@ def confine(spec: dict[str, Any]) -> None:
 
 # -- plain data between program and tests ------------------------------------------------------------------
 
+SPECIAL = ("iter", "next", "len", "str", "bool", "getitem", "setitem", "contains")
 SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(builtins, name) for name in ("getattr", "setattr", "iter", "next", "len", "str", "bool")},
+    **{
+        name: getattr(builtins, name) for name in ("getattr", "setattr", "iter", "next", "len", "str", "bool")
+    },
     **{name: getattr(operator, name) for name in ("getitem", "setitem", "contains")},
 }
 
@@ -304,7 +310,7 @@ class Proxy:
         Proxy.ask("setattr", self, name, value)
 
 
-for _name in ("iter", "next", "len", "str", "bool", "getitem", "setitem", "contains"):
+for _name in SPECIAL:
     setattr(Proxy, f"__{_name}__", lambda self, *given, _name=_name: Proxy.ask(_name, self, *given))
 
 
@@ -385,15 +391,17 @@ def start(spec: dict[str, Any], close: tuple[int, ...], work: Callable[[], Any])
     try:
         work()
     except MemoryError:
-        sys.exit(MEMORY)
+        os._exit(MEMORY)  # at once: there is none to end in order
     except Gone as error:
         print(error, file=sys.stderr)
         sys.exit(GONE)
     except Exception as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        shown, trace = collections.deque[Any](maxlen=30), error.__traceback__  # of a million frames the last
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename != __file__:
+                shown.append(trace)
             trace = trace.tb_next
-        traceback.print_exception(error.with_traceback(trace))
+        traceback.print_exception(error.with_traceback(shown[0] if shown else None))
         sys.exit(1)
     sys.exit(0)
 

@@ -79,7 +79,10 @@ def available() -> dict[str, str]:
     if sys.platform != "linux":
         return {"namespaces": "", "landlock": "", "seccomp": ""}
     version = confine.landlock_version()
-    found = {"landlock": f"version {version}" if version else "", "seccomp": "yes" if confine.has_seccomp() else ""}
+    found = {
+        "landlock": f"version {version}" if version else "",
+        "seccomp": "yes" if confine.has_seccomp() else "",
+    }
     report = _started("", None, 5.0, 256, True, None)[0]
     return {"namespaces": "" if "namespaces" in report.get("missing", "") else "yes", **found}
 
@@ -104,8 +107,8 @@ def _execute(source: str, tests: str | None, seconds: float, megabytes: int, iso
 
 def _refusal(what: str) -> str:
     return (
-        f"isolation=full needs {what}, which this kernel or container does not give; allow user namespaces and "
-        "Landlock (docs/sandbox.md), or name isolation=none, which keeps generated code from nothing"
+        f"isolation=full needs {what}, which this kernel or container does not give; see docs/sandbox.md for "
+        "how to allow it, or name isolation=none, which keeps generated code from nothing"
     )
 
 
@@ -128,7 +131,13 @@ def _started(
     ) as process, os.fdopen(reads, "rb", buffering=0) as report:  # fmt: skip
         try:
             os.close(writes)
-            spec = {"source": source, "tests": tests, "seconds": seconds, "megabytes": megabytes, "disk": DISK}
+            spec = {
+                "source": source,
+                "tests": tests,
+                "seconds": seconds,
+                "megabytes": megabytes,
+                "disk": DISK,
+            }
             spec |= {"report": writes, "isolated": isolated, "drop": _is_root()}
             assert process.stdin and process.stdout and process.stderr
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
