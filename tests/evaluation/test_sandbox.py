@@ -17,7 +17,8 @@ from evaluation.sandbox import available, check_solution, pass_at_k, run_program
 
 MISSING = [name for name, what in available().items() if not what]
 needs_kernel = pytest.mark.skipif(
-    bool(MISSING) and "CI" not in os.environ, reason=f"this kernel lacks {', '.join(MISSING)}"
+    bool(MISSING) and "CAMBRIAN_REQUIRE_SANDBOX" not in os.environ,
+    reason=f"this kernel lacks {', '.join(MISSING)}",
 )
 SECRET = "a-secret-of-the-host"
 # Root gives up its rights; anyone else keeps the user that they are, and so has a fence less.
@@ -449,7 +450,7 @@ def endless():
         "assert list(squares(3)) == [0, 1, 4] and next(iter(endless())) == 7",
         "x = (2.5, {3})\ny = {(4,): [None, True, b'5', 6j, 'é', 10**5000, frozenset('a')]}\n"
         "assert same(1, x, z=y) == ((1, x), {'z': y})",
-        "x = same(1.0, float('inf'), True)[0]\nassert [type(i) for i in x] == [float, float, bool] and x[1] > 1e300",
+        "x = same(1.0, float('inf'), True)[0]\nassert x[1] > 1e300 and [type(i) for i in x] == [float, float, bool]",
         "assert count('aab') == {'a': 2, 'b': 1} and math.floor(2.5) == 2",
         "try:\n    refuse(1)\nexcept KeyError:\n    pass\nelse:\n    assert False",
         "def check(candidate):\n    assert candidate(None) == 0\ncheck(depth)",
