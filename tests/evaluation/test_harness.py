@@ -33,7 +33,7 @@ PYTHON = os.environ.get("CAMBRIAN_LMEVAL_PYTHON")
 CONFIG = ModelConfig(
     vocab_size=257, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=48
 )
-TEXTS = ["a quick brown fox", "lazy dogs, lazy days", "import os\nprint(os.name)", "x", "é" * 20]
+TEXTS = ["a quick brown fox", "x", "é" * 20]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_texts_end_where_they_are_told(subject):
     plain = methods.generator.complete(
         [head[-room:] for head in heads],
         Sampling(0, vocab_size=257),
-        sample_keys(0, range(5)),
+        sample_keys(0, range(3)),
         max_new_tokens=40,
         stop_id=methods.eot_token_id,
     )
@@ -139,7 +139,7 @@ def test_texts_end_where_they_are_told(subject):
     )
     assert cut == [text[: text.index(end)] for text, end in zip(whole, ends, strict=True)]
     drawn = [
-        Request((text[:5], {"temperature": 1.0, "max_gen_toks": 38 - i % 2})) for i, text in enumerate(TEXTS)
+        Request((text[:5], {"temperature": 1.0, "max_gen_toks": 9 - i % 2})) for i, text in enumerate(TEXTS)
     ]
     assert methods.generate_until(drawn) == methods.generate_until(drawn) != whole
     assert methods.generate_until([]) == []
@@ -150,7 +150,7 @@ def test_bad_settings_are_refused(subject):
     for words, message in (
         ({"num_beams": 4}, "generation_kwargs.num_beams=4 must be left out; known are until"),
         ({"max_gen_toks": 99}, "generation_kwargs.max_gen_toks=99 must be 1 to 4[67], so that"),
-        ({"do_sample": True, "top_p": 7}, "top_p=7"),
+        ({"do_sample": True, "top_p": 7, "max_gen_toks": 4}, "top_p=7"),
     ):
         with pytest.raises(ValueError, match=message):
             methods.generate_until([Request(("a", words))])
@@ -227,7 +227,7 @@ def write_tasks(folder: Path) -> None:
 @pytest.mark.skipif(PYTHON is None, reason="CAMBRIAN_LMEVAL_PYTHON names no Python with lm-eval and torch")
 def test_the_harness_s_own_model_answers_the_same(ground, tmp_path):
     """The same run, ours and exported, through `simple_evaluate`: log-likelihoods 1e-3, the same answers."""
-    words = ("training.num_steps=30", "eval.every=30", "checkpoint.every=30", "schedule.warmup_steps=1")
+    words = ("training.num_steps=4", "eval.every=4", "checkpoint.every=4", "schedule.warmup_steps=1")
     bpe = ("tokenizer=bpe", "tokenizer.vocab_size=300", "data.seq_len=64", "model.tie_embeddings=false")
     assert fit(ground.config("harness", *words, *bpe)) == 0
     assert export([str(ground.run("harness")), f"output={tmp_path}/out"]) == 0

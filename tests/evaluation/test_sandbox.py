@@ -450,7 +450,7 @@ def endless():
         "assert list(squares(3)) == [0, 1, 4] and next(iter(endless())) == 7",
         "x = (2.5, {3})\ny = {(4,): [None, True, b'5', 6j, 'é', 10**5000, frozenset('a')]}\n"
         "assert same(1, x, z=y) == ((1, x), {'z': y})",
-        "x = same(1.0, float('inf'), True)[0]\nassert x[1] > 1e300 and [type(i) for i in x] == [float, float, bool]",
+        "x = same(1.0, 1e999, True)[0]\nassert x[1] > 1e300 and list(map(type, x)) == [float, float, bool]",
         "assert count('aab') == {'a': 2, 'b': 1} and math.floor(2.5) == 2",
         "try:\n    refuse(1)\nexcept KeyError:\n    pass\nelse:\n    assert False",
         "def check(candidate):\n    assert candidate(None) == 0\ncheck(depth)",
