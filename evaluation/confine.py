@@ -214,7 +214,7 @@ def confine(spec: dict[str, Any]) -> None:
 # -- plain data between program and tests ------------------------------------------------------------------
 
 SPECIAL = ("iter", "next", "len", "str", "bool", "getitem", "setitem", "contains")
-SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **{
         name: getattr(builtins, name) for name in ("getattr", "setattr", "iter", "next", "len", "str", "bool")

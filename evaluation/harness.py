@@ -23,6 +23,7 @@ class HarnessMethods:
     """What the harness asks of a model: log-likelihoods of continuations and of whole texts, and texts."""
 
     max_gen_toks = 256  # where a task does not say
+    eot_token_id = prefix_token_id = -1  # of each model; the harness's class has abstract ones
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, *, add_bos: bool, seed: int = 0) -> None:
         super().__init__()
@@ -31,8 +32,8 @@ class HarnessMethods:
         self.add_bos = add_bos
         # The generator counts the last token of a text too, where positions are a table.
         self.max_length = config.max_seq_len - (config.position == "learned")
-        self.eot_token_id: int = tokenizer.eos_id
-        self.prefix_token_id: int = tokenizer.bos_id
+        self.eot_token_id = tokenizer.eos_id
+        self.prefix_token_id = tokenizer.bos_id
         bos = f"bos {tokenizer.specials_by_id[tokenizer.bos_id]!r} ({tokenizer.bos_id})"
         print(
             f"lm-eval: {bos} begins {'every' if add_bos else 'an empty'} context and each rolling text; "

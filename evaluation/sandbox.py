@@ -95,14 +95,14 @@ def _execute(source: str, tests: str | None, seconds: float, megabytes: int, iso
         missing = [name for name, what in available().items() if not what]
         if missing:
             raise ValueError(_refusal(", ".join(missing)))
-        report, *texts = _started(source, tests, seconds, megabytes, True, None)
+        report, out, err = _started(source, tests, seconds, megabytes, True, None)
     else:
         _say_none()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            report, *texts = _started(source, tests, seconds, megabytes, False, folder)
+            report, out, err = _started(source, tests, seconds, megabytes, False, folder)
     if "missing" in report:
         raise ValueError(_refusal(report["missing"]))
-    return Execution(report["status"], *texts, report["seconds"])
+    return Execution(report["status"], out, err, report["seconds"])
 
 
 def _refusal(what: str) -> str:

@@ -192,7 +192,7 @@ metric_list: [{metric: bits_per_byte}]
 """
 WRITE = """
 output_type: generate_until
-doc_to_text: "{{question}}"
+doc_to_text: "the {{question}}"
 doc_to_target: "{{text}}"
 generation_kwargs: {until: [" a", "\\n"], max_gen_toks: 24, do_sample: false}
 metric_list: [{metric: exact_match}]

@@ -9,6 +9,7 @@ import subprocess
 from collections import namedtuple
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -250,7 +251,14 @@ def f(x):
     return a
 """
 # What each of these does to a host without a sandbox, so that the cases above are of something real.
-REAL = ("secret", "secret_by_link", "write_by_link", "permissions", "localhost", "datagram_out")
+REAL: tuple[str, ...] = (
+    "secret",
+    "secret_by_link",
+    "write_by_link",
+    "permissions",
+    "localhost",
+    "datagram_out",
+)
 REAL += ("abstract_socket", "write_home", "write_tmp", "kill", "environment_of_victim")
 
 
