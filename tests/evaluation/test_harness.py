@@ -200,7 +200,7 @@ metric_list: [{metric: exact_match}]
 
 
 def write_tasks(folder: Path) -> None:
-    """Forty documents of drawn words, and four tasks over them."""
+    """Sixteen documents of drawn words, and four tasks over them."""
     rng = np.random.default_rng(5)
     words = "the quick brown fox jumps over lazy dogs and returns to import a class of def".split()
 
@@ -212,9 +212,9 @@ def write_tasks(folder: Path) -> None:
             "question": some(3 + i % 9) if i else "",
             "choices": [" " + some(1 + (i + j) % 4) for j in range(4)],
             "gold": i % 4,
-            "text": some(8 + 3 * i),
+            "text": some(8 + 6 * i),
         }
-        for i in range(40)
+        for i in range(16)
     ]
     (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     for name, text in {"choice": CHOICE, "last_word": LAST_WORD, "rolling": ROLLING, "write": WRITE}.items():

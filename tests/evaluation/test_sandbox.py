@@ -357,7 +357,7 @@ def left(path: Path) -> list[str]:
 
 def attempt(escape: Escape, host: Host, isolation: str = "full"):
     source = escape.source.format_map(host.words)
-    limits = {
+    limits: dict[str, Any] = {
         "seconds": 1.0 if "timeout" in escape.statuses else 20.0,
         "megabytes": 96,
         "isolation": isolation,
