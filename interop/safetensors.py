@@ -149,7 +149,7 @@ def write_tensors(
         path, offset = places[name]
         with path.open("r+b") as out:
             out.seek(offset)
-            out.write(np.ascontiguousarray(array.astype(kind)).data)
+            out.write(bytes_of(array.astype(kind)))
         missing.remove(name)
     assert not missing, missing
     if many:
@@ -158,6 +158,11 @@ def write_tensors(
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         (directory / INDEX).write_text(text + "\n", "utf-8")
     return files
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """What an array holds, of whatever dtype: Python's buffers know nothing of bfloat16."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _in_order(name: str) -> list[Any]:
