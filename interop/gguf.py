@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from interop.safetensors import bytes_of
+from interop.safetensors import buffer_of
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 STRING, ARRAY = 8, 9
@@ -285,7 +285,7 @@ def write_gguf(
         for name, array in arrays:
             assert array.shape == shapes[name] and name in missing, (name, array.shape)
             file.seek(start + offsets[name])
-            file.write(bytes_of(stored(array, kinds[name])))
+            file.write(buffer_of(stored(array, kinds[name])))
             missing.remove(name)
     assert not missing, missing
 

@@ -149,7 +149,7 @@ def write_tensors(
         path, offset = places[name]
         with path.open("r+b") as out:
             out.seek(offset)
-            out.write(bytes_of(array.astype(kind)))
+            out.write(buffer_of(array.astype(kind)))
         missing.remove(name)
     assert not missing, missing
     if many:
@@ -160,7 +160,7 @@ def write_tensors(
     return files
 
 
-def bytes_of(array: np.ndarray) -> memoryview:
+def buffer_of(array: np.ndarray) -> memoryview:
     """What an array holds, of whatever dtype: Python's buffers know nothing of bfloat16."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 

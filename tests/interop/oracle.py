@@ -1,6 +1,8 @@
 """Models of transformers with random weights, and their logits, for an environment that has transformers.
 
-python tests/interop/oracle.py CASE DIRECTORY    config.json, weights, tokens, logits, greedy text
+python tests/interop/oracle.py CASE DIRECTORY       config.json, weights, tokens, logits, greedy text
+python tests/interop/oracle.py open DIRECTORY       logits of tokens.npy, ids of text.txt
+python tests/interop/oracle.py gguf FILE DIRECTORY  ids of text.txt, and their logits
 """
 
 import sys
@@ -138,7 +140,22 @@ def read_ours(directory: Path) -> None:
         np.save(directory / "ids.npy", np.array(ids))
 
 
+def read_gguf(file: Path, directory: Path) -> None:
+    """What transformers makes of a GGUF file: ids of a text, and their logits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ids = tokenizer((directory / "text.txt").read_text("utf-8"), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(ids)[None, :2048]
+    with torch.no_grad():
+        np.save(directory / "logits.npy", model.eval()(ids).logits[0].numpy())
+    np.save(directory / "ids.npy", ids[0].numpy())
+
+
 if __name__ == "__main__" and sys.argv[1] == "open":
     read_ours(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "gguf":
+    read_gguf(Path(sys.argv[2]), Path(sys.argv[3]))
 elif __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

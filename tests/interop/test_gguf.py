@@ -1,15 +1,12 @@
 """GGUF files: out and in again, blocks, what is refused, and tokenizers that come with them."""
 
-import json
 import struct
 
 import jax
 import numpy as np
 import pytest
 
-from data.tokens.tokenizer import Tokenizer
-from interop.gguf import GGUF, KINDS, quantized, stored, write_gguf
-from interop.gguf_tokenizer import tokenizer_files, tokenizer_values
+from interop.gguf import GGUF, KINDS, quantized, write_gguf
 from interop.read import Published
 from interop.write_gguf import export_gguf
 from models.config import ModelConfig, RopeScaling
@@ -210,6 +207,3 @@ def test_a_model_that_llama_cpp_does_not_compute_is_not_written(change, says, tm
     with pytest.raises(ValueError, match=says):
         export_gguf(tmp_path / "a.gguf", config, build_model(config), reader({}))
     assert not list(tmp_path.iterdir())
-
-
-# -- tokenizers ----------------------------------------------------------------------------------------------
