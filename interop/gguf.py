@@ -310,7 +310,7 @@ def _packed(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, list):
-        if isinstance(value[0], str):
+        if not value or isinstance(value[0], str):
             kind, content = STRING, b"".join(map(_text, value))
         else:
             kind = 6 if isinstance(value[0], float) else 5

@@ -22,7 +22,7 @@ from interop.families import Rules
 from interop.gguf import GGUF
 from interop.gguf_model import read_model
 from interop.rules import Slot, Stacked, read, slots, their_shape
-from interop.safetensors import Tensors
+from interop.safetensors import BLOCK, Tensors
 from models.config import ModelConfig
 
 # Arrays that files carry and no model needs: tables of rotations, and masks.
@@ -52,7 +52,7 @@ class Published:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'} cannot be read ({error}); fetch it again") from error
         self.values = values
-        self.config, self.family = read_config(values)
+        self.config, self.family = read_config(_without_blocks(values))
         self.format, self.tensors = "hf", Tensors(path)
         further = f"model.layers.{self.config.num_layers}."
         if self.config.mtp is not None and not any(name.startswith(further) for name in self.tensors):
@@ -174,6 +174,15 @@ class Published:
             return np.stack([read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)])
 
         return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _without_blocks(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without the quantization that `Tensors` undoes: FP8 in blocks, as in DeepSeek-V3."""
+    about = values.get("quantization_config")
+    undone = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    if not isinstance(about, Mapping) or {key: about.get(key) for key in undone} != undone:
+        return values
+    return {key: value for key, value in values.items() if key != "quantization_config"}
 
 
 def _writer(stack: Any, one: Any) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
