@@ -2,10 +2,12 @@
 
 python tests/interop/oracle.py CASE DIRECTORY       config.json, weights, tokens, logits, greedy text
 python tests/interop/oracle.py open DIRECTORY       logits of tokens.npy, ids of text.txt
+python tests/interop/oracle.py peft DIRECTORY       logits of tokens.npy by adapter/ over base/
 python tests/interop/oracle.py gguf FILE DIRECTORY  ids of text.txt, and their logits
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,25 @@ def read_gguf(file: Path, directory: Path) -> None:
     np.save(directory / "ids.npy", ids[0].numpy())
 
 
-if __name__ == "__main__" and sys.argv[1] == "open":
+def read_adapter(directory: Path) -> None:
+    """PEFT opens an adapter over base/, says its logits of tokens.npy, and saves it again as again/."""
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        directory / "base", attn_implementation="eager", dtype=torch.float32
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of keys that are missing there is no more than a warning
+        model = peft.PeftModel.from_pretrained(base, directory / "adapter").eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.load(directory / "tokens.npy"))).logits[0].numpy()
+    np.save(directory / "logits.npy", logits)
+    model.save_pretrained(directory / "again")
+
+
+if __name__ == "__main__" and sys.argv[1] == "peft":
+    read_adapter(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "open":
     read_ours(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "gguf":
     read_gguf(Path(sys.argv[2]), Path(sys.argv[3]))
