@@ -89,7 +89,7 @@ class Peak:
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """Read it onto all devices; bytes of arrays, of the largest layer, beside both, and read from the disk."""
+    """Read it onto all devices; bytes of arrays, of the largest layer, of its own, and of the disk."""
     there = Published(directory)
     model = build_model(there.config)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))

@@ -82,8 +82,8 @@ def module_of(name: str) -> str:
 def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters, read: Read) -> None:
     """Write the factors of a model; the directory gets its name when it is whole.
 
-    read: a factor by its path (behind the weight's, "a" or "b"), one layer of it by row. Raises ValueError for
-    what PEFT has no modules for, such as experts and fused arrays, or where `output` is taken.
+    read: a factor by its path (behind the weight's, "a" or "b"), one layer of it by row. Raises ValueError
+    for what PEFT has no modules for, such as experts and fused arrays, or where `output` is taken.
     """
     if output.exists():
         raise ValueError(f"output={output} is there already; remove it or choose another")
