@@ -120,7 +120,7 @@ def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
     np.save(tmp_path / "tokens.npy", tokens)
     subprocess.run([PYTHON, "tests/interop/oracle.py", "peft", tmp_path], cwd=ROOT, check=True)
     wanted = np.load(tmp_path / "logits.npy")
-    got = np.asarray(forward_of(model, weights)(jnp.asarray(tokens)))[0]
+    got = np.asarray(forward_of(model, jax.tree.map(jnp.asarray, weights))(jnp.asarray(tokens)))[0]
     assert np.abs(got - wanted).max() < 1e-5 * wanted.std()
     adapters, there = read_adapter(tmp_path / "again", model, rules)
     back = there.applied(model, adapters, random_weights(model))
