@@ -164,7 +164,7 @@ class GGUF:
         try:
             with path.open("rb") as file:
                 self._read_header(file, os.fstat(file.fileno()).st_size)
-        except (OSError, EOFError, struct.error, UnicodeDecodeError, KeyError, MemoryError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, KeyError, MemoryError, OverflowError) as error:
             raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from error
         # Devices ask for their parts of an array one after another, and a pair's two in turn.
         self._decoded = lru_cache(maxsize=2)(self._decode)

@@ -2,6 +2,7 @@
 
 python tests/interop/oracle.py CASE DIRECTORY       config.json, weights, tokens, logits, greedy text
 python tests/interop/oracle.py open DIRECTORY       logits of tokens.npy, ids of text.txt
+python tests/interop/oracle.py blocks DIRECTORY     numbers.npz of blocks.npz
 python tests/interop/oracle.py peft DIRECTORY       logits of tokens.npy by adapter/ over base/
 python tests/interop/oracle.py gguf FILE DIRECTORY  ids of text.txt, and their logits
 """
@@ -155,6 +156,15 @@ def read_gguf(file: Path, directory: Path) -> None:
     np.save(directory / "ids.npy", ids[0].numpy())
 
 
+def read_blocks(directory: Path) -> None:
+    """What the gguf package makes of blocks.npz."""
+    from gguf import GGMLQuantizationType, quants
+
+    blocks = np.load(directory / "blocks.npz")
+    found = {kind: quants.dequantize(blocks[kind], GGMLQuantizationType[kind]) for kind in blocks}
+    np.savez(directory / "numbers.npz", **found)
+
+
 def read_adapter(directory: Path) -> None:
     """PEFT opens an adapter over base/, says its logits of tokens.npy, and saves it again as again/."""
     import peft
@@ -173,6 +183,8 @@ def read_adapter(directory: Path) -> None:
 
 if __name__ == "__main__" and sys.argv[1] == "peft":
     read_adapter(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "blocks":
+    read_blocks(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "open":
     read_ours(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "gguf":

@@ -187,6 +187,24 @@ def test_a_damaged_or_strange_file_is_refused_in_one_line(how, sound, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_any_byte_of_a_header_may_be_wrong(sound, tmp_path):
+    """It is refused in one line, or is part of a name or a value that nobody can check."""
+    content, path = sound.read_bytes(), tmp_path / "a.gguf"
+    size = min(entry[3] for entry in GGUF(sound).entries.values())
+    refused = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        damaged = bytearray(content)
+        damaged[rng.integers(size)] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            GGUF(path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 40
+
+
 def test_a_kind_that_is_not_read_is_refused_by_its_number(tmp_path):
     path = tmp_path / "a.gguf"
     write_gguf(path, {"general.architecture": "llama"}, {"x": (32,)}, {"x": "F32"}, [("x", np.ones(32))])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data.tokens.tokenizer import load_tokenizer
+from interop.gguf import KINDS
 from interop.peft import read_adapter, write_adapter
 from interop.read import Published
 from interop.write import export
@@ -125,3 +126,20 @@ def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
     adapters, there = read_adapter(tmp_path / "again", model, rules)
     back = there.applied(model, adapters, random_weights(model))
     jax.tree.map(np.testing.assert_array_equal, back, weights)
+
+
+def test_blocks_are_decoded_as_by_the_gguf_package(tmp_path):
+    """Each kind, to the bit, whatever the bytes are but for infinite scales."""
+    rng, blocks = np.random.default_rng(0), {}
+    for name, kind in KINDS.items():
+        if kind.decode is not None:
+            found = rng.integers(0, 256, (500, kind.bytes), np.uint8)
+            with np.errstate(all="ignore"):
+                blocks[name] = found[np.isfinite(kind.decode(found)).all(axis=1)]
+    np.savez(tmp_path / "blocks.npz", **blocks)
+    subprocess.run([PYTHON, "tests/interop/oracle.py", "blocks", tmp_path], cwd=ROOT, check=True)
+    numbers = np.load(tmp_path / "numbers.npz")
+    assert len(blocks) == 8
+    for name, found in blocks.items():
+        assert len(found) > 300
+        np.testing.assert_array_equal(KINDS[name].decode(found), numbers[name].reshape(len(found), -1))
