@@ -97,9 +97,9 @@ class Architecture:
     def _rules(self, config: ModelConfig) -> Iterator[Rule]:
         names = {**NAMES, **(AROUND if config.post_norms else {})}
         for rule in FAMILIES[self.family].rules(config):
-            found = tuple(_renamed(name, names) for name in rule.names)
-            if None in found:
-                continue
+            found = tuple(new for name in rule.names if (new := _renamed(name, names)))
+            if len(found) < len(rule.names):
+                continue  # of what llama.cpp has no name for
             # What is turned is queries, and keys: the first of a pair's two.
             turned = rule.ours.startswith("attention/q") or (
                 rule.ours.startswith("attention/kv") and rule.at == 0

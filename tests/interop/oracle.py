@@ -173,7 +173,9 @@ def read_adapter(directory: Path) -> None:
         directory / "base", attn_implementation="eager", dtype=torch.float32
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of keys that are missing there is no more than a warning
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # of keys that are missing there is no more than a warning
         model = peft.PeftModel.from_pretrained(base, directory / "adapter").eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(np.load(directory / "tokens.npy"))).logits[0].numpy()

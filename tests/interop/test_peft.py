@@ -18,17 +18,21 @@ from tests.interop.test_round_trip import MODELS, random_weights
 ADAPTERS = Adapters(rank=3, scale=1.5, names=("q", "kv", "o", "up", "down"))
 
 
-def adapted(name, adapters=ADAPTERS):
+def base_weights(model, size=1.0):
+    return jax.tree.map(lambda x: x * np.float32(size), random_weights(model))
+
+
+def adapted(name, adapters=ADAPTERS, size=1.0):
     """(model, its rules, weights with factors, none of which is zero)."""
     config = ModelConfig(**MODELS[name])
     model = build_model(config)
-    weights = adapters.make(model.info, random_weights(model), jax.random.key(0))
+    weights = adapters.make(model.info, base_weights(model, size), jax.random.key(0))
     rng = np.random.default_rng(1)
 
     def filled(leaf):
         if not isinstance(leaf, LowRank):
             return leaf
-        return replace(leaf, b=rng.normal(size=leaf.b.shape).astype(np.float32))
+        return replace(leaf, b=rng.normal(0.0, size, leaf.b.shape).astype(np.float32))
 
     weights = jax.tree.map(filled, weights, is_leaf=lambda leaf: isinstance(leaf, LowRank))
     return model, FAMILIES[name].rules(config), jax.device_get(weights)
