@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("common", "kernels"),
     "parallel": ("common", "kernels"),
     "artifacts": ("common", "parallel.processes", "data"),
-    "interop": ("common", "models"),
+    "interop": ("common", "models", "data.tokens"),
     "serving": ("common", "kernels", "models", "parallel", "data.tokens", "artifacts"),
     "training": (*CORE, "artifacts", "interop", "serving"),
     "planner": (*CORE, "artifacts", "training"),
