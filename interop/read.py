@@ -1,4 +1,8 @@
-"""A directory of Hugging Face's layout as a model's parameters, straight onto the devices that own them."""
+"""Published weights as a model's parameters, straight onto the devices that own them.
+
+A directory of Hugging Face's layout, or a GGUF file: either gives a config.json's values, arrays by name, and
+the rules of these names.
+"""
 
 import dataclasses
 import hashlib
@@ -14,34 +18,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.configs import Family, read_config
+from interop.families import Rules
+from interop.gguf import GGUF
+from interop.gguf_model import read_model
 from interop.rules import Slot, Stacked, read, slots, their_shape
-from interop.safetensors import Tensors
+from interop.safetensors import BLOCK, Tensors
 from models.config import ModelConfig
 
 # Arrays that files carry and no model needs: tables of rotations, and masks.
-IDLE = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
+IDLE = re.compile(
+    r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\.weight$"
+)
 PREFIXES = ("", "model.", "transformer.", "language_model.", "model.language_model.")
 
 
 class Published:
-    """Weights in a directory with a config.json, whatever made them."""
+    """Weights in a directory with a config.json, or in a GGUF file, whatever made them."""
 
     def __init__(self, path: Path):
-        """Raises ValueError for what is no such directory, or is of a kind that is not supported."""
+        """Raises ValueError for what is neither, or is of a kind that is not supported."""
         self.path = path
+        self.config: ModelConfig
+        self.family: Family
+        self.rules: Rules
+        self.tensors: Tensors | GGUF
+        self.values: Mapping[str, Any]
+        if path.is_file():
+            self.format, self.tensors = "gguf", GGUF(path)
+            self.values, self.config, self.family, self.rules = read_model(self.tensors)
+            return
         try:
             values = json.loads((path / "config.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'} cannot be read ({error}); fetch it again") from error
-        self.values: Mapping[str, Any] = values
-        self.config: ModelConfig
-        self.family: Family
-        self.config, self.family = read_config(values)
-        self.tensors = Tensors(path)
+        self.values = values
+        self.config, self.family = read_config(_without_blocks(values))
+        self.format, self.tensors = "hf", Tensors(path)
         further = f"model.layers.{self.config.num_layers}."
         if self.config.mtp is not None and not any(name.startswith(further) for name in self.tensors):
             # transformers keeps the key and writes no such layers: the next token is the same without them.
             self.config = dataclasses.replace(self.config, mtp=None)
+        self.rules = self.family.rules(self.config)
+
+    @property
+    def says(self) -> Path:
+        """The file that says which model it is."""
+        return self.path if self.format == "gguf" else self.path / "config.json"
 
     def facts(self) -> dict[str, Any]:
         """What a run's manifest keeps of where it began: each file's bytes, the digest of their tables."""
@@ -49,14 +71,14 @@ class Published:
         table = json.dumps({name: [str(e[1]), e[2], e[3]] for name, e in self.tensors.entries.items()})
         digest = hashlib.sha256((json.dumps(self.values, sort_keys=True) + table).encode()).hexdigest()
         sizes = {file.name: file.stat().st_size for file in files}
-        return {"path": str(self.path), "format": "hf", "files": sizes, "digest": digest}
+        return {"path": str(self.path), "format": self.format, "files": sizes, "digest": digest}
 
     def slots(self, model: Stacked) -> list[Slot]:
         """All that fills the model's parameters, checked against what is there before any is read.
 
         Raises ValueError where an array is missing, has another shape, or is there and would not be used.
         """
-        found = list(slots(model, self.family.rules(self.config)))
+        found = list(slots(model, self.rules))
         used = set(self._copies(self.config))
         for slot in found:
             for source in slot.sources:
@@ -152,6 +174,15 @@ class Published:
             return np.stack([read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)])
 
         return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _without_blocks(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without the quantization that `Tensors` undoes: FP8 in blocks, as in DeepSeek-V3."""
+    about = values.get("quantization_config")
+    undone = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    if not isinstance(about, Mapping) or {key: about.get(key) for key in undone} != undone:
+        return values
+    return {key: value for key, value in values.items() if key != "quantization_config"}
 
 
 def _writer(stack: Any, one: Any) -> Callable[[jax.Array, jax.Array, int], jax.Array]:

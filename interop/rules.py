@@ -121,7 +121,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _sources(rule: Rule, shape: tuple[int, ...], n: int) -> Iterator[Origin]:
-    left, right = _letters(rule)
+    left, right = letters(rule)
     # Experts that theirs stacks as we do are a letter on the left, and one array.
     experts = shape[right.index("E")] if "E" in right and "E" not in sum(left, ()) else 1
     for expert in range(experts):
@@ -129,7 +129,7 @@ def _sources(rule: Rule, shape: tuple[int, ...], n: int) -> Iterator[Origin]:
             yield Origin(name.format(n=n, e=expert), rule, pair, expert)
 
 
-def _letters(rule: Rule) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+def letters(rule: Rule) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """The groups of letters that are dims of theirs, and the letters of ours."""
     left, right = rule.dims.split("->")
     groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", left))
@@ -138,7 +138,7 @@ def _letters(rule: Rule) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 
 def their_shape(source: Origin, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that the whole array of theirs must have, for a parameter of ours of this shape."""
-    groups, _ = _letters(source.rule)
+    groups, _ = letters(source.rule)
     sizes = _sizes(source.rule, shape)
     found = [math.prod(_size(letter, sizes) for letter in group) for group in groups]
     if source.rule.cut is not None:
@@ -147,7 +147,7 @@ def their_shape(source: Origin, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _sizes(rule: Rule, shape: tuple[int, ...]) -> dict[str, int]:
-    _, right = _letters(rule)
+    _, right = letters(rule)
     assert len(right) == len(shape), (rule, shape)
     sizes = dict(zip(right, shape, strict=True))
     if rule.into is not None:
@@ -165,7 +165,7 @@ def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> It
     Raises ValueError where the array has another shape than the rule says.
     """
     rule = source.rule
-    groups, right = _letters(rule)
+    groups, right = letters(rule)
     wanted = their_shape(source, shape)
     if theirs.shape != wanted:
         raise ValueError(f"{source.name} is {list(theirs.shape)} there and must be {list(wanted)}")

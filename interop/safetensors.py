@@ -11,6 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ KINDS: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 NAMES = {np.dtype(kind): name for name, kind in KINDS.items()}
+SCALES, BLOCK = "_scale_inv", 128  # what the scales of an array's blocks are called, and how wide they are
 LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
 SHARD = 5 * 10**9  # bytes of arrays in a file, as others write them
 
@@ -59,11 +61,36 @@ class Tensors:
                 raise ValueError(f"{home} holds {sorted(twice)[0]} twice")
             self.entries |= found
 
+        for name in set(self.entries) - set(self):
+            self._check_scales(name.removesuffix(SCALES), name)
+        # Devices ask for their parts of an array one after another, and a pair's two in turn.
+        self._scaled = lru_cache(maxsize=2)(self._scale)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        """Names of arrays; scales of another's blocks are a part of that."""
+        return (
+            n for n in self.entries if not (n.endswith(SCALES) and n.removesuffix(SCALES) in self.entries)
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A view [shape]; ValueError where there is none of that name."""
+        """A view [shape], or float32 where its blocks have scales; ValueError where there is none."""
+        return self._scaled(name) if name + SCALES in self.entries else self._view(name)
+
+    def _check_scales(self, name: str, scales: str) -> None:
+        shape, there = self.entries[name][2], self.entries[scales][2]
+        if there != (wanted := tuple(-(-size // BLOCK) for size in shape)):
+            raise ValueError(
+                f"{self.path}: {scales} is {list(there)}; of {list(shape)} it must be {list(wanted)}"
+            )
+
+    def _scale(self, name: str) -> np.ndarray:
+        """An array [out, in] of which each block of 128 x 128 has a scale (DeepSeek-V3, arXiv:2412.19437)."""
+        array, scales = self._view(name), np.asarray(self._view(name + SCALES), np.float32)
+        for dim, size in enumerate(array.shape):
+            scales = np.repeat(scales, BLOCK, axis=dim).take(np.arange(size), axis=dim)
+        return array.astype(np.float32) * scales
+
+    def _view(self, name: str) -> np.ndarray:
         if name not in self.entries:
             raise ValueError(f"{self.path} has no {name}")
         path, dtype, shape, offset = self.entries[name]
@@ -149,7 +176,7 @@ def write_tensors(
         path, offset = places[name]
         with path.open("r+b") as out:
             out.seek(offset)
-            out.write(np.ascontiguousarray(array.astype(kind)).data)
+            out.write(buffer_of(array.astype(kind)))
         missing.remove(name)
     assert not missing, missing
     if many:
@@ -158,6 +185,11 @@ def write_tensors(
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         (directory / INDEX).write_text(text + "\n", "utf-8")
     return files
+
+
+def buffer_of(array: np.ndarray) -> memoryview:
+    """What an array holds, of whatever dtype: Python's buffers know nothing of bfloat16."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _in_order(name: str) -> list[Any]:

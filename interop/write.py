@@ -44,7 +44,8 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        text = json.dumps({**values, "torch_dtype": str(np.dtype(dtype)), **(extra or {})}, indent=2)
+        kind = str(np.dtype(dtype))  # transformers 5 calls it otherwise than 4
+        text = json.dumps({**values, "torch_dtype": kind, "dtype": kind, **(extra or {})}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
         shapes = {source.name: their_shape(source, slot.shape) for slot in found for source in slot.sources}
         write_tensors(aside, shapes, arrays(found, read, shapes), dtype, shard)

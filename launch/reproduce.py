@@ -148,7 +148,7 @@ def sources(original: Original) -> dict[str, Any]:
     found: dict[str, Any] = {"parent": None}
     try:
         earlier = original.manifest.get("parent")
-        parent = find_parent(config, earlier["step"] if earlier else None)
+        parent = find_parent(config, earlier.get("step") if earlier else None)
         found["parent"] = parent.facts() if parent else None
         prepared = prepare(config.data, tokenizer_config(config, None, parent), progress=False, wanted=wanted)
     except (ValueError, OSError) as error:

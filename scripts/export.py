@@ -1,21 +1,21 @@
-"""A run's weights as others open them: `python scripts/export.py RUN output=DIR`.
+"""A run's weights as others open them: `python scripts/export.py RUN output=PATH`.
 
     RUN                a directory in runs/, or a path to one
-    output=DIR         the directory to make
-    format=hf          hf: config.json, safetensors, tokenizer, template: transformers, vLLM and llama.cpp's
-                       converter open it
-    family=null        a model_type of transformers; null: the plainest whose class computes this model
-    dtype=float32      float32 or bfloat16
+    output=PATH        the directory to make, or the file in .gguf
+    format=hf          hf: config.json, safetensors, tokenizer, template, for transformers and vLLM
+                       gguf: one file of all that, for llama.cpp
+    family=null        hf: a model_type of transformers; null: the plainest whose class computes this model
+    dtype=float32      float32, bfloat16 or float16; gguf: q8_0 too
     weights=raw        raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest        or a step that has a checkpoint
+    trim=true          leave out the table's rows behind the tokenizer's last token; false: keep them
 
 Written aside, read back and compared, then named. Exit status: 0 done, 1 a checkpoint that cannot be trusted,
 2 bad input, such as a model that no class of theirs computes.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from artifacts.load import WEIGHTS, LoadedRun
 from common.checks import choice
 from scripts.command import parse, run
 
-FORMATS, DTYPES = ("hf",), ("float32", "bfloat16")
+FORMATS = ("hf", "gguf")
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
+TABLES = (("embed", "table"), ("head", "table"))
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,26 @@ class PublishOptions:
     dtype: str = "float32"
     weights: str = "raw"
     step: str = "latest"
+    trim: bool = True
 
 
 def do(arguments: Sequence[str]) -> int:
-    """Write the directory, and say what it is. Raises ValueError for what cannot be."""
+    """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
-    for key, known in (("format", FORMATS), ("dtype", DTYPES), ("weights", WEIGHTS)):
+    hub = options.format == "hf"
+    dtypes = tuple(name for name in KINDS if name != "q8_0" or not hub)
+    for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):
         choice(key, getattr(options, key), known)
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from artifacts.load import load
     from interop.configs import FAMILIES
+    from interop.gguf import KINDS as STORED
+    from interop.gguf_tokenizer import tokenizer_values
+    from interop.tokenizer_out import hub_files
     from interop.write import export
+    from interop.write_gguf import export_gguf
     from models.transformer import build_model
     from training.config import from_stored
 
@@ -61,30 +69,36 @@ def do(arguments: Sequence[str]) -> int:
         choice("family", options.family, FAMILIES)
     found = load(options.run, from_stored)
     tokenizer = found.tokenizer(lambda: _missing(found))
-    config = _with_vocab(found, tokenizer.vocab_size)
-    model = build_model(config)
+    whole = _with_vocab(found, tokenizer.vocab_size)
+    rows = tokenizer.vocab_size if options.trim else whole.vocab_size
+    config = replace(whole, vocab_size=rows)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), model.info)
+    info = build_model(whole).info
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), info)
     params = found.weights(abstract, step=options.step, weights=options.weights)
 
     def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
         leaf: Any = params
         for name in path:
             leaf = leaf[name]
-        return np.asarray(leaf if row is None else leaf[row])
+        found = np.asarray(leaf if row is None else leaf[row])
+        return found[:rows] if path in TABLES else found
 
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    family = export(
-        options.output,
-        config,
-        model,
-        read,
-        family=options.family,
-        dtype=jnp.bfloat16 if options.dtype == "bfloat16" else np.float32,
-        files=_tokenizer_files(found.path, tokenizer),
-        extra=ids,
-    )
-    print(f"{options.output}: {family.architecture}, {options.dtype}")
+    text = (found.path / "tokenizer.json").read_text("utf-8")
+    template, stop_id = _chat(found.path, tokenizer)
+    model, kind = build_model(config), KINDS[options.dtype]
+    if hub:
+        files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        family, dtype = options.family, STORED[kind].dtype
+        written = export(
+            options.output, config, model, read, family=family, dtype=dtype, files=files, extra=ids
+        ).architecture
+    else:
+        values = tokenizer_values(tokenizer, text, rows, template)
+        written = export_gguf(options.output, config, model, read, kind=kind, values=values)
+    padding = f", without {whole.vocab_size - rows} rows of padding" if rows < whole.vocab_size else ""
+    print(f"{options.output}: {written}, {options.dtype}, a vocabulary of {rows}{padding}")
     return 0
 
 
@@ -98,25 +112,16 @@ def _with_vocab(found: LoadedRun[Any], size: int) -> Any:
     return with_vocab(found.config, size).model
 
 
-def _tokenizer_files(path: Path, tokenizer: Any) -> dict[str, bytes]:
-    """The tokenizer and what says its separators: a tokenizer.json alone has none for transformers."""
-    specials = {index: token for index, token in tokenizer.specials_by_id.items()}
-    bos, eos = specials[tokenizer.bos_id], specials[tokenizer.eos_id]
-    about: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-    }
-    files = {"tokenizer.json": (path / "tokenizer.json").read_bytes()}
-    template = path / "chat_template.jinja"
-    if template.is_file():
-        files["chat_template.jinja"] = template.read_bytes()
-        about["chat_template"] = template.read_text("utf-8")
-    files["tokenizer_config.json"] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    files["generation_config.json"] = (json.dumps(ids, indent=2) + "\n").encode()
-    return files
+def _chat(path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
+    """The template that the run was taught, and what ends a turn by it; None for a run of plain text."""
+    from data.tokens.chat import ChatEncoder
+    from data.tokens.chat_template import find_template
+    from data.tokens.tokenizer import CONFIG, read_beside
+
+    if not (path / "chat_template.jinja").is_file() and not read_beside(path / CONFIG).get("chat_template"):
+        return None, None
+    template = find_template(None, path / "tokenizer.json", tokenizer)
+    return template.text, ChatEncoder(tokenizer, template).stop_id
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ BYTES = 257  # tokens of tokenizer=byte
 PARAMETERS = {  # what the name promises, in millions
     "gpt2_124m": 124.4,
     "llama_1b": 1236,
+    "smollm2_stdlib": 134.5,
     "llama3_8b": 8030,
     "llama3_70b": 70550,
     "qwen3_8b": 8190,

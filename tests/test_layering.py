@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("common", "kernels"),
     "parallel": ("common", "kernels"),
     "artifacts": ("common", "parallel.processes", "data"),
-    "interop": ("common", "models"),
+    "interop": ("common", "models", "data.tokens"),
     "serving": ("common", "kernels", "models", "parallel", "data.tokens", "artifacts"),
     "evaluation": ("common", "data.tokens", "serving"),
     "training": (*CORE, "artifacts", "interop", "serving", "evaluation"),

@@ -12,6 +12,8 @@ from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import load_tokenizer
 from interop.config_out import difference
+from interop.gguf import GGUF
+from interop.gguf_tokenizer import write_tokenizer
 from interop.read import Published
 from models.config import ModelConfig, MTPConfig, regrouped
 from models.transformer import Model
@@ -47,19 +49,22 @@ class Parent:
 
 @dataclass(frozen=True)
 class PublishedParent:
-    """A directory with a config.json, as Hugging Face's transformers write one."""
+    """A directory with a config.json, as Hugging Face's transformers write one, or a GGUF file."""
 
     published: Published
+    cache: Path  # where a tokenizer lies that came in one file with the weights
 
     @property
     def run(self) -> Path:
-        """The directory."""
+        """The directory, or the file."""
         return self.published.path
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that lies beside the weights."""
-        return self.published.path / "tokenizer.json"
+        """The tokenizer that lies beside the weights, or is made of the file's values."""
+        if isinstance(self.published.tensors, GGUF):
+            return write_tokenizer(self.published.tensors.metadata, self.cache, str(self.run))
+        return self.run / "tokenizer.json"
 
     def weights(self, abstract: Any, model: Model) -> Any:
         """Parameters, layers stacked, placed as `abstract` says; each device reads what it holds."""
@@ -69,8 +74,8 @@ class PublishedParent:
         """Raise ValueError where the run's model would compute something else with these weights."""
         if differs := difference(config, self.published.config):
             raise ValueError(
-                f"{differs} is not what {self.published.path / 'config.json'} says; use model=parent, which "
-                "takes every value from there"
+                f"{differs} is not what {self.published.says} says; use model=parent, which takes every "
+                "value from there"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -102,8 +107,9 @@ def find_parent(config: Config, only_step: int | None = None) -> AnyParent | Non
     if config.init_from is None:
         return None
     asked = Path(config.init_from).expanduser()
-    if (asked / "config.json").is_file() and not (asked / "config.yaml").is_file():
-        return PublishedParent(Published(asked))
+    file = asked.suffix == ".gguf" and asked.is_file()
+    if file or ((asked / "config.json").is_file() and not (asked / "config.yaml").is_file()):
+        return PublishedParent(Published(asked), Path(config.data.cache_dir) / "gguf")
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
         where = stored_checkpoints(candidate, config.checkpoint)
@@ -118,7 +124,8 @@ def find_parent(config: Config, only_step: int | None = None) -> AnyParent | Non
                 return Parent(candidate, checkpoints, steps[-1])
     raise ValueError(
         f"init_from={config.init_from} is no run, no checkpoint and no published model; give a run's name "
-        f"(beside {config.run.dir}), its directory, its checkpoints/STEP, or a directory with a config.json"
+        f"(beside {config.run.dir}), its directory, its checkpoints/STEP, a directory with a config.json, or "
+        "a FILE.gguf"
     )
 
 

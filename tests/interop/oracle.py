@@ -1,9 +1,14 @@
 """Models of transformers with random weights, and their logits, for an environment that has transformers.
 
-python tests/interop/oracle.py CASE DIRECTORY    config.json, weights, tokens, logits, greedy text
+python tests/interop/oracle.py CASE DIRECTORY       config.json, weights, tokens, logits, greedy text
+python tests/interop/oracle.py open DIRECTORY       logits of tokens.npy, ids of text.txt
+python tests/interop/oracle.py blocks DIRECTORY     numbers.npz of blocks.npz
+python tests/interop/oracle.py peft DIRECTORY       logits of tokens.npy by adapter/ over base/
+python tests/interop/oracle.py gguf FILE DIRECTORY  ids of text.txt, and their logits
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +143,53 @@ def read_ours(directory: Path) -> None:
         np.save(directory / "ids.npy", np.array(ids))
 
 
-if __name__ == "__main__" and sys.argv[1] == "open":
+def read_gguf(file: Path, directory: Path) -> None:
+    """What transformers makes of a GGUF file: ids of a text, and their logits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ids = tokenizer((directory / "text.txt").read_text("utf-8"), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(ids)[None, :2048]
+    with torch.no_grad():
+        np.save(directory / "logits.npy", model.eval()(ids).logits[0].numpy())
+    np.save(directory / "ids.npy", ids[0].numpy())
+
+
+def read_blocks(directory: Path) -> None:
+    """What the gguf package makes of blocks.npz."""
+    from gguf import GGMLQuantizationType, quants
+
+    blocks = np.load(directory / "blocks.npz")
+    found = {kind: quants.dequantize(blocks[kind], GGMLQuantizationType[kind]) for kind in blocks}
+    np.savez(directory / "numbers.npz", **found)
+
+
+def read_adapter(directory: Path) -> None:
+    """PEFT opens an adapter over base/, says its logits of tokens.npy, and saves it again as again/."""
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        directory / "base", attn_implementation="eager", dtype=torch.float32
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # of keys that are missing there is no more than a warning
+        model = peft.PeftModel.from_pretrained(base, directory / "adapter").eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.load(directory / "tokens.npy"))).logits[0].numpy()
+    np.save(directory / "logits.npy", logits)
+    model.save_pretrained(directory / "again")
+
+
+if __name__ == "__main__" and sys.argv[1] == "peft":
+    read_adapter(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "blocks":
+    read_blocks(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "open":
     read_ours(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "gguf":
+    read_gguf(Path(sys.argv[2]), Path(sys.argv[3]))
 elif __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

@@ -14,10 +14,18 @@ import numpy as np
 import pytest
 
 from data.tokens.tokenizer import load_tokenizer
+from interop.gguf import KINDS
+from interop.peft import read_adapter, write_adapter
 from interop.read import Published
+from interop.write import export
+from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
-from scripts.export import main as export
+from scripts.export import main as export_run
+from tests.interop.test_peft import ADAPTERS, adapted, base_weights
+from tests.interop.test_peft import reader as factor_reader
+from tests.interop.test_round_trip import MODELS
+from tests.interop.test_round_trip import reader as base_reader
 from training.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +98,7 @@ def test_a_run_that_was_exported_is_opened_by_transformers(ground, tmp_path):
     bpe = ("tokenizer=bpe", "tokenizer.vocab_size=300", "model.qk_norm=true", "model.tie_embeddings=false")
     assert fit(ground.config("opened", *words, *bpe)) == 0
     directory = tmp_path / "out"
-    assert export([str(ground.run("opened")), f"output={directory}"]) == 0
+    assert export_run([str(ground.run("opened")), f"output={directory}"]) == 0
     there = Published(directory)
     tokens = np.random.default_rng(0).integers(3, 300, (1, 200))
     np.save(directory / "tokens.npy", tokens)
@@ -102,3 +110,38 @@ def test_a_run_that_was_exported_is_opened_by_transformers(ground, tmp_path):
     assert there.family.name == "qwen3" and np.abs(got - wanted).max() < 2e-5 * wanted.std()
     ours = load_tokenizer(directory / "tokenizer.json").encode(text)
     np.testing.assert_array_equal(np.load(directory / "ids.npy"), ours)
+
+
+def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
+    """Its logits are ours to 1e-5 of their deviation, and what it saves is what it was given."""
+    size = 0.25  # or attention looks at one token, and rounding decides at which
+    model, rules, weights = adapted("llama", size=size)
+    base = base_weights(model, size)
+    export(tmp_path / "base", ModelConfig(**MODELS["llama"]), model, base_reader(base))
+    write_adapter(tmp_path / "adapter", model, rules, ADAPTERS, factor_reader(weights))
+    tokens = np.random.default_rng(0).integers(3, 40, (1, 60))
+    np.save(tmp_path / "tokens.npy", tokens)
+    subprocess.run([PYTHON, "tests/interop/oracle.py", "peft", tmp_path], cwd=ROOT, check=True)
+    wanted = np.load(tmp_path / "logits.npy")
+    got = np.asarray(forward_of(model, jax.tree.map(jnp.asarray, weights))(jnp.asarray(tokens)))[0]
+    assert np.abs(got - wanted).max() < 1e-5 * wanted.std()
+    adapters, there = read_adapter(tmp_path / "again", model, rules)
+    back = there.applied(model, adapters, base)
+    jax.tree.map(np.testing.assert_array_equal, back, weights)
+
+
+def test_blocks_are_decoded_as_by_the_gguf_package(tmp_path):
+    """Each kind, to the bit, whatever the bytes are but for infinite scales."""
+    rng, blocks = np.random.default_rng(0), {}
+    for name, kind in KINDS.items():
+        if kind.decode is not None:
+            found = rng.integers(0, 256, (500, kind.bytes), np.uint8)
+            with np.errstate(all="ignore"):
+                blocks[name] = found[np.isfinite(kind.decode(found)).all(axis=1)]
+    np.savez(tmp_path / "blocks.npz", **blocks)
+    subprocess.run([PYTHON, "tests/interop/oracle.py", "blocks", tmp_path], cwd=ROOT, check=True)
+    numbers = np.load(tmp_path / "numbers.npz")
+    assert len(blocks) == 8
+    for name, found in blocks.items():
+        assert len(found) > 300
+        np.testing.assert_array_equal(KINDS[name].decode(found), numbers[name].reshape(len(found), -1))
