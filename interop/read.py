@@ -18,8 +18,10 @@ from interop.rules import Slot, Stacked, read, slots, their_shape
 from interop.safetensors import Tensors
 from models.config import ModelConfig
 
-# Arrays that files carry and no model needs: tables of rotations, and masks.
-IDLE = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
+# Arrays that files carry and no model needs: tables of rotations, masks, images, Qwen's further tokens.
+IDLE = re.compile(
+    r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector|visual)\.|^mtp\."
+)
 PREFIXES = ("", "model.", "transformer.", "language_model.", "model.language_model.")
 
 
