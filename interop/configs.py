@@ -177,8 +177,8 @@ def _unstretched_windows(model: dict[str, Any], *, stretched: bool) -> None:
 GEMMA = {"norm_unit_offset": True, "embed_scale": True}
 POST = {**GEMMA, "post_norms": True}
 LAYERNORM = {"norm": "layernorm", "bias": True}
-BEHIND = {"pre_norms": False, "post_norms": True, "qk_norm": True}
-JOINT = {"qk_norm": True, "qk_norm_joint": True}
+BEHIND = {"post_norms": "only", "qk_norm": True}
+JOINT = {"qk_norm": "joint"}
 NEXT = {"qk_norm": True, "norm_unit_offset": True, "output_gate": True}
 OSS = {"attention_sinks": True, "activation": "clamped_swiglu"}  # its hidden_act says nothing
 TANH = "gelu_pytorch_tanh"

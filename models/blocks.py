@@ -54,8 +54,8 @@ class Block(nnx.Module):
         def norm() -> Norm:
             return Norm(config, config.d_model, "embed", config.norm, rngs)
 
-        self.attention_norm = norm() if config.pre_norms else None
-        self.mlp_norm = norm() if config.pre_norms else None
+        before = config.post_norms != "only"
+        self.attention_norm, self.mlp_norm = (norm() if before else None for _ in range(2))
         # Module names are parameter paths: initial weights are folded from them, and checkpoints hold them.
         # So any token mixer is called what the first one was.
         self.attention = mixer(spec.mixer)(config, rngs)

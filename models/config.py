@@ -189,13 +189,13 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the mean square
     norm_unit_offset: bool = False  # Gemma: the stored scale is the distance from one
-    pre_norms: bool = True  # OLMo 2: false, with post_norms: norms only behind attention and feed-forward
-    post_norms: bool = False  # Gemma 2 and 3: a norm after attention and after the feed-forward as well
+    post_norms: bool | str = (
+        False  # Gemma 2: true, norms after both halves as well | OLMo 2: only, none before
+    )
     bias: bool = False  # GPT-2: a bias on every projection and norm
     qkv_bias: bool = False  # Qwen 2
     biases: list[str] = field(default_factory=list)  # further ones: o | mlp | norm | experts
-    qk_norm: bool = False  # Qwen 3, Gemma 3
-    qk_norm_joint: bool = False  # OLMo 2: with qk_norm, one norm over all heads together
+    qk_norm: bool | str = False  # Qwen 3, Gemma 3: true, a head at a time | OLMo 2: joint, over all heads
     position: str = "rope"  # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotation frequencies
     rope_local_theta: float | None = None  # Gemma 3: of local layers, which are then not scaled either
@@ -329,6 +329,9 @@ def check_moe(moe: MoEConfig) -> None:
 
 def _check_norms_and_biases(config: ModelConfig) -> None:
     """Norms and biases against each other, and against what the model has."""
+    for key, more in (("post_norms", "only"), ("qk_norm", "joint")):
+        value = getattr(config, key)
+        require(value in (False, True, more), f"model.{key}", value, f"false, true or {more}")
     for place in config.biases:
         choice("model.biases", place, BIASES)
     if "norm" in config.biases and config.norm != "layernorm":
@@ -337,12 +340,8 @@ def _check_norms_and_biases(config: ModelConfig) -> None:
         )
     if "experts" in config.biases and (config.moe is None or config.moe.dispatch != "dropless"):
         raise ValueError("model.biases has experts, which needs model.moe with model.moe.dispatch=dropless")
-    if not config.pre_norms and not config.post_norms:
-        raise ValueError("model.pre_norms=false leaves no norm in a layer; use model.post_norms=true with it")
     if "nope" in config.window_pattern and config.position != "rope":
         raise ValueError(f"model.window_pattern has nope, and model.position={config.position}; use global")
-    if config.qk_norm_joint and not config.qk_norm:
-        raise ValueError("model.qk_norm_joint=true has no effect; use model.qk_norm=true with it")
 
 
 def _check_parts(config: ModelConfig) -> None:

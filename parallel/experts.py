@@ -113,8 +113,8 @@ def expert_dispatch(
 
         if order is None:  # here, where positions are still those of whole rows
             order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        specs = (tokens, choices, choices, up_spec, down_spec, rows, rows)
-        specs += tuple(layout.spec(bias_axes, bias.shape, "experts' bias") for bias in biases)
+        bias_specs = [layout.spec(bias_axes, bias.shape, "experts' bias") for bias in biases]
+        specs = (tokens, choices, choices, up_spec, down_spec, rows, rows, *bias_specs)
         # Every axis manual: what is left to the partitioner inside (sorting, gathering) it would collect.
         run = jax.shard_map(
             local, mesh=layout.mesh, in_specs=specs, out_specs=(tokens, rows), check_vma=False

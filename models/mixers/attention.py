@@ -59,7 +59,7 @@ class Attention(Mixer):
         self.sinks = vector(rngs, (N,), ("heads",), zeros) if config.attention_sinks else None
 
         def norm(heads: int, axis: str) -> Norm:
-            size, axes = ((heads, H), (axis, "head_dim")) if config.qk_norm_joint else (H, "head_dim")
+            size, axes = ((heads, H), (axis, "head_dim")) if config.qk_norm == "joint" else (H, "head_dim")
             return Norm(config, size, axes, "rmsnorm", rngs)
 
         self.q_norm = norm(N, "heads") if config.qk_norm else None

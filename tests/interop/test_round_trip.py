@@ -49,15 +49,15 @@ MLA = MLAConfig(
 )
 LATENT = {"mla": MLA, "num_kv_heads": 4, "moe": DEEP}
 LAYERNORM = {"norm": "layernorm", "bias": True, "activation": "gelu", "norm_eps": 1e-5}
-BEHIND = {"pre_norms": False, "post_norms": True, "qk_norm": True}
-JOINT = {"qk_norm": True, "qk_norm_joint": True}
+BEHIND = {"post_norms": "only", "qk_norm": True}
+JOINT = {"qk_norm": "joint"}
 HALF = {**SMALL, "head_dim": 8, "rope_fraction": 0.5}
 SCALED: Any = {
     "attention_scale": 0.3,
     "multipliers": MultipliersConfig(embedding=3.0, residual=0.7, logits=5.0),
 }
 NORMED = {"norm": "layernorm", "biases": ["norm"], "norm_eps": 1e-5}
-OWN = {"attention_factor": 1.3, "truncate": False}
+OWN: Any = {"attention_factor": 1.3, "truncate": False}
 GATED = replace(EXPERTS, num_shared_experts=1, shared_gate=True)
 CHOSEN = replace(EXPERTS, score="sigmoid", selection_bias=True)
 HYBRID = {

@@ -49,10 +49,8 @@ FAMILIES = {
     ),
     "olmo3": family(
         tie_embeddings=False,
-        pre_norms=False,
-        post_norms=True,
-        qk_norm=True,
-        qk_norm_joint=True,
+        post_norms="only",
+        qk_norm="joint",
         rope_fraction=0.5,
         rope_scaling=RopeScaling("yarn", 4.0, 16, attention_factor=1.3, truncate=False),
         biases=["o", "mlp"],
