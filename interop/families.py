@@ -30,17 +30,21 @@ FURTHER = [  # layers behind the last one predict further tokens (DeepSeek-V3)
 ]
 
 
-def norms(attention: str, mlp: str, after: Names | None = None) -> Rules:
-    """The norms of a layer: before its halves, and behind them."""
-    names = {"attention_norm": attention, "mlp_norm": mlp}
+def norms(attention: str | None, mlp: str | None, after: Names | None = None) -> Rules:
+    """The norms of a layer: before its halves (None: none there), and behind them."""
+    names = {ours: n for ours, n in (("attention_norm", attention), ("mlp_norm", mlp)) if n is not None}
     if after is not None:
         names |= {"attention_post_norm": after[0], "mlp_post_norm": after[1]}
     kinds = (("scale", "weight"), ("bias", "bias"))
     return [R(f"{o}/{kind}", f"{LAYER}{t}.{k}", "D -> D") for o, t in names.items() for kind, k in kinds]
 
 
-def attention(pairs: int | None = None, prefix: str = ATTENTION) -> Rules:
-    """Projections apart, with what biases and norms there are. pairs: from there on columns lie in pairs."""
+def attention(pairs: int | tuple[int, int] | None = None, *, joint: bool = False) -> Rules:
+    """Projections apart, with what biases and norms there are. pairs: from there on columns lie in pairs.
+
+    joint: norms of queries and keys are over all heads, in one dim there.
+    """
+    prefix = ATTENTION
     k, v = prefix + "k_proj", prefix + "v_proj"
     return [
         R("attention/q", prefix + "q_proj.weight", "(N H) D -> D N H", pairs=pairs),
@@ -51,8 +55,9 @@ def attention(pairs: int | None = None, prefix: str = ATTENTION) -> Rules:
         R("attention/kv_bias", k + ".bias", "(K H) -> C K H", pairs=pairs, at=0),
         R("attention/kv_bias", v + ".bias", "(K H) -> C K H", at=1),
         R("attention/o_bias", prefix + "o_proj.bias", "D -> D"),
-        R("attention/q_norm/scale", prefix + "q_norm.weight", "H -> H"),
-        R("attention/k_norm/scale", prefix + "k_norm.weight", "H -> H"),
+        R("attention/q_norm/scale", prefix + "q_norm.weight", "(N H) -> N H" if joint else "H -> H"),
+        R("attention/k_norm/scale", prefix + "k_norm.weight", "(K H) -> K H" if joint else "H -> H"),
+        R("attention/sinks", prefix + "sinks", "N -> N"),
     ]
 
 
@@ -69,6 +74,15 @@ def gated(
     ]
 
 
+def stacked_pair(name: str, ours: str = "mlp", prefix: str = MLP) -> Rules:
+    """A feed-forward whose gate and value lie below each other in one array."""
+    up, down = name.split()
+    return [
+        R(f"{ours}/up", f"{prefix}{up}.weight", "(C F) D -> D C F"),
+        R(f"{ours}/down", f"{prefix}{down}.weight", "D F -> F D"),
+    ]
+
+
 def plain(up: str, down: str) -> Rules:
     """A feed-forward without a gate."""
     return [
@@ -79,7 +93,11 @@ def plain(up: str, down: str) -> Rules:
     ]
 
 
-def experts(prefix: str = MLP, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Rules:
+def experts(
+    prefix: str = MLP,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    shared: str = "shared_experts",
+) -> Rules:
     """Experts in files of their own, the router, its bias, and shared experts as one feed-forward."""
     gate, up, down = (f"{prefix}experts.{{e}}.{name}.weight" for name in names)
     return [
@@ -87,7 +105,8 @@ def experts(prefix: str = MLP, names: tuple[str, str, str] = ("gate_proj", "up_p
         R("mlp/experts/up", (gate, up), "F D -> E D C F"),
         R("mlp/experts/down", down, "D F -> E F D"),
         R("mlp/experts/bias", prefix + "gate.e_score_correction_bias", "E -> E"),
-        *gated(prefix + "shared_experts.", "mlp/shared"),
+        *gated(f"{prefix}{shared}.", "mlp/shared"),
+        R("mlp/shared_gate", f"{prefix}{shared}_gate.weight", "C D -> D C"),
     ]
 
 
@@ -125,8 +144,7 @@ def fused(config: ModelConfig) -> Rules:
         R("attention/kv", name, "(K H) D -> D C K H", part=("K", N, N + K, every), at=0),
         R("attention/kv", name, "(K H) D -> D C K H", part=("K", N + K, every, every), at=1),
         R("attention/o", ATTENTION + "o_proj.weight", "D (N H) -> N H D"),
-        R("mlp/up", MLP + "gate_up_proj.weight", "(C F) D -> D C F"),
-        R("mlp/down", MLP + "down_proj.weight", "D F -> F D"),
+        *stacked_pair("gate_up_proj down_proj"),
     ]
 
 
@@ -238,6 +256,28 @@ def delta(config: ModelConfig) -> Rules:
 
 def qwen3_next(config: ModelConfig) -> Rules:
     """Qwen3-Next: three layers of the gated delta rule to one of attention, whose output has a gate."""
+    return [*hybrid(config), *delta(config)]
+
+
+def qwen3_5(config: ModelConfig) -> Rules:
+    """Qwen3.5: the same with the rule's projections apart, each kind's rows together."""
+    if config.delta is None:
+        return hybrid(config)
+    d, prefix, mixer = config.delta, LAYER + "linear_attn.", "gated_delta:attention/"
+    keys, values = d.num_key_heads * d.key_head_dim, d.num_value_heads * d.value_head_dim
+    inputs, channels = prefix + "in_proj_qkv.weight", 2 * keys + values
+    return [
+        *hybrid(config),
+        *(rule for rule in delta(config) if "in_proj" not in rule.theirs),
+        R(mixer + "qk", inputs, "(C K H) D -> D C K H", cut=(0, 2 * keys, channels)),
+        R(mixer + "v", inputs, "(N H) D -> D N H", cut=(2 * keys, channels, channels)),
+        R(mixer + "z", prefix + "in_proj_z.weight", "(N H) D -> D N H"),
+        R(mixer + "ba", (prefix + "in_proj_b.weight", prefix + "in_proj_a.weight"), "N D -> D C N"),
+    ]
+
+
+def hybrid(config: ModelConfig) -> Rules:
+    """What layers of Qwen3-Next and Qwen3.5 have beside the gated delta rule."""
     H, q = config.head_dim, ATTENTION + "q_proj.weight"
     both = [rule for rule in attention() if rule.ours != "attention/q"]
     gates = [
@@ -245,7 +285,107 @@ def qwen3_next(config: ModelConfig) -> Rules:
         R("attention/gate", q, "(N H) D -> D N H", part=("H", H, 2 * H, 2 * H)),
     ]
     halves = norms("input_layernorm", "post_attention_layernorm")
-    return [*TOP, *halves, *both, *gates, *delta(config), *gated()]
+    return [*TOP, *halves, *both, *gates, *gated(), *experts(shared="shared_expert")]
+
+
+def qwen2_moe(config: ModelConfig) -> Rules:
+    """Qwen 1.5 and 2 with experts."""
+    return [*llama(config), *experts(shared="shared_expert")]
+
+
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+def olmo2(config: ModelConfig) -> Rules:
+    """OLMo 2 and 3: norms only behind the halves, those of queries and keys over all heads."""
+    return [*TOP, *norms(None, None, AFTER), *attention(joint=True), *gated()]
+
+
+def exaone4(config: ModelConfig) -> Rules:
+    """EXAONE 4: norms only behind the halves."""
+    return [*TOP, *norms(None, None, AFTER), *attention(), *gated()]
+
+
+def olmoe(config: ModelConfig) -> Rules:
+    """OLMoE: Llama's norms, those of queries and keys over all heads, and experts."""
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *halves, *attention(joint=True), *experts()]
+
+
+def flex_olmo(config: ModelConfig) -> Rules:
+    """FlexOlmo: OLMo 2 with experts."""
+    return [*TOP, *norms(None, None, AFTER), *attention(joint=True), *experts()]
+
+
+def rotated_pairs(config: ModelConfig) -> tuple[int, int]:
+    """The columns of a head that rotate, as pairs."""
+    return 0, round(config.head_dim * config.rope_fraction)
+
+
+def glm(config: ModelConfig) -> Rules:
+    """GLM-4 of 2024: a part of each head rotates, in pairs; gate and value in one array."""
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    pair = stacked_pair("gate_up_proj down_proj")
+    return [*TOP, *halves, *attention(rotated_pairs(config)), *pair]
+
+
+def glm4(config: ModelConfig) -> Rules:
+    """GLM-4 of 2025: the same with norms on both sides of each half."""
+    after = ("post_self_attn_layernorm", "post_mlp_layernorm")
+    halves = norms("input_layernorm", "post_attention_layernorm", after)
+    pair = stacked_pair("gate_up_proj down_proj")
+    return [*TOP, *halves, *attention(rotated_pairs(config)), *pair]
+
+
+def vaultgemma(config: ModelConfig) -> Rules:
+    """VaultGemma: Gemma 2 without norms behind the halves."""
+    return [*TOP, *norms("input_layernorm", "pre_feedforward_layernorm"), *attention(), *gated()]
+
+
+def granitemoe(config: ModelConfig) -> Rules:
+    """Granite 3 with experts, all of a layer in two arrays, and perhaps shared ones."""
+    inside = LAYER + "block_sparse_moe."
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [
+        *TOP,
+        *halves,
+        *attention(),
+        R("mlp/experts/router", inside + "router.layer.weight", "E D -> D E"),
+        R("mlp/experts/up", inside + "input_linear.weight", "E (C F) D -> E D C F"),
+        R("mlp/experts/down", inside + "output_linear.weight", "E D F -> E F D"),
+        *stacked_pair("input_linear output_linear", "mlp/shared", LAYER + "shared_mlp."),
+    ]
+
+
+def gpt_oss(config: ModelConfig) -> Rules:
+    """GPT-OSS: experts stacked as here, gates and values in turns; biases in all of it."""
+    inside = MLP + "experts."
+    return [
+        *TOP,
+        *norms("input_layernorm", "post_attention_layernorm"),
+        *attention(),
+        R("mlp/experts/router", MLP + "router.weight", "E D -> D E"),
+        R("mlp/experts/router_bias", MLP + "router.bias", "E -> E"),
+        R("mlp/experts/up", inside + "gate_up_proj", "E D (F C) -> E D C F"),
+        R("mlp/experts/up_bias", inside + "gate_up_proj_bias", "E (F C) -> E C F"),
+        R("mlp/experts/down", inside + "down_proj", "E F D -> E F D"),
+        R("mlp/experts/down_bias", inside + "down_proj_bias", "E D -> E D"),
+    ]
+
+
+def ernie4_5_moe(config: ModelConfig) -> Rules:
+    """ERNIE 4.5 with experts: the choice has a bias, in a row of its own."""
+    bias = R("mlp/experts/bias", MLP + "moe_statics.e_score_correction_bias", "1 E -> E")
+    return [*ernie(config), *(rule for rule in experts() if rule.ours != bias.ours), bias]
+
+
+def minimax_m2(config: ModelConfig) -> Rules:
+    """MiniMax-M2: Mixtral's names, norms of queries and keys over all heads, a bias in the choice."""
+    inside = LAYER + "block_sparse_moe."
+    bias = R("mlp/experts/bias", inside + "e_score_correction_bias", "E -> E")
+    rest = [rule for rule in experts(inside, ("w1", "w3", "w2")) if rule.ours != bias.ours]
+    halves = norms("input_layernorm", "post_attention_layernorm")
+    return [*TOP, *halves, *attention(joint=True), *rest, bias]
 
 
 def phi3(config: ModelConfig) -> Rules:

@@ -25,9 +25,10 @@ from interop.rules import Slot, Stacked, read, slots, their_shape
 from interop.safetensors import BLOCK, Tensors
 from models.config import ModelConfig
 
-# Arrays that files carry and no model needs: tables of rotations, and masks.
+# Arrays that files carry and no model needs: tables of rotations, masks, images, Qwen's further tokens.
 IDLE = re.compile(
-    r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.|^rope_freqs\.weight$"
+    r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector|visual)\."
+    r"|^rope_freqs\.weight$|^mtp\."
 )
 PREFIXES = ("", "model.", "transformer.", "language_model.", "model.language_model.")
 

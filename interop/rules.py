@@ -43,9 +43,8 @@ class Rule:
     part: tuple[str, int, int, int] | None = (
         None  # letter of theirs, [first, end) of which is ours, all of it
     )
-    pairs: int | None = (
-        None  # from this column of the last dim on theirs has (2i, 2i+1) where ours has halves
-    )
+    # From this column of the last dim on, or between these, theirs has (2i, 2i+1) where ours has halves.
+    pairs: int | tuple[int, int] | None = None
     at: int | None = None  # which one of ours's C this is
     cut: tuple[int, int, int] | None = None  # of their first dim, before letters: [first, end), all of it
     into: tuple[str, int, int] | None = None  # a letter of ours, of which these [first, end) are filled
@@ -190,12 +189,14 @@ def placements(source: Origin, theirs: np.ndarray, shape: tuple[int, ...]) -> It
     if rule.pairs is None:
         yield region, view
         return
-    begin, end = rule.pairs, shape[-1]
+    begin, end = rule.pairs if isinstance(rule.pairs, tuple) else (rule.pairs, shape[-1])
     middle = begin + (end - begin) // 2
     if begin:
         yield (*region[:-1], slice(0, begin)), view[..., :begin]
-    yield (*region[:-1], slice(begin, middle)), view[..., begin::2]
-    yield (*region[:-1], slice(middle, end)), view[..., begin + 1 :: 2]
+    yield (*region[:-1], slice(begin, middle)), view[..., begin:end:2]
+    yield (*region[:-1], slice(middle, end)), view[..., begin + 1 : end : 2]
+    if end < shape[-1]:
+        yield (*region[:-1], slice(end, shape[-1])), view[..., end:]
 
 
 def read(

@@ -75,10 +75,12 @@ def reference_attention(
     v: Float[Array, "B S K V"],
     masks: Masks,
     scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Masked attention with the softmax in float32 and K/V heads shared by G = N/K query heads.
 
-    A padding query gives zeros. Holds [B, N, T, S] scores; see `chunked_attention` for long sequences.
+    sinks: a score a head of a key that every query sees, whose value is zero (GPT-OSS). A padding query gives
+    zeros. Holds [B, N, T, S] scores; see `chunked_attention` for long sequences.
     """
     batch, length, heads, size = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
@@ -92,14 +94,27 @@ def reference_attention(
     bounded = scores.bounded(products * scores.scale)
     mask = attention_mask(masks, scores.window)
     seen = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], bounded, -1e30)
-    weights = jnp.exp(seen - jax.lax.stop_gradient(jnp.max(seen, axis=-1, keepdims=True)))
+    top = jnp.max(seen, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks_of_rows(sinks, kv_heads, length)[:, :, None]
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(seen - top)
     out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), values)
     # Divided after the product: a quotient for each element of the output and not for each weight.
-    out = out.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
+    out = out.astype(jnp.float32) / total
     out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
     out = out.reshape(batch, length, heads, v.shape[-1])
     # A padding query saw every key alike; it is to see none.
     return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], out, 0.0).astype(q.dtype)
+
+
+def sinks_of_rows(sinks: Float[Array, " N"], kv_heads: int, length: int) -> Float[Array, "K R"]:
+    """Each head's sink for its `length` queries, as rows R = G*T that share a K/V head; float32."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, -1), length, axis=1)
 
 
 def chunked_attention(
@@ -108,6 +123,7 @@ def chunked_attention(
     v: Float[Array, "B S K V"],
     masks: Masks,
     scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
     *,
     block: int = QUERY_BLOCK,
 ) -> Float[Array, "B T N V"]:
@@ -124,7 +140,7 @@ def chunked_attention(
         # masks of all blocks before the loop over layers, and keep them: T² again.
         q_block, positions, segments = jax.lax.optimization_barrier(queries)
         return reference_attention(
-            q_block, k, v, masks._replace(q_positions=positions, q_segments=segments), scores
+            q_block, k, v, masks._replace(q_positions=positions, q_segments=segments), scores, sinks
         )
 
     blocks = jax.tree.map(lambda a: split_length(a, size), (q, masks.q_positions, masks.q_segments))
@@ -137,11 +153,17 @@ def xla_attention(
     v: Float[Array, "B S K H"],
     masks: Masks,
     scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`jax.nn.dot_product_attention` by XLA's own operations, with the exact mask; holds [B, N, T, S] scores.
 
-    Raises ValueError for a soft cap, which it does not know.
+    Raises ValueError for a soft cap and for sinks, which it does not know.
     """
+    if sinks is not None:
+        raise ValueError(
+            "training.attention=xla has no attention sinks (model.attention_sinks=true); "
+            "use model.attention_sinks=false, or use training.attention=chunked"
+        )
     if scores.softcap is not None:
         raise ValueError(
             f"training.attention=xla cannot bound scores (model.attention_softcap={scores.softcap}); "

@@ -24,7 +24,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.attention import Masks, Scores, attention_mask, join_length, largest_divisor, split_length
+from kernels.attention import (
+    Masks,
+    Scores,
+    attention_mask,
+    join_length,
+    largest_divisor,
+    sinks_of_rows,
+    split_length,
+)
 from kernels.einsum_cpu import materialize
 from kernels.names import ATTENTION_OUTPUT
 
@@ -45,6 +53,7 @@ def fused_attention(
     v: Float[Array, "B T K V"],
     masks: Masks,
     scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
     *,
     block: int | None = None,
     dtype: Any = None,
@@ -67,7 +76,10 @@ def fused_attention(
     # What a query sees in a row of documents in order is one stretch of keys that ends with itself, so a mask
     # [T, T] shrinks to one number a query; `exact` says where it did not.
     first, exact = first_seen(masks, scores.window, size)
-    out = _attend(_rows(q, k.shape[2], spec), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), first, spec)
+    rows, keys, values = _rows(q, k.shape[2], spec), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    # An empty tuple where there are none: a static choice, which leaves nothing in the program.
+    by_row = () if sinks is None else (sinks_of_rows(sinks, k.shape[2], size),)
+    out = _attend(rows, keys, values, first, by_row, spec)
     # Traced code cannot raise: nan reaches the loss, and the run stops there, where a wrong number would
     # train on.
     return jnp.where(exact[:, None, None, None], _positions(out, length), jnp.nan)
@@ -151,30 +163,42 @@ def _some_rows(function: Callable[..., Any], q: Array, k: Array, *args: Array) -
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Array:
-    return _some_rows(partial(_forward_row, spec), q, k, v, first)[0]
+Sinks = tuple[Array, ...]  # none, or one [K, R]
 
 
-def _forward(q: Array, k: Array, v: Array, first: Array, spec: BlockSpec) -> Any:
-    out, stats = _some_rows(partial(_forward_row, spec), q, k, v, first)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, first: Array, sinks: Sinks, spec: BlockSpec) -> Array:
+    return _some_rows(partial(_forward_row, spec, sinks), q, k, v, first)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, first: Array, sinks: Sinks, spec: BlockSpec) -> Any:
+    out, stats = _some_rows(partial(_forward_row, spec, sinks), q, k, v, first)
     # Named, so that a policy of rematerialization can keep them: the forward is then not run again.
     out, stats = (checkpoint_name(x, ATTENTION_OUTPUT) for x in (out, stats))
-    return out, (q, k, v, first, out, stats)
+    return out, (q, k, v, first, out, stats, sinks)
 
 
-def _backward(spec: BlockSpec, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-    q, k, v, first, out, stats = saved
+def _backward(spec: BlockSpec, saved: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, first, out, stats, sinks = saved
     columns = jnp.swapaxes(
         spec.scaled(k), 2, 3
     )  # made here: inside the loop it would be folded into a product
-    return (*_some_rows(partial(_backward_row, spec), q, k, columns, v, first, out, stats, cotangent), None)
+    grads = _some_rows(partial(_backward_row, spec), q, k, columns, v, first, out, stats, cotangent)
+    # Its weight times what every weight loses because they sum to one: its own value is zero.
+    shared = [jnp.sum(cotangent.astype(F32) * out.astype(F32), axis=-1) for _ in sinks]
+    dsinks = tuple(
+        -jnp.sum(jnp.exp(sink[:, None] - stats) * delta, axis=(0, 2))
+        for sink, delta in zip(sinks, shared, strict=True)
+    )
+    return (*grads, None, dsinks)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_row(spec: BlockSpec, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
+def _forward_row(
+    spec: BlockSpec, sinks: Sinks, q: Array, k: Array, v: Array, first: Array
+) -> tuple[Array, Array]:
     """Output [K, blocks, R, V] and log-sum-exp; q [K, blocks, R, H], k [K, T, H], v [K, T, V]."""
     outs, stats = [], []
     q = spec.scaled(q)
@@ -184,8 +208,12 @@ def _forward_row(spec: BlockSpec, q: Array, k: Array, v: Array, first: Array) ->
         scores = jnp.where((key >= low[:, None]) & (key <= high[:, None]), scores, UNSEEN)
         # Not as low as what is unseen, so that a query that sees nothing weighs nothing.
         top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
+        for sink in sinks:
+            top = jnp.maximum(top, sink[..., None])
         weights = jnp.exp(scores - top)
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
+        for sink in sinks:
+            total = total + jnp.exp(sink[..., None] - top)
         outs.append((spec.dot("KRS,KSV->KRV", weights, v[:, :end]) / total).astype(v.dtype))
         stats.append((top + jnp.log(total))[..., 0])
     return jnp.stack(outs, axis=1), jnp.stack(stats, axis=1)

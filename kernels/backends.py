@@ -21,9 +21,10 @@ class Backend:
 
     packing: several documents in a row, from `packed_capability` on where NVIDIA GPUs differ. order: of the
     positions that it takes: `any`; `text`, queries and keys by their place in the row, the queries perhaps a
-    part of it; `whole`, both the same whole row. head_multiple, head_limit: of the size of heads.
-    wide_values: values may be wider or narrower than keys. part_multiple: of positions that lie together.
-    one_device: not in a mesh of several. quadratic: [B, N, T, S] scores exist at once.
+    part of it; `whole`, both the same whole row. sinks: a learned score a head may take weight.
+    head_multiple, head_limit: of the size of heads. wide_values: values may be wider or narrower than keys.
+    part_multiple: of positions that lie together. one_device: not in a mesh of several. quadratic:
+    [B, N, T, S] scores exist at once.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Backend:
     grouped: bool = True
     window: bool = True
     softcap: bool = True
+    sinks: bool = False
     head_multiple: int = 1
     head_limit: int | None = None
     wide_values: bool = True
@@ -44,11 +46,12 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend("one masked einsum", quadratic=True),
-    "chunked": Backend("the same, a block of queries at a time"),
+    "reference": Backend("one masked einsum", sinks=True, quadratic=True),
+    "chunked": Backend("the same, a block of queries at a time", sinks=True),
     "fused": Backend(
         "blocks of queries, a row at a time, with a backward of its own",
         platforms=("cpu",),
+        sinks=True,
         order="whole",
         one_device=True,
     ),
@@ -108,6 +111,7 @@ class Wanted:
     grouped: bool = False
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     dtype: str | None = None
     packed: bool = False
     order: str = "whole"
@@ -223,6 +227,11 @@ def _scores(key: str, backend: Backend, wanted: Wanted) -> str | None:
     if wanted.softcap is not None and not backend.softcap:
         cap = f"model.attention_softcap={wanted.softcap}"
         return f"{key} cannot bound scores ({cap}); use model.attention_softcap=null, {ELSE}"
+    if wanted.sinks and not backend.sinks:
+        return (
+            f"{key} has no attention sinks (model.attention_sinks=true); "
+            f"use model.attention_sinks=false, {ELSE}"
+        )
     if wanted.window is not None and not backend.window:
         return f"{key} has no window (model.window={wanted.window}); use model.window=null, {ELSE}"
     return None

@@ -18,22 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}  # GELU by tanh, as GPT-2 and Gemma were trained
+from kernels.activations import activate
+
 BLOCKS = (8, 1024)  # least and most rows of one matrix product
 INT = jnp.int32
-
-
-def activate(x: Float[Array, "*rows F"], activation: str) -> Float[Array, "*out F"]:
-    """In float32: [..., 2, F] (gate, up) to [..., F] where gated, else [..., F] to itself."""
-    # Rounded once, at the end: in bfloat16 the gate and its product would each be rounded.
-    y = x.astype(jnp.float32)
-    if activation in GATES:
-        y = GATES[activation](y[..., 0, :]) * y[..., 1, :]
-    elif activation == "relu2":
-        y = jnp.square(jax.nn.relu(y))
-    else:
-        y = jax.nn.gelu(y)
-    return y.astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,16 +93,19 @@ def run_experts(
     order: Int[Array, "B T"] | None = None,
     spec: ExpertSpec,
     others: ExpertMesh | None = None,
+    up_bias: Float[Array, "E *pair F"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
     """Sum over a token's choices of gate times expert(x), and the share of its choices that was dropped.
 
     experts: numbers among all experts, of which `up` and `down` hold this device's. real: False for padding,
     which gives zeros and takes no place. order: index of a position in its row's text; absent: as they
-    lie, in rows that are whole here.
+    lie, in rows that are whole here. up_bias: on what comes of `up`, where nothing is dropped.
     """
     others = others or OneDevice()
     if spec.capacity is None:
-        return dropless(x, experts, gates, up, down, real, spec, others), jnp.zeros(x.shape[:2], jnp.float32)
+        out = dropless(x, experts, gates, up, down, real, spec, others, up_bias)
+        return out, jnp.zeros(x.shape[:2], jnp.float32)
+    assert up_bias is None  # `check_model` has refused it
     order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=INT), x.shape[:2]) if order is None else order
     return with_capacity(x, experts, gates, up, down, real, order, spec, others)
 
@@ -128,6 +119,7 @@ def dropless(
     real: Array,
     spec: ExpertSpec,
     others: ExpertMesh,
+    up_bias: Array | None = None,
 ) -> Array:
     """The experts' output where every choice is computed, whatever the load.
 
@@ -148,7 +140,7 @@ def dropless(
     # Numbers came as floats beside gates, so JAX would ask for their gradient.
     mine = jax.lax.stop_gradient(numbers).astype(INT) - others.first_expert(here)
     mine = jnp.where((mine >= 0) & (mine < here), mine, here)
-    y = grouped_feed_forward(send(x), mine, shares, up, down, spec.activation)
+    y = grouped_feed_forward(send(x), mine, shares, up, down, spec.activation, up_bias)
     # Sent back in the compute dtype, half the traffic; only the W partial sums are added in float32.
     back = others.exchange(y.astype(x.dtype).reshape(ways, -1, shape[-1]))
     return jnp.sum(back, axis=0, dtype=jnp.float32).astype(x.dtype).reshape(shape)
@@ -261,6 +253,7 @@ def grouped_feed_forward(
     up: Float[Array, "E D *pair F"],
     down: Float[Array, "E F D"],
     activation: str,
+    up_bias: Float[Array, "E *pair F"] | None = None,
 ) -> Float[Array, "n D"]:
     """Sum over a token's k choices of gate times expert(x), float32; expert number E gives zeros.
 
@@ -272,7 +265,7 @@ def grouped_feed_forward(
     against 52 and 225 ms of these loops, and 339 and 1,166 ms of all experts on all tokens.
     """
     size = block_size(experts.size, up.shape[0])
-    return _grouped(x, experts, gates, up, down, activation, size)
+    return _grouped(x, experts, gates, up, down, () if up_bias is None else (up_bias,), activation, size)
 
 
 def block_size(choices: int, experts: int) -> int:
@@ -283,22 +276,27 @@ def block_size(choices: int, experts: int) -> int:
     return max(BLOCKS[0], min(BLOCKS[1], 2 ** int(math.log2(share))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+Biases = tuple[Array, ...]  # none, or one
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _grouped(
-    x: Array, experts: Array, gates: Array, up: Array, down: Array, activation: str, size: int
+    x: Array, experts: Array, gates: Array, up: Array, down: Array, bias: Biases, activation: str, size: int
 ) -> Array:
-    return looped(_forward, activation, size)(x, experts, gates, up, down)
+    return looped(_forward, activation, size)(x, experts, gates, up, down, *bias)
 
 
 def _grouped_forward(
-    x: Array, experts: Array, gates: Array, up: Array, down: Array, activation: str, size: int
+    x: Array, experts: Array, gates: Array, up: Array, down: Array, bias: Biases, activation: str, size: int
 ) -> Any:
-    return _grouped(x, experts, gates, up, down, activation, size), (x, experts, gates, up, down)
+    out = _grouped(x, experts, gates, up, down, bias, activation, size)
+    return out, (x, experts, gates, up, down, bias)
 
 
 def _grouped_backward(activation: str, size: int, saved: Any, dy: Array) -> Any:
-    dx, dgates, dup, ddown = looped(_backward, activation, size)(*saved, dy)
-    return dx, None, dgates, dup, ddown
+    *arrays, bias = saved
+    dx, dgates, dup, ddown, *dbias = looped(_backward, activation, size)(*arrays, dy, *bias)
+    return dx, None, dgates, dup, ddown, tuple(dbias)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
@@ -376,14 +374,17 @@ def product(spec: str, x: Array, w: Array) -> Array:
 
 
 def _forward(
-    activation: str, size: int, x: Array, experts: Array, gates: Array, up: Array, down: Array
+    activation: str, size: int, x: Array, experts: Array, gates: Array, up: Array, down: Array, *bias: Array
 ) -> Array:
     blocks = Blocks.of(experts, up.shape[0], size)
     flat = gates.reshape(-1)
 
     def add(i: Array, y: Array) -> Array:
         expert, choice, token = blocks.block(i)
-        pre = product("RD,D{pair}F->R{pair}F", take(x, token), up[expert]).astype(x.dtype)
+        pre = product("RD,D{pair}F->R{pair}F", take(x, token), up[expert])
+        for part in bias:
+            pre = pre + part[expert]
+        pre = pre.astype(x.dtype)
         out = product("RF,FD->RD", activate(pre, activation), down[expert])
         return y.at[token].add(take(flat, choice)[:, None] * out, mode="drop", unique_indices=True)
 
@@ -393,17 +394,28 @@ def _forward(
 
 
 def _backward(
-    activation: str, size: int, x: Array, experts: Array, gates: Array, up: Array, down: Array, dy: Array
-) -> tuple[Array, Array, Array, Array]:
+    activation: str,
+    size: int,
+    x: Array,
+    experts: Array,
+    gates: Array,
+    up: Array,
+    down: Array,
+    dy: Array,
+    *bias: Array,
+) -> tuple[Array, ...]:
     blocks = Blocks.of(experts, up.shape[0], size)
     flat = gates.reshape(-1)
     dy = dy.astype(x.dtype)
 
-    def add(i: Array, sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        dx, dgates, dup, ddown = sums
+    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        dx, dgates, dup, ddown, *dbias = sums
         expert, choice, token = blocks.block(i)
         rows, dout, gate = take(x, token), take(dy, token), take(flat, choice)[:, None]
-        pre = product("RD,D{pair}F->R{pair}F", rows, up[expert]).astype(x.dtype)
+        pre = product("RD,D{pair}F->R{pair}F", rows, up[expert])
+        for part in bias:
+            pre = pre + part[expert]
+        pre = pre.astype(x.dtype)
         # Made again from the inputs: keeping hidden layers of all choices would take k times a dense layer's.
         hidden, pull = jax.vjp(lambda pre: activate(pre, activation), pre)
         # Used twice: for the gate's gradient and, times the gate, for the hidden layer's.
@@ -416,13 +428,17 @@ def _backward(
         dup = dup.at[expert].add(by_width.reshape(dup.shape[1:]))
         drows = product("R{pair}F,D{pair}F->RD", dpre, up[expert])
         dx = dx.at[token].add(drows, mode="drop", unique_indices=True)
-        return dx, dgates.at[choice].set(dgate, mode="drop", unique_indices=True), dup, ddown
+        # A place that no token has is multiplied by a gate of zero: it adds nothing.
+        dbias = [d.at[expert].add(jnp.sum(dpre.astype(jnp.float32), axis=0)) for d in dbias]
+        dgates = dgates.at[choice].set(dgate, mode="drop", unique_indices=True)
+        return dx, dgates, dup, ddown, *dbias
 
-    zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, flat, up, down)]
-    dx, dgates, dup, ddown = jax.lax.fori_loop(0, blocks.ends[-1], add, tuple(zeros))
+    zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, flat, up, down, *bias)]
+    dx, dgates, dup, ddown, *dbias = jax.lax.fori_loop(0, blocks.ends[-1], add, tuple(zeros))
     return (
         dx.astype(x.dtype),
         dgates.reshape(gates.shape).astype(gates.dtype),
         dup.astype(up.dtype),
         ddown.astype(down.dtype),
+        *(d.astype(part.dtype) for d, part in zip(dbias, bias, strict=True)),
     )

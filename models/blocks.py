@@ -4,8 +4,10 @@ B batch, T query position, D model.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float
@@ -27,13 +29,22 @@ class Mixture(nnx.Module):
         width = config.moe.num_shared_experts * config.moe.d_expert
         self.experts = Experts(config, residual_init(config), rngs)
         self.shared = FeedForward(config, width, rngs) if width else None
+        # A column of its own, like a router of one expert.
+        gate = partial(param, rngs, (config.d_model, 1), ("embed", None), normal(config.init_std))
+        self.shared_gate = gate(reduction=(0,), output=(1,)) if config.moe.shared_gate else None
 
     def __call__(
         self, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops, *, decoding: bool
     ) -> tuple[Float[Array, "B T D"], Sums]:
         """The sum of routed and shared experts' outputs, and what the router reports."""
         y, sums = self.experts(x, batch, ops, decoding=decoding)
-        return (y if self.shared is None else y + self.shared(x, ops)), sums
+        if self.shared is None:
+            return y, sums
+        shared = self.shared(x, ops)
+        if self.shared_gate is not None:
+            opening = jnp.einsum("BTD,DC->BTC", x.astype(jnp.float32), self.shared_gate[...])
+            shared = shared * jax.nn.sigmoid(opening).astype(shared.dtype)
+        return y + shared, sums
 
 
 class Block(nnx.Module):
@@ -43,13 +54,15 @@ class Block(nnx.Module):
         def norm() -> Norm:
             return Norm(config, config.d_model, "embed", config.norm, rngs)
 
-        self.attention_norm, self.mlp_norm = norm(), norm()
+        before = config.post_norms != "only"
+        self.attention_norm, self.mlp_norm = (norm() if before else None for _ in range(2))
         # Module names are parameter paths: initial weights are folded from them, and checkpoints hold them.
         # So any token mixer is called what the first one was.
         self.attention = mixer(spec.mixer)(config, rngs)
         self.mlp = Mixture(config, rngs) if spec.moe else FeedForward(config, config.d_ff, rngs)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_post_norm = norm() if config.post_norms else None
+        self.multiplier = config.multipliers.residual if config.multipliers else 1.0
 
     def __call__(
         self,
@@ -62,19 +75,24 @@ class Block(nnx.Module):
         """The residual stream after this layer, the cache with its keys and values, what it reports."""
         # Scopes name operations in the compiled program: a profile then shows layers and not fusions.
         with jax.named_scope("attention"):
-            mixed, cache = self.attention(self.attention_norm(x), batch, spec, ops, cache)
-            x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
+            hidden = x if self.attention_norm is None else self.attention_norm(x)
+            hidden, cache = self.attention(hidden, batch, spec, ops, cache)
+            x = self.add(x, hidden if self.attention_post_norm is None else self.attention_post_norm(hidden))
         sums: Sums = {}
         with jax.named_scope("mlp"):
-            hidden = self.mlp_norm(x)
+            hidden = x if self.mlp_norm is None else self.mlp_norm(x)
             if isinstance(self.mlp, Mixture):
                 hidden, sums = self.mlp(hidden, batch, ops, decoding=cache is not None)
             else:
                 hidden = self.mlp(hidden, ops)
-            x = x + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
+            x = self.add(x, hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden))
         # Between blocks the stream may be split over more axes than inside (sequence parallelism): norms and
         # sums need no whole rows.
         return ops.constrain(x, RESIDUAL), cache, sums
+
+    def add(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The stream with what a half of the layer has to say, times the model's multiplier."""
+        return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
 
 def model_dims(config: ModelConfig, segments: Sequence[Segment]) -> tuple[Dim, ...]:

@@ -9,9 +9,10 @@ from common.checks import choice, require
 
 NORMS = ("rmsnorm", "layernorm")
 POSITIONS = ("rope", "learned", "none")
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2", "clamped_swiglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
-WINDOW_KINDS = ("global", "local")
+WINDOW_KINDS = ("global", "local", "nope")  # nope: global, and not rotated
+BIASES = ("o", "mlp", "norm", "experts")  # places of their own; with experts the router has one too
 SCORES = ("softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
 # Token mixers are known by their files, which load JAX and are not read for a config.
@@ -49,6 +50,7 @@ class MoEConfig:
     router_z_weight: float = 0.0  # of log²(sum exp router logits), summed over layers
     bias_update_rate: float = 0.0  # step of the selection bias after each update; 0: none is made
     selection_bias: bool = False  # have one with bias_update_rate=0 too: imported, and held still
+    shared_gate: bool = False  # Qwen2-MoE: the shared experts times a sigmoid of the token's own
     dispatch: str = "dropless"  # dropless: every choice is computed | capacity: those past it are dropped
     capacity_factor: float = 1.25  # 1: room for an even spread and no more
 
@@ -116,11 +118,20 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn, on the waves; null: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the ramp's ends are whole planes
 
     def __post_init__(self) -> None:
         choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
         for key in ("factor", "original_length", "low_freq_factor", "beta_fast", "beta_slow"):
             _check_positive(f"model.rope_scaling.{key}", getattr(self, key))
+        if self.attention_factor is not None:
+            _check_positive("model.rope_scaling.attention_factor", self.attention_factor, "null for its own")
+        if self.kind != "yarn" and (self.attention_factor is not None or not self.truncate):
+            raise ValueError(
+                "model.rope_scaling.attention_factor and model.rope_scaling.truncate are of yarn, "
+                f"not of {self.kind}; leave them out"
+            )
         low, high = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and not low < high:
             raise ValueError(
@@ -144,13 +155,26 @@ class MTPConfig:
 
 
 @dataclass
+class MultipliersConfig:
+    """What the stream is multiplied by on its way (Granite 3): constants, no parameters."""
+
+    embedding: float = 1.0  # embeddings, as they enter the stream
+    residual: float = 1.0  # what attention and the feed-forward add to it
+    logits: float = 1.0  # logits are divided by this
+
+    def __post_init__(self) -> None:
+        for key in ("embedding", "residual", "logits"):
+            _check_positive(f"model.multipliers.{key}", getattr(self, key), "1.0 to switch it off")
+
+
+@dataclass
 class ModelConfig:
     """Shape and features of the model; sizes in elements, angles in radians, initial spread as a deviation.
 
     `vocab_size=-1` takes the tokenizer's size, rounded up by `padded_vocab`.
     `window_pattern` is the repeating order of layer kinds: `["local", "global"]` is Gemma 2, `["global"]` is
-    Llama; it may list every layer. `max_seq_len` is the rows of a learned position table; with RoPE it only
-    says what was trained.
+    Llama; it may list every layer. A `nope` layer is global, and neither queries nor keys are rotated in it.
+    `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained.
     """
 
     name: str = "llama"  # the family, for tables and logs
@@ -165,24 +189,29 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the mean square
     norm_unit_offset: bool = False  # Gemma: the stored scale is the distance from one
-    post_norms: bool = False  # Gemma 2 and 3: a norm after attention and after the feed-forward as well
+    post_norms: bool | str = (
+        False  # Gemma 2: true, norms after both halves as well | OLMo 2: only, none before
+    )
     bias: bool = False  # GPT-2: a bias on every projection and norm
     qkv_bias: bool = False  # Qwen 2
-    qk_norm: bool = False  # Qwen 3, Gemma 3
+    biases: list[str] = field(default_factory=list)  # further ones: o | mlp | norm | experts
+    qk_norm: bool | str = False  # Qwen 3, Gemma 3: true, a head at a time | OLMo 2: joint, over all heads
     position: str = "rope"  # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotation frequencies
     rope_local_theta: float | None = None  # Gemma 3: of local layers, which are then not scaled either
     rope_fraction: float = 1.0  # the first share of a head that rotates; Qwen3-Next: 0.25
     rope_scaling: RopeScaling | None = None  # stretched over longer texts; null: as trained
-    activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
+    activation: str = "swiglu"  # swiglu | geglu | gelu | relu2 | clamped_swiglu (GPT-OSS)
     window: int | None = None  # positions a local layer sees, itself included
     window_pattern: list[str] = field(default_factory=lambda: ["global"])
     mixer_pattern: list[str] | None = None  # the repeating order of token mixers; null: attention throughout
     attention_softcap: float | None = None  # Gemma 2: 50, on attention scores
     logit_softcap: float | None = None  # Gemma 2: 30, on logits
+    attention_sinks: bool = False  # GPT-OSS: one learned logit a head, which takes weight and gives nothing
     output_gate: bool = False  # Qwen3-Next: attention's output times the sigmoid of a further projection
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embed_scale: bool = False  # Gemma: embeddings times sqrt(d_model)
+    multipliers: MultipliersConfig | None = None  # of embeddings, residuals, logits (Granite); null: none
     tie_embeddings: bool = True  # the head is the embedding table
     zero_init: bool = False  # projections back into the residual start at zero
     init_std: float = 0.02  # spread of what no other rule covers
@@ -197,7 +226,11 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward multiplies by a gate."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "clamped_swiglu")
+
+    def has_bias(self, place: str) -> bool:
+        """Whether the projections (or norms) of a place have biases: qkv, or one of `BIASES`."""
+        return self.bias or place in self.biases or (place == "qkv" and self.qkv_bias)
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -237,6 +270,7 @@ def check_model(config: ModelConfig) -> None:
             f"model.window=null but model.window_pattern={list(config.window_pattern)} has local layers; "
             "set model.window to the positions they see"
         )
+    _check_norms_and_biases(config)
     _check_parts(config)
 
 
@@ -293,6 +327,23 @@ def check_moe(moe: MoEConfig) -> None:
         )
 
 
+def _check_norms_and_biases(config: ModelConfig) -> None:
+    """Norms and biases against each other, and against what the model has."""
+    for key, more in (("post_norms", "only"), ("qk_norm", "joint")):
+        value = getattr(config, key)
+        require(value in (False, True, more), f"model.{key}", value, f"false, true or {more}")
+    for place in config.biases:
+        choice("model.biases", place, BIASES)
+    if "norm" in config.biases and config.norm != "layernorm":
+        raise ValueError(
+            f"model.biases has norm, and model.norm={config.norm} has none; use model.norm=layernorm"
+        )
+    if "experts" in config.biases and (config.moe is None or config.moe.dispatch != "dropless"):
+        raise ValueError("model.biases has experts, which needs model.moe with model.moe.dispatch=dropless")
+    if "nope" in config.window_pattern and config.position != "rope":
+        raise ValueError(f"model.window_pattern has nope, and model.position={config.position}; use global")
+
+
 def _check_parts(config: ModelConfig) -> None:
     """Experts, latent attention and further tokens against the rest of the model."""
     moe, mla = config.moe, config.mla
@@ -308,8 +359,18 @@ def _check_parts(config: ModelConfig) -> None:
         raise ValueError(
             f"model.mtp.depth={config.mtp_depth} must be below model.max_seq_len={config.max_seq_len}; use 1"
         )
+    if config.mtp is not None and config.multipliers is not None:
+        raise ValueError("model.multipliers cannot be had with model.mtp; use model.mtp=null")
+    if moe is not None and moe.shared_gate and not moe.num_shared_experts:
+        raise ValueError(
+            "model.moe.shared_gate=true needs shared experts; use model.moe.num_shared_experts=1, or false"
+        )
     if mla is None:
         return
+    if "nope" in config.window_pattern:
+        raise ValueError("model.window_pattern has nope layers, which model.mla has not; use global")
+    if "o" in config.biases:
+        raise ValueError("model.biases has o, which model.mla has not; leave it out")
     size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     if config.head_dim != size:
         raise ValueError(
@@ -321,8 +382,9 @@ def _check_parts(config: ModelConfig) -> None:
             f"model.num_kv_heads={config.num_kv_heads} must be model.num_heads={config.num_heads}: "
             "with model.mla each head has keys of its own"
         )
-    plain = {"position": "rope", "qk_norm": False, "qkv_bias": False, "bias": False}
-    for key, wanted in (plain | {"rope_fraction": 1.0, "output_gate": False}).items():
+    plain: dict[str, Any] = {"position": "rope", "qk_norm": False, "qkv_bias": False, "bias": False}
+    plain |= {"rope_fraction": 1.0, "output_gate": False, "attention_sinks": False}
+    for key, wanted in plain.items():
         value = getattr(config, key)
         if value != wanted:
             raise ValueError(

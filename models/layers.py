@@ -13,7 +13,7 @@ from flax import nnx
 from jax.nn.initializers import normal, ones, zeros
 from jaxtyping import Array, Float
 
-from kernels.grouped_experts import GATES, activate
+from kernels.activations import GATES, activate
 from models.config import ModelConfig
 from models.ops import Ops
 from models.param import param, vector
@@ -34,35 +34,53 @@ def residual_init(config: ModelConfig) -> Any:
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last dim, computed in float32, returned in the input's dtype."""
+    """RMSNorm or LayerNorm over the last dims, computed in float32, returned in the input's dtype.
+
+    size, axis: of the dim that is normed; tuples for several at once. factor: on what comes out.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        size: int,
-        axis: str | None,
+        size: int | tuple[int, ...],
+        axis: str | None | tuple[str | None, ...],
         kind: str,
         rngs: nnx.Rngs,
         eps: float | None = None,
+        factor: float = 1.0,
     ):
-        self.kind, self.offset = kind, config.norm_unit_offset
+        self.kind, self.offset, self.factor = kind, config.norm_unit_offset, factor
         self.eps = config.norm_eps if eps is None else eps
-        self.scale = vector(rngs, (size,), (axis,), zeros if self.offset else ones)
-        has_bias = config.bias and kind == "layernorm"
-        self.bias = vector(rngs, (size,), (axis,), zeros) if has_bias else None
+        shape = size if isinstance(size, tuple) else (size,)
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        self.over = tuple(range(-len(shape), 0))
+        self.scale = vector(rngs, shape, axes, zeros if self.offset else ones)
+        has_bias = config.has_bias("norm") and kind == "layernorm"
+        self.bias = vector(rngs, shape, axes, zeros) if has_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """`x` normalized over its last dim, then scaled and shifted, in its own dtype."""
+        """`x` normalized over its last dims, then scaled and shifted, in its own dtype."""
         # A mean of squares over thousands of elements: bfloat16 has eight bits for the sum.
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            y = y - jnp.mean(y, axis=self.over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=self.over, keepdims=True) + self.eps)
         # Gemma's checkpoints hold scales less one.
         y = y * (1.0 + self.scale[...] if self.offset else self.scale[...])
         if self.bias is not None:
             y = y + self.bias[...]
+        if self.factor != 1.0:
+            y = y * self.factor
         return y.astype(x.dtype)
+
+
+class FinalNorm(Norm):
+    """The norm before the head, whose output is divided by what the logits are to be divided by."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        # On D numbers a token in float32, and not on V: the chunks of the loss know nothing of it.
+        divisor = config.multipliers.logits if config.multipliers else 1.0
+        super().__init__(config, config.d_model, "embed", config.norm, rngs, factor=1.0 / divisor)
 
 
 class FeedForward(nnx.Module):
@@ -85,8 +103,9 @@ class FeedForward(nnx.Module):
         )
         down_axes, down_init = ("mlp", "embed"), residual_init(config)
         self.down = param(rngs, (F, D), down_axes, down_init, project="down", reduction=(0,), output=(1,))
-        self.up_bias = vector(rngs, (*pair, F), (*pair_axes, "mlp"), zeros) if config.bias else None
-        self.down_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
+        biased = config.has_bias("mlp")
+        self.up_bias = vector(rngs, (*pair, F), (*pair_axes, "mlp"), zeros) if biased else None
+        self.down_bias = vector(rngs, (D,), ("embed",), zeros) if biased else None
 
     def __call__(self, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
         """The projection up, the activation in float32, and the projection down."""
@@ -115,6 +134,8 @@ class Embedding(nnx.Module):
         # Gemma: the table is the head's as well, with elements of about 1/sqrt(D); in the stream they are to
         # be about one.
         self.multiplier = math.sqrt(D) if config.embed_scale else 1.0
+        if config.multipliers is not None:
+            self.multiplier *= config.multipliers.embedding
         self.table = param(rngs, (V, D), ("vocab", "embed"), init, role="embedding")
         learned = config.position == "learned"
         shape, axes = (config.max_seq_len, D), ("positions", "embed")

@@ -14,11 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.grouped_experts import GATES, ExpertSpec, capacity_of
+from kernels.activations import GATES
+from kernels.grouped_experts import ExpertSpec, capacity_of
 from kernels.names import ROUTER_LOGITS
 from models.config import ModelConfig, MoEConfig
 from models.ops import Ops
-from models.param import param
+from models.param import param, vector
 
 BEST_OF_GROUP = 2  # a group is judged by the sum of its two best experts (DeepSeek-V3)
 LOAD = "moe/load"  # [E], a count; what else is reported is a mean over tokens
@@ -161,6 +162,11 @@ class Experts(nnx.Module):
         )
         down_axes = ("experts", "mlp", "expert_embed")
         self.down = param(rngs, (E, F, D), down_axes, residual_init, reduction=(1,), output=(2,))
+        has_biases = config.has_bias("experts")
+        self.router_bias = vector(rngs, (E,), (None,), zeros) if has_biases else None
+        up_axes = ("experts", *pair_axes, "mlp")
+        self.up_bias = vector(rngs, (E, *pair, F), up_axes, zeros) if has_biases else None
+        self.down_bias = vector(rngs, (E, D), ("experts", "expert_embed"), zeros) if has_biases else None
         biased = config.moe.selection_bias or config.moe.bias_update_rate > 0
         self.bias = param(rngs, (E,), (None,), zeros, role="balance", decay=False) if biased else None
 
@@ -179,13 +185,28 @@ class Experts(nnx.Module):
         # Cast before the dispatch: what is gathered from other devices is half as wide.
         up, down = (w[...].astype(x.dtype) for w in (self.up, self.down))
         order = batch.get("order") if limited else None
+        more = {} if self.up_bias is None else {"up_bias": self.up_bias[...].astype(x.dtype)}
         y, dropped = ops.experts(
-            x, routing.experts, routing.gates, up, down, real=real, order=order, spec=spec
+            x, routing.experts, routing.gates, up, down, real=real, order=order, spec=spec, **more
         )
+        y = self.add_bias(y, routing, real)
         weights = batch.get("loss_weights", real.astype(jnp.float32))
         return y, router_sums(routing, real, weights, dropped, bias, config)
+
+    def add_bias(
+        self, y: Float[Array, "B T D"], routing: Routing, real: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """The output with each chosen expert's bias, times its gate."""
+        if self.down_bias is None:
+            return y
+        # Once, where tokens are at home: where F is split, each device would add it to its part of the sum.
+        chosen = routing.experts[..., None] == jnp.arange(self.config.num_experts)
+        gates = jnp.sum(jnp.where(chosen, routing.gates[..., None], 0.0), axis=2) * real[..., None]
+        return y + jnp.einsum("BTE,ED->BTD", gates.astype(y.dtype), self.down_bias[...].astype(y.dtype))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """In float32 throughout: a rounded logit sends a token to another expert."""
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), self.router[...], precision="highest")
+        if self.router_bias is not None:
+            logits = logits + self.router_bias[...]
         return checkpoint_name(logits, ROUTER_LOGITS)

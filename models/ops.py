@@ -25,7 +25,8 @@ def identity_constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
 class Ops:
     """What training decides; the default is one device in float32.
 
-    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], Masks, Scores) -> [B,T,N,V]`; `Scores` are static.
+    attention: `(q [B,T,N,H], k [B,S,K,H], v [B,S,K,V], Masks, Scores) -> [B,T,N,V]`; `Scores` are static. A
+    model with sinks gives these [N] last.
     experts: as `kernels.grouped_experts.run_experts`: tokens to their experts and back.
     project: `(name, spec, activation, weight) -> activation dtype`, accumulating in float32; names are those
     of `kernels.names`.

@@ -28,7 +28,8 @@ def rope_frequencies(
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
     if scaling.kind == "yarn":
-        return _yarn(frequencies, scaling, spec.rope_theta, size), 0.1 * math.log(scaling.factor) + 1.0
+        own = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+        return _yarn(frequencies, scaling, spec.rope_theta, size), own
     return frequencies / scaling.factor, 1.0
 
 
@@ -50,8 +51,10 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float, size: int
         return size * math.log(ratio) / (2 * math.log(theta))
 
     # The plane that makes so many turns in the old context; theta^(-2i/size) solved for i.
-    low = max(math.floor(plane(scaling.beta_fast)), 0)
-    high = min(math.ceil(plane(scaling.beta_slow)), size - 1)
+    low, high = plane(scaling.beta_fast), plane(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     stretched = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0.0, 1.0)
     return stretched * frequencies / scaling.factor + (1.0 - stretched) * frequencies
 

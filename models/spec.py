@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from models.config import ModelConfig
 
-Kind = tuple[str, str]  # of a layer: "local" or "global", and its mixer
+Kind = tuple[str, str]  # of a layer: "local", "global" or "nope", and its mixer
 Kinds = tuple[Kind, ...]  # of layers, in order
 Repeated = tuple[int, Kinds]  # how many times, and what
 
@@ -21,6 +21,7 @@ class LayerSpec:
     rope_scaled: bool = True  # Gemma 3 stretches the rotations of its global layers only
     moe: bool = False  # experts instead of one feed-forward
     mixer: str = "attention"  # what mixes the tokens: a file of models/mixers
+    rope: bool = True  # whether queries and keys are rotated, where the model's positions are rotations
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def kinds_of(config: ModelConfig) -> Kinds:
 
 
 def layer_spec(config: ModelConfig, window: str, mixer: str = "attention") -> LayerSpec:
-    """The spec of a layer that is "local" or "global", with this mixer."""
+    """The spec of a layer that is "local", "global" or "nope", with this mixer."""
     own_theta = window == "local" and config.rope_local_theta is not None
     theta = config.rope_local_theta if own_theta else config.rope_theta
     assert theta is not None
     seen = config.window if window == "local" else None
-    return LayerSpec(seen, float(theta), not own_theta, mixer=mixer)
+    return LayerSpec(seen, float(theta), not own_theta, mixer=mixer, rope=window != "nope")
 
 
 def make_segments(config: ModelConfig, num_layers: int | None = None) -> tuple[Segment, ...]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, chunked_logprobs, softcap_logits
 from models.blocks import Block, MTPBlock
 from models.config import ModelConfig, check_model
-from models.layers import WHOLE, Embedding, Head, Norm
+from models.layers import WHOLE, Embedding, FinalNorm, Head
 from models.mixer import CacheArray, mixer
 from models.moe import LOAD
 from models.mtp import next_targets
@@ -45,7 +45,7 @@ def build_model(config: ModelConfig) -> "Model":
     kinds = {block_name(spec): spec for segment in segments for spec in segment.period}
     parts: dict[str, Callable[..., nnx.Module]] = {
         "embed": partial(Embedding, config),
-        "final_norm": partial(Norm, config, config.d_model, "embed", config.norm),
+        "final_norm": partial(FinalNorm, config),
         **{name: partial(Block, config, spec) for name, spec in kinds.items()},
     }
     if not config.tie_embeddings:

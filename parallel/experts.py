@@ -75,6 +75,7 @@ def expert_dispatch(
         real: Bool[Array, "B T"],
         order: Int[Array, "B T"] | None = None,
         spec: Any,
+        up_bias: Float[Array, "E *pair F"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
         pair = (None,) * (up.ndim - 3)
         up_spec = layout.spec(("experts", "expert_embed", *pair, "mlp"), up.shape, "experts' up")
@@ -86,14 +87,25 @@ def expert_dispatch(
         owners = names(up_spec[0])
         others = Exchange(owners, names(rows[1]), math.prod(layout.mesh.shape[a] for a in owners))
 
+        biases = () if up_bias is None else (up_bias,)
+        bias_axes = ("experts", *pair, "mlp")
+
         def local(
-            x: Array, experts: Array, gates: Array, up: Array, down: Array, real: Array, order: Array
+            x: Array,
+            experts: Array,
+            gates: Array,
+            up: Array,
+            down: Array,
+            real: Array,
+            order: Array,
+            *biases: Array,
         ) -> tuple[Array, Array]:
             # Gathered inside, so that its transpose is a reduce-scatter: gradients arrive in the parts that
             # the optimizer holds, and are never whole on a device.
             up, down = gather(up, 1, names(up_spec[1])), gather(down, 2, names(down_spec[2]))
+            more = {"up_bias": biases[0]} if biases else {}
             y, dropped = compute(
-                x, experts, gates, up, down, real=real, order=order, spec=spec, others=others
+                x, experts, gates, up, down, real=real, order=order, spec=spec, others=others, **more
             )
             # Each device of tensor has made a part of every expert's sum over F. Added when tokens are home,
             # where there are as many as came, and not where capacity padded them.
@@ -101,12 +113,13 @@ def expert_dispatch(
 
         if order is None:  # here, where positions are still those of whole rows
             order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        specs = (tokens, choices, choices, up_spec, down_spec, rows, rows)
+        bias_specs = [layout.spec(bias_axes, bias.shape, "experts' bias") for bias in biases]
+        specs = (tokens, choices, choices, up_spec, down_spec, rows, rows, *bias_specs)
         # Every axis manual: what is left to the partitioner inside (sorting, gathering) it would collect.
         run = jax.shard_map(
             local, mesh=layout.mesh, in_specs=specs, out_specs=(tokens, rows), check_vma=False
         )
-        return run(x, experts, gates, up, down, real, order)
+        return run(x, experts, gates, up, down, real, order, *biases)
 
     return dispatch
 

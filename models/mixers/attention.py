@@ -50,12 +50,20 @@ class Attention(Mixer):
             rngs, (N, H, D), out_axes, residual_init(config), project="o", reduction=(0, 1), output=(2,)
         )
         # Qwen2 has biases in these projections alone: models differ in where, so where is what config says.
-        biased = config.bias or config.qkv_bias
+        biased = config.has_bias("qkv")
         self.q_bias = vector(rngs, (N, H), ("heads", "head_dim"), zeros) if biased else None
         self.kv_bias = vector(rngs, (2, K, H), kv_axes, zeros) if biased else None
-        self.o_bias = vector(rngs, (D,), ("embed",), zeros) if config.bias else None
-        self.q_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
-        self.k_norm = Norm(config, H, "head_dim", "rmsnorm", rngs) if config.qk_norm else None
+        self.o_bias = vector(rngs, (D,), ("embed",), zeros) if config.has_bias("o") else None
+
+        # At zero it weighs as much as a key whose score is zero.
+        self.sinks = vector(rngs, (N,), ("heads",), zeros) if config.attention_sinks else None
+
+        def norm(heads: int, axis: str) -> Norm:
+            size, axes = ((heads, H), (axis, "head_dim")) if config.qk_norm == "joint" else (H, "head_dim")
+            return Norm(config, size, axes, "rmsnorm", rngs)
+
+        self.q_norm = norm(N, "heads") if config.qk_norm else None
+        self.k_norm = norm(K, "kv_heads") if config.qk_norm else None
 
     def __call__(
         self,
@@ -76,7 +84,8 @@ class Attention(Mixer):
         k, v = repeat_heads(k, ops), repeat_heads(v, ops)
         # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
         q, k, v = name_inputs(q, k, v)
-        mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec))
+        sinks = () if self.sinks is None else (self.sinks[...],)
+        mixed = ops.attention(q, k, v, masks_of(batch), scores_of(self.config, spec), *sinks)
         if self.gate is not None:
             # A head may say nothing at a position, which a softmax alone cannot.
             gate = ops.constrain(ops.project("gate", "BTD,DNH->BTNH", x, self.gate[...]), HEADS)
@@ -103,7 +112,7 @@ class Attention(Mixer):
         # positions.
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.position == "rope":
+        if self.config.position == "rope" and spec.rope:
             q, k = self.rotate(q, k, positions, spec, ops)
         return q, k, v
 

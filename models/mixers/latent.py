@@ -74,8 +74,10 @@ class LatentAttention(Mixer):
         """Attend within the batch, or, with a cache of earlier latents, to it and the batch."""
         positions = batch["positions"]
         q, latent, k_rope = self.project(x, positions, spec, ops)
-        # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole.
-        scores = scores_of(self.config, spec, rope_frequencies(self.config, spec)[1] ** 2)
+        # Only a part of a key is rotated, so that YaRN's factor on both sides is on the score as a whole; one
+        # that is given is on the waves, as files mean it.
+        given = self.config.rope_scaling is not None and self.config.rope_scaling.attention_factor
+        scores = scores_of(self.config, spec, 1.0 if given else rope_frequencies(self.config, spec)[1] ** 2)
         masks = masks_of(batch)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -120,9 +122,10 @@ class LatentAttention(Mixer):
         q = ops.project("latent_q", "BTR,RNH->BTNH", queries, self.q[...])
         latent = self.kv_norm(ops.project("latent", "BTD,DR->BTR", x, self.kv_down[...]))
         k_rope = ops.project("latent_rope", "BTD,DH->BTH", x, self.k_rope[...])
-        frequencies, _ = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
+        frequencies, factor = rope_frequencies(self.config, spec, mla.qk_rope_head_dim)
+        own = self.config.rope_scaling is None or self.config.rope_scaling.attention_factor is None
         turning = (q[..., mla.qk_nope_head_dim :], k_rope[:, :, None])
-        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0, ops.materialize)
+        q_rope, k_rope = rotate(turning, positions, frequencies, 1.0 if own else factor, ops.materialize)
         q = jnp.concatenate([q[..., : mla.qk_nope_head_dim], q_rope], axis=-1)
         return ops.constrain(q, HEADS), latent, k_rope[:, :, 0]
 

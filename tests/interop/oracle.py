@@ -68,6 +68,21 @@ LINEAR = {
     "head_dim": 16,
 }
 SLIDING = ["sliding_attention", "full_attention"] * 2
+OSS = {
+    **{"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 70},
+    "rope_parameters": {**YARN, "truncate": False},
+}
+OWN_YARN = {**YARN, "rope_theta": 5e5, "attention_factor": 1.3, "truncate": False}
+MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 5.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+}
+GATED_EXPERTS = {
+    **{**LINEAR, **EXPERTS, "num_experts": 8, "mlp_only_layers": []},
+    "shared_expert_intermediate_size": 32,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": YARN}),
@@ -91,6 +106,55 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": 10, "n_group": 4, "topk_group": 2}),
     "kimi_flat": ("deepseek_v3", {**DEEP, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek_v2": ("deepseek_v2", {**DEEP, **LATENT, "q_lora_rank": None, "norm_topk_prob": False}),
+    "llama_own_yarn": ("llama", {"rope_parameters": OWN_YARN, "attention_bias": True}),
+    "ministral": ("ministral", {"sliding_window": 70, "layer_types": SLIDING}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 3, "num_hidden_layers": 5, "mlp_bias": True}),
+    "granite": ("granite", MULTIPLIED),
+    "granitemoe": (
+        "granitemoe",
+        {**MULTIPLIED, "attention_bias": True, "num_local_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**MULTIPLIED, "num_local_experts": 6, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+    ),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "olmo3": ("olmo3", {"sliding_window": 70, "rope_scaling": {**OWN_YARN, "truncate": True}}),
+    "gpt_oss": ("gpt_oss", OSS),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}),
+    "exaone4": ("exaone4", {"sliding_window": 70, "sliding_window_pattern": 3, "num_hidden_layers": 5}),
+    "exaone4_global": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "glm": ("glm", {"attention_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "helium": ("helium", {"attention_bias": True, "mlp_bias": True}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "nemotron": ("nemotron", {"mlp_bias": True, "num_hidden_layers": 3}),
+    "jais2": ("jais2", {}),
+    "vaultgemma": ("vaultgemma", {"sliding_window": 70, "query_pre_attn_scalar": 24}),
+    "phi3_partial": ("phi3", {"partial_rotary_factor": 0.75}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 32, "mlp_only_layers": [0]},
+    ),
+    "qwen3_next_moe": ("qwen3_next", GATED_EXPERTS),
+    "qwen3_5": ("qwen3_5_text", {k: v for k, v in LINEAR.items() if "experts" not in k and "mlp" not in k}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", GATED_EXPERTS),
+    "minimax_m2": (
+        "minimax_m2",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16, "rotary_dim": 4},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 2},
+    ),
+    "deepseek_mscales": (
+        "deepseek_v3",
+        {
+            **{**DEEP, **LATENT, "q_lora_rank": 10, "n_group": 1, "topk_group": 1},
+            "rope_parameters": {**YARN, "mscale": 1.4, "mscale_all_dim": 0.6},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -109,6 +173,8 @@ def main(case: str, directory: Path) -> None:
             if "inv_freq" in key or not value.dtype.is_floating_point or "embed_scale" in key:
                 continue
             spread = 0.15 if value.ndim > 1 else 0.2
+            if "gate_up_proj_bias" in key:  # so that the clamps of GPT-OSS are reached
+                spread = 5.0
             noise = torch.randn_like(value) * spread
             value.copy_(value + noise if value.ndim == 1 else noise)
     model.save_pretrained(directory)

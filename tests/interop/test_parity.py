@@ -34,7 +34,11 @@ KEPT = os.environ.get("CAMBRIAN_PARITY_CASES")  # a directory of cases that were
 CASES = [
     *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "seed_oss", "ernie4_5", "arcee", "phi3", "gemma"),
     *("gemma2", "gemma3_text", "gpt2", "starcoder2", "mixtral", "qwen3_moe", "dots1", "deepseek_v3"),
-    *("kimi_flat", "deepseek_v2", "glm4_moe", "qwen3_next"),
+    *("kimi_flat", "deepseek_v2", "glm4_moe", "qwen3_next", "llama_own_yarn", "ministral", "smollm3"),
+    *("granite", "granitemoe", "granitemoeshared", "olmo2", "olmo3", "olmoe", "flex_olmo", "exaone4"),
+    *("exaone4_global", "glm", "glm4", "helium", "stablelm", "nemotron", "jais2", "vaultgemma"),
+    *("phi3_partial", "qwen2_moe", "qwen3_next_moe", "qwen3_5", "qwen3_5_moe", "minimax_m2"),
+    *("ernie4_5_moe", "deepseek_mscales", "gpt_oss"),
 ]
 pytestmark = [
     pytest.mark.slow,

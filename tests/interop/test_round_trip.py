@@ -15,7 +15,15 @@ from interop.configs import FAMILIES
 from interop.read import Published
 from interop.safetensors import Tensors, write_tensors
 from interop.write import export, families_for
-from models.config import DeltaConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from models.config import (
+    DeltaConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    MultipliersConfig,
+    RopeScaling,
+)
 from models.transformer import build_model
 
 SMALL = {
@@ -41,7 +49,56 @@ MLA = MLAConfig(
 )
 LATENT = {"mla": MLA, "num_kv_heads": 4, "moe": DEEP}
 LAYERNORM = {"norm": "layernorm", "bias": True, "activation": "gelu", "norm_eps": 1e-5}
+BEHIND = {"post_norms": "only", "qk_norm": True}
+JOINT = {"qk_norm": "joint"}
+HALF = {**SMALL, "head_dim": 8, "rope_fraction": 0.5}
+SCALED: Any = {
+    "attention_scale": 0.3,
+    "multipliers": MultipliersConfig(embedding=3.0, residual=0.7, logits=5.0),
+}
+NORMED = {"norm": "layernorm", "biases": ["norm"], "norm_eps": 1e-5}
+OWN: Any = {"attention_factor": 1.3, "truncate": False}
+GATED = replace(EXPERTS, num_shared_experts=1, shared_gate=True)
+CHOSEN = replace(EXPERTS, score="sigmoid", selection_bias=True)
+HYBRID = {
+    **{**SMALL, "num_layers": 5, "head_dim": 8},
+    **{"qk_norm": True, "norm_unit_offset": True, "output_gate": True, "rope_fraction": 0.25},
+    "mixer_pattern": ["gated_delta", "gated_delta", "gated_delta", "attention"],
+    "delta": DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=5, chunk=4),
+}
 MODELS = {
+    "ministral": {**SMALL, "window": 8, "window_pattern": ["local", "global", "global"]},
+    "smollm3": {**SMALL, "window_pattern": ["global", "global", "nope"], "qkv_bias": True, "biases": ["o"]},
+    "granite": {**SAME, **SCALED, "biases": ["mlp"]},
+    "olmo2": {**SMALL, **BEHIND, **JOINT, "qkv_bias": True, "biases": ["o"]},
+    "olmo3": {
+        **{**SMALL, **BEHIND, **JOINT, "window": 8, "window_pattern": ["local", "local", "global"]},
+        **{"rope_theta": 5e5, "rope_local_theta": 5e5},
+        "rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_length=16, **OWN),
+    },
+    "exaone4": {**SMALL, **BEHIND, "window": 8, "window_pattern": ["local", "local", "nope"]},
+    "glm": {**HALF, "qkv_bias": True},
+    "glm4": {**HALF, "qkv_bias": True, "post_norms": True},
+    "helium": {**SMALL, "qkv_bias": True, "biases": ["mlp"]},
+    "stablelm": {**SAME, **NORMED, "rope_fraction": 0.5, "qkv_bias": True},
+    "nemotron": {**HALF, **NORMED, "norm_unit_offset": True, "activation": "relu2"},
+    "jais2": {**SAME, **NORMED, "activation": "relu2", "biases": ["norm", "o", "mlp"], "qkv_bias": True},
+    "vaultgemma": {**SAME, **GEMMA, "window": 8, "window_pattern": ["local", "global"]},
+    "qwen2_moe": {**SMALL, "qkv_bias": True, "moe": replace(GATED, num_shared_experts=3)},
+    "gpt_oss": {
+        **{**SMALL, "d_ff": 8, "moe": EXPERTS, "qkv_bias": True, "biases": ["o", "experts"]},
+        **{"window": 8, "window_pattern": ["local", "global"], "attention_sinks": True},
+        **{"activation": "clamped_swiglu", "rope_theta": 1.5e5},
+        "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_length=16, truncate=False),
+    },
+    "olmoe": {**SMALL, **JOINT, "moe": replace(EXPERTS, normalize_gates=False)},
+    "flex_olmo": {**SMALL, **BEHIND, **JOINT, "moe": EXPERTS},
+    "granitemoe": {**SMALL, **SCALED, "d_ff": 8, "moe": EXPERTS},
+    "granitemoeshared": {**SMALL, **SCALED, "d_ff": 8, "moe": replace(EXPERTS, num_shared_experts=2)},
+    "ernie4_5_moe": {**SMALL, "moe": replace(SHARED, selection_bias=True)},
+    "minimax_m2": {**HALF, **JOINT, "moe": CHOSEN},
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": {**HYBRID, "moe": GATED},
     "llama": {**SAME, "bias": True, "rope_scaling": RopeScaling(kind="llama3", factor=4.0)},
     "mistral": {**SMALL, "window": 8, "window_pattern": ["local"]},
     "qwen2": {**SMALL, "qkv_bias": True},
@@ -59,12 +116,7 @@ MODELS = {
     "qwen3_moe": {**SMALL, "qk_norm": True, "moe": EXPERTS},
     "dots1": {**SMALL, "qk_norm": True, "moe": DEEP},
     "glm4_moe": {**SMALL, "head_dim": 8, "rope_fraction": 0.5, "qkv_bias": True, "moe": DEEP},
-    "qwen3_next": {
-        **{**SMALL, "num_layers": 5, "head_dim": 8},
-        **{"qk_norm": True, "norm_unit_offset": True, "output_gate": True, "rope_fraction": 0.25},
-        "mixer_pattern": ["gated_delta", "gated_delta", "gated_delta", "attention"],
-        "delta": DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=5, chunk=4),
-    },
+    "qwen3_next": {**HYBRID, "moe": replace(GATED, first_dense_layers=1)},
     "deepseek_v3": {**SMALL, **LATENT, "mtp": MTPConfig(depth=1)},
     "kimi_k2": {**SMALL, **LATENT},
     "deepseek_v2": {**SMALL, **LATENT, "moe": replace(SHARED, normalize_gates=False)},
@@ -228,7 +280,7 @@ DAMAGED = {
     "unknown_key": (key("residual_multiplier", 0.5), "residual_multiplier=0.5 is not understood"),
     "quantized": (key("quantization_config", {"bits": 4}), "quantization_config"),
     "partial": (key("partial_rotary_factor", 0.5), "partial_rotary_factor=0.5"),
-    "one_bias": (key("attention_bias", True), "attention_bias without mlp_bias"),
+    "one_bias": (key("attention_bias", True), "_proj.bias is missing"),
     "rope": (key("rope_scaling", {"rope_type": "longrope", "factor": 4.0}), "rope_type=longrope"),
     "wider": (key("hidden_size", 32), "and this model's is"),
     "deeper": (key("num_hidden_layers", 4), "layers.3.*is missing"),

@@ -26,6 +26,7 @@ FEATURES = {
     "softcap": dict(kv_heads=4, softcap=1.5),
     "packing": dict(kv_heads=4, documents=[[3, 5], [4, 1, 2]]),
     "all": dict(kv_heads=2, window=2, softcap=1.5, documents=[[3, 5], [4, 1, 2]]),
+    "sinks": dict(kv_heads=2, window=3, sinks=(0.5, -1.0, 2.0, 9.0), documents=[[3, 5], [4, 1, 2]]),
 }
 
 
@@ -42,33 +43,41 @@ def masks(batch: dict) -> Masks:
 
 
 # What xla cannot do, it refuses.
-PAIRS = [(b, f) for b in BACKENDS for f in FEATURES if b != "xla" or f not in ("softcap", "all")]
+PAIRS = [(b, f) for b in BACKENDS for f in FEATURES if b != "xla" or f not in ("softcap", "all", "sinks")]
 
 
 def test_scores_that_xla_cannot_bound_are_refused():
     (q, k, v), _, batch = make_inputs(2, [[8]])
     with pytest.raises(ValueError, match=r"training.attention=xla cannot bound scores .* use training.att"):
         xla_attention(q, k, v, masks(batch), Scores(softcap=5.0, scale=0.5))
+    with pytest.raises(
+        ValueError, match=r"training.attention=xla has no attention sinks .* use training.att"
+    ):
+        xla_attention(q, k, v, masks(batch), Scores(scale=0.5), jnp.zeros(4))
 
 
 @pytest.mark.parametrize(("backend", "feature"), PAIRS)
 def test_attention_equals_loops_in_forward_and_gradient(backend, feature):
-    values = {"documents": [[8], [8]], "window": None, "softcap": None} | FEATURES[feature]
+    values = {"documents": [[8], [8]], "window": None, "softcap": None, "sinks": None} | FEATURES[feature]
     inputs, cotangent, batch = make_inputs(values["kv_heads"], values["documents"])
+    if values["sinks"]:
+        inputs = (*inputs, jnp.asarray(values["sinks"]))
     window, softcap = values["window"], values["softcap"]
 
-    @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    def run(q, k, v):
-        out = BACKENDS[backend](q, k, v, masks(batch), Scores(window=window, softcap=softcap, scale=0.5))
+    @partial(jax.grad, argnums=tuple(range(len(inputs))), has_aux=True)
+    def run(q, k, v, *sinks):
+        scores = Scores(window=window, softcap=softcap, scale=0.5)
+        out = BACKENDS[backend](q, k, v, masks(batch), scores, *sinks)
         return jnp.vdot(out, cotangent), out
+
+    def loops(q, k, v, *sinks):
+        return loop_attention(q, k, v, batch, window, softcap, 0.5, *sinks)
 
     grads, out = jax.jit(run)(*inputs)
     exact = [np.asarray(x, np.float64) for x in inputs]
-    np.testing.assert_allclose(out, loop_attention(*exact, batch, window, softcap, 0.5), atol=2e-6)
+    np.testing.assert_allclose(out, loops(*exact), atol=2e-6)
     for place, grad in enumerate(grads):
-        direction, expected = slope(
-            lambda *x: np.vdot(loop_attention(*x, batch, window, softcap, 0.5), cotangent), exact, place
-        )
+        direction, expected = slope(lambda *x: np.vdot(loops(*x), cotangent), exact, place)
         np.testing.assert_allclose(np.vdot(grad, direction), expected, atol=5e-5)
 
 

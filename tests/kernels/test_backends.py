@@ -122,6 +122,7 @@ def test_the_last_of_every_platform_does_everything():
         (Backend("", packing=False), Wanted(packed=True), ["one document a row", "data.packing=none"]),
         (Backend("", grouped=False), Wanted(grouped=True), ["model.num_kv_heads", "model.num_heads"]),
         (Backend("", window=False), Wanted(window=8), ["model.window=8", "model.window=null"]),
+        (Backend(""), Wanted(sinks=True), ["model.attention_sinks=true", "model.attention_sinks=false"]),
     ],
 )
 def test_what_an_entry_does_not_support_is_refused(backend, wanted, words, monkeypatch):

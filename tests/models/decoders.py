@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig, MultipliersConfig, RopeScaling
 from models.ops import Ops
 from models.transformer import Model
 
@@ -46,6 +46,26 @@ FAMILIES = {
         rope_local_theta=1e4,
         rope_scaling=RopeScaling("linear", 8.0),
         **GEMMA,
+    ),
+    "olmo3": family(
+        tie_embeddings=False,
+        post_norms="only",
+        qk_norm="joint",
+        rope_fraction=0.5,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, attention_factor=1.3, truncate=False),
+        biases=["o", "mlp"],
+        multipliers=MultipliersConfig(embedding=3.0, residual=0.7, logits=1.5),
+        window=4,
+        window_pattern=["local", "nope"],
+    ),
+    "gpt_oss": family(
+        attention_sinks=True,
+        activation="clamped_swiglu",
+        qkv_bias=True,
+        biases=["o", "norm"],
+        norm="layernorm",
+        window=4,
+        window_pattern=["local", "global"],
     ),
     "modern": family(
         activation="relu2", qk_norm=True, logit_softcap=15.0, tie_embeddings=False, position="none"
@@ -124,13 +144,16 @@ class LoopDecoder:
         x = params["embed"]["table"][batch["tokens"]]
         if config.embed_scale:
             x = x * math.sqrt(config.d_model)
+        if config.multipliers is not None:
+            x = x * config.multipliers.embedding
         if config.position == "learned":
             x = x + params["embed"]["positions"][batch["positions"]]
         for number, layer in enumerate(self.layers(params)):
             x = self.layer(layer, x, batch, config.window_pattern[number % len(config.window_pattern)])
         x = self.norm(params["final_norm"], x, config.norm)
         table = params["embed"]["table"] if config.tie_embeddings else params["head"]["table"]
-        return self.cap(x @ table.T, config.logit_softcap)
+        divisor = config.multipliers.logits if config.multipliers else 1.0
+        return self.cap(x @ table.T / divisor, config.logit_softcap)
 
     def layers(self, params: dict) -> list[dict]:
         """The layers in order: segment by segment, each turn of a period before the next."""
@@ -144,14 +167,19 @@ class LoopDecoder:
 
     def layer(self, layer: dict, x: np.ndarray, batch: dict, kind: str) -> np.ndarray:
         config = self.config
-        mixed = self.attention(
-            layer["attention"], self.norm(layer["attention_norm"], x, config.norm), batch, kind
-        )
-        x = x + (self.norm(layer["attention_post_norm"], mixed, config.norm) if config.post_norms else mixed)
-        hidden = self.feed_forward(layer["mlp"], self.norm(layer["mlp_norm"], x, config.norm))
-        return x + (self.norm(layer["mlp_post_norm"], hidden, config.norm) if config.post_norms else hidden)
+        share = config.multipliers.residual if config.multipliers else 1.0
+
+        def normed(name: str, x: np.ndarray) -> np.ndarray:
+            return self.norm(layer[name], x, config.norm) if name in layer else x
+
+        mixed = self.attention(layer["attention"], normed("attention_norm", x), batch, kind)
+        x = x + share * normed("attention_post_norm", mixed)
+        return x + share * normed("mlp_post_norm", self.feed_forward(layer["mlp"], normed("mlp_norm", x)))
 
     def norm(self, weights: dict, x: np.ndarray, kind: str, eps: float | None = None) -> np.ndarray:
+        if weights["scale"].ndim == 2:  # of all heads at once
+            joined = {"scale": weights["scale"].reshape(-1)}
+            return self.norm(joined, x.reshape(*x.shape[:-2], -1), kind, eps).reshape(x.shape)
         eps = eps or self.config.norm_eps
         if kind == "layernorm":
             y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
@@ -167,17 +195,18 @@ class LoopDecoder:
         k, v = pair[:, :, 0], pair[:, :, 1]
         if config.qk_norm:
             q, k = self.norm(weights["q_norm"], q, "rmsnorm"), self.norm(weights["k_norm"], k, "rmsnorm")
-        if config.position == "rope":
+        if config.position == "rope" and kind != "nope":
             q, k = self.rotate(q, batch["positions"], kind), self.rotate(k, batch["positions"], kind)
         scale = config.attention_scale or 1 / math.sqrt(size)
         window = config.window if kind == "local" else None
-        out = loop_attention(q, k, v, batch, window, config.attention_softcap, scale)
+        sinks = weights.get("sinks")
+        out = loop_attention(q, k, v, batch, window, config.attention_softcap, scale, sinks)
         return np.einsum("btnh,nhd->btd", out, weights["o"]) + weights.get("o_bias", 0.0)
 
     def rotate(self, x: np.ndarray, positions: np.ndarray, kind: str) -> np.ndarray:
-        half = self.config.head_dim // 2
         frequencies, amplitude = loop_frequencies(self.config, kind)
-        out = np.empty_like(x)
+        half = len(frequencies)
+        out = x.copy()
         for i, frequency in enumerate(frequencies):
             angle = (positions * frequency)[:, :, None]
             a, b = x[..., i], x[..., i + half]
@@ -187,8 +216,13 @@ class LoopDecoder:
 
     def feed_forward(self, weights: dict, x: np.ndarray) -> np.ndarray:
         activation = self.config.activation
-        if activation in ("swiglu", "geglu"):
-            gate, up = x @ weights["up"][:, 0], x @ weights["up"][:, 1]
+        if activation in ("swiglu", "geglu", "clamped_swiglu"):
+            bias = weights.get("up_bias", np.zeros((2, 1)))
+            gate, up = x @ weights["up"][:, 0] + bias[0], x @ weights["up"][:, 1] + bias[1]
+        if activation == "clamped_swiglu":
+            gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+            hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        elif activation in ("swiglu", "geglu"):
             hidden = (gate / (1 + np.exp(-gate)) if activation == "swiglu" else self.gelu(gate)) * up
         else:
             up = x @ weights["up"] + weights.get("up_bias", 0.0)
@@ -204,8 +238,8 @@ class LoopDecoder:
         return x if cap is None else cap * np.tanh(x / cap)
 
 
-def loop_attention(q, k, v, batch, window, softcap, scale):
-    """One query and head at a time over the keys it may see."""
+def loop_attention(q, k, v, batch, window, softcap, scale, sinks=None):
+    """One query and head at a time over the keys it may see, and over a key that says nothing."""
     B, T, N, _ = q.shape
     group = N // k.shape[2]
     positions, segments = np.asarray(batch["positions"]), np.asarray(batch["segment_ids"])
@@ -226,8 +260,10 @@ def loop_attention(q, k, v, batch, window, softcap, scale):
                 scores = keys @ q[b, t, n] * scale
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
-                weights = np.exp(scores - scores.max())
-                rows.append(weights @ values / weights.sum())
+                top = max(scores.max(), -np.inf if sinks is None else sinks[n])
+                weights = np.exp(scores - top)
+                silent = 0.0 if sinks is None else np.exp(sinks[n] - top)
+                rows.append(weights @ values / (weights.sum() + silent))
     return np.stack(rows).reshape(q.shape)
 
 
@@ -236,12 +272,13 @@ def loop_frequencies(config: ModelConfig, kind: str) -> tuple[list[float], float
     theta, scaling = config.rope_theta, config.rope_scaling
     if kind == "local" and config.rope_local_theta is not None:
         theta, scaling = config.rope_local_theta, None
+    size = round(config.head_dim * config.rope_fraction)
     if scaling is None:
-        return [1.0 / theta ** (2 * i / config.head_dim) for i in range(config.head_dim // 2)], 1.0
+        return [1.0 / theta ** (2 * i / size) for i in range(size // 2)], 1.0
     factor, old = scaling.factor, scaling.original_length
     found = []
-    for i in range(config.head_dim // 2):
-        plain = 1.0 / theta ** (2 * i / config.head_dim)
+    for i in range(size // 2):
+        plain = 1.0 / theta ** (2 * i / size)
         wavelength = 2 * math.pi / plain
         if scaling.kind == "linear":
             plain = plain / factor
@@ -254,9 +291,10 @@ def loop_frequencies(config: ModelConfig, kind: str) -> tuple[list[float], float
                 smooth /= scaling.high_freq_factor - scaling.low_freq_factor
                 plain = (1 - smooth) * plain / factor + smooth * plain
         else:
-            plain = yarn_frequency(scaling, config.head_dim, theta, i, plain)
+            plain = yarn_frequency(scaling, size, theta, i, plain)
         found.append(plain)
-    return found, 0.1 * math.log(factor) + 1 if scaling.kind == "yarn" else 1.0
+    own = scaling.attention_factor or 0.1 * math.log(factor) + 1
+    return found, own if scaling.kind == "yarn" else 1.0
 
 
 def yarn_frequency(scaling: RopeScaling, head_dim: int, theta: float, i: int, plain: float) -> float:
@@ -265,7 +303,8 @@ def yarn_frequency(scaling: RopeScaling, head_dim: int, theta: float, i: int, pl
         wanted = 2 * math.pi * turns / scaling.original_length
         return -math.log(wanted) / math.log(theta) * head_dim / 2
 
-    first = max(0, math.floor(plane_with(scaling.beta_fast)))
-    last = min(head_dim - 1, math.ceil(plane_with(scaling.beta_slow)))
+    down, up = (math.floor, math.ceil) if scaling.truncate else (float, float)
+    first = max(0, down(plane_with(scaling.beta_fast)))
+    last = min(head_dim - 1, up(plane_with(scaling.beta_slow)))
     ramp = 0.0 if i <= first else 1.0 if i >= last else (i - first) / (last - first)
     return plain * (1 - ramp) + plain / scaling.factor * ramp

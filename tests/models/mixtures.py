@@ -43,6 +43,13 @@ MIXTURES = {
     "mixtral": mixture({"router_z_weight": 0.02}, num_layers=1),
     "qwen3": mixture({"experts_per_token": 3, "load_balance_weight": 0.2}, qk_norm=True, num_layers=1),
     "switch": mixture({"experts_per_token": 1, "normalize_gates": False}, activation="relu2", num_layers=1),
+    "gpt_oss": mixture(
+        {"num_shared_experts": 2, "shared_gate": True},
+        activation="clamped_swiglu",
+        attention_sinks=True,
+        biases=["experts"],
+        num_layers=1,
+    ),
     "deepseek": latent(moe=MoEConfig(**({"d_expert": 8} | DEEPSEEK)), mtp=MTPConfig(2, 0.4), num_layers=2),
 }
 
@@ -127,17 +134,21 @@ class LoopMixture(LoopDecoder):
         assert moe is not None
         out, hits = np.zeros_like(x), np.zeros((*x.shape[:2], moe.num_experts))
         real = self.batch["segment_ids"] > 0
-        logits = x @ experts["router"]
+        logits = x @ experts["router"] + experts.get("router_bias", 0.0)
         for b, t in np.ndindex(*x.shape[:2]):
             if not real[b, t]:
                 continue
             chosen, gates = loop_route(logits[b, t], experts.get("bias", 0.0), moe)
             for e, gate in zip(chosen, gates, strict=True):
                 hits[b, t, e] = 1
-                one = {"up": experts["up"][e], "down": experts["down"][e]}
+                names = ("up", "down", "up_bias", "down_bias")
+                one = {name: experts[name][e] for name in names if name in experts}
                 out[b, t] += gate * super().feed_forward(one, x[b, t][None])[0]
         self.extra += self.router_loss(logits, hits, real)
-        return out + (super().feed_forward(weights["shared"], x) if "shared" in weights else 0.0)
+        shared = super().feed_forward(weights["shared"], x) if "shared" in weights else 0.0
+        if "shared_gate" in weights:
+            shared = shared / (1 + np.exp(-x @ weights["shared_gate"]))
+        return out + shared
 
     def router_loss(self, logits: np.ndarray, hits: np.ndarray, real: np.ndarray) -> float:
         moe, total = self.config.moe, 0.0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kernels.attention import chunked_attention
-from models.config import ModelConfig
+from models.config import ModelConfig, MoEConfig
 from models.ops import Ops
 from models.transformer import build_model
 from tests.models.decoders import FAMILIES, LoopDecoder, decoded, lively, make_batch, slope
@@ -225,6 +225,46 @@ PUBLISHED = {
             **GEMMA,
         ),
         9_241_705_984,
+    ),
+    "smollm3_3b": (
+        published(
+            vocab_size=128256,
+            num_layers=36,
+            d_model=2048,
+            num_heads=16,
+            num_kv_heads=4,
+            d_ff=11008,
+            window_pattern=["global"] * 3 + ["nope"],
+            tie_embeddings=True,
+        ),
+        3_075_098_624,
+    ),
+    "olmo2_7b": (
+        published(
+            vocab_size=100352,
+            num_layers=32,
+            num_kv_heads=32,
+            d_ff=11008,
+            post_norms="only",
+            qk_norm="joint",
+        ),
+        7_298_617_344,
+    ),
+    "gpt_oss_20b": (
+        published(
+            vocab_size=201088,
+            num_layers=24,
+            d_model=2880,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            qkv_bias=True,
+            biases=["o", "experts"],
+            attention_sinks=True,
+            activation="clamped_swiglu",
+            moe=MoEConfig(num_experts=32, experts_per_token=4, d_expert=2880),
+        ),
+        20_914_757_184,
     ),
     "gemma3_1b": (
         published(

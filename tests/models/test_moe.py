@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from kernels.activations import activate
 from kernels.grouped_experts import (
     ExpertSpec,
-    activate,
     block_size,
     capacity_of,
     grouped_feed_forward,
@@ -154,6 +154,14 @@ def test_past_capacity_the_later_tokens_of_the_text_are_dropped(shuffled):
     assert 0 < np.sum(~kept & real[..., None]) < kept.size / 2
     _, dropped = compare(given, real, ExpertSpec("swiglu", 3), kept, jnp.asarray(order) if shuffled else None)
     np.testing.assert_allclose(dropped, np.sum(~kept & real[..., None], axis=-1) / 2)
+
+
+def test_a_clamped_gate_and_value_go_no_further():
+    """GPT-OSS: the gate from above, the value from both sides, and one more than the value."""
+    gate, up = np.meshgrid([-20.0, -1.0, 0.5, 6.9, 7.1, 30.0], [-30.0, -7.1, -0.5, 2.0, 7.1])
+    got = activate(jnp.stack([gate, up], axis=-2), "clamped_swiglu")
+    low, bounded = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    np.testing.assert_allclose(got, low / (1 + np.exp(-1.702 * low)) * (bounded + 1), rtol=1e-5, atol=1e-6)
 
 
 def test_capacity_is_an_even_share_times_its_factor_rounded_up():

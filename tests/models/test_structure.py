@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.config import ModelConfig, MTPConfig, RopeScaling, regrouped
+from models.config import ModelConfig, MoEConfig, MTPConfig, MultipliersConfig, RopeScaling, regrouped
 from models.ops import Ops
 from models.rope import rope_frequencies
 from models.spec import Segment, cut_layers, layer_spec, make_segments
@@ -156,6 +156,14 @@ def test_rope_scalings_keep_fast_planes_and_stretch_slow_ones():
         (dict(init_std=float("nan")), ["model.init_std=nan"]),
         (dict(logit_softcap=0.0), ["model.logit_softcap=0.0", "null"]),
         (dict(vocab_size=0), ["model.vocab_size=0", "-1"]),
+        (dict(biases=["up"]), ["model.biases=up", "experts"]),
+        (dict(biases=["norm"]), ["model.norm=rmsnorm", "use model.norm=layernorm"]),
+        (dict(biases=["experts"]), ["model.biases has experts", "model.moe.dispatch=dropless"]),
+        (dict(post_norms="both"), ["model.post_norms=both", "only"]),
+        (dict(qk_norm="all"), ["model.qk_norm=all", "joint"]),
+        (dict(window_pattern=["nope"], position="none"), ["nope", "model.position=none", "use global"]),
+        (dict(moe=MoEConfig(shared_gate=True)), ["model.moe.shared_gate=true", "num_shared_experts=1"]),
+        (dict(mtp=MTPConfig(), multipliers=MultipliersConfig()), ["model.multipliers", "model.mtp=null"]),
     ],
 )
 def test_values_that_make_no_model_are_one_clear_line(values, parts):
@@ -169,6 +177,8 @@ def test_values_that_make_no_model_are_one_clear_line(values, parts):
     ("make", "parts"),
     [
         (lambda: RopeScaling("llama3", low_freq_factor=4.0), ["low_freq_factor=4.0", "high_freq_factor=4.0"]),
+        (lambda: RopeScaling("linear", truncate=False), ["truncate", "yarn, not of linear"]),
+        (lambda: MultipliersConfig(logits=0.0), ["model.multipliers.logits=0.0", "1.0"]),
         (lambda: RopeScaling("ntk"), ["model.rope_scaling.kind=ntk", "yarn"]),
         (lambda: RopeScaling(factor=0.0), ["model.rope_scaling.factor=0.0", "positive"]),
         (lambda: MTPConfig(depth=0), ["model.mtp.depth=0", "model.mtp=null"]),

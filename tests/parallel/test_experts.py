@@ -68,8 +68,9 @@ def small(dispatch: str) -> ModelConfig:
         "router_z_weight": 0.1,
         "dispatch": dispatch,
         "capacity_factor": 0.8,
+        "shared_gate": True,
     }
-    return mixture(moe, num_layers=1)
+    return mixture(moe, num_layers=1, biases=["experts"] if dispatch == "dropless" else [])
 
 
 @cache

@@ -89,6 +89,10 @@ def on(made, sizes):
 
 # Of eight devices: what is asked, and what the refusal must say.
 ILLEGAL = {
+    "sinks over context": (
+        {"mesh.context": 2, "mesh.data": 4, "model.attention_sinks": True},
+        ["mesh.context=2 splits rows, which model.attention_sinks=true", "use mesh.context=1"],
+    ),
     "product": ({"mesh.data": 3}, ["mesh.data=3 is 3 devices but 8 are here"]),
     "rest": (
         {"mesh.pipeline": 3, "mesh.data": -1},

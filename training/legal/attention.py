@@ -25,6 +25,7 @@ def wanted_attention(config: Config, ways: int, **known: Any) -> Wanted:
         grouped=model.num_kv_heads < model.num_heads,
         window=model.window,
         softcap=model.attention_softcap,
+        sinks=model.attention_sinks,
         packed=documents_of(config) > 1,
         order="text" if parts > 1 else "whole",
         context=kind,

@@ -263,6 +263,11 @@ def _whole_rows(case: MeshCase) -> str | None:
         return None
     from models.mixer import mixer
 
+    if case.config.model.attention_sinks:
+        return (
+            f"mesh.context={case.sizes['context']} splits rows, which model.attention_sinks=true "
+            "needs whole; use mesh.context=1"
+        )
     for name in dict.fromkeys(case.config.model.mixers):
         if mixer(name).whole_rows:
             return (
