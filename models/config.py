@@ -37,9 +37,7 @@ class MoEConfig:
     num_experts: int = 8
     experts_per_token: int = 2  # chosen for each token
     d_expert: int = 256  # width inside one expert
-    num_shared_experts: int = (
-        0  # that every token goes through as well: one feed-forward of their joint width
-    )
+    num_shared_experts: int = 0  # that every token goes through too: one feed-forward of their joint width
     first_dense_layers: int = 0  # layers that keep a feed-forward of width d_ff (DeepSeek)
     score: str = "softmax"  # softmax (Mixtral) | sigmoid (DeepSeek-V3), of the router's logits
     normalize_gates: bool = True  # the chosen experts' scores are made to sum to one
@@ -189,9 +187,7 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the mean square
     norm_unit_offset: bool = False  # Gemma: the stored scale is the distance from one
-    post_norms: bool | str = (
-        False  # Gemma 2: true, norms after both halves as well | OLMo 2: only, none before
-    )
+    post_norms: bool | str = False  # true: norms after both halves too (Gemma 2) | only: none before (OLMo 2)
     bias: bool = False  # GPT-2: a bias on every projection and norm
     qkv_bias: bool = False  # Qwen 2
     biases: list[str] = field(default_factory=list)  # further ones: o | mlp | norm | experts
