@@ -32,7 +32,7 @@ def theirs(directory: str, bos: bool):
     """The harness's own model over transformers, in float32."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=directory, device="cpu", dtype="float32", batch_size=3, add_bos_token=bos or None)
+    return HFLM(pretrained=directory, device="cpu", dtype="float32", batch_size=3, add_bos_token=bos)
 
 
 def main(kind: str, source: str, folder: Path, bos: bool) -> None:
