@@ -77,7 +77,12 @@ def _misread(node: Any, kind: Kind) -> Iterator[Token]:
     """Tokens of a tree that are no text to Hydra, where a value of `kind` is text."""
     if isinstance(node, OverrideParser.PrimitiveContext):
         tokens = [child.symbol for child in node.getChildren() if child.symbol.type != OverrideLexer.WS]
-        other = (*READ_AS_OTHER, *(() if NoneType in kind else (OverrideLexer.NULL,)))
+        known = [
+            token
+            for part, token in ((NoneType, OverrideLexer.NULL), (bool, OverrideLexer.BOOL))
+            if part in kind
+        ]
+        other = [token for token in (*READ_AS_OTHER, OverrideLexer.NULL) if token not in known]
         if str in kind and len(tokens) == 1 and tokens[0].type in other:
             yield tokens[0]
         return

@@ -68,6 +68,8 @@ def test_null_is_nothing_where_there_may_be_nothing_and_else_text():
     [
         ("training.num_steps=10", None),
         ("training.ema_decay=null", None),
+        ("model.qk_norm=true", None),
+        ("model.qk_norm=joint", None),
         ("run.name='1e3'", None),
         ("run.name=a1e3", None),
         ("run.name=1 000", None),
