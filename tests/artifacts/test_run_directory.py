@@ -17,7 +17,15 @@ import yaml
 
 from artifacts.directory import differing_keys, is_frozen, open_run
 from artifacts.manifest import build_manifest, git_state
-from models.config import DeltaConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScaling
+from models.config import (
+    DeltaConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    MultipliersConfig,
+    RopeScaling,
+)
 from optim.config import OPTIMIZERS, SCHEDULES, AdamWConfig, OptimConfig, ScheduleConfig, WSDConfig
 from parallel.config import AutoscaleConfig
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig
@@ -252,6 +260,7 @@ def whole_configs():
             schedule=(schedule or SCHEDULES[0])(),
             **groups,
         )
+    yield Config(model=ModelConfig(**sizes, multipliers=MultipliersConfig()))  # which further tokens refuse
 
 
 def keys_of(config, prefix=()):
