@@ -260,7 +260,9 @@ def whole_configs():
             schedule=(schedule or SCHEDULES[0])(),
             **groups,
         )
-    yield Config(model=ModelConfig(**sizes, multipliers=MultipliersConfig()))  # which further tokens refuse
+    # Further tokens refuse multipliers.
+    multiplied = ModelConfig(**sizes, multipliers=MultipliersConfig())
+    yield Config(model=multiplied, optim=OPTIMIZERS[0](), schedule=SCHEDULES[0]())
 
 
 def keys_of(config, prefix=()):
