@@ -172,7 +172,7 @@ x = [open('/dev/null') for _ in range(4096)]
 == raise_limits: failed
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-== recursion: failed killed memory
+== recursion: failed killed memory timeout
 import sys
 sys.setrecursionlimit(10**9)
 def f(): f()
