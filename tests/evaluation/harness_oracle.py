@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def ours(run: str, bos: bool):
     """A run, as scripts open one."""
     from artifacts.load import load
+    from data.tokens.tokenizer import load_tokenizer
     from evaluation.harness import harness_model
     from serving.generator import Generator
     from training.config import from_stored
     from training.samples import trained_model
 
     loaded = load(run, from_stored)
-    tokenizer = loaded.tokenizer(lambda: None)
+    tokenizer = load_tokenizer(loaded.path / "tokenizer.json")
     return harness_model(Generator(*trained_model(loaded, tokenizer.vocab_size)), tokenizer, add_bos=bos)
 
 
