@@ -294,7 +294,9 @@ class _Probe(GGUF):
 def _described(config: ModelConfig, architecture: Architecture, values: Mapping[str, Any]) -> Description:
     head = architecture.name + "."
     written = {
-        head + key: values[name] for key, name in {**KEYS, **architecture.keys}.items() if name in values
+        head + key: values[name]
+        for key, name in {**KEYS, **architecture.keys}.items()
+        if values.get(name) is not None  # such a file has no word for none: it leaves the key out
     }
     written |= {head + "vocab_size": config.vocab_size, head + "rope.dimension_count": config.head_dim}
     written[head + "attention.value_length"] = config.head_dim
