@@ -54,13 +54,13 @@ def make(directory: Path, gigabytes: float) -> None:
     tile = np.random.default_rng(0).normal(size=TILE).astype(np.float32)
     arrays = ((name, np.resize(tile, shape)) for name, shape in shapes.items())
     write_tensors(directory, shapes, arrays, np.float32)
-    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "config.json").write_text(json.dumps(values), "utf-8")
     forget(directory)
 
 
 def facts(path: str) -> Iterator[tuple[str, int]]:
     """Numbers of a file in /proc/self, by name."""
-    for line in Path("/proc/self", path).read_text().splitlines():
+    for line in Path("/proc/self", path).read_text("utf-8").splitlines():
         name, _, value = line.partition(":")
         if (number := value.split()[:1]) and number[0].isdecimal():
             yield name, int(number[0])

@@ -414,10 +414,11 @@ def judge(spec: dict[str, Any]) -> str:
     def be_program() -> None:
         module = execute(source, "__main__" if tests is None else "program", {})
         if tests is not None:
-            answer(module, os.fdopen(asked), os.fdopen(say, "w"))
+            answer(module, os.fdopen(asked, encoding="utf-8"), os.fdopen(say, "w", encoding="utf-8"))
 
     def be_tests() -> None:
-        names = remote_names(os.fdopen(ask, "w"), os.fdopen(heard))
+        pipes = os.fdopen(ask, "w", encoding="utf-8"), os.fdopen(heard, encoding="utf-8")
+        names = remote_names(*pipes)
         execute(tests, "tests", without_disguise(tests, names))
 
     pids = [start(spec, (ask, heard) if tests is not None else (ask, heard, asked, say), be_program)]
