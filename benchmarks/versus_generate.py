@@ -10,7 +10,6 @@ is shown: random weights have near-ties, which the last bit decides.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -24,11 +23,10 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.measure import ROOT, arguments, publish
-from benchmarks.versus_torch import TORCH_PYTHON, environment, torch_python
+from benchmarks.versus_torch import TORCH_PYTHON, Peer, environment, torch_python
 from benchmarks.workload import build, compose_config
-from common.errors import RunFault
 from common.host import keep_freed_memory
-from interop.write import export
+from interop.write import export, reader
 from serving.generator import Generator
 from serving.sampling import Sampling, sample_keys
 from training.config import with_vocab
@@ -37,39 +35,16 @@ PROMPT, VOCABULARY = 16, 4096
 PRECISIONS = ("float32", "bfloat16")
 
 
-class Theirs:
-    """transformers in a process of its own."""
+def transformers(python: Path, directory: Path, precision: str, threads: int) -> Peer:
+    """Transformers in a process of its own, with an exported model."""
+    script = str(ROOT / "benchmarks/torch_generation.py")
+    command = [str(python), "-P", script, str(directory), precision, str(threads)]
+    return Peer(f"transformers {precision}", command, environment(threads) | {"HF_HUB_OFFLINE": "1"})
 
-    def __init__(self, python: Path, directory: Path, precision: str, threads: int):
-        script = str(ROOT / "benchmarks/torch_generation.py")
-        self.process = subprocess.Popen(
-            [str(python), "-P", script, str(directory), precision, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment(threads) | {"HF_HUB_OFFLINE": "1"},
-        )
-        self.versions = self._answer()["versions"]
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RunFault(f"transformers' process ended with status {self.process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def complete(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Seconds and ids of one call."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Let it end."""
-        self.process.communicate(timeout=60)
+def complete(peer: Peer, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Seconds and ids of one call of transformers' `generate`."""
+    return peer.ask(json.dumps({"prompts": prompts, "tokens": tokens}))
 
 
 def ours(words: Sequence[str], precision: str) -> Generator:
@@ -84,14 +59,7 @@ def export_start(words: Sequence[str], output: Path) -> None:
     """The same weights as a directory of Hugging Face's layout."""
     program = build(with_vocab(compose_config(*words)), jax.devices()[:1])
     params = program.to_canonical(program.init_state(0).params)
-
-    def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
-        leaf: Any = params
-        for name in path:
-            leaf = leaf[name]
-        return np.asarray(leaf if row is None else leaf[row])
-
-    export(output, program.model.config, program.model, read, dtype=jnp.float32)
+    export(output, program.model.config, program.model, reader(params), dtype=jnp.float32)
 
 
 @measure.guarded
@@ -115,23 +83,23 @@ def main(argv: Sequence[str]) -> int:
     prompts = random.integers(0, VOCABULARY, (asked.rows, PROMPT)).tolist()
     calls: dict[str, Any] = {}
     said: dict[str, Any] = {}
-    theirs: list[Theirs] = []
+    theirs: list[Peer] = []
     with TemporaryDirectory() as directory:
         export_start(words, Path(directory, "model"))
         try:
             for precision in PRECISIONS:
                 generator = ours(words, precision)
-                theirs.append(Theirs(python, Path(directory, "model"), precision, asked.threads))
+                theirs.append(transformers(python, Path(directory, "model"), precision, asked.threads))
                 for rows in (asked.rows, 1):
                     some, keys = prompts[:rows], sample_keys(0, range(rows))
                     call = partial(generator.complete, some, Sampling(0), keys, max_new_tokens=asked.tokens)
-                    written, answer = call(), theirs[-1].complete(some, asked.tokens)
+                    written, answer = call(), complete(theirs[-1], some, asked.tokens)
                     said[f"{precision}, {rows}"] = float(
                         np.mean(np.array(written) == np.array(answer["ids"]))
                     )
                     calls[f"ours {precision}, {rows}"] = partial(measure.timed, call)
                     calls[f"transformers {precision}, {rows}"] = partial(
-                        lambda worker, some: worker.complete(some, asked.tokens)["seconds"], theirs[-1], some
+                        lambda peer, some: complete(peer, some, asked.tokens)["seconds"], theirs[-1], some
                     )
             samples = measure.alternate(calls, asked.rounds)
         finally:
@@ -155,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
             }
         )
     machine = measure.describe_machine()
-    machine["versions"] |= theirs[0].versions
+    machine["versions"] |= theirs[0].introduction["versions"]
     result = {
         "title": f"Generation, greedy: {asked.tokens} tokens a text",
         "machine": machine,

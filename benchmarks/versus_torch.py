@@ -63,48 +63,57 @@ VARIANTS = tuple(
 )
 
 
-class Worker:
-    """One side in a process of its own, which answers each line with one line."""
+class Peer:
+    """A process that says when it is ready, and answers each line with a line of JSON."""
 
-    def __init__(self, variant: str, command: Sequence[str], environment: dict[str, str]):
-        self.variant = variant
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]):
+        self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
-        self.losses: list[float] = []
-        self.bytes = 0
         self.introduction = self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RunFault(f"the worker of {self.variant} ended with status {self.process.wait()}")
+            raise RunFault(f"the worker of {self.name} ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def run(self, steps: int) -> float:
-        """Mean seconds of so many further steps."""
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to a line."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise RunFault(f"the worker of {self.variant} is gone, status {self.process.wait()}") from error
-        answer = self._answer()
-        self.losses += answer["losses"]
-        self.bytes = answer["bytes"]
-        return float(answer["seconds"])
+            raise RunFault(f"the worker of {self.name} is gone, status {self.process.wait()}") from error
+        return self._answer()
 
     def close(self) -> None:
         """Let it end: it does when nothing more can come."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
         try:
-            self.process.wait(timeout=30)
+            self.process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+class Worker(Peer):
+    """One side of the step, by its variant."""
+
+    def __init__(self, variant: str, command: Sequence[str], environment: dict[str, str]):
+        super().__init__(variant, command, environment)
+        self.losses: list[float] = []
+        self.bytes = 0
+
+    def run(self, steps: int) -> float:
+        """Mean seconds of so many further steps."""
+        answer = self.ask(str(steps))
+        self.losses += answer["losses"]
+        self.bytes = answer["bytes"]
+        return float(answer["seconds"])
 
 
 def torch_python(asked: str | None = None) -> Path:
@@ -216,17 +225,17 @@ def ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def row(worker: Worker, samples: dict[str, list[float]], work: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The table's row of a variant; ratios are ours over PyTorch's speed, so they stand in our rows."""
-    seconds = measure.summary(samples[worker.variant])
+    seconds = measure.summary(samples[worker.name])
     found = ratios(samples)
-    flops, precision = work["flops_per_token"], worker.variant.partition(":")[2]
+    flops, precision = work["flops_per_token"], worker.name.partition(":")[2]
     rate = tokens / seconds["median"]
 
     def over(side: str) -> str | None:
-        times = found.get(f"{worker.variant} / {side}:{precision}")
+        times = found.get(f"{worker.name} / {side}:{precision}")
         return measure.with_quartiles(times) if times else None
 
     names = {"eager": "torch eager", "compile": "torch.compile"}
-    side = worker.variant.partition(":")[0]
+    side = worker.name.partition(":")[0]
     return {
         "variant": f"{names.get(side, side)} {precision}",
         "step, ms": seconds["median"] * 1e3,

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.checks import require
 from data.tokens.tokenizer import Tokenizer
+from evaluation.score import windows
 from serving.generator import Generator
 from serving.sampling import Sampling, sample_keys
 
@@ -57,10 +58,8 @@ class HarnessMethods:
         """(sum of log-probabilities, whether each token is the likeliest) of each continuation."""
         texts = [(context + rest)[-(self.max_length + 1) :] for _, context, rest in requests]
         sizes = [min(len(rest), len(text) - 1) for (*_, rest), text in zip(requests, texts, strict=True)]
-        tails = [
-            scores[len(scores) - size :].tolist()
-            for scores, size in zip(self.generator.score(texts), sizes, strict=True)
-        ]
+        starts = [len(text) - size for text, size in zip(texts, sizes, strict=True)]
+        tails = [scores.tolist() for scores in self.generator.score(texts, starts)]
         # Above one half a token is the likeliest, below an equal share it is not; between them the model is
         # asked to write. Sizes apart, so that none runs over a table of positions.
         vocab = self.generator.model.config.vocab_size
@@ -75,17 +74,16 @@ class HarnessMethods:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text: every token once, by as many before it as one window holds."""
-        windows, owners, sizes = [], [], []
+        texts, starts, owners = [], [], []
         for number, request in enumerate(requests):
             tokens = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
-            for start in range(1, len(tokens), self.max_length):
-                end = min(start + self.max_length, len(tokens))
-                windows.append(tokens[max(0, end - 1 - self.max_length) : end])
+            for text, start in windows(tokens, 1, self.max_length, keep_first=False):
+                texts.append(text)
+                starts.append(start)
                 owners.append(number)
-                sizes.append(end - start)
         parts: list[list[float]] = [[] for _ in requests]
-        for owner, size, scores in zip(owners, sizes, self.generator.score(windows), strict=True):
-            parts[owner] += scores[len(scores) - size :].tolist()
+        for owner, scores in zip(owners, self.generator.score(texts, starts), strict=True):
+            parts[owner] += scores.tolist()
         return [math.fsum(part) for part in parts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

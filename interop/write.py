@@ -58,6 +58,18 @@ def export(
     return chosen
 
 
+def reader(params: Any) -> Read:
+    """`Read` of a tree of parameters."""
+
+    def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
+        leaf = params
+        for name in path:
+            leaf = leaf[name]
+        return np.asarray(leaf if row is None else leaf[row])
+
+    return read
+
+
 def arrays(
     found: list[Slot], read: Read, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, np.ndarray]]:

@@ -60,7 +60,7 @@ def do(arguments: Sequence[str]) -> int:
     from interop.gguf import KINDS as STORED
     from interop.gguf_tokenizer import tokenizer_values
     from interop.tokenizer_out import hub_files
-    from interop.write import export
+    from interop.write import export, reader
     from interop.write_gguf import export_gguf
     from models.transformer import build_model
     from training.config import from_stored
@@ -77,12 +77,10 @@ def do(arguments: Sequence[str]) -> int:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), info)
     params = found.weights(abstract, step=options.step, weights=options.weights)
 
+    parameter = reader(params)
+
     def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
-        leaf: Any = params
-        for name in path:
-            leaf = leaf[name]
-        found = np.asarray(leaf if row is None else leaf[row])
-        return found[:rows] if path in TABLES else found
+        return parameter(path, row)[:rows] if path in TABLES else parameter(path, row)
 
     text = (found.path / "tokenizer.json").read_text("utf-8")
     template, stop_id = _chat(found.path, tokenizer)

@@ -162,9 +162,8 @@ class Generator:
         places = np.zeros((len(wanted) + -len(wanted) % size, 3), np.int32)
         places[: len(wanted)] = wanted
         blocks = places.reshape(-1, self._ways, size // self._ways, 3)
-        return np.concatenate([np.asarray(self._score(self._weights, stream, x)).ravel() for x in blocks])[
-            : len(wanted)
-        ]
+        found = [self._score(self._weights, stream, block) for block in blocks]  # all on their way, then read
+        return np.concatenate([np.asarray(x).ravel() for x in found])[: len(wanted)]
 
     def _row_length(self, size: int) -> int:
         """Of the row that a text of so many tokens has: a power of two, from 128 on or half as much again."""

@@ -10,10 +10,10 @@ import pytest
 
 from interop.read import Published
 from interop.safetensors import NAMES, Tensors
-from interop.write import export
+from interop.write import export, reader
 from models.config import ModelConfig
 from models.transformer import build_model
-from tests.interop.test_round_trip import SAME, placed, random_weights, reader
+from tests.interop.test_round_trip import SAME, placed, random_weights
 
 ABOUT = {
     "quant_method": "fp8",

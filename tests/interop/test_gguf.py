@@ -8,10 +8,11 @@ import pytest
 
 from interop.gguf import GGUF, KINDS, quantized, write_gguf
 from interop.read import Published
+from interop.write import reader
 from interop.write_gguf import export_gguf
 from models.config import ModelConfig, RopeScaling
 from models.transformer import build_model
-from tests.interop.test_round_trip import MODELS, SAME, SMALL, placed, random_weights, reader
+from tests.interop.test_round_trip import MODELS, SAME, SMALL, placed, random_weights
 
 NAMES = {
     "llama": {

@@ -10,11 +10,12 @@ import pytest
 
 from data.tokens.tokenizer import Tokenizer
 from interop.gguf_tokenizer import tokenizer_files, tokenizer_values
+from interop.write import reader
 from interop.write_gguf import export_gguf
 from models.config import ModelConfig, RopeScaling
 from models.transformer import build_model
 from tests.interop.test_parity import PYTHON, ROOT, forward_of, pytestmark  # noqa: F401
-from tests.interop.test_round_trip import random_weights, reader
+from tests.interop.test_round_trip import random_weights
 from tests.interop.test_tokenizers import byte_level, nasty, sentencepiece_values
 
 LENGTH = 128  # of a row: one program for all prefixes

@@ -17,7 +17,7 @@ from data.tokens.tokenizer import load_tokenizer
 from interop.gguf import KINDS
 from interop.peft import read_adapter, write_adapter
 from interop.read import Published
-from interop.write import export
+from interop.write import export, reader
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
@@ -25,7 +25,6 @@ from scripts.export import main as export_run
 from tests.interop.test_peft import ADAPTERS, adapted, base_weights
 from tests.interop.test_peft import reader as factor_reader
 from tests.interop.test_round_trip import MODELS
-from tests.interop.test_round_trip import reader as base_reader
 from training.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +120,7 @@ def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
     size = 0.25  # or attention looks at one token, and rounding decides at which
     model, rules, weights = adapted("llama", size=size)
     base = base_weights(model, size)
-    export(tmp_path / "base", ModelConfig(**MODELS["llama"]), model, base_reader(base))
+    export(tmp_path / "base", ModelConfig(**MODELS["llama"]), model, reader(base))
     write_adapter(tmp_path / "adapter", model, rules, ADAPTERS, factor_reader(weights))
     tokens = np.random.default_rng(0).integers(3, 40, (1, 60))
     np.save(tmp_path / "tokens.npy", tokens)

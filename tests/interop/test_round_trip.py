@@ -14,7 +14,7 @@ import pytest
 from interop.configs import FAMILIES
 from interop.read import Published
 from interop.safetensors import Tensors, write_tensors
-from interop.write import export, families_for
+from interop.write import export, families_for, reader
 from models.config import (
     DeltaConfig,
     MLAConfig,
@@ -128,16 +128,6 @@ def random_weights(model):
     leaves, structure = jax.tree.flatten(model.info)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype(np.float32) for x in leaves])
-
-
-def reader(params):
-    def read(path, row):
-        leaf = params
-        for name in path:
-            leaf = leaf[name]
-        return leaf if row is None else leaf[row]
-
-    return read
 
 
 def placed(model):
