@@ -16,15 +16,25 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from common.checks import choice, within
-from evaluation import confine
+from evaluation import fences
 
 ISOLATION = ("full", "none")
 OUTPUT = 64 << 10  # bytes of stdout, and of stderr, that are kept; a program that writes more is ended
 DISK = 16  # megabytes of files that a program may have at a time
 STARTING = 20.0  # seconds for what comes before and after the program itself
+ROOT = Path(__file__).parents[1]
+# What is started: modules that need no package; nothing of ours is to be found from there afterwards.
+INSIDE = """
+import sys
+sys.path.insert(0, {root!r})
+from evaluation.confine import main
+del sys.path[0]
+main()
+"""
 Status = Literal["passed", "failed", "timeout", "memory", "output", "killed"]
 
 
@@ -78,10 +88,10 @@ def available() -> dict[str, str]:
     """What this kernel has of each fence that "full" needs: "yes", a version, or "" where it is missing."""
     if sys.platform != "linux":
         return {"namespaces": "", "landlock": "", "seccomp": ""}
-    version = confine.landlock_version()
+    version = fences.landlock_version()
     found = {
         "landlock": f"version {version}" if version else "",
-        "seccomp": "yes" if confine.has_seccomp() else "",
+        "seccomp": "yes" if fences.has_seccomp() else "",
     }
     report = _started("", None, 5.0, 256, True, None)[0]
     return {"namespaces": "" if "namespaces" in report.get("missing", "") else "yes", **found}
@@ -123,7 +133,7 @@ def _started(
     """(report, stdout, stderr) of one execution, of which no process is left."""
     began = time.monotonic()
     reads, writes = os.pipe()
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", confine.__file__]
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", INSIDE.format(root=str(ROOT))]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd=folder or "/", pass_fds=(writes,),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from evaluation import confine, sandbox
+from evaluation import fences, sandbox
 from evaluation.sandbox import available, check_solution, pass_at_k, run_program
 
 MISSING = [name for name, what in available().items() if not what]
@@ -281,7 +281,7 @@ class Host:
 
     def __init__(self, path: Path, drop: bool):
         # The user that the program is, so that it is not the user who keeps it away.
-        user = confine.NOBODY if drop else None
+        user = fences.NOBODY if drop else None
         self.secret, self.outside, self.unique = path / "secret", path / "outside", f"written-{path.name}"
         self.secret.write_text(SECRET)
         self.secret.chmod(0o666)
@@ -297,8 +297,8 @@ class Host:
         self.listeners[2].bind(("127.0.0.1", port))
         self.words = {
             "secret": self.secret, "outside": self.outside, "unique": self.unique, "abstract": self.abstract,
-            "port": port, "victim": self.victim.pid, "ours": os.getpid(), "clone": confine.CLONE,
-            "readv": confine.CALLS["process_vm_readv"][confine.COLUMN],
+            "port": port, "victim": self.victim.pid, "ours": os.getpid(), "clone": fences.CLONE,
+            "readv": fences.CALLS["process_vm_readv"][fences.COLUMN],
         }  # fmt: skip
 
     def harm(self, printed: str) -> set[str]:
@@ -336,15 +336,18 @@ def host(request, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_is_root", lambda: drop)
     monkeypatch.setenv("TOKEN", SECRET)
     # A path of this test's own on the command line, by which its processes are found.
-    there = shutil.copy(confine.__file__, tmp_path)
-    monkeypatch.setattr(confine, "__file__", str(there))
+    inside = tmp_path / "inside" / "evaluation"
+    inside.mkdir(parents=True)
+    for name in ("__init__", "confine", "fences", "exchange"):
+        shutil.copy(Path(fences.__file__).with_name(f"{name}.py"), inside)
+    monkeypatch.setattr(sandbox, "ROOT", inside.parent)
     made = Host(tmp_path, drop)
     yield made
     made.close()
 
 
 def left(path: Path) -> list[str]:
-    """The processes that run the copy of confine.py in a directory."""
+    """The processes that run the copy of the room in a directory."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -385,7 +388,7 @@ def test_escapes_are_contained(name, host, tmp_path):
 @pytest.mark.parametrize("name", [*REAL, "daemon", "stubborn_fork_bomb", "other_program", "mount"])
 def test_a_fence_less_is_still_one(name, fence, host, tmp_path):
     """Seccomp and Landlock taken away: namespaces alone keep the host."""
-    copy = Path(confine.__file__)
+    copy = sandbox.ROOT / "evaluation/fences.py"
     text = copy.read_text()
     for function in fence.split():
         text = text.replace(f"        {function}()\n", "        pass\n")
@@ -490,11 +493,10 @@ def test_what_is_missing_is_refused_in_one_line(monkeypatch):
 
 
 @needs_kernel
-def test_a_namespace_that_is_refused_is_named(host, monkeypatch):
+def test_a_namespace_that_is_refused_is_named(host):
     """As a container does, by a limit of the kernel's that this process's children have."""
-    monkeypatch.setattr(confine, "__file__", str(Path(confine.__file__).with_name("broken.py")))
-    text = Path(confine.__file__).with_name("confine.py").read_text()
-    Path(confine.__file__).write_text(text.replace('called(what, "unshare",', 'called(what, "unshare", -1,'))
+    copy = sandbox.ROOT / "evaluation/fences.py"
+    copy.write_text(copy.read_text().replace('called(what, "unshare",', 'called(what, "unshare", -1,'))
     with pytest.raises(ValueError, match="isolation=full needs .*namespaces: unshare: Invalid argument"):
         run_program("")
 
