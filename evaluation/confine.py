@@ -143,7 +143,9 @@ def main() -> None:
         except OSError as error:
             return tell(spec, missing=str(error))
     if pid := os.fork():
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
         os.waitpid(pid, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what could be ended has ended; its id is free
         return None
     if spec["isolated"]:
         called("namespaces", "prctl", 1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG: with its parent

@@ -155,15 +155,25 @@ def _started(
             files = (report, process.stdout, process.stderr)
             said, *texts, ended = _read([file.fileno() for file in files], began + seconds + STARTING)
         finally:
-            # Its own process group; with the first process of a PID namespace go all that are in it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process, isolated)
     out, err = (text[:OUTPUT].decode("utf-8", "replace") for text in texts)
     if ended:
         return {"status": ended, "seconds": time.monotonic() - began}, out, err
     if not said:
         raise RuntimeError(f"the sandbox ended without a report: {err.strip()[-500:]}")
     return json.loads(said.splitlines()[0]), out, err
+
+
+def _end(process: subprocess.Popen[bytes], isolated: bool) -> None:
+    """End all that is left of it; isolated: and wait until the last has gone."""
+    if isolated:
+        # It ends the first process of the PID namespace, which has gone when all that are in it have, and waits.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STARTING)
+            return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _is_root() -> bool:
