@@ -167,7 +167,7 @@ def _started(
 def _end(process: subprocess.Popen[bytes], isolated: bool) -> None:
     """End all that is left of it; isolated: and wait until the last has gone."""
     if isolated:
-        # It ends the first process of the PID namespace, which has gone when all that are in it have, and waits.
+        # It ends the first process of the PID namespace and waits for it, which goes after all others in it.
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STARTING)
