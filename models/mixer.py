@@ -130,11 +130,15 @@ def extend_cache(
 ) -> Cache:
     """The cache with what is new of a batch [B, T] at its tokens' own places; padding has none.
 
-    new: arrays as `arrays` describes them, of T places.
+    new: arrays as `arrays` describes them, of T places. Of a cache in pages, [pages, ...] with the places of
+    a page as its length, `batch["pages"]` [B, M] says which a row has, in order.
     """
     filled = {}
     for name, part in new.items():
         place = arrays[name].axes.index("length")
+        if "pages" in batch:
+            filled[name] = _written(cache[name], part.astype(cache[name].dtype), place + 1, batch)
+            continue
         # A place beyond the end is nobody's: what is padding there is dropped.
         index = jnp.where(batch["segment_ids"] > 0, batch["positions"], arrays[name].shape[place])
         before = (slice(None),) * place
@@ -142,6 +146,17 @@ def extend_cache(
         write = jax.vmap(lambda old, at, x, before=before: old.at[(*before, at)].set(x, mode="drop"))
         filled[name] = arrays[name].placed(write(cache[name], index, part.astype(cache[name].dtype)), ops)
     return filled
+
+
+def _written(pool: Array, part: Array, place: int, batch: dict[str, Array]) -> Array:
+    """Pages with a batch's new places, which dim `place` of both counts, each in its row's own page."""
+    size = pool.shape[place]
+    number, within = jnp.divmod(batch["positions"], size)
+    page = jnp.take_along_axis(batch["pages"], jnp.minimum(number, batch["pages"].shape[1] - 1), axis=1)
+    page = jnp.where(batch["segment_ids"] > 0, page, pool.shape[0])  # padding's is nobody's
+    between = (slice(None),) * (place - 1)
+    # [B, T, ...]: two indices of one shape, with slices between or not, come first in what they choose.
+    return pool.at[(page, *between, within)].set(jnp.moveaxis(part, place, 1), mode="drop")
 
 
 def mixer(name: str) -> type[Mixer]:

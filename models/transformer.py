@@ -319,17 +319,19 @@ class Model:
         [S], and of each layer what its mixer keeps.
         """
         grown = partial(CacheArray.grown, x=None, rows=batch_size, ops=ops)
-        segments = jax.tree.map(grown, self._cache_arrays(capacity))
+        segments = jax.tree.map(grown, self.cache_arrays(capacity))
         lengths = jnp.zeros(batch_size, jnp.int32)
         return {"lengths": lengths, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
 
     def grow(self, cache: Tree, capacity: int, ops: Ops) -> Tree:
         """The cache with room for `capacity` tokens, at least as many as it had."""
         grown = partial(CacheArray.grown, rows=len(cache["lengths"]), ops=ops)
-        segments = jax.tree.map(grown, self._cache_arrays(capacity), cache["segments"])
+        segments = jax.tree.map(grown, self.cache_arrays(capacity), cache["segments"])
         return {**cache, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
 
-    def _cache_arrays(self, capacity: int) -> Tree:
+    def cache_arrays(self, capacity: int) -> Tree:
+        """What each layer's mixer keeps of a row of `capacity` tokens, as a tree of `CacheArray`."""
+
         def of(segment: Segment) -> Tree:
             specs = {str(p): spec for p, spec in enumerate(segment.period)}
             return {p: mixer(s.mixer).cache_arrays(self.config, s, capacity) for p, s in specs.items()}
@@ -363,6 +365,7 @@ class Model:
             "segment_ids": (jnp.arange(size) < counts[:, None]).astype(jnp.int32),
             "kv_positions": places,
             "kv_segment_ids": (places < filled[:, None]).astype(jnp.int32),
+            **{name: cache[name] for name in ("pages",) if name in cache},
         }
         x = self.embed(params, batch, ops)
         x, segments = self._layers(params, x, batch, ops, cache["segments"])

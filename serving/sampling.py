@@ -40,11 +40,11 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
     """
     logits = _allowed(logits.astype(jnp.float32), sampling.vocab_size)
     if sampling.temperature == 0:
-        return _first_largest(logits)
+        return first_largest(logits)
     logits = _keep_top_p(_keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
     # The Gumbel trick, as `jax.random.categorical` has it, to the bit.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
-    return _first_largest(logits + noise)
+    return first_largest(logits + noise)
 
 
 def sample_keys(seed: int, numbers: Sequence[int] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
@@ -58,7 +58,7 @@ def keys_at(keys: Key[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, "
     return jax.vmap(jax.random.fold_in)(keys, positions)
 
 
-def _first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+def first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
     """The index of the largest of each row, the first of equals.
 
     Two plain reductions: XLA:CPU makes one loop without vectors of `argmax` and all that it reads, noise
@@ -82,7 +82,7 @@ def _keep_top_k(logits: Float[Array, "B V"], top_k: int) -> Float[Array, "B V"]:
     def enough(threshold: Array) -> Array:
         return jnp.sum(logits >= threshold, axis=-1, keepdims=True) >= top_k
 
-    return jnp.where(logits >= _largest_where(enough, logits), logits, -jnp.inf)
+    return jnp.where(logits >= largest_where(enough, logits), logits, -jnp.inf)
 
 
 def _keep_top_p(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
@@ -94,10 +94,10 @@ def _keep_top_p(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"
         return jnp.sum(jnp.where(logits >= threshold, shares, 0.0), axis=-1, keepdims=True) >= top_p
 
     # The fewest likeliest that hold top_p; where rounding leaves less than that in all, all of them.
-    return jnp.where(logits >= _largest_where(enough, logits), logits, -jnp.inf)
+    return jnp.where(logits >= largest_where(enough, logits), logits, -jnp.inf)
 
 
-def _largest_where(enough: Callable[[Array], Array], x: Float[Array, "B V"]) -> Float[Array, "B 1"]:
+def largest_where(enough: Callable[[Array], Array], x: Float[Array, "B V"]) -> Float[Array, "B 1"]:
     """The largest float32 of each row that is `enough`, which holds up to some threshold and not above.
 
     By bisection over all floats, which are integers in the same order: 32 passes over [B, V], an eighth to a

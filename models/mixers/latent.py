@@ -88,7 +88,7 @@ class LatentAttention(Mixer):
             joined = jnp.concatenate([latent, k_rope], axis=-1)
             cache = extend_cache(cache, {"latent": joined}, arrays, batch, ops)
             latent, k_rope = jnp.split(cache["latent"], [latent.shape[-1]], axis=-1)
-        if cache is not None and x.shape[1] == 1:
+        if cache is not None and (x.shape[1] == 1 or "pages" in batch):  # of all pages nothing is expanded
             mixed = self.absorb(q, cache["latent"], attend, ops)
         else:
             # The many queries of a prompt share what is expanded: less work than in a latent's width each.

@@ -1,0 +1,68 @@
+"""Attention to keys and values that lie in pages: a page of every row at a time, by an online softmax.
+
+B rows, T query positions, M pages of a row, P pages in all, S places of a page, N query heads, K key/value
+heads, G = N/K, R = G*T queries of one key/value head, H head size of queries and keys, V that of values.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import Masks, Scores, sinks_of_rows
+from kernels.attention_cpu import LOWEST, TINY, UNSEEN
+
+F32 = jnp.float32
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "P S K H"],
+    v: Float[Array, "P S K V"],
+    masks: Masks,
+    scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    pages: Int[Array, "B M"],
+) -> Float[Array, "B T N V"]:
+    """`reference_attention` of each row to the places of its pages, which are its positions 0, 1, ...
+
+    Of `masks` the queries' half counts. The loop goes to the last page of the longest row; to a row that ends
+    before, what is behind adds exact zeros. So a row's numbers do not depend on what other rows hold, nor on
+    how long they are. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    """
+    batch, length, heads, size = q.shape
+    places, kv_heads = k.shape[1], k.shape[2]
+    groups = heads // kv_heads
+    rows = q.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, groups * length, size)
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    # A query that is padding stands before all keys, and sees none.
+    position = jnp.where(masks.q_segments > 0, masks.q_positions, -1)
+    last = jnp.max(position)
+    position = jnp.tile(position, (1, groups))[:, None, :, None]
+
+    def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        page = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
+        products = jnp.einsum("BKRH,BKHS->BKRS", rows, keys[page], preferred_element_type=F32)
+        bounded = scores.bounded(products * scores.scale)
+        distance = position - (number * places + jnp.arange(places))
+        seen = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
+        bounded = jnp.where(seen, bounded, UNSEEN)
+        higher = jnp.maximum(top, jnp.max(bounded, axis=-1, keepdims=True))
+        weights, fade = jnp.exp(bounded - higher), jnp.exp(top - higher)
+        mixed = jnp.einsum(
+            "BKRS,BKSV->BKRV", weights.astype(v.dtype), values[page], preferred_element_type=F32
+        )
+        return higher, total * fade + jnp.sum(weights, axis=-1, keepdims=True), out * fade + mixed
+
+    shape = (batch, kv_heads, groups * length)
+    top, total = jnp.full((*shape, 1), LOWEST, F32), jnp.zeros((*shape, 1), F32)
+    if sinks is not None:
+        top = jnp.broadcast_to(sinks_of_rows(sinks, kv_heads, length)[None, :, :, None], top.shape)
+        total = jnp.ones_like(total)
+    carry = (top, total, jnp.zeros((*shape, v.shape[-1]), F32))
+    _, total, out = jax.lax.fori_loop(0, last // places + 1, turn, carry)
+    out = out / jnp.maximum(total, TINY)
+    out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, v.shape[-1]).astype(q.dtype)

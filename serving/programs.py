@@ -1,0 +1,247 @@
+"""The programs of an engine, each of one shape: a row never knows what its neighbours are.
+
+S slots, V vocabulary, M pages of a slot, C tokens of a chunk, D model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels.attention_paged import paged_attention
+from kernels.einsum import Projector
+from kernels.names import PROJECTIONS
+from models.ops import Ops
+from models.transformer import Model, Tree
+from parallel.axes import Layout
+from serving.drawing import REALS, draw
+from serving.generator import decoding_ops
+from serving.request import TOP, Request
+from serving.sampling import keys_at
+
+STOPS = 16  # ids that end a text
+HEAD = 128  # positions whose logits exist at once while a text is scored
+INTEGERS = ("token", "lengths", "ends", "least", "top_k")  # of each slot, int32
+
+
+class Programs:
+    """What runs on the devices: five executables, compiled by `warm`, and the state that they hand on.
+
+    model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
+    chunk, pages: as in `ServeConfig`, with max_len a multiple of page.
+    """
+
+    def __init__(
+        self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
+        chunk: int, pages: int,
+    ) -> None:  # fmt: skip
+        if layout is not None:
+            whole = dict.fromkeys(("length", "act_length", "batch"), ())
+            layout = replace(layout, rules={**layout.rules, **whole})
+        self.model, self.slots, self.max_len, self.chunk = model, slots, max_len, chunk
+        self._page, self._pages = page, pages
+        self._ops = ops = decoding_ops(ops, layout)
+        product = ops.project
+        eight_bit = isinstance(product, Projector) and product.quantized is not None
+        masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
+        self.ready = jax.jit(partial(model.unstack, ops=ops, masters=masters))
+        self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1)
+        self.decode = jax.jit(partial(_decode, self), donate_argnums=1)
+        self.place = jax.jit(_place, donate_argnums=0)
+        self.top = jax.jit(_top)
+        self.score = jax.jit(partial(_score, model, ops))
+
+    @property
+    def compiled(self) -> int:
+        """Executables that there are, `ready` aside."""
+        functions: tuple[Any, ...] = (self.prefill, self.decode, self.place, self.top, self.score)
+        return sum(function._cache_size() for function in functions)
+
+    def row(self) -> int:
+        """M, the pages that a slot can have."""
+        return -(-self.max_len // self._page)
+
+    def empty(self) -> Tree:
+        """The state of an engine in which nobody writes."""
+        slots, ops, vocabulary = self.slots, self._ops, self.model.config.vocab_size
+
+        def made(array: Any) -> Array:
+            rows = self._pages if "length" in array.axes else slots
+            return array.grown(None, rows=rows, ops=ops)
+
+        integers = {
+            name: jnp.zeros(slots, jnp.int32) for name in ("token", "lengths", "ends", "least", "top_k")
+        }
+        return {
+            **integers,
+            **{name: jnp.zeros(slots, jnp.float32) for name in REALS},
+            "active": jnp.zeros(slots, bool),
+            "key": jnp.zeros((slots, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32),
+            "stops": jnp.full((slots, STOPS), -1, jnp.int32),
+            "pages": jnp.zeros((slots, self.row()), jnp.int32),
+            "written": jnp.zeros((slots, vocabulary), jnp.int32),
+            "segments": jax.tree.map(made, self.model.cache_arrays(self._page)),
+        }
+
+    def values(self, request: Request | None, pages: Sequence[int]) -> Tree:
+        """What `place` puts into a slot: of a request whose prompt is read up to its last token, or of none.
+
+        Numbers of one type each, so that no request is another program.
+        """
+        integers = dict.fromkeys(INTEGERS, 0) | {"seed": 0, "choice": 0}
+        reals, stops = dict.fromkeys(REALS, 0.0), np.full(STOPS, -1, np.int32)
+        row = np.zeros(self.row(), np.int32)
+        row[: len(pages)] = pages
+        if request is not None:
+            size, how = len(request.prompt), request.draw
+            integers = {
+                "token": request.prompt[-1],
+                "lengths": size - 1,
+                "ends": size + request.max_tokens,
+                "least": size + request.min_tokens,
+                "top_k": min(how.top_k, self.model.config.vocab_size),
+                "seed": request.seed,
+                "choice": request.choice,
+            }
+            reals = {name: getattr(how, name) for name in REALS}
+            stops[: len(request.stop_ids)] = sorted(request.stop_ids)
+        return {
+            **{
+                name: np.uint32(value) if name == "seed" else np.int32(value)
+                for name, value in integers.items()
+            },
+            **{name: np.float32(value) for name, value in reals.items()},
+            "active": np.bool_(request is not None),
+            "stops": stops,
+            "pages": row,
+        }
+
+    def put_bias(self, bias: Float[np.ndarray, "S V"]) -> Array:
+        """It on the devices, where `decode` reads it."""
+        return jnp.asarray(bias)
+
+    def warm(self, params: Tree) -> tuple[Tree, Tree]:
+        """(weights, an empty state) with every program compiled, and run once."""
+        weights, state = self.ready(params), self.empty()
+        state = self.place(state, np.int32(0), self.values(None, []))
+        row, tokens = np.zeros(self.row(), np.int32), np.zeros(self.chunk, np.int32)
+        state = self.prefill(weights, state, np.int32(0), row, tokens, np.int32(0), np.int32(0))
+        bias = self.put_bias(np.zeros((self.slots, self.model.config.vocab_size), np.float32))
+        state, out = self.decode(weights, state, bias, np.zeros(self.slots, bool))
+        jax.block_until_ready(self.top(out["logits"], out["total"]))
+        text = np.zeros((1, self.max_len), np.int32)
+        jax.block_until_ready(self.score(weights, text, np.int32(0)))
+        return weights, state
+
+
+def _place(state: Tree, slot: Int[Array, ""], values: Mapping[str, Array]) -> Tree:
+    """The state with these values in a slot, in which nothing has been written."""
+    values = dict(values)
+    # As `serving.sampling.sample_keys` makes it.
+    key = jax.random.fold_in(jax.random.key(values.pop("seed")), values.pop("choice"))
+    values["key"] = jax.random.key_data(key)
+    placed = {name: state[name].at[slot].set(value) for name, value in values.items()}
+    return {**state, **placed, "written": state["written"].at[slot].set(0)}
+
+
+def _prefill(
+    self: Programs,
+    weights: Tree,
+    state: Tree,
+    slot: Int[Array, ""],
+    pages: Int[Array, " M"],
+    tokens: Int[Array, " C"],
+    begin: Int[Array, ""],
+    count: Int[Array, ""],
+) -> Tree:
+    """The state with `count` tokens of a prompt, from `begin` on, in the pages of a slot."""
+    arrays = self.model.cache_arrays(self._page)
+
+    def own(array: Any, x: Array) -> Array:
+        return x if "length" in array.axes else jax.lax.dynamic_slice_in_dim(x, slot, 1)
+
+    def put(array: Any, x: Array, new: Array) -> Array:
+        return new if "length" in array.axes else jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0)
+
+    segments = jax.tree.map(own, arrays, state["segments"])
+    cache = _cache(self, begin[None], pages[None], segments)
+    ops = replace(self._ops, attention=partial(paged_attention, pages=pages[None]))
+    _, cache = self.model.decode(weights, tokens[None], cache, ops, count[None])  # nothing is drawn
+    return {**state, "segments": jax.tree.map(put, arrays, state["segments"], cache["segments"])}
+
+
+def _decode(
+    self: Programs, weights: Tree, state: Tree, bias: Float[Array, "S V"], mine: Bool[Array, " S"]
+) -> tuple[Tree, dict[str, Array]]:
+    """The state with a token more in every active slot that is `mine`, and what came of it.
+
+    Of each slot: the token, its log-probability, whether it ran and whether it is at its end; for `top` the
+    logits and the logarithm of the sum of their exponentials.
+    """
+    ops = replace(self._ops, attention=partial(paged_attention, pages=state["pages"]))
+    runs = state["active"] & mine
+    cache = _cache(self, state["lengths"], state["pages"], state["segments"])
+    logits, cache = self.model.decode(weights, state["token"][:, None], cache, ops, runs.astype(jnp.int32))
+    logits = ops.constrain(logits, (None, None))
+    # What each text gets at its own position is drawn with its own key for it.
+    position, stops = cache["lengths"], state["stops"]
+    keys = keys_at(jax.random.wrap_key_data(state["key"]), position)
+    slots = jnp.arange(self.slots)
+    # Too early to end.
+    early = jnp.where((position < state["least"])[:, None] & (stops >= 0), stops, logits.shape[-1])
+    bias = bias.at[slots[:, None], early].set(-jnp.inf, mode="drop")
+    token = draw(logits, state["written"], bias, state, keys)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    ended = jnp.any(token[:, None] == stops, axis=1) | (position + 1 >= state["ends"])
+    written = state["written"].at[slots, token].add(runs.astype(jnp.int32))
+    state = {
+        **state,
+        "segments": cache["segments"],
+        "lengths": position,
+        "token": jnp.where(runs, token, state["token"]),
+        "active": state["active"] & ~(runs & ended),
+        "written": written,
+    }
+    logprob = logits[slots, token] - total
+    return state, {"token": token, "logprob": logprob, "ran": runs, "logits": logits, "total": total}
+
+
+def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree:
+    """The cache as `Model.decode` takes it: of rows whose pages are these."""
+    places = jnp.arange(pages.shape[1] * self._page, dtype=jnp.int32)
+    return {"lengths": lengths, "places": places, "pages": pages, "segments": segments}
+
+
+def _top(logits: Float[Array, "S V"], total: Float[Array, " S"]) -> tuple[Array, Array]:
+    """(log-probabilities, tokens) of the likeliest of each slot, [S, TOP] in descending order."""
+    values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return values - total[:, None], tokens
+
+
+def _score(
+    model: Model, ops: Ops, weights: Tree, text: Int[Array, "1 L"], count: Int[Array, ""]
+) -> tuple[Array, Array, Array]:
+    """Of a text of `count` tokens, at each but the first: its log-probability, and those of the likeliest."""
+    length = text.shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    batch = {"tokens": text, "positions": positions, "segment_ids": (positions < count).astype(jnp.int32)}
+    stream = model.hidden(weights, batch, ops)
+    targets = jnp.roll(text, -1, axis=1)
+
+    def some(block: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        x, target = block
+        logits = model.logits(weights, x[None], ops)[0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        own = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - total
+        return own, *_top(logits, total)
+
+    more = -length % HEAD
+    stream, targets = jnp.pad(stream[0], ((0, more), (0, 0))), jnp.pad(targets[0], (0, more))
+    blocks = stream.reshape(-1, HEAD, stream.shape[-1]), targets.reshape(-1, HEAD)
+    own, values, tokens = jax.lax.map(some, blocks)
+    return own.ravel(), values.reshape(-1, values.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
