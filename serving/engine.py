@@ -145,6 +145,7 @@ class Engine:
             page=settings.page,
             chunk=settings.chunk,
             pages=pages,
+            device=next(iter(jax.tree.leaves(params)[0].devices())),
         )
         self._schedule: Schedule[Text] = Schedule(settings.slots, settings.chunk, settings.prefill_every)
         self._params: Any = params

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention_paged import paged_attention
@@ -33,23 +34,24 @@ class Programs:
     """What runs on the devices: five executables, compiled by `warm`, and the state that they hand on.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages: as in `ServeConfig`, with max_len a multiple of page.
+    chunk, pages: as in `ServeConfig`. device: where weights lie that no layout spreads.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
-        chunk: int, pages: int,
+        chunk: int, pages: int, device: Any = None,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
             layout = replace(layout, rules={**layout.rules, **whole})
-        self.model, self.slots, self.max_len, self.chunk = model, slots, max_len, chunk
-        self._page, self._pages = page, pages
+        self.model, self.slots, self.max_len, self._layout = model, slots, max_len, layout
+        self._page, self._pages, self._chunk = page, pages, chunk
+        self._device = device
         self._ops = ops = decoding_ops(ops, layout)
         product = ops.project
         eight_bit = isinstance(product, Projector) and product.quantized is not None
         masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
-        self.ready = jax.jit(partial(model.unstack, ops=ops, masters=masters))
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
         self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1)
         self.decode = jax.jit(partial(_decode, self), donate_argnums=1)
         self.place = jax.jit(_place, donate_argnums=0)
@@ -121,15 +123,26 @@ class Programs:
             "pages": row,
         }
 
+    def ready(self, params: Tree) -> Tree:
+        """Weights as the programs take them, of parameters as a checkpoint has them."""
+        return self._unstack(params if self._layout is not None else self._there(params))
+
+    def _there(self, tree: Any) -> Any:
+        """Arrays where they stay: one that lay elsewhere, or nowhere in particular, is another program."""
+        if self._layout is None:
+            return jax.device_put(tree, self._device)
+        whole = NamedSharding(self._layout.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, whole), tree)
+
     def put_bias(self, bias: Float[np.ndarray, "S V"]) -> Array:
         """It on the devices, where `decode` reads it."""
-        return jnp.asarray(bias)
+        return self._there(jnp.asarray(bias))
 
     def warm(self, params: Tree) -> tuple[Tree, Tree]:
         """(weights, an empty state) with every program compiled, and run once."""
-        weights, state = self.ready(params), self.empty()
+        weights, state = self.ready(params), self._there(self.empty())
         state = self.place(state, np.int32(0), self.values(None, []))
-        row, tokens = np.zeros(self.row(), np.int32), np.zeros(self.chunk, np.int32)
+        row, tokens = np.zeros(self.row(), np.int32), np.zeros(self._chunk, np.int32)
         state = self.prefill(weights, state, np.int32(0), row, tokens, np.int32(0), np.int32(0))
         bias = self.put_bias(np.zeros((self.slots, self.model.config.vocab_size), np.float32))
         state, out = self.decode(weights, state, bias, np.zeros(self.slots, bool))
