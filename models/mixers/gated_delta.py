@@ -79,8 +79,9 @@ class GatedDelta(Mixer):
         # behind it in a row, the state that is left is that of the last token that counts.
         segments = jax.lax.cummax(batch["segment_ids"], axis=1)
         if cache is not None:
-            # A row that begins anew begins with nothing, whoever had its place in the cache before.
-            begins = batch["positions"][:, 0] == 0
+            # A row that begins anew begins with nothing, whoever had its place in the cache before; one that
+            # has no token here keeps what it has.
+            begins = (batch["positions"][:, 0] == 0) & real[:, 0]
             cache = {n: jnp.where(begins.reshape(-1, *[1] * (c.ndim - 1)), 0, c) for n, c in cache.items()}
         q, k, v, filled = self.project(x, real, segments, ops, cache)
         q, k, v = name_inputs(q, k, v)

@@ -1,0 +1,265 @@
+"""An answer is a function of weights and request: nothing else of what an engine does is seen in it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.purity import differing
+from models.config import DeltaConfig
+from models.ops import Ops
+from models.transformer import build_model
+from serving.config import ServeConfig
+from serving.engine import Engine, complete
+from serving.generator import Generator
+from serving.request import Draw, Failed, Finished, Refused, Request, Written
+from serving.sampling import Sampling, sample_keys
+from tests.serving.test_generate import CONFIG, MODELS, OPS, make, make_forward
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ServeConfig(slots=3, page=4, chunk=8, max_len=64)
+DELTA = DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=8, chunk=8)
+FAMILIES = {
+    **MODELS,
+    "sinks": replace(CONFIG, attention_sinks=True, window=6, window_pattern=["local", "global"]),
+    "softcap": replace(CONFIG, attention_softcap=5.0, logit_softcap=5.0),
+    "hybrid": replace(CONFIG, delta=DELTA, mixer_pattern=["gated_delta", "attention"]),
+}
+LONG = tuple((7 * i) % 64 for i in range(30))
+
+
+def lively(name):
+    model = build_model(FAMILIES[name])
+    params = model.init(jax.random.key(0))
+    return model, jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = Engine(*make("plain"), OPS, SETTINGS)
+    made.warm()
+    return made
+
+
+def tokens(answer):
+    return [event.token for event in answer[0]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_an_answer_does_not_depend_on_the_load(name, dtype):
+    found = differing(*lively(name), Ops(compute_dtype=dtype), SETTINGS, schedules=6, count=9)
+    assert found == {kind: (18, 0) for kind in found}
+
+
+@pytest.mark.slow
+def test_nor_with_the_compiler_s_own_flags_and_a_model_of_a_real_size(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "benchmarks.purity", "--schedules", "3", "--requests", "16"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "purity.json").read_text())
+    assert result["differing"] == 0 and sum(row["requests"] for row in result["table"]) == 96
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_what_the_generator_writes(name):
+    """In float32 the same tokens: another program, other shapes, the same weights and keys."""
+    model, params = lively(name)
+    engine, generator = Engine(model, params, OPS, SETTINGS), Generator(model, params, OPS)
+    engine.warm()
+    prompts = [LONG, LONG[:9], (5,), LONG[3:20]]
+    for draw, sampling in (
+        (Draw(0), Sampling(0)),
+        (Draw(0.9, top_k=9), Sampling(0.9, 9)),
+        (Draw(1, top_p=0.9), Sampling(1, 0, 0.9)),
+    ):
+        answers = complete(engine, [Request(p, 20, draw, seed=3, choice=i) for i, p in enumerate(prompts)])
+        wanted = generator.complete(prompts, sampling, sample_keys(3, range(4)), max_new_tokens=20)
+        assert list(map(tokens, answers)) == wanted
+    assert engine.compiled == 5
+
+
+def test_log_probabilities_are_a_full_forward_pass_s(engine):
+    model, params = make("plain")
+    forward = make_forward(model, params)
+    written, finished = complete(engine, [Request(LONG, 12, Draw(0.8), seed=1, logprobs=5)])[0]
+    text = [*LONG, *(event.token for event in written)]
+    scores = forward(text)[len(LONG) - 1 : -1]
+    for event, row in zip(written, scores, strict=True):
+        np.testing.assert_allclose(event.logprob, row[event.token], rtol=1e-5, atol=1e-5)
+        best = np.argsort(-row)[:5]
+        assert [token for token, _ in event.top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in event.top], row[best], rtol=1e-5, atol=1e-5)
+        assert dict(event.top).get(event.token, event.logprob) == event.logprob  # the same float
+    assert finished.written_tokens == 12 and finished.reason == "length"
+    scored = engine.score(tuple(text), 3)
+    np.testing.assert_allclose([w.logprob for w in scored[1:]], forward(text)[range(41), text[1:]], atol=1e-5)
+    assert [w.top[0][0] for w in scored[1:]] == forward(text)[:-1].argmax(axis=-1).tolist()
+
+
+def test_what_a_request_asks_for_is_done(engine):
+    free = tokens(complete(engine, [Request(LONG, 16, Draw(0))])[0])
+    stop = free[5]
+    cut = free.index(stop)
+    early = complete(engine, [Request(LONG, 16, Draw(0), stop_ids=frozenset({stop}))])[0]
+    assert tokens(early) == free[:cut] and early[1].reason == "stop"
+    late = complete(engine, [Request(LONG, 16, Draw(0), stop_ids=frozenset({stop}), min_tokens=9)])[0]
+    assert len(tokens(late)) >= 9 and stop not in tokens(late)[:9]
+    never = tokens(complete(engine, [Request(LONG, 16, Draw(0, bias={stop: -float("inf")}))])[0])
+    assert stop not in never
+    always = tokens(complete(engine, [Request(LONG, 16, Draw(1, bias={7: 1e9}))])[0])
+    assert always == [7] * 16
+    varied = tokens(complete(engine, [Request(LONG, 30, Draw(0, presence=2, frequency=2))])[0])
+    assert len(set(varied)) > len(set(tokens(complete(engine, [Request(LONG, 30, Draw(0))])[0])))
+    assert tokens(complete(engine, [Request(LONG, 16, Draw(1, min_p=1.0), seed=5)])[0]) == free
+    plain = complete(engine, [Request(LONG, 2)])[0][0]
+    assert all(event.logprob is None and event.top == () for event in plain)
+
+
+def test_choices_and_seeds_differ(engine):
+    asked = [Request((5, 6), 12, seed=seed, choice=choice) for seed in (0, 1) for choice in (0, 1, 2)]
+    assert len({tuple(tokens(answer)) for answer in complete(engine, asked)}) == 6
+
+
+def test_a_grammar_is_kept_beside_others_who_have_none(engine):
+    class Rising:
+        """Each token is larger than the one before."""
+
+        def __init__(self):
+            self.last = 0
+
+        def allowed(self):
+            return np.arange(64) > self.last
+
+        def accept(self, token):
+            assert token > self.last
+            self.last = token
+
+    crowd = [Request(LONG, 12, Draw(1), seed=i) for i in range(4)]
+    alone = [tokens(answer) for answer in complete(engine, crowd)]
+    asked = [*crowd[:2], Request(LONG, 12, Draw(1), grammar=Rising(), stop_ids=frozenset({63})), *crowd[2:]]
+    answers = [tokens(answer) for answer in complete(engine, asked)]
+    assert answers[:2] + answers[3:] == alone
+    assert answers[2] == sorted(set(answers[2])) and answers[2]
+
+
+def test_a_prompt_in_the_cache_is_not_read_again(engine):
+    prompt = tuple(range(40, 60)) * 2
+    first, second = (complete(engine, [Request(prompt, 4, Draw(0))])[0] for _ in range(2))
+    assert (first[1].cached_tokens, second[1].cached_tokens) == (0, 32)
+    assert first[0] == second[0]
+
+
+def test_weights_change_between_requests_and_not_within_one():
+    model, params = make("plain")
+    other = make("plain", 7)[1]
+    engine = Engine(model, params, OPS, SETTINGS, version="a")
+    engine.warm()
+    long, short = Request(LONG, 20, Draw(0)), Request(LONG, 8, Draw(0))
+    before = complete(engine, [long])[0]
+    changed = []
+
+    def change():
+        if not changed and engine.load().written_tokens > 25:
+            engine.update(other, "b")
+            changed.append(engine.submit(short, lambda number, event: changed.append(event)))
+
+    during = complete(engine, [long], change)[0]
+    while not isinstance(changed[-1], Finished):
+        engine.step()
+    assert during[0] == before[0] and during[1].version == "a"
+    fresh = Engine(model, other, OPS, SETTINGS, version="b")
+    fresh.warm()
+    after = complete(fresh, [short])[0]
+    assert changed[1:-1] == after[0] and changed[-1].version == "b" == engine.version
+    assert changed[-1].cached_tokens == 0 and engine.compiled == 5
+    assert len(engine._weights) == 1  # the old ones are gone
+
+
+def test_a_hundred_that_go_away_hold_nothing(engine):
+    events = []
+    numbers = [engine.submit(Request(LONG, 30), lambda *event: events.append(event)) for _ in range(100)]
+    for _ in range(20):
+        engine.step()
+    for number in numbers:
+        engine.cancel(number)
+        engine.cancel(number)
+    engine.step()
+    engine.step()
+    load = engine.load()
+    assert (load.running, load.waiting, load.pages_used) == (0, 0, 0)
+    ends = [event for _, event in events if isinstance(event, Finished)]
+    assert [end.reason for end in ends] == ["cancelled"] * 100
+
+
+def test_what_never_fits_is_an_error_and_what_does_not_fit_now_is_refused():
+    engine = Engine(*make("plain"), OPS, replace(SETTINGS, queue_requests=2, queue_tokens=200))
+    nothing = lambda number, event: None  # noqa: E731
+    for request, message in (
+        (Request(LONG, 35), r"max_tokens=35 behind a prompt of 30 tokens exceeds .* max_len=64; .* most 34"),
+        (Request((64,), 1), "a token is outside 0..63"),
+        (Request((1,), 1, stop_ids=frozenset({-1})), "a token is outside 0..63"),
+        (Request((1,), 1, Draw(bias={99: 1.0})), "a token is outside 0..63"),
+        (Request((1,), 1, stop_ids=frozenset(range(17))), "stop_token_ids=17 must be from 0 to 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(request, nothing)
+    for _ in range(2):
+        engine.submit(Request(LONG, 30), nothing)
+    with pytest.raises(Refused, match="queue_requests=3 would be above 2") as refused:
+        engine.submit(Request((1,), 1), nothing)
+    assert refused.value.reason == "queue_requests" and refused.value.retry_after >= 1
+    engine._draining = True
+    with pytest.raises(Refused, match="about to end"):
+        engine.submit(Request((1,), 1), nothing)
+    for words, message in (
+        ({"max_len": 1}, "max_len=1 must be 2 or more|max_len=1 must be from 2"),
+        ({"pages": 15}, "pages=15 must be at least 16, what max_len=64 needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(*make("plain"), OPS, replace(SETTINGS, **words))
+
+
+def test_a_thread_answers_and_drains_and_tells_of_its_end():
+    engine = Engine(*make("plain"), OPS, SETTINGS)
+    engine.start()
+    events, done = [], threading.Event()
+
+    def sink(number, event):
+        events.append(event)
+        if isinstance(event, Finished | Failed):
+            done.set()
+
+    engine.submit(Request(LONG, 5, Draw(0)), sink)
+    assert done.wait(60) and [type(event) for event in events] == [Written] * 5 + [Finished]
+    engine.submit(Request(LONG, 30, Draw(0)), sink)
+    assert engine.drain(60) and isinstance(events[-1], Finished)
+    engine.stop()
+
+
+def test_a_failure_is_told_to_everybody(monkeypatch):
+    engine = Engine(*make("plain"), OPS, SETTINGS)
+    engine.warm()
+    events = []
+    engine.submit(Request(LONG, 5), lambda number, event: events.append(event))
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._programs, "prefill", fail)
+    with pytest.raises(RuntimeError):
+        engine._run()
+    assert events == [Failed("RuntimeError: out of memory")]
+    with pytest.raises(Refused, match="out of memory"):
+        engine.submit(Request(LONG, 5), lambda number, event: None)
