@@ -21,6 +21,7 @@ from benchmarks.measure import arguments, publish
 from benchmarks.workload import build, compose_config
 from models.ops import Ops
 from models.transformer import Model, Tree
+from parallel.axes import Layout
 from serving.config import ServeConfig
 from serving.engine import Engine, complete
 from serving.request import Draw, Event, Finished, Request, Written
@@ -90,14 +91,22 @@ def _ended(events: dict[int, list[Event]], number: int) -> bool:
 
 
 def differing(
-    model: Model, params: Tree, ops: Ops, settings: ServeConfig, *, schedules: int, count: int, seed: int = 0
+    model: Model,
+    params: Tree,
+    ops: Ops,
+    settings: ServeConfig,
+    layout: Layout | None = None,
+    *,
+    schedules: int,
+    count: int,
+    seed: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """Of each kind of schedule: (requests answered, those of which any bit differed). Raises RuntimeError
     where something was compiled on the way, or a page is held afterwards.
     """
     engines = []
     for cache in (False, True):
-        engines.append(Engine(model, params, ops, replace(settings, prefix_cache=cache)))
+        engines.append(Engine(model, params, ops, replace(settings, prefix_cache=cache), layout))
         engines[-1].warm()
     programs = [engine.compiled for engine in engines]
     rng = np.random.default_rng(seed)
@@ -138,7 +147,13 @@ def main(argv: Sequence[str]) -> int:
         params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
         settings = ServeConfig(max_len=LENGTH, page=32, chunk=64)
         found = differing(
-            program.model, params, program.ops, settings, schedules=asked.schedules, count=asked.requests
+            program.model,
+            params,
+            program.ops,
+            settings,
+            program.layout,
+            schedules=asked.schedules,
+            count=asked.requests,
         )
         table += [
             {"precision": precision, "schedule": kind, "requests": total, "differing": wrong}

@@ -52,9 +52,14 @@ class Programs:
         eight_bit = isinstance(product, Projector) and product.quantized is not None
         masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
         self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
-        self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1)
-        self.decode = jax.jit(partial(_decode, self), donate_argnums=1)
-        self.place = jax.jit(partial(_place), donate_argnums=0)  # its own, so that its programs are counted
+        self._state = state = self._there(self.empty())
+        # Where it lies it stays: what a compiler chose for itself would be another program the next time.
+        to = None if layout is None else jax.tree.map(lambda x: x.sharding, state)
+        rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1, out_shardings=to)
+        self.decode = jax.jit(partial(_decode, self), donate_argnums=1, out_shardings=to and (to, rest))
+        # Functions of its own, so that its programs are counted.
+        self.place = jax.jit(partial(_place), donate_argnums=0, out_shardings=to)
         self.top = jax.jit(partial(_top))
         self.score = jax.jit(partial(_score, model, ops))
 
@@ -76,11 +81,8 @@ class Programs:
             rows = self._pages if "length" in array.axes else slots
             return array.grown(None, rows=rows, ops=ops)
 
-        integers = {
-            name: jnp.zeros(slots, jnp.int32) for name in ("token", "lengths", "ends", "least", "top_k")
-        }
         return {
-            **integers,
+            **{name: jnp.zeros(slots, jnp.int32) for name in INTEGERS},
             **{name: jnp.zeros(slots, jnp.float32) for name in REALS},
             "active": jnp.zeros(slots, bool),
             "key": jnp.zeros((slots, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32),
@@ -140,7 +142,8 @@ class Programs:
 
     def warm(self, params: Tree) -> tuple[Tree, Tree]:
         """(weights, an empty state) with every program compiled, and run once."""
-        weights, state = self.ready(params), self._there(self.empty())
+        weights, state = self.ready(params), self._state
+        self._state = None
         state = self.place(state, np.int32(0), self.values(None, []))
         row, tokens = np.zeros(self.row(), np.int32), np.zeros(self._chunk, np.int32)
         state = self.prefill(weights, state, np.int32(0), row, tokens, np.int32(0), np.int32(0))
@@ -185,7 +188,8 @@ def _prefill(
     cache = _cache(self, begin[None], pages[None], segments)
     ops = replace(self._ops, attention=partial(paged_attention, pages=pages[None]))
     _, cache = self.model.decode(weights, tokens[None], cache, ops, count[None])  # nothing is drawn
-    return {**state, "segments": jax.tree.map(put, arrays, state["segments"], cache["segments"])}
+    segments = jax.tree.map(put, arrays, state["segments"], cache["segments"])
+    return {**state, "segments": segments}
 
 
 def _decode(
@@ -221,7 +225,13 @@ def _decode(
         "written": written,
     }
     logprob = logits[slots, token] - total
-    return state, {"token": token, "logprob": logprob, "ran": runs, "logits": logits, "total": total}
+    return state, {
+        "token": token,
+        "logprob": logprob,
+        "ran": runs,
+        "logits": logits,
+        "total": total,
+    }
 
 
 def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree:

@@ -13,16 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from artifacts.config import RunConfig
 from benchmarks.purity import differing
 from models.config import DeltaConfig
 from models.ops import Ops
 from models.transformer import build_model
+from parallel.config import MeshConfig
+from parallel.mesh import build_layout
 from serving.config import ServeConfig
 from serving.engine import Engine, complete
 from serving.generator import Generator
 from serving.request import Draw, Failed, Finished, Refused, Request, Written
 from serving.sampling import Sampling, sample_keys
+from tests.parallel.small import RULES
 from tests.serving.test_generate import CONFIG, MODELS, OPS, make, make_forward
+from training.config import Config
+from training.program import build_ops
+from training.state import is_info
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ServeConfig(slots=3, page=4, chunk=8, max_len=64)
@@ -88,6 +95,25 @@ def test_it_is_what_the_generator_writes(name):
         wanted = generator.complete(prompts, sampling, sample_keys(3, range(4)), max_new_tokens=20)
         assert list(map(tokens, answers)) == wanted
     assert engine.compiled == 5
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("plain", 1), ("plain", 2), ("moe", 2), ("latent", 2)])
+def test_on_a_mesh_it_writes_what_one_device_does(name, tensor):
+    model, params = lively(name)
+    layout = build_layout(MeshConfig(data=1, tensor=tensor, rules=RULES), jax.devices()[:tensor])
+    spread = jax.device_put(params, layout.tree(model.info, is_info))
+    config = Config(run=RunConfig(name="t"), model=model.config, mesh=MeshConfig(data=1, tensor=tensor))
+    engine = Engine(model, spread, build_ops(config, layout), SETTINGS, layout)
+    engine.warm()
+    asked = [Request(LONG[: 9 * n], 16, Draw(0.8), seed=2, choice=n) for n in (1, 2, 3)]
+    answers = complete(engine, asked)
+    wanted = Generator(model, params, OPS).complete(
+        [request.prompt for request in asked],
+        Sampling(0.8),
+        sample_keys(2, [1, 2, 3]),
+        max_new_tokens=16,
+    )
+    assert list(map(tokens, answers)) == wanted and engine.compiled == 5
 
 
 def test_log_probabilities_are_a_full_forward_pass_s(engine):
