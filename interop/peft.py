@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from interop.families import Rules
+from interop.places import Place
 from interop.rules import Slot, Stacked, letters, read, slots, their_shape
 from interop.safetensors import Tensors, write_tensors
 from interop.write import Read, arrays
@@ -111,7 +112,7 @@ def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_adapter(path: Path, model: Any, rules: Rules) -> tuple[Adapters, "Adapted"]:
+def read_adapter(path: Place, model: Any, rules: Rules) -> tuple[Adapters, "Adapted"]:
     """The adapters of a directory for a model, and their factors, checked before any is read.
 
     Raises ValueError for a kind that is not supported, and for arrays that are missing, strange or of another

@@ -1,6 +1,7 @@
 """What a model is worth: `python scripts/evaluate.py RUN suite=small`.
 
-    RUN                a directory in runs/, a path to one, or published weights (a folder with config.json)
+    RUN                a directory in runs/, a path to one, or published weights (a folder with
+                       config.json or adapter_config.json, a GGUF file, or the URL of one)
     suite=small        small, core, code, domains, or a YAML file of that form
     tasks=null         some of the suite's tasks, comma-separated; null: all
     limit=null         documents of each task, 0: all; null: as the suite says
@@ -134,9 +135,10 @@ def do(arguments: Sequence[str]) -> int:
 
 def is_run(name: str) -> bool:
     """Whether it is a run rather than published weights; what is neither is refused as no run."""
-    path = Path(name).expanduser()
-    one_file = path.suffix == ".gguf" and path.is_file()
-    return not (one_file or (path / "config.json").is_file()) or (path / "config.yaml").is_file()
+    from interop.adapted import is_published
+    from interop.places import path_of
+
+    return not is_published(path_of(name))
 
 
 def open_run(options: EvaluateOptions) -> Opened:
