@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from common.checks import choice
-from interop.config_out import difference, write_config
 from interop.configs import FAMILIES, Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
@@ -99,8 +98,6 @@ GPT2 = dict.fromkeys(KEYS, "") | {  # sizes of heads follow, and nothing rotates
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
-# What files say and llama.cpp leaves out: it looks further back. Read as the family has it, and not written.
-UNHEEDED = {("phi3", "attention.sliding_window")}
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # layers of the one model whose scores are scaled by D / N
 OTHERS = ("general.", "tokenizer.", "quantize.", "split.")  # values that say nothing of the model
 
@@ -180,9 +177,6 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
     if module not in names:
         return None
     return f"{'blk.{n}.' if '{n}' in name else ''}{names[module]}.{kind}"
-
-
-# -- in -----------------------------------------------------------------------------------------------------
 
 
 def read_model(file: GGUF) -> tuple[dict[str, Any], ModelConfig, Family, Rules]:
@@ -276,98 +270,16 @@ def _llama3(stretches: np.ndarray, theta: float) -> dict[str, Any] | None:
     """The published settings of Llama 3.1 that give these factors, of whatever context they were made for."""
     for power in range(5, 21):
         scaling = RopeScaling(kind="llama3", factor=float(stretches.max()), original_length=2**power)
-        if np.allclose(_stretches(scaling, theta, 2 * len(stretches)), stretches, rtol=1e-5):
+        if np.allclose(stretches_of(scaling, theta, 2 * len(stretches)), stretches, rtol=1e-5):
             names = ("factor", "low_freq_factor", "high_freq_factor")
             values = {name: getattr(scaling, name) for name in names}
             return {"rope_type": "llama3", "original_max_position_embeddings": 2**power, **values}
     return None
 
 
-def _stretches(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+def stretches_of(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
     """By how much each plane turns slower, [H/2]."""
     config = ModelConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
     spec = layer_spec(config, "global")
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None), spec)[0]
     return plain / rope_frequencies(config, spec)[0]
-
-
-# -- out ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Description:
-    """A model in GGUF's words: its values, its rules, and arrays that are no parameters."""
-
-    architecture: Architecture
-    values: dict[str, Any]
-    extra: dict[str, np.ndarray]
-
-
-def describe(config: ModelConfig) -> Description:
-    """The first architecture that computes this model: what is written reads back as the same model.
-
-    Raises ValueError where none does, with the reason of the plainest that came nearest.
-    """
-    reason = ""
-    for architecture in ARCHITECTURES:
-        try:
-            _, values = write_config(config, architecture.family)
-        except ValueError as error:
-            reason = reason or str(error)
-            continue
-        found = _described(config, architecture, values)
-        try:
-            _, back, _, _ = read_model(_Probe(config, found))
-        except ValueError as error:
-            reason = str(error)
-            continue
-        if not (differs := difference(config, back)):
-            return found
-        reason = f"{architecture.name} cannot say {differs}"
-    names = ", ".join(sorted({a.name for a in ARCHITECTURES}))
-    raise ValueError(f"llama.cpp's {names} do not compute this model: {reason}")
-
-
-class _Probe(GGUF):
-    """A description as if it were a file: what reading asks of one."""
-
-    def __init__(self, config: ModelConfig, found: Description):
-        self.path, self.metadata, self.extra = "the GGUF", found.values, found.extra  # type: ignore[assignment]
-        shapes = {TABLE: (config.vocab_size, config.d_model)}
-        shapes |= {} if config.tie_embeddings else {HEAD: shapes[TABLE]}
-        biases = {"blk.0.attn_q.bias": (0,), "blk.0.ffn_up.bias": (0,)} if config.bias else {}
-        arrays = {name: array.shape for name, array in found.extra.items()}
-        self.entries = {
-            n: (self.path, "F32", shape, 0) for n, shape in {**shapes, **biases, **arrays}.items()
-        }
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.extra[name]
-
-
-def _described(config: ModelConfig, architecture: Architecture, values: Mapping[str, Any]) -> Description:
-    head = architecture.name + "."
-    written = {
-        head + key: values[name]
-        for key, name in architecture.words.items()
-        # Such a file has no word for none: it leaves the key out.
-        if values.get(name) is not None and (architecture.name, key) not in UNHEEDED
-    }
-    written[head + "vocab_size"] = config.vocab_size
-    if architecture.rotates:
-        written[head + "rope.dimension_count"] = round(config.head_dim * config.rope_fraction)
-        written[head + "attention.value_length"] = config.head_dim
-    for key in (*(f"attention.layer_norm_{x}" for x in EPSILONS), "rope.freq_base", "rope.freq_base_swa"):
-        if head + key in written:
-            written[head + key] = float(written[head + key])
-    extra: dict[str, np.ndarray] = {}
-    if (scaling := config.rope_scaling) is not None and scaling.kind == "llama3":
-        extra[STRETCHES] = _stretches(scaling, config.rope_theta, config.head_dim).astype(np.float32)
-    elif scaling is not None:
-        written |= {
-            head + "rope.scaling.type": scaling.kind,
-            head + "rope.scaling.factor": float(scaling.factor),
-        }
-        if scaling.kind == "yarn":
-            written[head + "rope.scaling.original_context_length"] = scaling.original_length
-    return Description(architecture, {"general.architecture": architecture.name, **written}, extra)

@@ -18,9 +18,8 @@ import numpy as np
 
 from interop.families import Rules
 from interop.places import Place
-from interop.rules import Slot, Stacked, letters, read, slots, their_shape
+from interop.rules import Read, Slot, Stacked, arrays, letters, read, slots, their_shape
 from interop.safetensors import Tensors, write_tensors
-from interop.write import Read, arrays
 from models.weights import Adapters, LowRank, kind_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -81,9 +81,9 @@ def test_a_gguf_file_under_a_url_too(tmp_path):
 @pytest.fixture(scope="module")
 def exported(ground):
     """A small run, and its weights as others open them."""
-    assert fit(ground.config("first", *STEPS)) == 0
-    assert export_run([str(ground.run("first")), f"output={ground.path}/published", "trim=false"]) == 0
-    return ground.path / "published"
+    assert fit(ground.config("begun", *STEPS)) == 0
+    assert export_run([str(ground.run("begun")), f"output={ground.path}/opened", "trim=false"]) == 0
+    return ground.path / "opened"
 
 
 def begin(ground, name, source, *words):
@@ -95,7 +95,7 @@ def test_a_run_begins_at_the_weights_of_a_url(ground, exported):
     """With model and tokenizer, on a mesh; the manifest says where it began."""
     source, split = f"file://{exported}", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert begin(ground, "remote", source, "optim.learning_rate=1e-12", *split) == 0
-    first, second = (ground.summary(run)["eval/loss"] for run in ("first", "remote"))
+    first, second = (ground.summary(run)["eval/loss"] for run in ("begun", "remote"))
     assert second == pytest.approx(first, rel=1e-5)
     assert json.loads((ground.run("remote") / "manifest.json").read_text())["parent"]["path"] == source
 
