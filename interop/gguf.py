@@ -7,7 +7,6 @@ be one dependency more and is no shorter to use: it has neither views by name no
 """
 
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from interop.places import Place, size_of, view
 from interop.safetensors import buffer_of
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -156,14 +156,14 @@ BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
 class GGUF:
     """The arrays and the values of a GGUF file; `[name]` is a view of it, or float32 made from its blocks."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         """Raises ValueError for what is no such file, is cut short, or has other kinds of arrays."""
         self.path = path
         self.metadata: dict[str, Any] = {}
-        self.entries: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+        self.entries: dict[str, tuple[Place, str, tuple[int, ...], int]] = {}
         try:
             with path.open("rb") as file:
-                self._read_header(file, os.fstat(file.fileno()).st_size)
+                self._read_header(file, size_of(path))
         except (OSError, EOFError, UnicodeDecodeError, KeyError, MemoryError, OverflowError) as error:
             raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from error
         # Devices ask for their parts of an array one after another, and a pair's two in turn.
@@ -203,13 +203,13 @@ class GGUF:
             raise ValueError(f"{self.path} has no {name}")
         path, kind, shape, offset = self.entries[name]
         if KINDS[kind].decode is None:
-            return np.memmap(path, KINDS[kind].dtype, "r", offset, shape)
+            return view(path, KINDS[kind].dtype, offset, shape)
         return self._decoded(name)
 
     def _decode(self, name: str) -> np.ndarray:
         path, name_of_kind, shape, offset = self.entries[name]
         kind = KINDS[name_of_kind]
-        blocks = np.memmap(path, np.uint8, "r", offset, (math.prod(shape) // kind.size, kind.bytes))
+        blocks = view(path, np.uint8, offset, (math.prod(shape) // kind.size, kind.bytes))
         assert kind.decode is not None
         return kind.decode(np.asarray(blocks)).reshape(shape)
 

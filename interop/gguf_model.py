@@ -1,11 +1,12 @@
 """What llama.cpp calls models and parameters, to and from `config.json` and the rules of `interop.families`.
 
 A GGUF's values become a config.json, which `interop.configs` reads as any other, so that what is refused
-there is refused here. Its names stand for those of Hugging Face's files, with three changes of content:
-Llama's rotated rows lie in pairs, Gemma's norms are stored as 1 + w, and experts are stacked.
+there is refused here. Its names stand for those of Hugging Face's files, with four changes of content:
+Llama's rotated rows lie in pairs, Gemma's norms are 1 + w, experts are stacked, GPT-2's matrices transposed.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from common.checks import choice
-from interop.config_out import difference, write_config
 from interop.configs import FAMILIES, Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
@@ -22,6 +22,7 @@ from models.config import ModelConfig, RopeScaling
 from models.rope import rope_frequencies
 from models.spec import layer_spec
 
+EPSILONS = ("rms_epsilon", "epsilon")
 TABLE, HEAD, STRETCHES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 ROUTER = "ffn_gate_inp"
 NAMES = {
@@ -36,6 +37,17 @@ NAMES = {
     "block_sparse_moe.gate": ROUTER,
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",  # Phi-3
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.c_fc": "ffn_up",  # StarCoder 2 and GPT-2
+    "mlp.c_proj": "ffn_down",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
 }
 AROUND = {  # where both halves have a norm behind them too, as in Gemma 2
     "post_attention_layernorm": "post_attention_norm",
@@ -76,6 +88,16 @@ QWEN_MOE = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+PHI3 = {"attention.sliding_window": "sliding_window"}
+STARCODER2 = {"attention.layer_norm_rms_epsilon": "", "attention.layer_norm_epsilon": "norm_epsilon"}
+GPT2 = dict.fromkeys(KEYS, "") | {  # sizes of heads follow, and nothing rotates
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "block_count": "n_layer",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # layers of the one model whose scores are scaled by D / N
 OTHERS = ("general.", "tokenizer.", "quantize.", "split.")  # values that say nothing of the model
 
@@ -86,9 +108,20 @@ class Architecture:
 
     name: str
     family: str
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # beside KEYS
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # beside KEYS; "": not this one
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, whatever a file says
     pairs: bool = False  # rotated rows lie in pairs
+    transposed: bool = False  # the family's matrices are [in, out], llama.cpp's are [out, in]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What config.json calls a key behind the architecture's name."""
+        return {key: name for key, name in {**KEYS, **self.keys}.items() if name}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether positions are rotations, which have keys of their own."""
+        return "rope.freq_base" in self.words
 
     def rules(self, config: ModelConfig) -> Rules:
         """One line a parameter, in GGUF's names."""
@@ -108,6 +141,7 @@ class Architecture:
             yield dataclasses.replace(
                 rule,
                 theirs=found,
+                dims=_transposed(rule) if self.transposed else rule.dims,
                 pairs=0 if self.pairs and turned and "norm" not in rule.ours else rule.pairs,
                 add=-1.0 if norm else rule.add,
             )
@@ -124,17 +158,25 @@ ARCHITECTURES = (  # the plainest first
     Architecture("gemma", "gemma"),
     Architecture("gemma2", "gemma2", GEMMA2),
     Architecture("gemma3", "gemma3_text", GEMMA3),
+    Architecture("phi3", "phi3", PHI3),
+    Architecture("starcoder2", "starcoder2", STARCODER2),
+    Architecture("gpt2", "gpt2", GPT2, transposed=True),
 )
 
 
+def _transposed(rule: Rule) -> str:
+    """A matrix's dims with theirs in the other order; tables, norms and biases stay as they are."""
+    theirs, ours = rule.dims.split(" -> ")
+    groups = re.findall(r"\([^)]*\)|\S+", theirs)
+    matrix = len(groups) == 2 and rule.ours.startswith(("attention/", "mlp/"))
+    return f"{' '.join(groups[::-1])} -> {ours}" if matrix else rule.dims
+
+
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    module, _, kind = name.removeprefix("model.layers.{n}.").rpartition(".")
+    module, _, kind = re.sub(r"^(model\.layers|transformer\.h)\.{n}\.", "", name).rpartition(".")
     if module not in names:
         return None
     return f"{'blk.{n}.' if '{n}' in name else ''}{names[module]}.{kind}"
-
-
-# -- in -----------------------------------------------------------------------------------------------------
 
 
 def read_model(file: GGUF) -> tuple[dict[str, Any], ModelConfig, Family, Rules]:
@@ -161,7 +203,8 @@ def _config_values(file: GGUF, architecture: Architecture) -> dict[str, Any]:
         return left.pop(head + key, default)
 
     found: dict[str, Any] = {"model_type": architecture.family, **architecture.fixed}
-    for key, name in {**KEYS, **architecture.keys}.items():
+    words = architecture.words
+    for key, name in words.items():
         if (value := take(key)) is not None:
             if isinstance(value, list):
                 raise ValueError(
@@ -171,14 +214,18 @@ def _config_values(file: GGUF, architecture: Architecture) -> dict[str, Any]:
     for key in ("expert_count", "expert_used_count"):  # 0 in dense models
         take(key)
     for key in ("embedding_length", "attention.head_count", "block_count", "feed_forward_length"):
-        if KEYS[key] not in found:
+        if words[key] not in found:
             raise ValueError(f"{file.path}: {head}{key} is missing; fetch it again")
     if TABLE not in file.entries:
         raise ValueError(f"{file.path}: {TABLE} is missing; fetch it again")
-    width, layers = found["hidden_size"], found["num_hidden_layers"]
-    H = found.setdefault("head_dim", width // found["num_attention_heads"])
+    width, layers, heads = (
+        found[words[key]] for key in ("embedding_length", "block_count", "attention.head_count")
+    )
+    H = found.get("head_dim", width // heads)
     found["vocab_size"] = file.entries[TABLE][2][0]
     same = {"vocab_size": found["vocab_size"], "attention.value_length": H, "rope.dimension_count": H}
+    if FAMILIES[architecture.family].partial is not None:
+        found["partial_rotary_factor"] = take("rope.dimension_count", H) / H
     for key, wanted in same.items():
         if (value := take(key, wanted)) != wanted:
             raise ValueError(f"{file.path}: {head}{key}={value} is not supported; only {wanted} is")
@@ -189,8 +236,9 @@ def _config_values(file: GGUF, architecture: Architecture) -> dict[str, Any]:
             found["mlp_bias"] = "blk.0.ffn_up.bias" in file.entries
     if architecture.name in SCALED_BY_WIDTH:
         wide = layers == SCALED_BY_WIDTH[architecture.name]
-        found["query_pre_attn_scalar"] = width / found["num_attention_heads"] if wide else H
-    found["rope_scaling"] = _scaling(file, take, found)
+        found["query_pre_attn_scalar"] = width / heads if wide else H
+    if architecture.rotates:
+        found |= {"head_dim": H, "rope_scaling": _scaling(file, take, found)}
     if strange := [key for key in left if not key.startswith(OTHERS)]:
         raise ValueError(
             f"{file.path}: {strange[0]}={left[strange[0]]!r} is not understood, and may change "
@@ -222,95 +270,16 @@ def _llama3(stretches: np.ndarray, theta: float) -> dict[str, Any] | None:
     """The published settings of Llama 3.1 that give these factors, of whatever context they were made for."""
     for power in range(5, 21):
         scaling = RopeScaling(kind="llama3", factor=float(stretches.max()), original_length=2**power)
-        if np.allclose(_stretches(scaling, theta, 2 * len(stretches)), stretches, rtol=1e-5):
+        if np.allclose(stretches_of(scaling, theta, 2 * len(stretches)), stretches, rtol=1e-5):
             names = ("factor", "low_freq_factor", "high_freq_factor")
             values = {name: getattr(scaling, name) for name in names}
             return {"rope_type": "llama3", "original_max_position_embeddings": 2**power, **values}
     return None
 
 
-def _stretches(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+def stretches_of(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
     """By how much each plane turns slower, [H/2]."""
     config = ModelConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
     spec = layer_spec(config, "global")
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None), spec)[0]
     return plain / rope_frequencies(config, spec)[0]
-
-
-# -- out ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Description:
-    """A model in GGUF's words: its values, its rules, and arrays that are no parameters."""
-
-    architecture: Architecture
-    values: dict[str, Any]
-    extra: dict[str, np.ndarray]
-
-
-def describe(config: ModelConfig) -> Description:
-    """The first architecture that computes this model: what is written reads back as the same model.
-
-    Raises ValueError where none does, with the reason of the plainest that came nearest.
-    """
-    reason = ""
-    for architecture in ARCHITECTURES:
-        try:
-            _, values = write_config(config, architecture.family)
-        except ValueError as error:
-            reason = reason or str(error)
-            continue
-        found = _described(config, architecture, values)
-        try:
-            _, back, _, _ = read_model(_Probe(config, found))
-        except ValueError as error:
-            reason = str(error)
-            continue
-        if not (differs := difference(config, back)):
-            return found
-        reason = f"{architecture.name} cannot say {differs}"
-    names = ", ".join(sorted({a.name for a in ARCHITECTURES}))
-    raise ValueError(f"llama.cpp's {names} do not compute this model: {reason}")
-
-
-class _Probe(GGUF):
-    """A description as if it were a file: what reading asks of one."""
-
-    def __init__(self, config: ModelConfig, found: Description):
-        self.path, self.metadata, self.extra = "the GGUF", found.values, found.extra  # type: ignore[assignment]
-        shapes = {TABLE: (config.vocab_size, config.d_model)}
-        shapes |= {} if config.tie_embeddings else {HEAD: shapes[TABLE]}
-        biases = {"blk.0.attn_q.bias": (0,), "blk.0.ffn_up.bias": (0,)} if config.bias else {}
-        arrays = {name: array.shape for name, array in found.extra.items()}
-        self.entries = {
-            n: (self.path, "F32", shape, 0) for n, shape in {**shapes, **biases, **arrays}.items()
-        }
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.extra[name]
-
-
-def _described(config: ModelConfig, architecture: Architecture, values: Mapping[str, Any]) -> Description:
-    head = architecture.name + "."
-    written = {
-        head + key: values[name]
-        for key, name in {**KEYS, **architecture.keys}.items()
-        if values.get(name) is not None  # such a file has no word for none: it leaves the key out
-    }
-    written |= {head + "vocab_size": config.vocab_size, head + "rope.dimension_count": config.head_dim}
-    written[head + "attention.value_length"] = config.head_dim
-    for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa"):
-        if head + key in written:
-            written[head + key] = float(written[head + key])
-    extra: dict[str, np.ndarray] = {}
-    if (scaling := config.rope_scaling) is not None and scaling.kind == "llama3":
-        extra[STRETCHES] = _stretches(scaling, config.rope_theta, config.head_dim).astype(np.float32)
-    elif scaling is not None:
-        written |= {
-            head + "rope.scaling.type": scaling.kind,
-            head + "rope.scaling.factor": float(scaling.factor),
-        }
-        if scaling.kind == "yarn":
-            written[head + "rope.scaling.original_context_length"] = scaling.original_length
-    return Description(architecture, {"general.architecture": architecture.name, **written}, extra)

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from interop.families import Rules
-from interop.rules import Slot, Stacked, letters, read, slots, their_shape
+from interop.places import Place
+from interop.rules import Read, Slot, Stacked, arrays, letters, read, slots, their_shape
 from interop.safetensors import Tensors, write_tensors
-from interop.write import Read, arrays
 from models.weights import Adapters, LowRank, kind_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,7 +111,7 @@ def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_adapter(path: Path, model: Any, rules: Rules) -> tuple[Adapters, "Adapted"]:
+def read_adapter(path: Place, model: Any, rules: Rules) -> tuple[Adapters, "Adapted"]:
     """The adapters of a directory for a model, and their factors, checked before any is read.
 
     Raises ValueError for a kind that is not supported, and for arrays that are missing, strange or of another

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from interop.configs import Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
 from interop.gguf_model import read_model
+from interop.places import Place, size_of
 from interop.rules import Slot, Stacked, read, slots, their_shape
 from interop.safetensors import BLOCK, Tensors
 from models.config import ModelConfig
@@ -36,9 +36,9 @@ PREFIXES = ("", "model.", "transformer.", "language_model.", "model.language_mod
 class Published:
     """Weights in a directory with a config.json, or in a GGUF file, whatever made them."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         """Raises ValueError for what is neither, or is of a kind that is not supported."""
-        self.path = path
+        self.path = self.source = path  # of the weights; and what was asked for
         self.config: ModelConfig
         self.family: Family
         self.rules: Rules
@@ -62,16 +62,16 @@ class Published:
         self.rules = self.family.rules(self.config)
 
     @property
-    def says(self) -> Path:
+    def says(self) -> Place:
         """The file that says which model it is."""
         return self.path if self.format == "gguf" else self.path / "config.json"
 
     def facts(self) -> dict[str, Any]:
         """What a run's manifest keeps of where it began: each file's bytes, the digest of their tables."""
-        files = sorted({entry[0] for entry in self.tensors.entries.values()})
+        files = sorted({entry[0] for entry in self.tensors.entries.values()}, key=str)
         table = json.dumps({name: [str(e[1]), e[2], e[3]] for name, e in self.tensors.entries.items()})
         digest = hashlib.sha256((json.dumps(self.values, sort_keys=True) + table).encode()).hexdigest()
-        sizes = {file.name: file.stat().st_size for file in files}
+        sizes = {file.name: size_of(file) for file in files}
         return {"path": str(self.path), "format": self.format, "files": sizes, "digest": digest}
 
     def slots(self, model: Stacked) -> list[Slot]:

@@ -19,6 +19,7 @@ import numpy as np
 Index = tuple[int | slice, ...]  # of one layer's parameter of ours
 Placement = tuple[Index, np.ndarray]  # where in ours, and the view of theirs that is the same
 Get = Callable[[str], np.ndarray]  # an array of theirs by its name
+Read = Callable[[tuple[str, ...], int | None], np.ndarray]  # a parameter by its path, one layer of it by row
 
 
 class Stacked(Protocol):
@@ -241,3 +242,33 @@ def write(slot: Slot, ours: np.ndarray, buffer: Get) -> None:
         for region, view in placements(source, buffer(source.name), slot.shape):
             part = ours[region]
             view[...] = part - part.dtype.type(source.rule.add) if source.rule.add else part
+
+
+def arrays(
+    found: list[Slot], read: Read, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their arrays as they become whole, layer by layer: no more than one layer's lie in memory.
+
+    Several parameters of ours may share an array of theirs (queries, keys and values of GPT-2).
+    """
+    left: dict[str, int] = {}
+    for slot in found:
+        for name in {source.name for source in slot.sources}:
+            left[name] = left.get(name, 0) + 1
+    open_arrays: dict[str, np.ndarray] = {}
+    for slot in _by_layer(found):
+        ours = read(slot.path, slot.row)
+
+        def buffer(name: str, kind: Any = ours.dtype) -> np.ndarray:
+            return open_arrays.setdefault(name, np.zeros(shapes[name], kind))
+
+        write(slot, ours, buffer)
+        for name in {source.name for source in slot.sources}:
+            left[name] -= 1
+            if not left[name]:
+                yield name, open_arrays.pop(name)
+
+
+def _by_layer(found: list[Slot]) -> list[Slot]:
+    """Slots in an order in which those of one array of theirs stand together: by segment, row and place."""
+    return sorted(found, key=lambda slot: (slot.path[:2], slot.row or 0, slot.path[2:3]))

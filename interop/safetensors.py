@@ -18,6 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from interop.places import Place, size_of, view
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 KINDS: dict[str, Any] = {
     "F64": np.float64,
@@ -41,10 +43,10 @@ SHARD = 5 * 10**9  # bytes of arrays in a file, as others write them
 class Tensors:
     """The arrays of a directory, or of one file; `[name]` is a view of its file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         """Raises ValueError, naming the file, for what is no such directory or is cut short."""
         self.path = path
-        self.entries: dict[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]] = {}
+        self.entries: dict[str, tuple[Place, np.dtype[Any], tuple[int, ...], int]] = {}
         index = path / INDEX
         if path.is_file():
             files: dict[str, list[str] | None] = {path.name: None}
@@ -96,10 +98,10 @@ class Tensors:
         path, dtype, shape, offset = self.entries[name]
         if 0 in shape:
             return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, "r", offset, shape)
+        return view(path, dtype, offset, shape)
 
 
-def _of_index(index: Path) -> dict[str, list[str] | None]:
+def _of_index(index: Place) -> dict[str, list[str] | None]:
     try:
         where = json.loads(index.read_text("utf-8"))["weight_map"]
         files: dict[str, Any] = {}
@@ -113,10 +115,10 @@ def _of_index(index: Path) -> dict[str, list[str] | None]:
     return files
 
 
-def _table(path: Path) -> Iterator[tuple[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]]]:
+def _table(path: Place) -> Iterator[tuple[str, tuple[Place, np.dtype[Any], tuple[int, ...], int]]]:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = size_of(path)
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, LARGEST_HEADER):
                 raise ValueError("its table is cut short")

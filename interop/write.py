@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 
 from interop.config_out import write_config
 from interop.configs import FAMILIES, Family
-from interop.rules import Slot, Stacked, slots, their_shape, write
+from interop.rules import Read, Slot, Stacked, arrays, slots, their_shape
+from interop.rules import read as assemble
 from interop.safetensors import SHARD, Tensors, write_tensors
 from models.config import ModelConfig
-
-Read = Callable[[tuple[str, ...], int | None], np.ndarray]  # a parameter by its path, one layer of it by row
 
 
 def export(
@@ -70,40 +68,8 @@ def reader(params: Any) -> Read:
     return read
 
 
-def arrays(
-    found: list[Slot], read: Read, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Their arrays as they become whole, layer by layer: no more than one layer's lie in memory.
-
-    Several parameters of ours may share an array of theirs (queries, keys and values of GPT-2).
-    """
-    left: dict[str, int] = {}
-    for slot in found:
-        for name in {source.name for source in slot.sources}:
-            left[name] = left.get(name, 0) + 1
-    open_arrays: dict[str, np.ndarray] = {}
-    for slot in _by_layer(found):
-        ours = read(slot.path, slot.row)
-
-        def buffer(name: str, kind: Any = ours.dtype) -> np.ndarray:
-            return open_arrays.setdefault(name, np.zeros(shapes[name], kind))
-
-        write(slot, ours, buffer)
-        for name in {source.name for source in slot.sources}:
-            left[name] -= 1
-            if not left[name]:
-                yield name, open_arrays.pop(name)
-
-
-def _by_layer(found: list[Slot]) -> list[Slot]:
-    """Slots in an order in which those of one array of theirs stand together: by segment, row and place."""
-    return sorted(found, key=lambda slot: (slot.path[:2], slot.row or 0, slot.path[2:3]))
-
-
 def _check(directory: Path, found: list[Slot], read: Read, dtype: Any) -> None:
     """Read every array back and compare: what was written must be what was meant, to the bit."""
-    from interop.rules import read as assemble
-
     tensors, kind = Tensors(directory), np.dtype(dtype)
     for slot in found:
         ours = read(slot.path, slot.row).astype(kind)

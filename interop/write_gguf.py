@@ -2,18 +2,31 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.files import replacing
+from interop.config_out import difference, write_config
 from interop.gguf import GGUF, restored, write_gguf
-from interop.gguf_model import ROUTER, describe
-from interop.rules import Stacked, slots, their_shape
-from interop.write import Read, arrays
+from interop.gguf_model import (
+    ARCHITECTURES,
+    EPSILONS,
+    HEAD,
+    ROUTER,
+    STRETCHES,
+    TABLE,
+    Architecture,
+    read_model,
+    stretches_of,
+)
+from interop.rules import Read, Stacked, arrays, slots, their_shape
 from models.config import ModelConfig
 
+# What files say and llama.cpp leaves out: it looks further back. Read as the family has it, and not written.
+UNHEEDED = {("phi3", "attention.sliding_window")}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # what llama.cpp calls a file by most of its arrays
 
 
@@ -60,3 +73,82 @@ def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     if len(shape) == 1 or ROUTER in name:
         return "F32"
     return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model in GGUF's words: its values, its rules, and arrays that are no parameters."""
+
+    architecture: Architecture
+    values: dict[str, Any]
+    extra: dict[str, np.ndarray]
+
+
+def describe(config: ModelConfig) -> Description:
+    """The first architecture that computes this model: what is written reads back as the same model.
+
+    Raises ValueError where none does, with the reason of the plainest that came nearest.
+    """
+    reason = ""
+    for architecture in ARCHITECTURES:
+        try:
+            _, values = write_config(config, architecture.family)
+        except ValueError as error:
+            reason = reason or str(error)
+            continue
+        found = _described(config, architecture, values)
+        try:
+            _, back, _, _ = read_model(_Probe(config, found))
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if not (differs := difference(config, back)):
+            return found
+        reason = f"{architecture.name} cannot say {differs}"
+    names = ", ".join(sorted({a.name for a in ARCHITECTURES}))
+    raise ValueError(f"llama.cpp's {names} do not compute this model: {reason}")
+
+
+class _Probe(GGUF):
+    """A description as if it were a file: what reading asks of one."""
+
+    def __init__(self, config: ModelConfig, found: Description):
+        self.path, self.metadata, self.extra = "the GGUF", found.values, found.extra  # type: ignore[assignment]
+        shapes = {TABLE: (config.vocab_size, config.d_model)}
+        shapes |= {} if config.tie_embeddings else {HEAD: shapes[TABLE]}
+        biases = {"blk.0.attn_q.bias": (0,), "blk.0.ffn_up.bias": (0,)} if config.bias else {}
+        arrays = {name: array.shape for name, array in found.extra.items()}
+        self.entries = {
+            n: (self.path, "F32", shape, 0) for n, shape in {**shapes, **biases, **arrays}.items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.extra[name]
+
+
+def _described(config: ModelConfig, architecture: Architecture, values: Mapping[str, Any]) -> Description:
+    head = architecture.name + "."
+    written = {
+        head + key: values[name]
+        for key, name in architecture.words.items()
+        # Such a file has no word for none: it leaves the key out.
+        if values.get(name) is not None and (architecture.name, key) not in UNHEEDED
+    }
+    written[head + "vocab_size"] = config.vocab_size
+    if architecture.rotates:
+        written[head + "rope.dimension_count"] = round(config.head_dim * config.rope_fraction)
+        written[head + "attention.value_length"] = config.head_dim
+    for key in (*(f"attention.layer_norm_{x}" for x in EPSILONS), "rope.freq_base", "rope.freq_base_swa"):
+        if head + key in written:
+            written[head + key] = float(written[head + key])
+    extra: dict[str, np.ndarray] = {}
+    if (scaling := config.rope_scaling) is not None and scaling.kind == "llama3":
+        extra[STRETCHES] = stretches_of(scaling, config.rope_theta, config.head_dim).astype(np.float32)
+    elif scaling is not None:
+        written |= {
+            head + "rope.scaling.type": scaling.kind,
+            head + "rope.scaling.factor": float(scaling.factor),
+        }
+        if scaling.kind == "yarn":
+            written[head + "rope.scaling.original_context_length"] = scaling.original_length
+    return Description(architecture, {"general.architecture": architecture.name, **written}, extra)

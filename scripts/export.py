@@ -48,6 +48,11 @@ class PublishOptions:
 def do(arguments: Sequence[str]) -> int:
     """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
+    if options.format == "peft":
+        raise ValueError(
+            f"format=peft: {options.run} has no adapters, as runs train whole weights; use format=hf "
+            "(adapters of a model in Python: interop.peft.write_adapter)"
+        )
     hub = options.format == "hf"
     dtypes = tuple(name for name in KINDS if name != "q8_0" or not hub)
     for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):

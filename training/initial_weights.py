@@ -10,14 +10,18 @@ from artifacts.checkpoints.record import state_digest
 from artifacts.directory import RunDirectory, stored_config
 from artifacts.load import stored_checkpoints
 from data.config import TokenizerConfig
-from data.tokens.tokenizer import load_tokenizer
+from data.tokens.tokenizer import CONFIG, load_tokenizer
+from interop.adapted import is_published, published
 from interop.config_out import difference
 from interop.gguf import GGUF
 from interop.gguf_tokenizer import write_tokenizer
+from interop.places import Place, local_folder, path_of
 from interop.read import Published
 from models.config import ModelConfig, MTPConfig, regrouped
 from models.transformer import Model
 from training.config import Config, from_stored
+
+TOKENIZER_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,25 @@ class Parent:
 
 @dataclass(frozen=True)
 class PublishedParent:
-    """A directory with a config.json, as Hugging Face's transformers write one, or a GGUF file."""
+    """A directory as Hugging Face's transformers write one, an adapter of PEFT's, or a GGUF file."""
 
     published: Published
-    cache: Path  # where a tokenizer lies that came in one file with the weights
+    cache: Path  # where a tokenizer lies that came in one file with the weights, or from a bucket
 
     @property
-    def run(self) -> Path:
+    def run(self) -> Place:
         """The directory, or the file."""
-        return self.published.path
+        return self.published.source
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that lies beside the weights, or is made of the file's values."""
-        if isinstance(self.published.tensors, GGUF):
-            return write_tokenizer(self.published.tensors.metadata, self.cache, str(self.run))
-        return self.run / "tokenizer.json"
+        """The tokenizer that lies beside the adapter or the weights, or is made of the file's values."""
+        published = self.published
+        if not (published.source / "tokenizer.json").is_file() and isinstance(published.tensors, GGUF):
+            return write_tokenizer(published.tensors.metadata, self.cache, str(published.path))
+        own = (published.source / "tokenizer.json").is_file()
+        folder = published.source if own else published.path
+        return local_folder(folder, TOKENIZER_FILES, self.cache) / "tokenizer.json"
 
     def weights(self, abstract: Any, model: Model) -> Any:
         """Parameters, layers stacked, placed as `abstract` says; each device reads what it holds."""
@@ -106,10 +113,14 @@ def find_parent(config: Config, only_step: int | None = None) -> AnyParent | Non
     """What `init_from` names: a run beside this one, a run's directory, one step's, or published weights."""
     if config.init_from is None:
         return None
-    asked = Path(config.init_from).expanduser()
-    file = asked.suffix == ".gguf" and asked.is_file()
-    if file or ((asked / "config.json").is_file() and not (asked / "config.yaml").is_file()):
-        return PublishedParent(Published(asked), Path(config.data.cache_dir) / "gguf")
+    asked = path_of(config.init_from)
+    if is_published(asked):
+        return PublishedParent(published(asked), Path(config.data.cache_dir) / "gguf")
+    if not isinstance(asked, Path):
+        raise ValueError(
+            f"init_from={config.init_from} holds no config.json and no adapter_config.json, and is no "
+            "FILE.gguf; fetch a run of a bucket first (python scripts/checkpoint.py fetch URL RUN)"
+        )
     candidates = [Path(config.run.dir).parent / asked, asked, asked.parent.parent]
     for candidate in candidates:
         where = stored_checkpoints(candidate, config.checkpoint)

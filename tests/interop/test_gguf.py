@@ -33,6 +33,9 @@ NAMES = {
     "gemma": MODELS["gemma"],
     "gemma2": {**MODELS["gemma2"], "attention_scale": None},
     "gemma3_text": {**MODELS["gemma3_text"], "window_pattern": ["local"] * 5 + ["global"], "num_layers": 6},
+    "phi3": {**SMALL, "head_dim": 8, "rope_fraction": 0.5},
+    "starcoder2": {**MODELS["starcoder2"], "window_pattern": ["global"], "window": None},
+    "gpt2": MODELS["gpt2"],
 }
 
 
@@ -55,7 +58,7 @@ def read_back(path):
 def test_out_and_in_again_is_the_same(name, tmp_path):
     config, params = written(tmp_path / "a.gguf", name)
     there, got = read_back(tmp_path / "a.gguf")
-    assert there.family.name == name
+    assert there.family.name == name and there.config.rope_fraction == config.rope_fraction
     # 1 + w is rounded; all else is the same to the bit.
     tolerance = 3e-7 if config.norm_unit_offset else 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), got, params)

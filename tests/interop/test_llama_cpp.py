@@ -25,10 +25,14 @@ GEMMA = {**BASE, "norm_unit_offset": True, "embed_scale": True, "activation": "g
 GEMMA |= {"tie_embeddings": True, "window": 16}
 CAPS = {"attention_softcap": 50.0, "logit_softcap": 30.0}
 THETAS = {"rope_local_theta": 10000.0, "rope_theta": 1e6}
+PLAIN = {"norm": "layernorm", "bias": True, "activation": "gelu"}
 CASES = {
     "llama": {**BASE, "rope_scaling": RopeScaling(kind="llama3", factor=4.0, original_length=64)},
     "qwen2": {**BASE, "qkv_bias": True},
     "qwen3": {**BASE, "qk_norm": True, "tie_embeddings": True, "head_dim": 32},
+    "phi3": {**BASE, "rope_fraction": 0.5},
+    "starcoder2": {**BASE, **PLAIN, "num_layers": 1},  # of two layers a random one says one word
+    "gpt2": {**BASE, **PLAIN, "position": "learned", "num_kv_heads": 4},
     "gemma2": {**GEMMA, **CAPS, "window_pattern": ["local", "global"]},
     "gemma3": {
         **GEMMA,

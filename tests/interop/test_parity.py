@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data.tokens.tokenizer import load_tokenizer
+from interop.adapted import published
 from interop.gguf import KINDS
 from interop.peft import read_adapter, write_adapter
 from interop.read import Published
@@ -22,7 +23,7 @@ from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
 from scripts.export import main as export_run
-from tests.interop.test_peft import ADAPTERS, adapted, base_weights
+from tests.interop.test_peft import ADAPTERS, adapted, base_weights, rewrite
 from tests.interop.test_peft import reader as factor_reader
 from tests.interop.test_round_trip import MODELS
 from training.loop import fit
@@ -128,6 +129,10 @@ def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
     wanted = np.load(tmp_path / "logits.npy")
     got = np.asarray(forward_of(model, jax.tree.map(jnp.asarray, weights))(jnp.asarray(tokens)))[0]
     assert np.abs(got - wanted).max() < 1e-5 * wanted.std()
+    # Merged into its base as init_from takes it, the same.
+    rewrite(tmp_path / "adapter", base_model_name_or_path="someone/base")
+    whole = np.asarray(forward_of(*weights_of(published(tmp_path / "adapter")))(jnp.asarray(tokens)))[0]
+    assert np.abs(whole - wanted).max() < 1e-5 * wanted.std()
     adapters, there = read_adapter(tmp_path / "again", model, rules)
     back = there.applied(model, adapters, base)
     jax.tree.map(np.testing.assert_array_equal, back, weights)
