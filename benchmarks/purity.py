@@ -23,7 +23,8 @@ from models.ops import Ops
 from models.transformer import Model, Tree
 from parallel.axes import Layout
 from serving.config import ServeConfig
-from serving.engine import Engine, complete
+from serving.engine import Engine
+from serving.offline import complete
 from serving.request import Draw, Event, Finished, Request, Written
 from training.config import with_vocab
 

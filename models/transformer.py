@@ -345,8 +345,10 @@ class Model:
         cache: Tree,
         ops: Ops,
         counts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], Tree]:
-        """Logits behind the last of each row's next tokens, and the cache with them.
+        *,
+        every: bool = False,
+    ) -> tuple[Float[Array, "*B V"], Tree]:
+        """Logits behind the last of each row's next tokens, or behind `every` one, and the cache with them.
 
         params: as `unstack` gives them. counts: how many of the T tokens are a row's, at the left, by default
         all; the rest is padding, and the logits of a row of 0 are noise. Rows may be of any lengths. The
@@ -369,9 +371,12 @@ class Model:
         }
         x = self.embed(params, batch, ops)
         x, segments = self._layers(params, x, batch, ops, cache["segments"])
+        cache = {**cache, "lengths": filled, "segments": segments}
+        if every:
+            return self.logits(params, x, ops), cache
         # One row of the head for each text, and not T: only behind the last token is anything drawn.
         last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        return self.logits(params, last, ops)[:, 0], {**cache, "lengths": filled, "segments": segments}
+        return self.logits(params, last, ops)[:, 0], cache
 
     def num_params(self) -> dict[str, int]:
         """How many parameters: all, without embedding tables and head, those that a token passes through.

@@ -36,6 +36,7 @@ class ServeConfig:
     chunk: int = 128  # tokens of a prompt that are read at once
     pages: int = 0  # of the cache; 0: as many as all slots need for the longest texts
     prefill_every: int = 1  # decodes between two chunks
+    guesses: int = 0  # tokens that are guessed from the text itself and read with the next one
     prefix_cache: bool = True  # keep what prompts have in common
     queue_requests: int = 256  # that may wait
     queue_tokens: int = 1 << 20  # of prompts and answers that may wait
@@ -45,6 +46,6 @@ class ServeConfig:
         """Each value by itself."""
         for key in ("slots", "page", "chunk", "prefill_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("max_len", "pages", "queue_requests", "queue_tokens", "queue_seconds"):
+        for key in ("max_len", "pages", "guesses", "queue_requests", "queue_tokens", "queue_seconds"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.chunk % self.page == 0, "chunk", self.chunk, f"a multiple of page={self.page}")

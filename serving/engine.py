@@ -8,7 +8,6 @@ cannot see its neighbours, and not that anything was done about it afterwards.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,37 +19,11 @@ from models.ops import Ops
 from models.transformer import Model, Tree
 from parallel.axes import Layout
 from serving.config import ServeConfig
-from serving.pages import Held, PagePool
+from serving.pages import PagePool
 from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
 from serving.schedule import Schedule, Seat
-
-SMOOTH = 0.98  # of what a running mean keeps at each value
-
-
-@dataclass(eq=False)
-class Text:
-    """A request on its way."""
-
-    number: int
-    request: Request
-    sink: Sink
-    asked: float
-    version: str = ""
-    held: Held | None = None
-    seat: "Seat[Text] | None" = None
-    cached: int = 0
-    began: float = 0.0  # its prompt's first chunk
-    first: float = 0.0  # its first token
-    dispatched: int = 0
-    written: int = 0
-    cancelled: bool = False
-    over: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Of prompt and answer, as far as they may go."""
-        return len(self.request.prompt) + self.request.max_tokens
+from serving.texts import Counts, Pace, Text
 
 
 @dataclass
@@ -60,40 +33,6 @@ class Pending:
     texts: dict[int, Text]
     out: dict[str, Any]
     top: tuple[Any, Any] | None
-
-
-@dataclass
-class Counts:
-    """What has happened since the engine began."""
-
-    prompt_tokens: int = 0
-    written_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    decode_steps: int = 0
-    prefill_chunks: int = 0
-
-
-@dataclass
-class Pace:
-    """Tokens a second of late, and the share of what they may that answers come to be long."""
-
-    rate: float = 0.0
-    share: float = 1.0
-
-    def done(self, tokens: float, seconds: float) -> None:
-        """So many tokens were read or written in so long."""
-        now = tokens / max(seconds, 1e-9)
-        self.rate = now if self.rate == 0 else SMOOTH * self.rate + (1 - SMOOTH) * now
-
-    def ended(self, written: int, most: int) -> None:
-        """An answer has come to its end."""
-        self.share = SMOOTH * self.share + (1 - SMOOTH) * written / most
-
-    def seconds(self, texts: Iterator[Text]) -> float:
-        """How long these will take all slots together."""
-        work = sum(len(text.request.prompt) + self.share * text.request.max_tokens for text in texts)
-        return work / self.rate if self.rate else 0.0
 
 
 @dataclass
@@ -133,6 +72,11 @@ class Engine:
         require(pages >= each, "pages", pages, f"at least {each}, what max_len={self.max_len} needs")
         # A state that grows with no token cannot be shared by its pages.
         arrays = [a for a in jax.tree.leaves(model.cache_arrays(settings.page)) if "length" not in a.axes]
+        if arrays and settings.guesses:
+            raise ValueError(
+                f"guesses={settings.guesses} cannot be taken back from the state of {config.mixer_pattern}; "
+                "use guesses=0"
+            )
         self._pool = PagePool(
             pages, settings.page, settings.chunk, share=settings.prefix_cache and not arrays
         )
@@ -145,6 +89,7 @@ class Engine:
             page=settings.page,
             chunk=settings.chunk,
             pages=pages,
+            guesses=settings.guesses,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )
         self._schedule: Schedule[Text] = Schedule(settings.slots, settings.chunk, settings.prefill_every)
@@ -204,6 +149,11 @@ class Engine:
         weights = Weights(version, self._programs.ready(params))
         with self._lock:
             self._weights.append(weights)
+
+    def forget(self) -> None:
+        """Count from nothing, with an empty prefix cache; for an engine in which nobody writes."""
+        self._counts, self._pace = Counts(), Pace()
+        self._pool.forget()
 
     def score(self, tokens: tuple[int, ...], top: int) -> list[Written]:
         """As `serving.request.Engine` says."""
@@ -360,9 +310,8 @@ class Engine:
             seat, begin, end = self._schedule.read()
             text = seat.item
         assert text.held is not None
-        tokens, row = np.zeros(self.settings.chunk, np.int32), np.zeros(self._programs.row(), np.int32)
+        tokens, row = np.zeros(self.settings.chunk, np.int32), self._programs.row(text.held.pages)
         tokens[: end - begin] = text.request.prompt[begin:end]
-        row[: len(text.held.pages)] = text.held.pages
         weights = self._tree(text.version)
         args = np.int32(seat.slot), row, tokens, np.int32(begin), np.int32(end - begin)
         self._state = self._programs.prefill(weights, self._state, *args)
@@ -420,7 +369,7 @@ class Engine:
             wanted = any(text.request.logprobs for text in texts.values())
             top = self._programs.top(out.pop("logits"), out.pop("total")) if wanted else None
             made.append(Pending(texts, out, top))
-        self._counts.decode_steps += 1
+        self._counts.decode_steps += bool(made)
         return made
 
     def _tree(self, version: str) -> Tree:
@@ -434,9 +383,10 @@ class Engine:
             top = None if made.top is None else tuple(map(np.asarray, made.top))
             with self._lock:
                 for slot, text in made.texts.items():
-                    if ran[slot] and not text.over:
-                        alternatives = None if top is None else (top[0][slot], top[1][slot])
-                        self._wrote(text, int(token[slot]), float(logprob[slot]), alternatives)
+                    for at in np.flatnonzero(ran[slot]):
+                        if not text.over:
+                            alternatives = None if top is None else (top[0][slot, at], top[1][slot, at])
+                            self._wrote(text, int(token[slot, at]), float(logprob[slot, at]), alternatives)
 
     def _wrote(self, text: Text, token: int, logprob: float, top: tuple[Any, Any] | None) -> None:
         request = text.request
@@ -497,22 +447,3 @@ class Engine:
         if any(weights.version not in used for weights in self._weights):
             self._weights = [weights for weights in self._weights if weights.version in used]
             self._pool.forget()
-
-
-def complete(
-    engine: Engine, requests: list[Request], during: Callable[[], None] = lambda: None
-) -> list[tuple[list[Written], Finished]]:
-    """The answers to some requests, by an engine whose thread was not started; offline, and in order.
-
-    during: called between two steps.
-    """
-    answers: dict[int, list[Any]] = {}
-
-    def sink(number: int, event: Any) -> None:
-        answers.setdefault(number, []).append(event)
-
-    numbers = [engine.submit(request, sink) for request in requests]
-    while any(not isinstance(answers.get(number, [None])[-1], Finished) for number in numbers):
-        engine.step()
-        during()
-    return [(answers[number][:-1], answers[number][-1]) for number in numbers]

@@ -24,29 +24,30 @@ from serving.drawing import REALS, draw
 from serving.generator import decoding_ops
 from serving.request import TOP, Request
 from serving.sampling import keys_at
+from serving.speculate import guess
 
 STOPS = 16  # ids that end a text
 HEAD = 128  # positions whose logits exist at once while a text is scored
-INTEGERS = ("token", "lengths", "ends", "least", "top_k")  # of each slot, int32
+INTEGERS = ("token", "lengths", "ends", "least", "top_k", "guesses")  # of each slot, int32
 
 
 class Programs:
     """What runs on the devices: five executables, compiled by `warm`, and the state that they hand on.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages: as in `ServeConfig`. device: where weights lie that no layout spreads.
+    chunk, pages, guesses: as in `ServeConfig`. device: where weights lie that no layout spreads.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
-        chunk: int, pages: int, device: Any = None,
+        chunk: int, pages: int, guesses: int = 0, device: Any = None,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
             layout = replace(layout, rules={**layout.rules, **whole})
         self.model, self.slots, self.max_len, self._layout = model, slots, max_len, layout
         self._page, self._pages, self._chunk = page, pages, chunk
-        self._device = device
+        self._device, self.guesses = device, guesses
         self._ops = ops = decoding_ops(ops, layout)
         product = ops.project
         eight_bit = isinstance(product, Projector) and product.quantized is not None
@@ -69,9 +70,11 @@ class Programs:
         functions: tuple[Any, ...] = (self.prefill, self.decode, self.place, self.top, self.score)
         return sum(function._cache_size() for function in functions)
 
-    def row(self) -> int:
-        """M, the pages that a slot can have."""
-        return -(-self.max_len // self._page)
+    def row(self, pages: Sequence[int] = ()) -> Int[np.ndarray, " M"]:
+        """The pages of a slot and, for as many as it could have, the number of none, where nothing goes."""
+        row = np.full(-(-self.max_len // self._page), self._pages, np.int32)
+        row[: len(pages)] = pages
+        return row
 
     def empty(self) -> Tree:
         """The state of an engine in which nobody writes."""
@@ -87,7 +90,8 @@ class Programs:
             "active": jnp.zeros(slots, bool),
             "key": jnp.zeros((slots, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32),
             "stops": jnp.full((slots, STOPS), -1, jnp.int32),
-            "pages": jnp.zeros((slots, self.row()), jnp.int32),
+            "pages": jnp.tile(self.row(), (slots, 1)),
+            "text": jnp.zeros((slots, self.max_len), jnp.int32),
             "written": jnp.zeros((slots, vocabulary), jnp.int32),
             "segments": jax.tree.map(made, self.model.cache_arrays(self._page)),
         }
@@ -99,8 +103,7 @@ class Programs:
         """
         integers = dict.fromkeys(INTEGERS, 0) | {"seed": 0, "choice": 0}
         reals, stops = dict.fromkeys(REALS, 0.0), np.full(STOPS, -1, np.int32)
-        row = np.zeros(self.row(), np.int32)
-        row[: len(pages)] = pages
+        row, text = self.row(pages), np.zeros(self.max_len, np.int32)
         if request is not None:
             size, how = len(request.prompt), request.draw
             integers = {
@@ -109,11 +112,14 @@ class Programs:
                 "ends": size + request.max_tokens,
                 "least": size + request.min_tokens,
                 "top_k": min(how.top_k, self.model.config.vocab_size),
+                # What a grammar allows behind a guess nobody knows yet.
+                "guesses": self.guesses if request.grammar is None else 0,
                 "seed": request.seed,
                 "choice": request.choice,
             }
             reals = {name: getattr(how, name) for name in REALS}
             stops[: len(request.stop_ids)] = sorted(request.stop_ids)
+            text[:size] = request.prompt
         return {
             **{
                 name: np.uint32(value) if name == "seed" else np.int32(value)
@@ -123,6 +129,7 @@ class Programs:
             "active": np.bool_(request is not None),
             "stops": stops,
             "pages": row,
+            "text": text,
         }
 
     def ready(self, params: Tree) -> Tree:
@@ -145,7 +152,7 @@ class Programs:
         weights, state = self.ready(params), self._state
         self._state = None
         state = self.place(state, np.int32(0), self.values(None, []))
-        row, tokens = np.zeros(self.row(), np.int32), np.zeros(self._chunk, np.int32)
+        row, tokens = self.row(), np.zeros(self._chunk, np.int32)
         state = self.prefill(weights, state, np.int32(0), row, tokens, np.int32(0), np.int32(0))
         bias = self.put_bias(np.zeros((self.slots, self.model.config.vocab_size), np.float32))
         state, out = self.decode(weights, state, bias, np.zeros(self.slots, bool))
@@ -195,43 +202,54 @@ def _prefill(
 def _decode(
     self: Programs, weights: Tree, state: Tree, bias: Float[Array, "S V"], mine: Bool[Array, " S"]
 ) -> tuple[Tree, dict[str, Array]]:
-    """The state with a token more in every active slot that is `mine`, and what came of it.
+    """The state with a token more, or some, in every active slot that is `mine`, and what came of it.
 
-    Of each slot: the token, its log-probability, whether it ran and whether it is at its end; for `top` the
-    logits and the logarithm of the sum of their exponentials.
+    W: one, and the guesses that are read with it. Of each slot and place [S, W]: the token, its
+    log-probability, and whether it was written; for `top` the logits and the logarithm of the sum of their
+    exponentials.
     """
     ops = replace(self._ops, attention=partial(paged_attention, pages=state["pages"]))
-    runs = state["active"] & mine
-    cache = _cache(self, state["lengths"], state["pages"], state["segments"])
-    logits, cache = self.model.decode(weights, state["token"][:, None], cache, ops, runs.astype(jnp.int32))
-    logits = ops.constrain(logits, (None, None))
-    # What each text gets at its own position is drawn with its own key for it.
-    position, stops = cache["lengths"], state["stops"]
-    keys = keys_at(jax.random.wrap_key_data(state["key"]), position)
-    slots = jnp.arange(self.slots)
-    # Too early to end.
-    early = jnp.where((position < state["least"])[:, None] & (stops >= 0), stops, logits.shape[-1])
-    bias = bias.at[slots[:, None], early].set(-jnp.inf, mode="drop")
-    token = draw(logits, state["written"], bias, state, keys)
+    runs, slots, length = state["active"] & mine, jnp.arange(self.slots), state["lengths"]
+    text = state["text"].at[slots, length].set(state["token"])
+    # None is read at or behind the last place that the text may have: there it has no page.
+    most = jnp.clip(state["ends"] - length - 2, 0, state["guesses"])
+    guesses, known = guess(text, length + 1, most, self.guesses)
+    cache = _cache(self, length, state["pages"], state["segments"])
+    tokens = jnp.concatenate([state["token"][:, None], guesses], axis=1)
+    counts = jnp.where(runs, 1 + known, 0)
+    logits, cache = self.model.decode(weights, tokens, cache, ops, counts, every=True)
+    logits = ops.constrain(logits, (None, None, None))
     total = jax.nn.logsumexp(logits, axis=-1)
-    ended = jnp.any(token[:, None] == stops, axis=1) | (position + 1 >= state["ends"])
-    written = state["written"].at[slots, token].add(runs.astype(jnp.int32))
+    keys, stops, written = jax.random.wrap_key_data(state["key"]), state["stops"], state["written"]
+    drawn, wrote, ended = [], [], jnp.zeros(self.slots, bool)
+    token = state["token"]
+    for place in range(1 + self.guesses):
+        if place:  # it was read behind what has been drawn
+            runs = runs & ~ended & (place <= known) & (guesses[:, place - 1] == token)
+        position = length + place + 1
+        # Too early to end.
+        early = jnp.where((position < state["least"])[:, None] & (stops >= 0), stops, logits.shape[-1])
+        here = bias.at[slots[:, None], early].set(-jnp.inf, mode="drop")
+        # What a text gets at a position is drawn with its own key for it.
+        new = draw(logits[:, place], written, here, state, keys_at(keys, position))
+        token = jnp.where(runs, new, token)
+        written = written.at[slots, new].add(runs.astype(jnp.int32))
+        text = text.at[slots, jnp.where(runs, position, text.shape[1])].set(new, mode="drop")
+        ended |= runs & (jnp.any(new[:, None] == stops, axis=1) | (position + 1 >= state["ends"]))
+        drawn.append(new)
+        wrote.append(runs)
+    token_, ran = jnp.stack(drawn, axis=1), jnp.stack(wrote, axis=1)
+    logprob = jnp.take_along_axis(logits, token_[..., None], axis=-1)[..., 0] - total
     state = {
         **state,
         "segments": cache["segments"],
-        "lengths": position,
-        "token": jnp.where(runs, token, state["token"]),
-        "active": state["active"] & ~(runs & ended),
+        "lengths": length + jnp.sum(ran, axis=1),
+        "token": token,
+        "text": text,
+        "active": state["active"] & ~ended,
         "written": written,
     }
-    logprob = logits[slots, token] - total
-    return state, {
-        "token": token,
-        "logprob": logprob,
-        "ran": runs,
-        "logits": logits,
-        "total": total,
-    }
+    return state, {"token": token_, "logprob": logprob, "ran": ran, "logits": logits, "total": total}
 
 
 def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree:
@@ -240,10 +258,10 @@ def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree
     return {"lengths": lengths, "places": places, "pages": pages, "segments": segments}
 
 
-def _top(logits: Float[Array, "S V"], total: Float[Array, " S"]) -> tuple[Array, Array]:
-    """(log-probabilities, tokens) of the likeliest of each slot, [S, TOP] in descending order."""
+def _top(logits: Float[Array, "*S V"], total: Float[Array, "*S"]) -> tuple[Array, Array]:
+    """(log-probabilities, tokens) of the likeliest of each row, [..., TOP] in descending order."""
     values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
-    return values - total[:, None], tokens
+    return values - total[..., None], tokens
 
 
 def _score(

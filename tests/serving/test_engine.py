@@ -21,10 +21,12 @@ from models.transformer import build_model
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from serving.config import ServeConfig
-from serving.engine import Engine, complete
+from serving.engine import Engine
 from serving.generator import Generator
+from serving.offline import complete, show_purity
 from serving.request import Draw, Failed, Finished, Refused, Request, Written
 from serving.sampling import Sampling, sample_keys
+from serving.speculate import guess
 from tests.parallel.small import RULES
 from tests.serving.test_generate import CONFIG, MODELS, OPS, make, make_forward
 from training.config import Config
@@ -65,6 +67,64 @@ def tokens(answer):
 def test_an_answer_does_not_depend_on_the_load(name, dtype):
     found = differing(*lively(name), Ops(compute_dtype=dtype), SETTINGS, schedules=6, count=9)
     assert found == {kind: (18, 0) for kind in found}
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "moe", "latent"])
+def test_nor_do_guesses_change_it(name):
+    """Each is taken for the key and the logits of its own place: the same text in fewer steps."""
+    model, params = lively(name)
+    settings = replace(SETTINGS, guesses=3)
+    plain, guessing = Engine(model, params, OPS, SETTINGS), Engine(model, params, OPS, settings)
+    for engine in (plain, guessing):
+        engine.warm()
+    found = differing(model, params, OPS, settings, schedules=6, count=9)
+    assert found == {kind: (18, 0) for kind in found}
+    repeated = LONG[:6] * 4
+    asked = [
+        Request(repeated, 30, draw, seed=4, logprobs=2) for draw in (Draw(0), Draw(0.5), Draw(0, frequency=1))
+    ]
+    answers = []
+    for engine in (plain, guessing):
+        answers.append(complete(engine, asked))
+    assert [tokens(answer) for answer in answers[0]] == [tokens(answer) for answer in answers[1]]
+    for one, other in zip(*answers, strict=True):
+        np.testing.assert_allclose(
+            [event.logprob for event in one[0]], [event.logprob for event in other[0]], rtol=1e-4, atol=1e-5
+        )
+    for engine in (plain, guessing):
+        engine.forget()
+        assert tokens(complete(engine, [Request(repeated, 30, Draw(1, bias={7: 1e9}))])[0]) == [7] * 30
+    assert (plain.load().decode_steps, guessing.load().decode_steps) == (30, 11)
+
+
+def test_the_law_is_shown_before_anybody_is_answered(monkeypatch):
+    engine = Engine(*make("plain"), OPS, SETTINGS)
+    engine.warm()
+    before = engine.load()
+    assert show_purity(engine) == 4 * (SETTINGS.slots + 2) and engine.load() == before
+    decode, step = engine._programs.decode, [0]
+
+    def by_the_load(weights, state, bias, mine):
+        step[0] += 1
+        return decode(weights, state, bias + 1e-3 * np.arange(64) * mine.sum(), mine)
+
+    monkeypatch.setattr(engine._programs, "decode", by_the_load)
+    with pytest.raises(ValueError, match=r"answers would depend on the load: \d+ of 20 differed"):
+        show_purity(engine)
+
+
+def test_guesses_are_what_followed_the_last_two_tokens():
+    text = jnp.array([[1, 2, 3, 4, 1, 2, 9, 9], [1, 2, 3, 1, 2, 5, 1, 2], [1, 1, 1, 1, 0, 0, 0, 0]])
+    length = jnp.array([6, 8, 4])
+    found, known = guess(text, length, jnp.array([3, 3, 3]), 3)
+    assert known.tolist() == [3, 3, 3] and found.tolist() == [[3, 4, 1], [5, 1, 2], [1, 1, 1]]
+    assert guess(text, length, jnp.array([0, 2, 0]), 3)[1].tolist() == [0, 2, 0]
+    assert guess(text, jnp.array([1, 2, 3]), jnp.array([3, 3, 3]), 3)[1].tolist() == [0, 0, 3]
+
+
+def test_guesses_need_a_state_that_can_be_taken_back():
+    with pytest.raises(ValueError, match="guesses=2 cannot be taken back from the state of .*gated_delta"):
+        Engine(*lively("hybrid"), OPS, replace(SETTINGS, guesses=2))
 
 
 @pytest.mark.slow
