@@ -3,17 +3,21 @@
 llguidance (the extra `serve`) says for each state which bytes may follow, and so which tokens.
 """
 
+import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from data.tokens.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance import JsonCompileOptions
+
 ANY_OBJECT = {"type": "object"}  # of response_format json_object
 # One space between parts at most: a model that writes spaces for ever would never come to an end.
-JSON_OPTIONS = {"whitespace_pattern": "[ ]?"}
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": "[ ]?"}
 
 
 class TokenGrammar:
@@ -31,7 +35,9 @@ class TokenGrammar:
     def accept(self, token: int) -> None:
         """Go on behind a token that was allowed. ValueError behind one that was not."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} does not follow by the grammar: {_line(self._matcher.get_error())}")
+            raise ValueError(
+                f"token {token} does not follow by the grammar: {_line(self._matcher.get_error())}"
+            )
 
     def fresh(self) -> "TokenGrammar":
         """The same grammar, and nothing written yet. To be asked of one that has accepted nothing."""
@@ -54,9 +60,8 @@ class GrammarCompiler:
     def json_schema(self, schema: Any) -> TokenGrammar:
         """JSON that a schema describes."""
         from llguidance import LLMatcher
-        from msgspec import json
 
-        text = json.encode(schema).decode()
+        text = json.dumps(schema)
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except ValueError as error:

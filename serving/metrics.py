@@ -43,16 +43,19 @@ class Metrics:
 
         self._engine, self._name, self._page = engine, model_name, page
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]  # prometheus_client asks only for `collect`
-        labels = {"labelnames": ["model_name"], "registry": self.registry}
+        self.registry.register(self)
         self._times = {
-            name: Histogram(f"vllm:{name}", says, buckets=edges, **labels).labels(model_name)
+            name: Histogram(
+                f"vllm:{name}", says, ["model_name"], buckets=edges, registry=self.registry
+            ).labels(model_name)
             for name, (says, edges) in TIMES.items()
         }
-        labels["labelnames"] = ["model_name", "finished_reason"]
-        self._ends = Counter("vllm:request_success", "answers that ended, by why", **labels)
-        labels["labelnames"] = ["model_name", "reason"]
-        self._refused = Counter("vllm:admission_rejections", "requests not taken on, by why", **labels)
+
+        def counter(name: str, says: str, label: str) -> Counter:
+            return Counter(f"vllm:{name}", says, ["model_name", label], registry=self.registry)
+
+        self._ends = counter("request_success", "answers that ended, by why", "finished_reason")
+        self._refused = counter("admission_rejections", "requests not taken on, by why", "reason")
         for reason in REASONS.values():  # there from the first scrape, so that a rate can be made
             self._ends.labels(model_name, reason)
 
@@ -61,7 +64,7 @@ class Metrics:
         self._refused.labels(self._name, reason).inc()
 
     def ended(self, timing: Timing, now: float, finished: Finished | None, reason: str | None) -> None:
-        """Observe an answer at its end. reason: why, None where the engine failed; finished: as far as known."""
+        """Observe an answer at its end. reason: why, None where the engine failed."""
         self._ends.labels(self._name, REASONS.get(reason or "", "error")).inc()
         seen = {"e2e_request_latency_seconds": now - timing.arrived}
         if timing.tokens:
@@ -92,11 +95,11 @@ class Metrics:
 
         load = self._engine.load()
         for name, says, value in _gauges(load):
-            gauge = GaugeMetricFamily(f"vllm:{name}", says, labels=["model_name"])
+            gauge = GaugeMetricFamily(name, says, labels=["model_name"])
             gauge.add_metric([self._name], value)
             yield gauge
         for name, says, value in _counters(load):
-            counter = CounterMetricFamily(f"vllm:{name}", says, labels=["model_name"])
+            counter = CounterMetricFamily(name, says, labels=["model_name"])
             counter.add_metric([self._name], value)
             yield counter
         labels = ["model_name", "block_size", "num_gpu_blocks", "version"]
@@ -106,12 +109,12 @@ class Metrics:
 
 
 def _gauges(load: Load) -> Iterator[tuple[str, str, float]]:
-    yield "num_requests_running", "requests that hold a slot", load.running
-    yield "num_requests_waiting", "requests that wait for one", load.waiting
-    yield "kv_cache_usage_perc", "share of the pages that requests hold, 1 is all", _share(load)
-    yield "cambrian_slots", "requests that can run at once", load.slots
-    yield "cambrian_waiting_tokens", "tokens of prompts that wait", load.waiting_tokens
-    yield "cambrian_cached_pages", "pages that the prefix cache alone holds", load.pages_cached
+    yield "vllm:num_requests_running", "requests that hold a slot", load.running
+    yield "vllm:num_requests_waiting", "requests that wait for one", load.waiting
+    yield "vllm:kv_cache_usage_perc", "share of the pages that requests hold, 1 is all", _share(load)
+    yield "cambrian_serving_slots", "requests that can run at once", load.slots
+    yield "cambrian_serving_waiting_tokens", "tokens of prompts that wait", load.waiting_tokens
+    yield "cambrian_serving_cached_pages", "pages that the prefix cache alone holds", load.pages_cached
 
 
 def _share(load: Load) -> float:
@@ -119,10 +122,10 @@ def _share(load: Load) -> float:
 
 
 def _counters(load: Load) -> Iterator[tuple[str, str, int]]:
-    yield "prompt_tokens", "tokens of prompts that were read", load.prompt_tokens
-    yield "generation_tokens", "tokens that were written", load.written_tokens
-    yield "prefix_cache_queries", "tokens looked for in the prefix cache", load.prefix_queries
-    yield "prefix_cache_hits", "tokens found there", load.prefix_hits
-    yield "num_preemptions", "requests put back into the queue: none ever is", 0
-    yield "cambrian_decode_steps", "steps that wrote a token in each running slot", load.decode_steps
-    yield "cambrian_prefill_chunks", "chunks of prompts that were read", load.prefill_chunks
+    yield "vllm:prompt_tokens", "tokens of prompts that were read", load.prompt_tokens
+    yield "vllm:generation_tokens", "tokens that were written", load.written_tokens
+    yield "vllm:prefix_cache_queries", "tokens looked for in the prefix cache", load.prefix_queries
+    yield "vllm:prefix_cache_hits", "tokens found there", load.prefix_hits
+    yield "vllm:num_preemptions", "requests put back into the queue: none ever is", 0
+    yield "cambrian_serving_decode_steps", "steps that wrote a token in each running slot", load.decode_steps
+    yield "cambrian_serving_prefill_chunks", "chunks of prompts that were read", load.prefill_chunks

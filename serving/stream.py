@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serving.request import Event, Failed, FinishReason, Finished, Written
+from serving.request import Event, Failed, Finished, FinishReason, Written
 
 
 class TextStream:
@@ -104,12 +104,14 @@ class AnswerStream:
     def take(self, event: Event) -> Part:
         """What an event adds. Raises AnswerFailed where the engine has failed."""
         if isinstance(event, Failed):
+            self.ended = True
             raise AnswerFailed(event.message)
         if isinstance(event, Finished):
             self.ended = True
             text = self._stream.finish()  # may complete a stop string
-            reason: FinishReason = "stop" if self.stopped else event.reason
-            return Part(text, reason=reason, finished=event)
+            if event.reason == "cancelled" and not self.stopped:
+                raise AnswerFailed("the answer was cancelled by the server; ask again")
+            return Part(text, reason="stop" if self.stopped else event.reason, finished=event)
         if self.stopped:
             return Part()
         self.count += 1
