@@ -51,9 +51,7 @@ class Call:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        found = [
-            Part(p.text, [*p.written], [*p.offsets], "length") for p in self.echoes for _ in range(self._n)
-        ]
+        found = self._heads()
         async for parts in self.answers.parts():
             for index, part in parts.items():
                 self._count(index, part)

@@ -5,19 +5,16 @@ llguidance (the extra `serve`) says for each state which bytes may follow, and s
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from data.tokens.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions
-
 ANY_OBJECT = {"type": "object"}  # of response_format json_object
 # One space between parts at most: a model that writes spaces for ever would never come to an end.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": "[ ]?"}
+JSON_OPTIONS: Any = {"whitespace_pattern": "[ ]?"}
 
 
 class TokenGrammar:

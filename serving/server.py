@@ -81,6 +81,10 @@ class Service:
         self._threads = ThreadPoolExecutor(2, "cambrian-tokenize")
         self._grammars: GrammarCompiler | None = None
 
+    def close(self) -> None:
+        """Let its threads go."""
+        self._threads.shutdown()
+
     # -- what is there
 
     async def health(self, request: HttpRequest) -> Response:
@@ -298,6 +302,12 @@ class DrainingServer(uvicorn.Server):
         """Called ten times a second: whether to end."""
         self.should_exit |= self._service.draining and self._service.open == 0
         return await super().on_tick(counter)
+
+
+def server_of(service: Service) -> DrainingServer:
+    """A server of that service, to be run on sockets that are open already."""
+    config = uvicorn.Config(application(service), log_level="warning", access_log=False, lifespan="off")
+    return DrainingServer(config, service)
 
 
 def application(service: Service) -> Starlette:

@@ -11,7 +11,7 @@ import msgspec
 
 from common.checks import did_you_mean
 
-UNKNOWN = re.compile(r"unknown field `(?P<key>.*)`(?: - at `\$\.?(?P<path>.*)`)?$")
+UNKNOWN = re.compile(r"unknown field `(?P<key>.*?)`(?: - at `\$\.?(?P<path>.*)`)?$")
 PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
 KEY = re.compile(r"(?P<key>[a-z_]+)[\w.\[\]]*=")
 
