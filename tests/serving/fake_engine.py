@@ -10,8 +10,8 @@ from collections import deque
 
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import train_tokenizer
+from serving.http.server import Service, server_of
 from serving.request import Finished, Load, Refused, Written
-from serving.server import Service, server_of
 
 TOKENIZER = train_tokenizer([], TokenizerConfig(kind="byte"))
 EOS = TOKENIZER.eos_id
@@ -33,7 +33,7 @@ def letters(request, at):
 class FakeEngine:
     """One token a step for each of `slots` requests, `queue` more wait; `gate` holds the steps."""
 
-    version, vocab_size = VERSION, VOCAB
+    version, vocab_size, failed = VERSION, VOCAB, None
 
     def __init__(self, reply=letters, *, slots=4, queue=64, max_len=512, pause=0.0):
         self.reply, self.slots, self.queue, self.max_len, self.pause = reply, slots, queue, max_len, pause

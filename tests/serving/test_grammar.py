@@ -74,7 +74,7 @@ def test_any_object_is_an_object():
     [
         ("json_schema", {"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater"),
         ("json_schema", {"allOf": [{"type": "string"}, {"type": "number"}]}, "incompatible types"),
-        ("json_schema", False, "schema is false"),
+        ("json_schema", {"enum": []}, "anyOf is empty"),
         ("json_schema", {"type": "nonsense"}, "Invalid type"),
         ("json_schema", {"type": "object", "dependentSchemas": {}}, "Unimplemented keys"),
         ("json_schema", {"type": "string", "pattern": "("}, "unclosed group"),

@@ -203,8 +203,8 @@ BAD = {
     "wrong type inside": ({"prompt": ["a", 1.5]}, "prompt[1]: Expected"),
     "unknown key": ({"prompt": "a", "max_token": 1}, "did you mean max_tokens?"),
     "unknown inner key": (
-        {"prompt": "a", "stream": True, "stream_options": {"usage": True}},
-        "stream_options.usage is no key of this server; did you mean include_usage?",
+        {"prompt": "a", "stream": True, "stream_options": {"include_usag": True}},
+        "stream_options.include_usag is no key of this server; did you mean include_usage?",
     ),
     "tools": ({"prompt": "a", "tools": []}, "tools is no key of this server"),
     "priority": ({"prompt": "a", "priority": 3}, "priority=3"),
@@ -440,7 +440,12 @@ def test_an_engine_that_fails_says_so_in_either_form():
         assert event["error"]["type"] == "server_error" and done is None
         client.engine.fault = Finished("cancelled", 1, 0, 0, 0, 0, 0, VERSION)  # that nobody here asked for
         assert client.ask("/v1/completions", {"prompt": "a"})[0] == 500
-        assert client.service.open == 0
+        assert client.service.open == 0 and client.ask("/health")[0] == 200
+        client.engine.failed = "RuntimeError: the device is lost"  # it is for good
+        status, answer, _ = client.ask("/health")
+        assert status == 500 and "the device is lost" in answer["error"]["message"]
+        for path, body in (("/ready", None), ("/v1/completions", {"prompt": "a"})):
+            assert client.ask(path, body)[0] == 503
 
 
 def test_long_texts_and_bodies(client):

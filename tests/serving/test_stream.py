@@ -8,8 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from data.config import TokenizerConfig
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
+from serving.http.stream import AnswerFailed, AnswerStream, TextStream
 from serving.request import Failed, Finished, Written
-from serving.stream import AnswerFailed, AnswerStream, TextStream
 from tests.data.corpora import some_texts
 
 LETTERS = "ab \n{}éß世界👍🏽\u200d\U0001f3fd'\"<|x"

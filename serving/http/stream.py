@@ -64,7 +64,7 @@ def _beginning(text: str, stops: Sequence[str]) -> int:
 
 
 @dataclass
-class Part:
+class AnswerPart:
     """What an answer has gained: text that is certain, its tokens and where in the text each begins.
 
     reason: why it has ended, None while it goes on. finished: what the engine says of the whole.
@@ -76,7 +76,7 @@ class Part:
     reason: FinishReason | None = None
     finished: Finished | None = None
 
-    def add(self, other: "Part") -> None:
+    def add(self, other: "AnswerPart") -> None:
         """Take in what came behind it."""
         self.text += other.text
         self.written += other.written
@@ -101,7 +101,7 @@ class AnswerStream:
         """A stop string has come: what the engine may still write is not wanted."""
         return self._stream.stopped
 
-    def take(self, event: Event) -> Part:
+    def take(self, event: Event) -> AnswerPart:
         """What an event adds. Raises AnswerFailed where the engine has failed."""
         if isinstance(event, Failed):
             self.ended = True
@@ -111,9 +111,9 @@ class AnswerStream:
             text = self._stream.finish()  # may complete a stop string
             if event.reason == "cancelled" and not self.stopped:
                 raise AnswerFailed("the answer was cancelled by the server; ask again")
-            return Part(text, reason="stop" if self.stopped else event.reason, finished=event)
+            return AnswerPart(text, reason="stop" if self.stopped else event.reason, finished=event)
         if self.stopped:
-            return Part()
+            return AnswerPart()
         self.count += 1
         at = self._offset + self._stream.length
-        return Part(self._stream.write(event.token), [event], [at])
+        return AnswerPart(self._stream.write(event.token), [event], [at])

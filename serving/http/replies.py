@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 from data.tokens.tokenizer import Tokenizer
-from serving.api import logprobs_of
+from serving.http.api import logprobs_of
+from serving.http.stream import AnswerPart
+from serving.http.wire import AnswerBody, ChatBody
 from serving.request import Written
-from serving.stream import Part
-from serving.wire import AnswerBody, ChatBody
 
 LEAST = -9999.0  # JSON has no minus infinity
 
@@ -34,7 +34,7 @@ class TokenNames:
         return self.pieces[token] if token < len(self.pieces) else b""
 
 
-def completion_logprobs(names: TokenNames, part: Part, count: int) -> dict[str, Any]:
+def completion_logprobs(names: TokenNames, part: AnswerPart, count: int) -> dict[str, Any]:
     """Tokens, their log-probabilities, and the alternatives by name, the token itself always among them."""
     return {
         "tokens": [names(one.token) for one in part.written],
@@ -53,7 +53,7 @@ def _alternatives(names: TokenNames, one: Written, count: int) -> dict[str, floa
     return named
 
 
-def chat_logprobs(names: TokenNames, part: Part, count: int) -> dict[str, Any]:
+def chat_logprobs(names: TokenNames, part: AnswerPart, count: int) -> dict[str, Any]:
     """The same for a conversation."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST)
 
 
-def choice_of(body: AnswerBody, index: int, part: Part, names: TokenNames, *, first: bool) -> dict[str, Any]:
+def choice_of(
+    body: AnswerBody, index: int, part: AnswerPart, names: TokenNames, *, first: bool
+) -> dict[str, Any]:
     """What a part adds to a choice, or a whole choice where nothing is streamed. first: it begins one."""
     chat, count = isinstance(body, ChatBody), logprobs_of(body)
     shown: dict[str, Any] = {"index": index}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.checks import require, within
+from serving.http.wire import AnswerBody, ApiError, ChatBody, ChatMessage, CompletionBody
 from serving.request import TOP, Draw, Grammar, Request
-from serving.wire import AnswerBody, ApiError, ChatBody, ChatMessage, CompletionBody
 
 ANSWERS = 128  # of one request: prompts times n
 STOPS, STOP_LETTERS = 4, 256

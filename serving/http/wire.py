@@ -57,7 +57,7 @@ class StreamOptions(_Body):
 class JsonSchema(_Body):
     """A schema and what it is called."""
 
-    schema: dict[str, Any] | bool
+    schema: dict[str, Any]
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
@@ -73,7 +73,7 @@ class ResponseFormat(_Body):
 class StructuredOutputs(_Body):
     """vLLM's way to ask for a form: one of the three."""
 
-    json: dict[str, Any] | bool | None = None
+    json: dict[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
 
@@ -117,7 +117,7 @@ class CompletionBody(AnswerBody, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-class TextPart(_Body):
+class ContentPart(_Body):
     """A piece of a message; only text is served."""
 
     type: Literal["text"]
@@ -128,7 +128,7 @@ class ChatMessage(_Body):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | list[ContentPart]
     name: str | None = None
 
 
@@ -160,7 +160,7 @@ class DetokenizeBody(_Body):
 
 BodyT = TypeVar("BodyT", bound=_Body)
 NESTED: dict[str, type[_Body]] = {
-    **{"stream_options": StreamOptions, "response_format": ResponseFormat, "content": TextPart},
+    **{"stream_options": StreamOptions, "response_format": ResponseFormat, "content": ContentPart},
     **{"structured_outputs": StructuredOutputs, "json_schema": JsonSchema, "messages": ChatMessage},
 }
 

@@ -8,12 +8,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.answers import Answers, ClientGone
-from serving.api import logprobs_of
-from serving.replies import TokenNames, choice_of, envelope, usage_of
+from serving.http.answers import Answers, ClientGone
+from serving.http.api import logprobs_of
+from serving.http.replies import TokenNames, choice_of, envelope, usage_of
+from serving.http.stream import AnswerFailed, AnswerPart
+from serving.http.wire import AnswerBody, ApiError, ChatBody
 from serving.request import Engine, FinishReason
-from serving.stream import AnswerFailed, Part
-from serving.wire import AnswerBody, ApiError, ChatBody
 
 DONE = b"data: [DONE]\n\n"
 
@@ -45,7 +45,7 @@ class Call:
         self._object = f"{kind}.chunk" if chat and body.stream else kind
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._version = service.engine.version
-        self.echoes: list[Part] = []  # of the prompts, where they are wanted
+        self.echoes: list[AnswerPart] = []  # of the prompts, where they are wanted
         self.streaming = False  # then whoever sends the answer closes the call
         self._tokens, self._cached = 0, 0
 
@@ -83,17 +83,17 @@ class Call:
         self.answers.close()
         self._service.open -= 1
 
-    def _heads(self) -> list[Part]:
+    def _heads(self) -> list[AnswerPart]:
         """What each choice begins with; it is all that there is where nothing is to be written."""
-        none = [Part() for _ in self._prompts]
+        none = [AnswerPart() for _ in self._prompts]
         reason: FinishReason | None = None if self.answers.count else "length"
         return [
-            Part(one.text, [*one.written], [*one.offsets], reason)
+            AnswerPart(one.text, [*one.written], [*one.offsets], reason)
             for one in (self.echoes or none)
             for _ in range(self._n)
         ]
 
-    def _count(self, index: int, part: Part) -> None:
+    def _count(self, index: int, part: AnswerPart) -> None:
         self._tokens += len(part.written)
         if part.finished is not None:
             self._version = part.finished.version
@@ -102,7 +102,7 @@ class Call:
     def _usage(self) -> dict[str, Any]:
         return usage_of(sum(map(len, self._prompts)), self._tokens, self._cached)
 
-    def _chunks(self, parts: dict[int, Part], begun: set[int], usage: bool) -> bytes:
+    def _chunks(self, parts: dict[int, AnswerPart], begun: set[int], usage: bool) -> bytes:
         """Events of what has come; a token whose text is held back makes none unless it is asked for."""
         chunks = []
         silent = logprobs_of(self._body) is None and not self._body.return_token_ids
@@ -113,7 +113,7 @@ class Call:
                 chunks.append(_event(self._envelope([choice], self._usage() if usage else None)))
         return b"".join(chunks)
 
-    def _choice(self, index: int, part: Part, *, first: bool) -> dict[str, Any]:
+    def _choice(self, index: int, part: AnswerPart, *, first: bool) -> dict[str, Any]:
         choice = choice_of(self._body, index, part, self._service.names, first=first)
         if first and self._body.return_token_ids:
             choice["prompt_token_ids"] = self._prompts[index // self._n]

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, 
 from functools import partial
 from typing import Any
 
-from serving.metrics import Metrics, Timing
+from serving.http.metrics import Metrics, Timing
+from serving.http.stream import AnswerFailed, AnswerPart, AnswerStream
 from serving.request import Engine, Event, Request, Written
-from serving.stream import AnswerFailed, AnswerStream, Part
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -40,7 +40,7 @@ class Answers:
         for index, request in enumerate(requests):
             self._numbers.append(self._engine.submit(request, partial(self._put, index)))
 
-    async def parts(self) -> AsyncIterator[dict[int, Part]]:
+    async def parts(self) -> AsyncIterator[dict[int, AnswerPart]]:
         """What has come since the last look, by choice, until all have ended.
 
         Raises ClientGone where nobody waits any more, AnswerFailed where the engine could not.
@@ -51,10 +51,10 @@ class Answers:
             self._woken = False  # before the events are taken: whatever comes from here on wakes again
             if self._gone:
                 raise ClientGone
-            parts: dict[int, Part] = {}
+            parts: dict[int, AnswerPart] = {}
             while self._events:
                 index, event, at = self._events.popleft()
-                parts.setdefault(index, Part()).add(self._take(index, event, at))
+                parts.setdefault(index, AnswerPart()).add(self._take(index, event, at))
             yield parts
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class Answers:
                 self._engine.cancel(number)
                 self._metrics.ended(timing, time.monotonic(), None, "cancelled")
 
-    def _take(self, index: int, event: Event, at: float) -> Part:
+    def _take(self, index: int, event: Event, at: float) -> AnswerPart:
         stream, timing = self._streams[index], self._timings[index]
         stopped = stream.stopped
         try:

@@ -19,8 +19,9 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from data.tokens.tokenizer import Tokenizer
-from serving.answers import Answers, ClientGone
-from serving.api import (
+from serving.grammar import ANY_OBJECT, GrammarCompiler, TokenGrammar
+from serving.http.answers import Answers, ClientGone
+from serving.http.api import (
     Limits,
     check,
     count_answers,
@@ -31,13 +32,11 @@ from serving.api import (
     requests_of,
     stops_of,
 )
-from serving.call import Call, EventStream, as_json
-from serving.grammar import ANY_OBJECT, GrammarCompiler, TokenGrammar
-from serving.metrics import Metrics
-from serving.replies import TokenNames
-from serving.request import Engine, Refused
-from serving.stream import AnswerFailed, AnswerStream, Part, TextStream
-from serving.wire import (
+from serving.http.call import Call, EventStream, as_json
+from serving.http.metrics import Metrics
+from serving.http.replies import TokenNames
+from serving.http.stream import AnswerFailed, AnswerPart, AnswerStream, TextStream
+from serving.http.wire import (
     AnswerBody,
     ApiError,
     ChatBody,
@@ -46,6 +45,7 @@ from serving.wire import (
     TokenizeBody,
     read_body,
 )
+from serving.request import Engine, Refused
 
 LONG = 4096  # letters of prompts from which on they are cut into tokens beside the event loop
 MOST_BYTES = 32 * 2**20  # of a request
@@ -88,7 +88,9 @@ class Service:
     # -- what is there
 
     async def health(self, request: HttpRequest) -> Response:
-        """Alive, whether or not it takes requests."""
+        """Alive, whether or not it takes requests; 500 where only a new start will help."""
+        if self.engine.failed is not None:
+            raise ApiError(f"the engine has failed ({self.engine.failed}); start the server again", 500)
         return as_json({"status": "ok"})
 
     async def is_ready(self, request: HttpRequest) -> Response:
@@ -217,9 +219,9 @@ class Service:
             if not call.streaming:
                 call.close()
 
-    async def _echo(self, prompt: tuple[int, ...], text: str, logprobs: int | None) -> Part:
+    async def _echo(self, prompt: tuple[int, ...], text: str, logprobs: int | None) -> AnswerPart:
         """A prompt as the beginning of its answer, scored where that is asked."""
-        part = Part(text)
+        part = AnswerPart(text)
         if logprobs is not None:
             part.written = await asyncio.to_thread(self.engine.score, prompt, logprobs)
             stream = TextStream(self.names.pieces)
@@ -267,6 +269,8 @@ class Service:
     def _check_open(self) -> None:
         if self.draining:
             raise _unavailable("the server is about to end; ask another one", 5, "draining")
+        if self.engine.failed is not None:
+            raise _unavailable("the engine has failed; ask another server", 60, "failed")
         if not self.ready:
             raise _unavailable("the model is being prepared; ask again", 5, "starting")
 
