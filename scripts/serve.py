@@ -1,0 +1,283 @@
+"""A model behind HTTP, as OpenAI's clients speak to it: `python scripts/serve.py RUN`.
+
+    RUN                   a directory in runs/, a path to one, or published weights (with config.json)
+    host=127.0.0.1        address to listen at; 0.0.0.0 for all
+    port=8000             0: any that is free, told on stderr
+    slots=8               texts that are written at a time
+    max_len=0             tokens of a prompt and its answer; 0: as many as the model was made for
+    page=64               tokens of a page of the cache
+    chunk=128             tokens of a prompt that are read at once, a multiple of page
+    pages=0               of the cache; 0: as many as all slots need for the longest texts
+    prefix_cache=true     keep what prompts have in common
+    queue_requests=256    that may wait; behind them 503 with Retry-After
+    queue_tokens=1048576  of prompts and answers that may wait
+    queue_seconds=60      that one may have to wait, as predicted
+    precision=auto        float32, bfloat16; auto: a run's own, of published weights bfloat16, on CPU float32
+    weights=raw           of a run: raw, ema (training.ema_decay), or mean (of the last checkpoints)
+    step=latest           of a run: or a step that has a checkpoint
+    follow=false          of a run: go on with each newer checkpoint, once it is verified
+    chat=auto             true, false; auto: where a run learnt turns, or a template lies beside
+    bos=auto              begin texts with bos: true, false; auto: as published weights do, and true for runs
+    name=null             what clients call the model; null: the directory's name
+    api_key_file=null     a file whose first line clients must send as their key
+    url_file=null         where to write the server's URL once it is ready; removed at its end
+
+SIGTERM, SIGUSR1 or Ctrl-C: /ready answers 503, nothing new is taken on, what runs is answered, then it ends;
+a second one ends it at once. Exit status: 0 done, 75 the same in a job of Slurm, to be started again, 1 a
+checkpoint that cannot be trusted, 2 bad input.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    import command
+
+from artifacts.load import LATEST, WEIGHTS
+from common.checks import choice, within
+from common.errors import Requeue, RunFault
+from common.files import write_text
+from scripts.command import parse, run
+from scripts.evaluate import BOS, PRECISIONS, is_run
+from scripts.generate import CHAT, with_chat
+from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from data.tokens.tokenizer import Tokenizer
+    from serving.engine import Engine
+
+FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
+EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command line, each key with its type; see the module's docstring."""
+
+    run: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    max_len: int = 0
+    page: int = 64
+    chunk: int = 128
+    pages: int = 0
+    prefix_cache: bool = True
+    queue_requests: int = 256
+    queue_tokens: int = 1 << 20
+    queue_seconds: float = 60.0
+    precision: str = "auto"
+    weights: str = "raw"
+    step: str = LATEST
+    follow: bool = False
+    chat: str = "auto"
+    bos: str = "auto"
+    name: str | None = None
+    api_key_file: Path | None = None
+    url_file: Path | None = None
+
+    @property
+    def engine(self) -> ServeConfig:
+        """What of it is the engine's. ValueError for sizes that cannot be."""
+        keys = {field.name for field in fields(ServeConfig)} & {field.name for field in fields(self)}
+        return ServeConfig(**{key: getattr(self, key) for key in keys})
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What an engine is made of, and what it is called. trained: model, parameters, operations, layout."""
+
+    trained: tuple[Any, Any, Any, Any]
+    tokenizer: "Tokenizer"
+    name: str
+    version: str
+    add_bos: bool
+
+
+def parse_options(arguments: Sequence[str]) -> ServeOptions:
+    """The command line, each value in its range. ValueError, in one line, for anything else."""
+    options = parse(arguments, ServeOptions)
+    known = {"weights": WEIGHTS, "chat": CHAT, "bos": BOS, "precision": PRECISIONS}
+    for key, values in known.items():
+        choice(key, getattr(options, key), values)
+    within("port", options.port, 0, 65535)
+    if options.follow and (options.step != LATEST or not is_run(options.run)):
+        raise ValueError(
+            f"follow=true goes with a run's step=latest, not step={options.step} of {options.run}"
+        )
+    assert options.engine.slots == options.slots
+    return options
+
+
+def open_model(options: ServeOptions) -> OpenedModel:
+    """A run's model at one of its checkpoints, or published weights; verified, on the first device."""
+    from artifacts.config import RunConfig
+    from training.compile_cache import start_compile_cache
+
+    start_compile_cache(RunConfig().compile_cache)
+    return _open_run(options) if is_run(options.run) else _open_published(options)
+
+
+def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
+    """The engine of that model: neither warm nor started."""
+    from serving.engine import Engine
+
+    model, params, ops, layout = opened.trained
+    size = opened.tokenizer.vocab_size
+    return Engine(model, params, ops, options.engine, layout, version=opened.version, vocab_size=size)
+
+
+def _open_run(options: ServeOptions) -> OpenedModel:
+    from artifacts.load import load, open_saved, steps_until
+    from training.config import from_stored
+
+    loaded = load(options.run, from_stored)
+    saved = open_saved(loaded.path)
+    step = steps_until(saved, options.step)[-1]
+
+    from artifacts.checkpoints.record import state_digest
+    from data.pipeline import prepare
+    from training.samples import trained_model
+
+    config = loaded.config
+    if options.precision != "auto":
+        config = replace(config, training=replace(config.training, precision=options.precision))
+        loaded = replace(loaded, config=config)
+    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
+    with_chat(tokenizer, loaded.path, config, options.chat)
+    trained = trained_model(loaded, tokenizer.vocab_size, step=str(step), weights=options.weights)
+    kind = "" if options.weights == "raw" else f"-{options.weights}"
+    version = f"{step}{kind}-{state_digest(saved.record(step))[:9]}"
+    name = options.name or loaded.path.resolve().name
+    return OpenedModel(trained, tokenizer, name, version, options.bos != "false")
+
+
+def _open_published(options: ServeOptions) -> OpenedModel:
+    import yaml
+
+    from configs.groups import CONFIG_DIR
+    from data.tokens.chat import ChatEncoder
+    from data.tokens.chat_template import find_template
+    from data.tokens.tokenizer import CONFIG, load_tokenizer, read_beside
+    from training.config import Config
+    from training.initial_weights import PublishedParent, find_parent
+    from training.samples import published_model
+
+    parent = find_parent(Config(init_from=options.run))
+    assert isinstance(parent, PublishedParent), options.run
+    beside = parent.tokenizer
+    tokenizer = load_tokenizer(beside)
+    described = (beside.parent / "chat_template.jinja").is_file() or "chat_template" in read_beside(
+        beside.parent / CONFIG
+    )
+    if options.chat == "true" or (options.chat == "auto" and described):
+        tokenizer.chat = ChatEncoder(tokenizer, find_template(None, beside, tokenizer))
+    rules = yaml.safe_load((CONFIG_DIR / "mesh" / "_rules.yaml").read_text("utf-8"))["rules"]
+    trained = published_model(parent, rules, precision=options.precision)
+    name = options.name or parent.run.resolve().name
+    add_bos = tokenizer.adds_bos if options.bos == "auto" else options.bos == "true"
+    return OpenedModel(trained, tokenizer, name, f"published-{parent.facts()['digest'][:9]}", add_bos)
+
+
+def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> None:
+    """Hand each newer checkpoint to the engine until it is over; one that cannot be read is told and left."""
+    from artifacts.load import find_run, open_saved, steps_until
+
+    last = int(engine.version.partition("-")[0])
+    while not over.wait(FOLLOW_SECONDS):
+        try:
+            newest = steps_until(open_saved(find_run(options.run)))[-1]
+            if newest <= last:
+                continue
+            last = newest
+            opened = _open_run(replace(options, step=str(newest)))
+            engine.update(opened.trained[1], opened.version)
+            print(f"serving {opened.version} from here on", file=sys.stderr)
+        except (ValueError, OSError, RunFault) as error:
+            print(f"step {last} is not served: {error}", file=sys.stderr)
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens there, and the URL that leads to it. ValueError where none can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"host={host} port={port}: {reason}; choose another port, or 0 for any") from None
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return listener, f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key that clients must send: a file's first line. ValueError where that is empty."""
+    if path is None:
+        return None
+    key = path.read_text("utf-8").partition("\n")[0].strip()
+    if not key:
+        raise ValueError(f"api_key_file={path} is empty; write the key into its first line")
+    return key
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until a signal; the exit status. ValueError for bad input, RunFault for a bad checkpoint."""
+    options = parse_options(arguments)
+    try:
+        from serving.http.server import Service, server_of
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{EXTRA} ({error.name} is missing)") from None
+    key = read_key(options.api_key_file)
+    listener, url = listen(options.host, options.port)
+    with listener:
+        opened = open_model(options)
+        engine = build_engine(options, opened)
+        service = Service(
+            engine, opened.tokenizer, opened.name, add_bos=opened.add_bos, api_key=key, page=options.page
+        )
+        server = server_of(service)
+        over, faults = threading.Event(), list[BaseException]()
+
+        def prepare() -> None:
+            try:
+                engine.warm()
+                engine.start()
+                service.ready = True
+                if options.url_file is not None:
+                    write_text(options.url_file, f"{url}\n")
+                print(f"{url} serves {opened.name}, {engine.version}", file=sys.stderr)
+                if options.follow:
+                    follow(options, engine, over)
+            except BaseException as error:  # told by the main thread
+                faults.append(error)
+                server.should_exit = True
+
+        # Alive from here on, ready when all is compiled.
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        signal.signal(signal.SIGUSR1, server.handle_exit)  # Slurm's word that the time is nearly over
+        server.run(sockets=[listener])
+        over.set()
+        thread.join()
+        if options.url_file is not None:
+            options.url_file.unlink(missing_ok=True)
+        engine.stop()
+        service.close()
+    if faults:
+        raise faults[0]
+    return Requeue.status if "SLURM_JOB_ID" in os.environ else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(serve, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    command.start(main)
