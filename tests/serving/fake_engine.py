@@ -142,17 +142,17 @@ class Client:
     def __init__(self, port, service, engine):
         self.port, self.service, self.engine = port, service, engine
 
-    def open(self, path, body=None, headers=None, method=None):
-        """(connection, response), to be read by the test."""
+    def begin(self, path, body=None, headers=None):
+        """A connection that has asked, to be read or closed by the test."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        connection.request(method or ("GET" if body is None else "POST"), path, data, headers or {})
-        return connection, connection.getresponse()
+        connection.request("GET" if body is None else "POST", path, data, headers or {})
+        return connection
 
-    def ask(self, path, body=None, headers=None, method=None):
+    def ask(self, path, body=None, headers=None):
         """(status, JSON or text, headers)."""
-        connection, response = self.open(path, body, headers, method)
-        with contextlib.closing(connection):
+        with contextlib.closing(self.begin(path, body, headers)) as connection:
+            response = connection.getresponse()
             data = response.read()
             is_json = response.headers["content-type"].startswith("application/json")
             return response.status, json.loads(data) if is_json else data.decode(), response.headers
@@ -172,8 +172,8 @@ class Client:
 
     def events(self, path, body):
         """The events of a stream, DONE as None."""
-        connection, response = self.open(path, {**body, "stream": True})
-        with contextlib.closing(connection):
+        with contextlib.closing(self.begin(path, {**body, "stream": True})) as connection:
+            response = connection.getresponse()
             assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
             frames = response.read().decode().split("\n\n")
         assert frames.pop() == "" and all(frame.startswith("data: ") for frame in frames)
@@ -204,7 +204,8 @@ def served(engine, tokenizer=TOKENIZER, **settings):
             until(lambda: server.started)
             yield client
         finally:
-            engine.gate.set()
+            if isinstance(engine, FakeEngine):
+                engine.gate.set()
             server.should_exit = True
             thread.join()
             engine.stop()

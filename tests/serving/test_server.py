@@ -1,7 +1,6 @@
 """The server over HTTP, before an engine without a model: what clients see, and what the engine is spared."""
 
 import contextlib
-import http.client
 import json
 import threading
 
@@ -343,10 +342,8 @@ def test_a_hundred_that_leave_are_cancelled():
         left = []
         for number in range(100):
             stream = bool(number % 2)
-            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
-            connection.request(
-                "POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 200, "stream": stream})
-            )
+            body = {"prompt": "a", "max_tokens": 500, "stream": stream}
+            connection = client.begin("/v1/completions", body)
             if stream:
                 assert connection.getresponse().status == 200
             left.append(connection)
