@@ -35,7 +35,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     import command
@@ -45,12 +45,12 @@ from common.checks import choice, within
 from common.errors import Requeue, RunFault
 from common.files import write_text
 from scripts.command import parse, run
-from scripts.evaluate import BOS, PRECISIONS, is_run
-from scripts.generate import CHAT, with_chat
+from scripts.evaluate import BOS
+from scripts.generate import CHAT, give_chat
+from scripts.opened_model import PRECISIONS, OpenedModel, is_run, open_published, open_run
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
-    from data.tokens.tokenizer import Tokenizer
     from serving.engine import Engine
 
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
@@ -90,17 +90,6 @@ class ServeOptions:
         return ServeConfig(**{key: getattr(self, key) for key in keys})
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """What an engine is made of, and what it is called. trained: model, parameters, operations, layout."""
-
-    trained: tuple[Any, Any, Any, Any]
-    tokenizer: "Tokenizer"
-    name: str
-    version: str
-    add_bos: bool
-
-
 def parse_options(arguments: Sequence[str]) -> ServeOptions:
     """The command line, each value in its range. ValueError, in one line, for anything else."""
     options = parse(arguments, ServeOptions)
@@ -116,13 +105,20 @@ def parse_options(arguments: Sequence[str]) -> ServeOptions:
     return options
 
 
-def open_model(options: ServeOptions) -> OpenedModel:
-    """A run's model at one of its checkpoints, or published weights; verified, on the first device."""
-    from artifacts.config import RunConfig
-    from training.compile_cache import start_compile_cache
+def open_model(options: ServeOptions, step: str | None = None) -> OpenedModel:
+    """The model to serve, its tokenizer with a template where it speaks in turns."""
+    from data.tokens.chat_template import has_template
 
-    start_compile_cache(RunConfig().compile_cache)
-    return _open_run(options) if is_run(options.run) else _open_published(options)
+    if is_run(options.run):
+        step = step or options.step
+        opened = open_run(options.run, step=step, weights=options.weights, precision=options.precision)
+    else:
+        opened = open_published(options.run, precision=options.precision)
+    beside = opened.tokenizer_path
+    taught = opened.config.data.format == "chat" if opened.config else has_template(beside)
+    give_chat(opened.tokenizer, beside, options.chat == "true" or (options.chat == "auto" and taught))
+    add_bos = opened.add_bos if options.bos == "auto" else options.bos == "true"
+    return replace(opened, add_bos=add_bos)
 
 
 def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
@@ -134,58 +130,6 @@ def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
     return Engine(model, params, ops, options.engine, layout, version=opened.version, vocab_size=size)
 
 
-def _open_run(options: ServeOptions) -> OpenedModel:
-    from artifacts.load import load, open_saved, steps_until
-    from training.config import from_stored
-
-    loaded = load(options.run, from_stored)
-    saved = open_saved(loaded.path)
-    step = steps_until(saved, options.step)[-1]
-
-    from artifacts.checkpoints.record import state_digest
-    from data.pipeline import prepare
-    from training.samples import trained_model
-
-    config = loaded.config
-    if options.precision != "auto":
-        config = replace(config, training=replace(config.training, precision=options.precision))
-        loaded = replace(loaded, config=config)
-    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
-    with_chat(tokenizer, loaded.path, config, options.chat)
-    trained = trained_model(loaded, tokenizer.vocab_size, step=str(step), weights=options.weights)
-    kind = "" if options.weights == "raw" else f"-{options.weights}"
-    version = f"{step}{kind}-{state_digest(saved.record(step))[:9]}"
-    name = options.name or loaded.path.resolve().name
-    return OpenedModel(trained, tokenizer, name, version, options.bos != "false")
-
-
-def _open_published(options: ServeOptions) -> OpenedModel:
-    import yaml
-
-    from configs.groups import CONFIG_DIR
-    from data.tokens.chat import ChatEncoder
-    from data.tokens.chat_template import find_template
-    from data.tokens.tokenizer import CONFIG, load_tokenizer, read_beside
-    from training.config import Config
-    from training.initial_weights import PublishedParent, find_parent
-    from training.samples import published_model
-
-    parent = find_parent(Config(init_from=options.run))
-    assert isinstance(parent, PublishedParent), options.run
-    beside = parent.tokenizer
-    tokenizer = load_tokenizer(beside)
-    described = (beside.parent / "chat_template.jinja").is_file() or "chat_template" in read_beside(
-        beside.parent / CONFIG
-    )
-    if options.chat == "true" or (options.chat == "auto" and described):
-        tokenizer.chat = ChatEncoder(tokenizer, find_template(None, beside, tokenizer))
-    rules = yaml.safe_load((CONFIG_DIR / "mesh" / "_rules.yaml").read_text("utf-8"))["rules"]
-    trained = published_model(parent, rules, precision=options.precision)
-    name = options.name or parent.run.resolve().name
-    add_bos = tokenizer.adds_bos if options.bos == "auto" else options.bos == "true"
-    return OpenedModel(trained, tokenizer, name, f"published-{parent.facts()['digest'][:9]}", add_bos)
-
-
 def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> None:
     """Hand each newer checkpoint to the engine until it is over; one that cannot be read is told and left."""
     from artifacts.load import find_run, open_saved, steps_until
@@ -194,12 +138,11 @@ def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> No
     while not over.wait(FOLLOW_SECONDS):
         try:
             newest = steps_until(open_saved(find_run(options.run)))[-1]
-            if newest <= last:
-                continue
-            last = newest
-            opened = _open_run(replace(options, step=str(newest)))
-            engine.update(opened.trained[1], opened.version)
-            print(f"serving {opened.version} from here on", file=sys.stderr)
+            if newest > last:
+                last = newest
+                opened = open_model(options, str(newest))
+                engine.update(opened.trained[1], opened.version)
+                print(f"serving {opened.version} from here on", file=sys.stderr)
         except (ValueError, OSError, RunFault) as error:
             print(f"step {last} is not served: {error}", file=sys.stderr)
 
@@ -233,13 +176,18 @@ def serve(arguments: Sequence[str]) -> int:
         from serving.http.server import Service, server_of
     except ModuleNotFoundError as error:
         raise ValueError(f"{EXTRA} ({error.name} is missing)") from None
+    from artifacts.config import RunConfig
+    from training.compile_cache import start_compile_cache
+
     key = read_key(options.api_key_file)
     listener, url = listen(options.host, options.port)
     with listener:
+        start_compile_cache(RunConfig().compile_cache)
         opened = open_model(options)
+        name = options.name or opened.path.resolve().name
         engine = build_engine(options, opened)
         service = Service(
-            engine, opened.tokenizer, opened.name, add_bos=opened.add_bos, api_key=key, page=options.page
+            engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page
         )
         server = server_of(service)
         over, faults = threading.Event(), list[BaseException]()
@@ -251,7 +199,7 @@ def serve(arguments: Sequence[str]) -> int:
                 service.ready = True
                 if options.url_file is not None:
                     write_text(options.url_file, f"{url}\n")
-                print(f"{url} serves {opened.name}, {engine.version}", file=sys.stderr)
+                print(f"{url} serves {name}, {engine.version}", file=sys.stderr)
                 if options.follow:
                     follow(options, engine, over)
             except BaseException as error:  # told by the main thread

@@ -217,10 +217,10 @@ class Tokenizer:
         return counts
 
     def pieces(self) -> list[bytes]:
-        """Return the bytes that each id adds to a text, so that those of an answer, one behind another, are it.
+        """Return the bytes that each id adds to a text: those of a text's ids, one behind another, are it.
 
-        Specials and unused ids add none. Exact for byte-level vocabularies, and for SentencePiece's kind behind
-        other text (a decoder alone drops the space at the very beginning).
+        Specials and unused ids add none. Exact for byte-level vocabularies, and for SentencePiece's kind
+        behind other text (a decoder alone drops the space at the very beginning).
         """
         content = json.loads(self._text)
         byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
