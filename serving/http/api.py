@@ -10,7 +10,7 @@ from serving.http.wire import AnswerBody, ApiError, ChatBody, ChatMessage, Compl
 from serving.request import TOP, Draw, Grammar, Request
 
 ANSWERS = 128  # of one request: prompts times n
-STOPS, STOP_LETTERS = 4, 256
+STOPS, STOP_LETTERS = 16, 256  # OpenAI takes four, lm_eval sends six and more
 FEW = 16  # tokens that a completion has where nobody says how many
 # Keys that clients send with what they always mean: other values are not served.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -223,7 +223,7 @@ BAD = {
     "top_p": ({"prompt": "a", "top_p": 0}, "top_p=0.0"),
     "seed": ({"prompt": "a", "seed": -1}, "seed=-1"),
     "logprobs": ({"prompt": "a", "logprobs": 99}, "logprobs=99"),
-    "five stops": ({"prompt": "a", "stop": list("abcde")}, "stop=5 strings must be at most 4"),
+    "many stops": ({"prompt": "a", "stop": ["a"] * 17}, "stop=17 strings must be at most 16"),
     "empty stop": ({"prompt": "a", "stop": ""}, "stop=a string of 0 letters"),
     "bias of no token": ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias=999"),
     "bias by name": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: Expected `int`"),
