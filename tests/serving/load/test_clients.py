@@ -121,20 +121,9 @@ def test_lm_eval_scores_what_the_server_scores(url, exported, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text(yaml.safe_dump(task))
     model = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer={exported}"
-    client(
-        tmp_path,
-        *(
-            "-m",
-            "lm_eval",
-            "run",
-            "--model",
-            "local-completions",
-            "--model_args",
-            f"{words},num_concurrent=2",
-        ),
-        *("--tasks", "mine", "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out"),
-        "--log_samples",
-    )
+    words = ["-m", "lm_eval", "run", "--model", "local-completions", "--model_args", model, "--tasks", "mine"]
+    words += ["--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
+    client(tmp_path, *words)
     (samples,) = (tmp_path / "out").rglob("samples_mine_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(rows) == 3
