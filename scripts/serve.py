@@ -83,11 +83,11 @@ class ServeOptions:
     api_key_file: Path | None = None
     url_file: Path | None = None
 
-    @property
-    def engine(self) -> ServeConfig:
-        """What of it is the engine's. ValueError for sizes that cannot be."""
-        keys = {field.name for field in fields(ServeConfig)} & {field.name for field in fields(self)}
-        return ServeConfig(**{key: getattr(self, key) for key in keys})
+
+def engine_settings(options: ServeOptions) -> ServeConfig:
+    """What of the command line is the engine's. ValueError for sizes that cannot be."""
+    keys = {field.name for field in fields(ServeConfig)} & {field.name for field in fields(options)}
+    return ServeConfig(**{key: getattr(options, key) for key in keys})
 
 
 def parse_options(arguments: Sequence[str]) -> ServeOptions:
@@ -99,9 +99,9 @@ def parse_options(arguments: Sequence[str]) -> ServeOptions:
     within("port", options.port, 0, 65535)
     if options.follow and (options.step != LATEST or not is_run(options.run)):
         raise ValueError(
-            f"follow=true goes with a run's step=latest, not step={options.step} of {options.run}"
+            f"follow=true goes with a run and step=latest, not {options.run} step={options.step}"
         )
-    assert options.engine.slots == options.slots
+    engine_settings(options)
     return options
 
 
@@ -126,8 +126,8 @@ def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
     from serving.engine import Engine
 
     model, params, ops, layout = opened.trained
-    size = opened.tokenizer.vocab_size
-    return Engine(model, params, ops, options.engine, layout, version=opened.version, vocab_size=size)
+    settings, size = engine_settings(options), opened.tokenizer.vocab_size
+    return Engine(model, params, ops, settings, layout, version=opened.version, vocab_size=size)
 
 
 def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> None:

@@ -40,6 +40,11 @@ class Answers:
         for index, request in enumerate(requests):
             self._numbers.append(self._engine.submit(request, partial(self._put, index)))
 
+    def check(self) -> None:
+        """Raise ClientGone where nobody waits any more."""
+        if self._gone:
+            raise ClientGone
+
     async def parts(self) -> AsyncIterator[dict[int, AnswerPart]]:
         """What has come since the last look, by choice, until all have ended.
 
@@ -49,8 +54,7 @@ class Answers:
             await self._wake.wait()
             self._wake.clear()
             self._woken = False  # before the events are taken: whatever comes from here on wakes again
-            if self._gone:
-                raise ClientGone
+            self.check()
             parts: dict[int, AnswerPart] = {}
             while self._events:
                 index, event, at = self._events.popleft()

@@ -45,10 +45,11 @@ from serving.http.wire import (
     TokenizeBody,
     read_body,
 )
-from serving.request import Engine, Refused
+from serving.request import Engine, Refused, Written
 
 LONG = 4096  # letters of prompts from which on they are cut into tokens beside the event loop
 MOST_BYTES = 32 * 2**20  # of a request
+MOST_SCORED = 256  # prompts that wait to be scored: more are refused
 SECURITY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 ResultT = TypeVar("ResultT")
 
@@ -79,11 +80,14 @@ class Service:
         self.open = 0  # requests for answers that are under way
         self._add_bos, self._api_key, self._made = add_bos, api_key, int(time.time())
         self._threads = ThreadPoolExecutor(2, "cambrian-tokenize")
+        # One at a time: the devices have answers to write meanwhile.
+        self._scorer, self._scoring = ThreadPoolExecutor(1, "cambrian-score"), 0
         self._grammars: GrammarCompiler | None = None
 
     def close(self) -> None:
         """Let its threads go."""
         self._threads.shutdown()
+        self._scorer.shutdown()
 
     # -- what is there
 
@@ -206,6 +210,7 @@ class Service:
             with _refusals():
                 call.answers.submit(asked)
                 for prompt, head in zip(prompts, heads, strict=False):
+                    call.answers.check()
                     call.echoes.append(await self._echo(prompt, head, logprobs_of(body)))
             return EventStream(call) if body.stream else as_json(await call.whole())
         except Refused as refused:
@@ -223,12 +228,22 @@ class Service:
         """A prompt as the beginning of its answer, scored where that is asked."""
         part = AnswerPart(text)
         if logprobs is not None:
-            part.written = await asyncio.to_thread(self.engine.score, prompt, logprobs)
+            part.written = await self._score(prompt, logprobs)
             stream = TextStream(self.names.pieces)
             for token in prompt:
                 part.offsets.append(stream.length)
                 stream.write(token)
         return part
+
+    async def _score(self, prompt: tuple[int, ...], logprobs: int) -> list[Written]:
+        if self._scoring >= MOST_SCORED:
+            raise Refused("scores", f"{self._scoring} prompts wait to be scored; ask again later", 1.0)
+        self._scoring += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._scorer, self.engine.score, prompt, logprobs)
+        finally:
+            self._scoring -= 1
 
     def _shown(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
