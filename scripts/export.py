@@ -118,10 +118,9 @@ def _with_vocab(found: LoadedRun[Any], size: int) -> Any:
 def _chat(path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
     """The template that the run was taught, and what ends a turn by it; None for a run of plain text."""
     from data.tokens.chat import ChatEncoder
-    from data.tokens.chat_template import find_template
-    from data.tokens.tokenizer import CONFIG, read_beside
+    from data.tokens.chat_template import find_template, has_template
 
-    if not (path / "chat_template.jinja").is_file() and not read_beside(path / CONFIG).get("chat_template"):
+    if not has_template(path / "tokenizer.json"):
         return None, None
     template = find_template(None, path / "tokenizer.json", tokenizer)
     return template.text, ChatEncoder(tokenizer, template).stop_id

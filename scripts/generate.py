@@ -20,7 +20,7 @@ trusted, 2 bad input.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     import command
@@ -28,9 +28,6 @@ if __name__ == "__main__":
 from artifacts.load import WEIGHTS
 from common.checks import as_text, choice, within
 from scripts.command import parse, run
-
-if TYPE_CHECKING:
-    from training.config import Config
 
 CHAT = ("auto", "true", "false")
 
@@ -80,7 +77,8 @@ def generate_text(options: GenerateOptions) -> list[str]:
 
     config = loaded.config
     tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
-    with_chat(tokenizer, loaded.path, config, options.chat)
+    wanted = options.chat == "true" or (options.chat == "auto" and config.data.format == "chat")
+    give_chat(tokenizer, loaded.path / "tokenizer.json", wanted)
     trained = trained_model(
         loaded, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
     )
@@ -95,15 +93,12 @@ def generate_text(options: GenerateOptions) -> list[str]:
     return [shown(tokenizer, options.prompt, prompt, tail) for tail in tails]
 
 
-def with_chat(tokenizer: Any, directory: Path, config: "Config", chat: str) -> None:
-    """Give the tokenizer the run's chat template, or take it away, as `chat` says."""
+def give_chat(tokenizer: Any, path: Path, wanted: bool) -> None:
+    """Give the tokenizer the template that lies beside its file, or take away the one that it has."""
     from data.tokens.chat import ChatEncoder
     from data.tokens.chat_template import find_template
 
-    tokenizer.chat = None
-    if chat == "true" or (chat == "auto" and config.data.format == "chat"):
-        template = find_template(None, directory / "tokenizer.json", tokenizer)
-        tokenizer.chat = ChatEncoder(tokenizer, template)
+    tokenizer.chat = ChatEncoder(tokenizer, find_template(None, path, tokenizer)) if wanted else None
 
 
 def print_texts(arguments: Sequence[str]) -> int:

@@ -116,6 +116,11 @@ class Engine:
         return self._weights[-1].version
 
     @property
+    def failed(self) -> str | None:
+        """Why it answers no more; None while it does."""
+        return None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+
+    @property
     def compiled(self) -> int:
         """Executables that there are."""
         return self._programs.compiled

@@ -153,7 +153,14 @@ class Engine(Protocol):
 
     max_len: int  # tokens of a prompt and its answer together
     vocab_size: int
-    version: str  # of the weights that new requests get: a step and a digest
+
+    @property
+    def version(self) -> str:
+        """Of the weights that new requests get: a step and a digest."""
+
+    @property
+    def failed(self) -> str | None:
+        """Why it answers no more; None while it does."""
 
     def submit(self, request: Request, sink: Sink) -> int:
         """A number for the request. Raises Refused where it has no place, ValueError where it never will."""

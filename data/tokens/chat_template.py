@@ -365,6 +365,14 @@ def find_template(given: str | None, tokenizer_path: str | Path | None, tokenize
     return template
 
 
+def has_template(tokenizer_path: Path) -> bool:
+    """Whether a template lies beside a tokenizer.json."""
+    folder = tokenizer_path.parent
+    return (folder / "chat_template.jinja").is_file() or bool(
+        read_beside(folder / CONFIG).get("chat_template")
+    )
+
+
 def specials_of(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The special tokens of a vocabulary, as a template knows them."""
     return tuple(sorted(tokenizer.specials_by_id.values()))

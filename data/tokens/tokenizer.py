@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -216,6 +216,20 @@ class Tokenizer:
                 counts[index] = len(piece.encode())
         return counts
 
+    def pieces(self) -> list[bytes]:
+        """Return the bytes that each id adds to a text: those of a text's ids, one behind another, are it.
+
+        Specials and unused ids add none. Exact for byte-level vocabularies, and for SentencePiece's kind
+        behind other text (a decoder alone drops the space at the very beginning).
+        """
+        content = json.loads(self._text)
+        byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
+        pieces = [b""] * self.vocab_size
+        for piece, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index not in self.specials_by_id:
+                pieces[index] = _piece(piece, content["model"], byte_level)
+        return pieces
+
 
 def agreeing(text: str) -> str:
     """Return a tokenizer.json that we once trained with the id for its separator that its vocabulary has."""
@@ -281,13 +295,36 @@ def _first_rule(vocabulary: Mapping[str, int]) -> tuple[str | None, str | None]:
 
 def _piece_bytes(piece: str, model: Mapping[str, Any], byte_level: bool) -> int:
     """Return what a piece stands for: where words are set apart by spaces, the one before a word as well."""
-    if not byte_level and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+    if not byte_level and _is_byte(piece):
         return 1
+    whole, spaced = _whole(piece, model)
+    return (len(whole) if byte_level else len(whole.replace("▁", " ").encode())) + spaced
+
+
+def _piece(piece: str, model: Mapping[str, Any], byte_level: bool) -> bytes:
+    """Return the bytes themselves; a piece that is not spelt in the byte-level alphabet is what it spells."""
+    if not byte_level:
+        if _is_byte(piece):
+            return bytes([int(piece[3:5], 16)])
+        whole, spaced = _whole(piece, model)
+        after = " " if model.get("end_of_word_suffix") else ""
+        text = f"{whole}{after}" if spaced and after else " " * spaced + whole
+        return text.replace("▁", " ").encode()
+    table = _byte_vocabulary()
+    known = all(letter in table for letter in piece)
+    return bytes(table[letter] for letter in piece) if known else piece.encode()
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _whole(piece: str, model: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return a piece without the marks of its place in a word, and whether a space sets the word apart."""
     prefix, suffix = (model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix"))
     whole = piece.removeprefix(prefix).removesuffix(suffix)
     edge = whole != piece if suffix else whole == piece and (prefix or model["type"] == "WordLevel")
-    spaced = bool(edge) and whole[:1].isalnum() and whole < CJK
-    return (len(whole) if byte_level else len(whole.replace("▁", " ").encode())) + spaced
+    return whole, bool(edge) and whole[:1].isalnum() and whole < CJK
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -364,6 +401,7 @@ def _empty_backend() -> Any:
     return backend
 
 
+@cache
 def _byte_vocabulary() -> dict[str, int]:
     """Bytes as the printable characters of GPT-2's table: those that print stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -52,8 +52,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer, model):
-    """Two checkpoints with different weights, an average beside each."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny", tokenizer, model)
+
+
+def make_run(path, tokenizer, model, steps=(1, 2)):
+    """Checkpoints with different weights, an average beside each."""
     path.mkdir()
     config = Config(
         run=RunConfig(name="tiny", dir=str(path)),
@@ -70,7 +73,7 @@ def run(tmp_path_factory, tokenizer, model):
     layout = build_layout(MeshConfig(data=1), jax.devices()[:1])
     placed = shardings(abstract_state(model, tx, layout, ema=True))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
-    for step in (1, 2):
+    for step in steps:
         params = weights(model, step)
         state = TrainState(
             jnp.int32(step), params, tx.init(params), weights(model, 10 + step), guard=nothing_seen()

@@ -1,0 +1,231 @@
+"""A model behind HTTP, as OpenAI's clients speak to it: `python scripts/serve.py RUN`.
+
+    RUN                   a directory in runs/, a path to one, or published weights (with config.json)
+    host=127.0.0.1        address to listen at; 0.0.0.0 for all
+    port=8000             0: any that is free, told on stderr
+    slots=8               texts that are written at a time
+    max_len=0             tokens of a prompt and its answer; 0: as many as the model was made for
+    page=64               tokens of a page of the cache
+    chunk=128             tokens of a prompt that are read at once, a multiple of page
+    pages=0               of the cache; 0: as many as all slots need for the longest texts
+    prefix_cache=true     keep what prompts have in common
+    queue_requests=256    that may wait; behind them 503 with Retry-After
+    queue_tokens=1048576  of prompts and answers that may wait
+    queue_seconds=60      that one may have to wait, as predicted
+    precision=auto        float32, bfloat16; auto: a run's own, of published weights bfloat16, on CPU float32
+    weights=raw           of a run: raw, ema (training.ema_decay), or mean (of the last checkpoints)
+    step=latest           of a run: or a step that has a checkpoint
+    follow=false          of a run: go on with each newer checkpoint, once it is verified
+    chat=auto             true, false; auto: where a run learnt turns, or a template lies beside
+    bos=auto              begin texts with bos: true, false; auto: as published weights do, and true for runs
+    name=null             what clients call the model; null: the directory's name
+    api_key_file=null     a file whose first line clients must send as their key
+    url_file=null         where to write the server's URL once it is ready; removed at its end
+
+SIGTERM, SIGUSR1 or Ctrl-C: /ready answers 503, nothing new is taken on, what runs is answered, then it ends;
+a second one ends it at once. Exit status: 0 done, 75 the same in a job of Slurm, to be started again, 1 a
+checkpoint that cannot be trusted, 2 bad input.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    import command
+
+from artifacts.load import LATEST, WEIGHTS
+from common.checks import choice, within
+from common.errors import Requeue, RunFault
+from common.files import write_text
+from scripts.command import parse, run
+from scripts.evaluate import BOS
+from scripts.generate import CHAT, give_chat
+from scripts.opened_model import PRECISIONS, OpenedModel, is_run, open_published, open_run
+from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
+
+FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
+EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command line, each key with its type; see the module's docstring."""
+
+    run: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    max_len: int = 0
+    page: int = 64
+    chunk: int = 128
+    pages: int = 0
+    prefix_cache: bool = True
+    queue_requests: int = 256
+    queue_tokens: int = 1 << 20
+    queue_seconds: float = 60.0
+    precision: str = "auto"
+    weights: str = "raw"
+    step: str = LATEST
+    follow: bool = False
+    chat: str = "auto"
+    bos: str = "auto"
+    name: str | None = None
+    api_key_file: Path | None = None
+    url_file: Path | None = None
+
+
+def engine_settings(options: ServeOptions) -> ServeConfig:
+    """What of the command line is the engine's. ValueError for sizes that cannot be."""
+    keys = {field.name for field in fields(ServeConfig)} & {field.name for field in fields(options)}
+    return ServeConfig(**{key: getattr(options, key) for key in keys})
+
+
+def parse_options(arguments: Sequence[str]) -> ServeOptions:
+    """The command line, each value in its range. ValueError, in one line, for anything else."""
+    options = parse(arguments, ServeOptions)
+    known = {"weights": WEIGHTS, "chat": CHAT, "bos": BOS, "precision": PRECISIONS}
+    for key, values in known.items():
+        choice(key, getattr(options, key), values)
+    within("port", options.port, 0, 65535)
+    if options.follow and (options.step != LATEST or not is_run(options.run)):
+        raise ValueError(
+            f"follow=true goes with a run and step=latest, not {options.run} step={options.step}"
+        )
+    engine_settings(options)
+    return options
+
+
+def open_model(options: ServeOptions, step: str | None = None) -> OpenedModel:
+    """The model to serve, its tokenizer with a template where it speaks in turns."""
+    from data.tokens.chat_template import has_template
+
+    if is_run(options.run):
+        step = step or options.step
+        opened = open_run(options.run, step=step, weights=options.weights, precision=options.precision)
+    else:
+        opened = open_published(options.run, precision=options.precision)
+    beside = opened.tokenizer_path
+    taught = opened.config.data.format == "chat" if opened.config else has_template(beside)
+    give_chat(opened.tokenizer, beside, options.chat == "true" or (options.chat == "auto" and taught))
+    add_bos = opened.add_bos if options.bos == "auto" else options.bos == "true"
+    return replace(opened, add_bos=add_bos)
+
+
+def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
+    """The engine of that model: neither warm nor started."""
+    from serving.engine import Engine
+
+    model, params, ops, layout = opened.trained
+    settings, size = engine_settings(options), opened.tokenizer.vocab_size
+    return Engine(model, params, ops, settings, layout, version=opened.version, vocab_size=size)
+
+
+def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> None:
+    """Hand each newer checkpoint to the engine until it is over; one that cannot be read is told and left."""
+    from artifacts.load import find_run, open_saved, steps_until
+
+    last = int(engine.version.partition("-")[0])
+    while not over.wait(FOLLOW_SECONDS):
+        try:
+            newest = steps_until(open_saved(find_run(options.run)))[-1]
+            if newest > last:
+                last = newest
+                opened = open_model(options, str(newest))
+                engine.update(opened.trained[1], opened.version)
+                print(f"serving {opened.version} from here on", file=sys.stderr)
+        except (ValueError, OSError, RunFault) as error:
+            print(f"step {last} is not served: {error}", file=sys.stderr)
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens there, and the URL that leads to it. ValueError where none can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"host={host} port={port}: {reason}; choose another port, or 0 for any") from None
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return listener, f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key that clients must send: a file's first line. ValueError where that is empty."""
+    if path is None:
+        return None
+    key = path.read_text("utf-8").partition("\n")[0].strip()
+    if not key:
+        raise ValueError(f"api_key_file={path} is empty; write the key into its first line")
+    return key
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until a signal; the exit status. ValueError for bad input, RunFault for a bad checkpoint."""
+    options = parse_options(arguments)
+    try:
+        from serving.http.server import Service, server_of
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{EXTRA} ({error.name} is missing)") from None
+    from artifacts.config import RunConfig
+    from training.compile_cache import start_compile_cache
+
+    key = read_key(options.api_key_file)
+    listener, url = listen(options.host, options.port)
+    with listener:
+        start_compile_cache(RunConfig().compile_cache)
+        opened = open_model(options)
+        name = options.name or opened.path.resolve().name
+        engine = build_engine(options, opened)
+        service = Service(
+            engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page
+        )
+        server = server_of(service)
+        over, faults = threading.Event(), list[BaseException]()
+
+        def prepare() -> None:
+            try:
+                engine.warm()
+                engine.start()
+                service.ready = True
+                if options.url_file is not None:
+                    write_text(options.url_file, f"{url}\n")
+                print(f"{url} serves {name}, {engine.version}", file=sys.stderr)
+                if options.follow:
+                    follow(options, engine, over)
+            except BaseException as error:  # told by the main thread
+                faults.append(error)
+                server.should_exit = True
+
+        # Alive from here on, ready when all is compiled.
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        signal.signal(signal.SIGUSR1, server.handle_exit)  # Slurm's word that the time is nearly over
+        server.run(sockets=[listener])
+        over.set()
+        thread.join()
+        if options.url_file is not None:
+            options.url_file.unlink(missing_ok=True)
+        engine.stop()
+        service.close()
+    if faults:
+        raise faults[0]
+    return Requeue.status if "SLURM_JOB_ID" in os.environ else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return run(serve, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    command.start(main)

@@ -1,0 +1,1 @@
+"""The engine over HTTP: OpenAI's completions and chat, health, and figures."""
