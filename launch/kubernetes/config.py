@@ -4,17 +4,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from common.checks import choice, did_you_mean, require, within
 from training.config import Config
 
 KINDS = ("gpu", "tpu", "cpu")
 DEVICES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}  # as which resource they are asked for
+OptionsT = TypeVar("OptionsT")
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 TASK = "train"  # the replicated job, and its container
 NAME_LIMIT = 63  # of a DNS label, which every pod's name must be
-_LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _QUANTITY = r"[1-9][0-9]*(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 
 
@@ -81,7 +82,7 @@ class KubeConfig:
         )
         for key in ("name", "namespace", "service_account", "queue", "claim"):
             value = getattr(self, key)
-            ok = value is None or (re.fullmatch(_LABEL, value) is not None and len(value) <= NAME_LIMIT)
+            ok = value is None or (re.fullmatch(LABEL, value) is not None and len(value) <= NAME_LIMIT)
             require(ok, f"kube.{key}", value, "a DNS label: lower-case letters, digits and -, at most 63")
         quantities = {key: getattr(self, key) for key in ("cpu", "memory", "shared_memory", "claim_size")}
         quantities |= {f"resources.{key}": value for key, value in self.resources.items()}
@@ -129,30 +130,36 @@ def parse_toleration(word: str) -> dict[str, str]:
 
 def parse_kube(words: Sequence[str]) -> KubeConfig:
     """`kube.KEY=VALUE` words, values in YAML, as a checked KubeConfig. ValueError in one line."""
+    return parse_words(words, "kube.", KubeConfig)
+
+
+def parse_words(words: Sequence[str], prefix: str, kind: type[OptionsT], **given: Any) -> OptionsT:
+    """`PREFIX.KEY=VALUE` words over the defaults and `given`, checked. ValueError in one line."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    types = {item.name: item.type for item in fields(KubeConfig)}
-    config = OmegaConf.structured(KubeConfig(image="?"))
-    config.image = ""
+    types = {item.name: item.type for item in fields(kind) if item.name not in given}  # type: ignore[arg-type]
+    config = OmegaConf.structured(kind)
+    for key, value in given.items():
+        config[key] = value
     for word in words:
         name, equals, text = word.partition("=")
-        key, _, below = name.removeprefix("kube.").partition(".")
+        key, _, below = name.removeprefix(prefix).partition(".")
         if not equals:
-            raise ValueError(f"{word} is no KEY=VALUE; give one, as in kube.nodes=4")
+            raise ValueError(f"{word} is no KEY=VALUE; give one, as in {prefix}{next(iter(types))}=4")
         if key not in types:
             raise ValueError(f"{name} is no key of kubernetes.py; {did_you_mean(key, types)}")
         try:
             # Labels have dots of their own, so all that is below a key is one key.
             config[key] = {**config[key], below: text} if below else _value(text)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            kind = getattr(types[key], "__name__", "") if types[key] in (int, str) else types[key]
+            called = getattr(types[key], "__name__", "") if types[key] in (int, str) else types[key]
             raise ValueError(
-                f"{word} is not of type {kind}; --help says where each key is explained"
+                f"{word} is not of type {called}; --help says where each key is explained"
             ) from error
-    kube = OmegaConf.to_object(config)
-    assert isinstance(kube, KubeConfig)
-    return kube
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, kind)
+    return made
 
 
 def _value(text: str) -> Any:
@@ -176,7 +183,7 @@ def job_name(config: Config, kube: KubeConfig) -> str:
     """
     made = re.sub(r"[^a-z0-9]+", "-", config.run.name.lower()).strip("-")
     name = kube.name or made
-    if not re.fullmatch(_LABEL, name):
+    if not re.fullmatch(LABEL, name):
         raise ValueError(f"run.name={config.run.name} makes no DNS label ({name}); give kube.name=")
     room = NAME_LIMIT - len(f"-{TASK}-{kube.slices - 1}-{kube.nodes - 1}-abcde")  # 5 letters from Kubernetes
     if len(name) > room:

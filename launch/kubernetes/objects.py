@@ -215,6 +215,12 @@ def pod(request: Request) -> Object:
     }
     if kube.slices > 1:  # traffic between slices goes by the nodes' own addresses
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return spec | placed(kube) | {"containers": [container(request)], "volumes": volumes(kube)}
+
+
+def placed(kube: KubeConfig) -> Object:
+    """On which nodes a pod may be, before whom, and by whose leave its image is read."""
+    spec: Object = {}
     if kube.priority_class is not None:
         spec["priorityClassName"] = kube.priority_class
     if selector := node_selector(kube):
@@ -223,7 +229,7 @@ def pod(request: Request) -> Object:
         spec["tolerations"] = taints
     if kube.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in kube.pull_secrets]
-    return spec | {"containers": [container(request)], "volumes": volumes(kube)}
+    return spec
 
 
 def security(kube: KubeConfig) -> Object:
@@ -259,15 +265,22 @@ def tolerations(kube: KubeConfig) -> list[dict[str, str]]:
     return found
 
 
+def devices(kube: KubeConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """What a pod asks for, and what it may not exceed.
+
+    Devices and memory are granted whole. Cores are a floor: a pod may use what nobody else needs.
+    """
+    asked = kube.asked()
+    return asked, {name: amount for name, amount in asked.items() if name != "cpu"}
+
+
 def container(request: Request) -> Object:
     """The image's entry point is train.py; `args` are its words."""
     kube = request.kube
     ports = [{"name": "coordinator", "containerPort": kube.port}]
     if request.metrics_port is not None:
         ports.append({"name": "metrics", "containerPort": request.metrics_port})
-    asked = kube.asked()
-    # Devices and memory are granted whole. Cores are a floor: a pod may use what nobody else needs.
-    limits = {name: amount for name, amount in asked.items() if name != "cpu"}
+    asked, limits = devices(kube)
     found: Object = {
         "name": TASK,
         "image": kube.image,

@@ -363,7 +363,7 @@ def test_files_say_what_made_them_and_what_to_type(tmp_path, capsys):
 
 def test_what_reads_as_a_number_is_quoted():
     """PyYAML takes a bare 1e5 for text, Kubernetes for a number, which it refuses as a variable's value."""
-    text = documents(request(EVERYTHING), ["x"])["5-jobset.yaml"]
+    text = documents(PARTS, request(EVERYTHING), "")["5-jobset.yaml"]
     assert "value: '1e5'" in text and "value: 'on'" in text
     values = {var["name"]: var.get("value") for var in container(request(EVERYTHING))["env"]}
     assert (values["A"], values["B"]) == ("1e5", "on")
