@@ -22,8 +22,9 @@ import yaml
 
 from common.text import counted
 from launch.kubernetes import objects, serve
-from launch.kubernetes.config import KubeConfig, check_job, job_name, metrics_port, parse_kube, parse_words
-from launch.kubernetes.objects import Object, Request
+from launch.kubernetes.check import check_job, job_name, metrics_port
+from launch.kubernetes.config import KubeConfig, parse_kube, parse_words
+from launch.kubernetes.objects import Object, KubeWorkload
 from launch.kubernetes.serve import KubeServeConfig, Served
 from scripts.command import refuse
 from scripts.command import run as commanded
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from training.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-AskedT = TypeVar("AskedT", Request, Served)
+AskedT = TypeVar("AskedT", KubeWorkload, Served)
 # File, what makes its objects, and what a person who reads it should know.
-PARTS: tuple[tuple[str, Callable[[Request], list[Object]], str], ...] = (
+PARTS: tuple[tuple[str, Callable[[KubeWorkload], list[Object]], str], ...] = (
     (
         "1-queue",
         objects.queue_objects,
@@ -121,7 +122,7 @@ Other words are train.py's, and are checked as it would. Nothing is sent to a cl
 def render(config: "Config", *, kube: KubeConfig, words: Sequence[str], command: Sequence[str]) -> int:
     """Check the run against the cluster, and write the manifests."""
     check_job(config, kube)
-    request = Request(
+    workload = KubeWorkload(
         name=job_name(config, kube),
         kube=kube,
         words=tuple(words),
@@ -129,8 +130,8 @@ def render(config: "Config", *, kube: KubeConfig, words: Sequence[str], command:
         commit=commit(),
         metrics_port=metrics_port(config, kube),
     )
-    files = documents(PARTS, request, head(request, command))
-    return write(files, kube, next_steps(request))
+    files = documents(PARTS, workload, head(workload, command))
+    return write(files, kube, next_steps(workload))
 
 
 def render_server(words: Sequence[str], command: Sequence[str]) -> int:
@@ -144,7 +145,7 @@ def render_server(words: Sequence[str], command: Sequence[str]) -> int:
     kube = parse_kube([word for word in words if word.startswith("kube.")])
     config = parse_words(ours, "serve.", KubeServeConfig, model=model)
     serve.check_served(config, kube)
-    served = Served(Request(serve.served_name(model, kube), kube, tuple(rest), "", commit()), config)
+    served = Served(KubeWorkload(serve.served_name(model, kube), kube, tuple(rest), "", commit()), config)
     head = titled(f"{served.name}: {config.engine} serves {model}", command, server_steps(served))
     return write(documents(SERVE_PARTS, served, head), kube, server_steps(served))
 
@@ -176,11 +177,11 @@ def documents(
     return files
 
 
-def head(request: Request, command: Sequence[str]) -> str:
+def head(workload: KubeWorkload, command: Sequence[str]) -> str:
     """What made a run's manifests, and what to type next."""
-    kube = request.kube
+    kube = workload.kube
     devices = f"{counted(kube.pods, 'node')}, {counted(kube.devices, 'device')}"
-    return titled(f"{request.name}: {devices} ({kube.kind})", command, next_steps(request))
+    return titled(f"{workload.name}: {devices} ({kube.kind})", command, next_steps(workload))
 
 
 def titled(what: str, command: Sequence[str], steps: str) -> str:
@@ -196,7 +197,7 @@ def titled(what: str, command: Sequence[str], steps: str) -> str:
 
 def server_steps(served: Served) -> str:
     """The commands that start, watch, try and stop a server."""
-    kube, name = served.request.kube, served.name
+    kube, name = served.workload.kube, served.name
     space = f"-n {kube.namespace}"
     lines = {
         "start it, or change it while it answers": f"apply -f {kube.output or '-'}",
@@ -208,17 +209,17 @@ def server_steps(served: Served) -> str:
     return "\n".join(f"{why}:\n    kubectl {words}" for why, words in lines.items())
 
 
-def next_steps(request: Request) -> str:
+def next_steps(workload: KubeWorkload) -> str:
     """The commands that start, watch, stop and resume the job."""
-    space, name = f"-n {request.kube.namespace}", request.name
+    space, name = f"-n {workload.kube.namespace}", workload.name
     mine, first = f"-l app.kubernetes.io/instance={name}", "batch.kubernetes.io/job-completion-index=0"
     lines = {
-        "start it; after a stop, go on from what it saved": f"apply -f {request.kube.output or '-'}",
+        "start it; after a stop, go on from what it saved": f"apply -f {workload.kube.output or '-'}",
         "see how it goes": f"{space} get jobset,pods {mine}",
         "read along": f"{space} logs -f {mine},{first}",
         "stop it; what it saved stays": f"{space} delete jobset {name}",
     }
-    if request.kube.queue:
+    if workload.kube.queue:
         lines["its place in the queue"] = f"{space} get workloads"
     return "\n".join(f"{why}:\n    kubectl {words}" for why, words in lines.items())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from common.checks import choice, require, within
 from launch.kubernetes.config import LABEL, NAME_LIMIT, KubeConfig
-from launch.kubernetes.objects import HOME, Object, Request, devices, mounts, placed, security, volumes
+from launch.kubernetes.objects import HOME, Object, KubeWorkload, devices, mounts, placed, security, volumes
 
 ENGINES = ("cambrian", "vllm")
 SERVER = "serve"  # the container
@@ -79,15 +79,15 @@ def check_served(serve: KubeServeConfig, kube: KubeConfig) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """What is rendered: a request whose words are the server's own, and how it is served."""
+    """What is rendered: a workload whose words are the server's own, and how it is served."""
 
-    request: Request
+    workload: KubeWorkload
     serve: KubeServeConfig
 
     @property
     def name(self) -> str:
         """Of the Deployment and all around it."""
-        return self.request.name
+        return self.workload.name
 
 
 def served_name(model: str, kube: KubeConfig) -> str:
@@ -105,32 +105,32 @@ def served_name(model: str, kube: KubeConfig) -> str:
 
 def account_objects(served: Served) -> list[Object]:
     """The account that the pods run as, which may do nothing in the cluster; none where one was named."""
-    request = served.request
-    if request.kube.service_account is not None:
+    workload = served.workload
+    if workload.kube.service_account is not None:
         return []
-    return [request.made("v1", "ServiceAccount", request.account) | {"automountServiceAccountToken": False}]
+    return [workload.made("v1", "ServiceAccount", workload.account) | {"automountServiceAccountToken": False}]
 
 
 def deployment_objects(served: Served) -> list[Object]:
     """The replicas. A new one answers before an old one goes, so a change of model takes nothing away."""
-    request, serve = served.request, served.serve
+    workload, serve = served.workload, served.serve
     spec: Object = {
-        "selector": {"matchLabels": request.labels},
+        "selector": {"matchLabels": workload.labels},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
         "progressDeadlineSeconds": serve.start_seconds + 600,  # an image takes a while to arrive
-        "template": {"metadata": {"labels": request.labels}, "spec": server_pod(served)},
+        "template": {"metadata": {"labels": workload.labels}, "spec": server_pod(served)},
     }
     if serve.max == serve.min:  # else KEDA's to say: a number here would undo it at each `kubectl apply`
         spec["replicas"] = serve.min
-    return [request.made("apps/v1", "Deployment", served.name) | {"spec": spec}]
+    return [workload.made("apps/v1", "Deployment", served.name) | {"spec": spec}]
 
 
 def server_pod(served: Served) -> Object:
     """A process that has `grace_seconds` from SIGTERM to answer what it has taken on, and exits 0."""
-    kube, serve = served.request.kube, served.serve
+    kube, serve = served.workload.kube, served.serve
     spec: Object = {
         "terminationGracePeriodSeconds": kube.grace_seconds,
-        "serviceAccountName": served.request.account,
+        "serviceAccountName": served.workload.account,
         "automountServiceAccountToken": False,
         "securityContext": security(kube),
         **placed(kube),
@@ -143,21 +143,21 @@ def server_pod(served: Served) -> Object:
 
 def server(served: Served) -> Object:
     """The engine's command, its probes, and a root that nobody can write to."""
-    request, serve = served.request, served.serve
-    requests, limits = devices(request.kube)
+    workload, serve = served.workload, served.serve
+    requests, limits = devices(workload.kube)
     inside = [
         mount | {"readOnly": True} if mount["mountPath"].endswith("/runs") else mount
-        for mount in mounts(request.kube)
+        for mount in mounts(workload.kube)
     ]
     inside.append({"name": "scratch", "mountPath": "/tmp"})
     if serve.api_key is not None and serve.engine == "cambrian":
         inside.append({"name": "api-key", "mountPath": KEY_DIRECTORY, "readOnly": True})
     rights: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    if request.kube.kind == "tpu":  # the driver raises its limit of locked memory
+    if workload.kube.kind == "tpu":  # the driver raises its limit of locked memory
         rights = {"capabilities": {"add": ["SYS_RESOURCE"]}}
     found: Object = {
         "name": SERVER,
-        "image": request.kube.image,
+        "image": workload.kube.image,
         **command_line(served),
         "env": environment(served),
         "resources": {"requests": requests, "limits": limits},
@@ -166,14 +166,14 @@ def server(served: Served) -> Object:
         "volumeMounts": inside,
         "securityContext": rights | {"readOnlyRootFilesystem": True},
     }
-    if request.kube.secrets:
-        found["envFrom"] = [{"secretRef": {"name": name}} for name in request.kube.secrets]
+    if workload.kube.secrets:
+        found["envFrom"] = [{"secretRef": {"name": name}} for name in workload.kube.secrets]
     return found
 
 
 def command_line(served: Served) -> Object:
     """What starts the engine: scripts/serve.py in our image, `vllm serve` in vLLM's."""
-    serve, words = served.serve, list(served.request.words)
+    serve, words = served.serve, list(served.workload.words)
     if serve.engine == "vllm":
         where = [str(HOME / serve.model), "--host=0.0.0.0", f"--port={serve.port}"]
         return {"command": ["vllm", "serve"], "args": [*where, f"--served-model-name={served.name}", *words]}
@@ -185,7 +185,7 @@ def command_line(served: Served) -> Object:
 
 def environment(served: Served) -> list[Object]:
     """On which devices it insists; of vLLM, where it may write and which key it asks for."""
-    kube, serve = served.request.kube, served.serve
+    kube, serve = served.workload.kube, served.serve
     if serve.engine == "cambrian":
         values = {"JAX_PLATFORMS": {"gpu": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}[kube.kind]}
     else:  # the root is read-only, and the user has no home in an image that is not ours
@@ -224,24 +224,24 @@ def probes(serve: KubeServeConfig) -> Object:
 
 def door_objects(served: Served) -> list[Object]:
     """The Service that shares requests out over ready replicas, and where Prometheus finds their figures."""
-    request, serve = served.request, served.serve
-    service = request.made("v1", "Service", served.name)
+    workload, serve = served.workload, served.serve
+    service = workload.made("v1", "Service", served.name)
     port = {"name": "http", "port": serve.port, "targetPort": "http"}
-    service["spec"] = {"selector": request.labels, "ports": [port]}
-    monitor = request.made("monitoring.coreos.com/v1", "PodMonitor", served.name)
+    service["spec"] = {"selector": workload.labels, "ports": [port]}
+    monitor = workload.made("monitoring.coreos.com/v1", "PodMonitor", served.name)
     scraped = {"port": "http", "path": "/metrics", "interval": f"{SECONDS}s"}
-    monitor["spec"] = {"selector": {"matchLabels": request.labels}, "podMetricsEndpoints": [scraped]}
+    monitor["spec"] = {"selector": {"matchLabels": workload.labels}, "podMetricsEndpoints": [scraped]}
     return [service, monitor]
 
 
 def scale_objects(served: Served) -> list[Object]:
     """How many replicas there are, by what waits for them; none where their number is fixed."""
-    request, serve = served.request, served.serve
+    workload, serve = served.workload, served.serve
     if serve.max == serve.min:
         return []
-    pods = f'namespace="{request.kube.namespace}", pod=~"{served.name}-.*"'
+    pods = f'namespace="{workload.kube.namespace}", pod=~"{served.name}-.*"'
     limits = {WAITING: serve.waiting} | ({RUNNING: serve.running} if serve.running else {})
-    scaled = request.made("keda.sh/v1alpha1", "ScaledObject", served.name)
+    scaled = workload.made("keda.sh/v1alpha1", "ScaledObject", served.name)
     scaled["spec"] = {
         "scaleTargetRef": {"name": served.name},
         "minReplicaCount": serve.min,
@@ -270,12 +270,12 @@ def scale_objects(served: Served) -> list[Object]:
 
 def pool_objects(served: Served) -> list[Object]:
     """The replicas as a gateway's endpoint picker knows them; none where no picker was named."""
-    request, serve = served.request, served.serve
+    workload, serve = served.workload, served.serve
     if serve.picker is None:
         return []
-    pool = request.made("inference.networking.k8s.io/v1", "InferencePool", served.name)
+    pool = workload.made("inference.networking.k8s.io/v1", "InferencePool", served.name)
     pool["spec"] = {
-        "selector": {"matchLabels": request.labels},
+        "selector": {"matchLabels": workload.labels},
         "targetPorts": [{"number": serve.port}],
         "endpointPickerRef": {"name": serve.picker, "port": {"number": serve.picker_port}},
     }

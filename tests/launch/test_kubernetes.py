@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from launch.kubernetes.config import KubeConfig, metrics_port, parse_kube
-from launch.kubernetes.objects import Request, times
+from launch.kubernetes.check import metrics_port
+from launch.kubernetes.config import KubeConfig, parse_kube
+from launch.kubernetes.objects import KubeWorkload, times
 from parallel.processes import place_in
 from scripts.kubernetes import PARTS, documents, run
 from tests.configs.composing import config as composed
@@ -56,7 +57,7 @@ def request(words, **changes):
         "config": "a: 1\nb: 2\n",
         "commit": "c0",
     }
-    return Request(kube=parse_kube(words), **(given | changes))
+    return KubeWorkload(kube=parse_kube(words), **(given | changes))
 
 
 def objects(asked):
