@@ -115,7 +115,10 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def server(slurm: SlurmConfig, words: Sequence[str], command: Sequence[str]) -> Submission:
-    """The job of one process that serves, checked; nothing is written. Raises ValueError in one line."""
+    """The job of one process that serves, checked; nothing is written. Raises ValueError in one line.
+
+    It is a job of its own name: one that trains the run may go on beside it.
+    """
     from artifacts.manifest import recorded_environment
 
     for key in ("nodes", "tasks_per_node"):

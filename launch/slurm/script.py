@@ -58,18 +58,18 @@ srun --kill-on-bad-exit=0 --wait={ending} --distribution=block{srun} \\
 status=$?
 """
 
-# One process on one node; the URL has the node's name, so that it leads here from elsewhere.
+# One process on one node, at a port of its own; its URL has the node's name.
 SERVE = """
 url={url}
-{port}{recorded}
+{recorded}
 env | grep -E "^($recorded)" | sort > "$here/environment-$job.txt"
 rm -f "$url"
 srun --nodes=1 --ntasks=1{srun} \\
-    {python} "$here/code/scripts/serve.py" "${{words[@]}}" host="$(hostname)" port=$port url_file="$url"
+    {python} "$here/code/scripts/serve.py" "${{words[@]}}" host=0.0.0.0 port={port} url_file="$url"
 status=$?
 ready=
 [ "$url" -nt "$here/environment-$job.txt" ] && ready=yes
-rm -f "$url"  # who looks for it now is to wait for the next start
+rm -f "$url"  # of one that was killed: who looks for it now is to wait for the next start
 """
 
 # Told to leave before Python could listen, a task ends by USR1's default: nothing was under way.
@@ -88,11 +88,11 @@ fi
 """
 
 SERVE_AGAIN = f"""
-# 75: all is answered, to be started again. 143: told to leave while Python was still starting. Above 128 (it
+# 75: all is answered, to be started again. 138: told to leave while Python was still starting. Above 128 (it
 # was killed or aborted): where this start had come to serve. Anything else is for a person to look at.
 again=
 case $status in
-    {Requeue.status} | 143) again=yes ;;
+    {Requeue.status} | 138) again=yes ;;
     129 | 1[3-9]? | 2??) again=$ready ;;
 esac
 """
@@ -164,14 +164,14 @@ def render(submission: Submission, slurm: SlurmConfig) -> str:
 def _run(submission: Submission, slurm: SlurmConfig) -> str:
     """The step of the job, up to its status: all processes of a run, or the one that serves."""
     shared = {
-        "port": f"port={slurm.port}\n" if slurm.port else FREE_PORT,
         "recorded": "\n".join(RECORDED),
         "srun": _srun(submission, slurm),
         "python": quote(submission.python),
     }
     if submission.url is not None:
-        return SERVE.format(url=quote(str(submission.url)), **shared)
-    return RUN.format(ending=ENDING_SECONDS, **shared)
+        return SERVE.format(url=quote(str(submission.url)), port=slurm.port, **shared)
+    port = f"port={slurm.port}\n" if slurm.port else FREE_PORT
+    return RUN.format(port=port, ending=ENDING_SECONDS, **shared)
 
 
 def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[str]]]:
@@ -181,8 +181,7 @@ def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[s
         for key in ("partition", "account", "qos", "constraint", "exclude")
         for o in _option(key, getattr(slurm, key))
     ]
-    # SIGTERM is what a server drains at, and what it gets from a person's scancel, too.
-    notice, do = ("TERM", "answer what they have") if submission.url else ("USR1", "save")
+    do = "answer what they have" if submission.url else "save"
     limit = f"{slurm.signal_seconds} s before the limit the tasks are told to {do} and leave"
     again = "Slurm starts it again after preemption or a node's failure, and we after status 75"
     names = [
@@ -192,7 +191,7 @@ def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[s
     return [
         ("size: a task is one process of the run", _sizes(slurm)),
         ("place", place),
-        (limit, [f"--time={slurm.time}", f"--signal={notice}@{slurm.signal_seconds}"]),
+        (limit, [f"--time={slurm.time}", f"--signal=USR1@{slurm.signal_seconds}"]),
         (again, ["--requeue"]) if slurm.requeue else ("not started again by itself", ["--no-requeue"]),
         _one_or_many(len(submission.elements), slurm),
         ("one log over all starts", names),

@@ -162,6 +162,7 @@ def _waits(axes: Any, figures: Figures, recording: Recording) -> None:
     if idle := figures["probe"]["idle"]:
         _limit(axes, idle["p95"], "probes of the idle server, p95")
     _logarithmic(axes)
+    axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     _style(axes, "seconds to the\nfirst token")
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
 
