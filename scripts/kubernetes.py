@@ -24,7 +24,7 @@ from common.text import counted
 from launch.kubernetes import objects, serve
 from launch.kubernetes.check import check_job, job_name, metrics_port
 from launch.kubernetes.config import KubeConfig, parse_kube, parse_words
-from launch.kubernetes.objects import Object, KubeWorkload
+from launch.kubernetes.objects import KubeWorkload, Object
 from launch.kubernetes.serve import KubeServeConfig, Served
 from scripts.command import refuse
 from scripts.command import run as commanded

@@ -2,7 +2,7 @@
 the requests that are under way.
 
 Ray's proxy shares requests out by the replicas' queues. What a replica answers does not depend on how many
-there are, since it does not depend on its neighbours. Where a model outgrows one card: docs/serving-deploy.md.
+there are, since it does not depend on its neighbours. Where one card is too small: docs/serving-deploy.md.
 """
 
 from collections.abc import Callable
@@ -72,6 +72,8 @@ def replicas(build: Callable[[], Service], config: ReplicaConfig) -> Any:
             "target_ongoing_requests": config.target,
             "upscale_delay_s": config.up_seconds,
             "downscale_delay_s": config.down_seconds,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": max(2.0, min(config.up_seconds, 30.0)),  # what a mean is taken over
         },
     )
     return deployment.bind()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from common.checks import choice, require, within
 from launch.kubernetes.config import LABEL, NAME_LIMIT, KubeConfig
-from launch.kubernetes.objects import HOME, Object, KubeWorkload, devices, mounts, placed, security, volumes
+from launch.kubernetes.objects import HOME, KubeWorkload, Object, devices, mounts, placed, security, volumes
 
 ENGINES = ("cambrian", "vllm")
 SERVER = "serve"  # the container
