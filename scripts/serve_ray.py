@@ -12,7 +12,7 @@
     drain_seconds=600     that one which goes has for its last answers
     address=null          of a Ray cluster; null: RAY_ADDRESS, or a Ray of this machine alone
 
-SIGTERM or Ctrl-C ends it when what runs is answered. Needs requirements-ray.txt; docs/serving-deploy.md.
+SIGTERM or Ctrl-C ends it when what runs is answered. Needs the extras `ray` and `serve`; docs/serving-deploy.md.
 """
 
 import signal
@@ -31,7 +31,7 @@ from scripts.serve import ServeOptions, build_engine, open_model, parse_options,
 if TYPE_CHECKING:
     from serving.http.server import Service
 
-EXTRA = "scripts/serve_ray.py needs Ray Serve: pip install -r requirements-ray.txt"
+EXTRA = "scripts/serve_ray.py needs the extras ray and serve: pip install -e '.[ray,serve]'"
 
 
 def service_of(options: ServeOptions) -> "Service":

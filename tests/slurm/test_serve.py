@@ -1,6 +1,7 @@
-"""A server as a job: at its time limit it answers what it has and starts again, and no patient client fails."""
+"""A server as a job: at its time limit it answers what it has and starts again; no patient client fails."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -19,15 +20,16 @@ USERS, TOKENS = 3, 8
 @pytest.fixture(scope="module")
 def server(ground):
     """A server of a small run, which scripts/slurm.py has submitted and follows."""
-    words = ground.words("asked", *SMALL, "mesh.data=1", "training.num_steps=2")
-    subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+    words = ground.words("asked", *SMALL, "mesh.data=1", "data.seq_len=64", "training.num_steps=2")
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    shared: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    trained = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, **shared)
+    assert trained.returncode == 0, trained.stdout
     command = [
         *(sys.executable, str(ROOT / "scripts/slurm.py"), "serve", "asked", "slots=2", "max_len=64"),
         *("page=16", "chunk=16", "slurm.time=30", "slurm.signal_seconds=5"),
     ]
-    process = subprocess.Popen(
-        command, cwd=ground.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process = subprocess.Popen(command, cwd=ground.path, **shared)
     STARTED.append(process)
     return Submitted(ground, "asked", process, kind="server")
 
