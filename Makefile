@@ -13,6 +13,7 @@
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
 # apt-get install mmdebstrap).
 # `make test-slurm` starts a Slurm of a few nodes here and disturbs runs on it (as root: apt-get install slurm-wlm munge).
+# `make test-ray` scales replicas of a server under Ray Serve up and down, in .venv-ray (1.6 GB).
 # `make test-bitwise` compares programs and losses with those that are committed, to the bit, behind a refactor.
 # `make test-matrix` compares every mesh, pair of axes and schedule with one device, and prints the table.
 VENV ?= .venv
@@ -36,13 +37,14 @@ TEST := $(VENV)/.installed-test
 TORCH := .venv-torch/.installed
 DATA := .venv-data/.installed
 PLAN := .venv-plan/.installed
+RAY := .venv-ray/.installed
 PLANS := tests/planner tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
 	tests/planner/test_described.py
 FRESH := .cache/bench
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-data test-plan torch-env eval-data bench lint lock clean
+.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-data test-plan test-ray torch-env eval-data bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -73,6 +75,10 @@ test-data: $(DATA)
 # An environment of its own: the compilers for NVIDIA GPUs and TPUs, which need neither, are 5 GB.
 test-plan: $(PLAN)
 	@CAMBRIAN_REQUIRE_PLAN=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest -n $(JOBS) --dist worksteal $(PLANS) $(ARGS)
+
+# An environment of its own: Ray brings a web stack and a scheduler that nothing else of ours needs.
+test-ray: $(RAY)
+	@CAMBRIAN_REQUIRE_RAY=1 JAX_PLATFORMS=cpu .venv-ray/bin/python -m pytest -n 0 -m ray tests/ray $(ARGS)
 
 # Five minutes on a quiet machine: no image can be pulled everywhere, a minimal Debian can be put up.
 test-docker: $(TEST)
@@ -150,6 +156,14 @@ $(PLAN): requirements-plan.lock pyproject.toml
 	@$(PY) -m venv --clear .venv-plan
 	@.venv-plan/bin/python -m pip --quiet --quiet --disable-pip-version-check install --require-hashes -r $<
 	@.venv-plan/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(RAY): requirements-ray.txt requirements-test.lock pyproject.toml
+	@echo "installing requirements-test.lock and Ray Serve into .venv-ray (1.6 GB)"
+	@$(PY) -m venv --clear .venv-ray
+	@.venv-ray/bin/python -m pip --quiet --quiet --disable-pip-version-check install --require-hashes -r requirements-test.lock
+	@.venv-ray/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@.venv-ray/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-build-isolation --no-deps -e .
 	@touch $@
 
 # For developers, with `uv` on PATH: the one tool that resolves for every Python and platform at once.

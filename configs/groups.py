@@ -3,6 +3,7 @@
 from pathlib import Path
 
 CONFIG_DIR = Path(__file__).resolve().parent
+APART = ("suite", "load")  # what `eval.suite` names, and the presets of scripts/load.py
 
 
 def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
@@ -11,7 +12,7 @@ def options(group: str, root: Path = CONFIG_DIR) -> list[str]:
 
 
 def groups(root: Path = CONFIG_DIR) -> list[str]:
-    """The groups there are: directories with YAML files, but for suites, which `eval.suite` names."""
+    """The groups there are: directories with YAML files, but for those that are no part of a run's config."""
     return sorted(
-        p.name for p in root.iterdir() if p.is_dir() and p.name != "suite" and options(p.name, root)
+        p.name for p in root.iterdir() if p.is_dir() and p.name not in APART and options(p.name, root)
     )

@@ -1,6 +1,7 @@
 """Train on Slurm: `python scripts/slurm.py +experiment=NAME slurm.nodes=4 slurm.gpus_per_node=8 mesh=fsdp`.
 
-Takes the overrides that `train.py` takes, and `slurm.*` for the job. Writes a batch script that a person can
+Takes the overrides that `train.py` takes, and `slurm.*` for the job; or `serve RUN` and the words of
+scripts/serve.py, for a server of that run. Writes a batch script that a person can
 read, with a copy of code and configuration beside it, submits it and stays until it has ended.
 """
 
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     import command
 
+from artifacts.load import RUNS, find_run
 from launch.slurm.config import SlurmConfig, check_devices, split_words
 from launch.slurm.follow import client, follow
 from launch.slurm.script import Element, Submission, render
 from launch.slurm.snapshot import snapshot
-from scripts.command import refuse
+from scripts.command import refuse, run
 
 if TYPE_CHECKING:
     from training.config import Config
 
 ON_THE_NODE = ("CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")  # Slurm's to say; and Hydra's, while it calls us
 COMMAND = ("python", "scripts/slurm.py")
+OWN_WORDS = ("host", "port", "url_file")  # of scripts/serve.py, which the job says itself
 PURPOSE = """\
 Train on Slurm: write a batch script (runs/NAME.slurm/), submit it, follow it; the run is that of train.py.
 Preempted, requeued or at its time limit it saves and goes on by itself: docs/slurm.md.
@@ -36,13 +39,24 @@ Preempted, requeued or at its time limit it saves and goes on by itself: docs/sl
 {keys}"""
 
 
-def purpose() -> str:
+SERVE = "serve"
+SERVE_PURPOSE = """\
+Serve on Slurm: write a batch script (runs/NAME.server/), submit it, follow it; other words are those of
+scripts/serve.py. The URL stands in runs/NAME.server/url while there is one: docs/serving-deploy.md.
+
+  python scripts/slurm.py serve RUN slurm.gpus_per_node=1 slurm.time=24:00:00 slots=64 follow=true
+
+  slurm.KEY=VALUE           what is asked of Slurm:
+{keys}"""
+
+
+def purpose(of: str = PURPOSE) -> str:
     """What `--help` says of us: every key with its default and, from the source, its comment."""
     comments = _comments()
     lines = [
         f"    {f'{key}={_typed(value)}':24} {comments[key]}" for key, value in asdict(SlurmConfig()).items()
     ]
-    return PURPOSE.format(keys="\n".join(lines))
+    return of.format(keys="\n".join(lines))
 
 
 def _typed(value: object) -> str:
@@ -58,6 +72,8 @@ def _comments() -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: the job's where it is followed, 0 where it is submitted or written, 2 for bad input."""
+    if argv[:1] == [SERVE]:
+        return run(serve, argv[1:], purpose(SERVE_PURPOSE) + "\n")
     from hydra.errors import HydraException
 
     from configs.cli import main as compose
@@ -91,6 +107,53 @@ def elements_of(slurm: SlurmConfig, words: Sequence[str]) -> tuple[list[str], li
     return list(words), sweep_jobs(split(slurm.array)) if slurm.array else [[]]
 
 
+def serve(argv: Sequence[str]) -> int:
+    """Submit a server; the exit status as of a run. Raises ValueError, OSError."""
+    slurm, words = split_words(argv)
+    submission = server(slurm, words, [*COMMAND, SERVE, *argv])
+    return submit(submission, [], slurm)
+
+
+def server(slurm: SlurmConfig, words: Sequence[str], command: Sequence[str]) -> Submission:
+    """The job of one process that serves, checked; nothing is written. Raises ValueError in one line.
+
+    It is a job of its own name: one that trains the run may go on beside it.
+    """
+    from artifacts.manifest import recorded_environment
+
+    for key in ("nodes", "tasks_per_node"):
+        if (count := getattr(slurm, key)) > 1:
+            raise ValueError(f"slurm.{key}={count}, but a server is one process on one node; submit several")
+    if slurm.array is not None:
+        raise ValueError(f"slurm.array={slurm.array} is of runs; submit a server for each model")
+    for word in words:
+        if word.partition("=")[0] in OWN_WORDS:
+            raise ValueError(
+                f"{word} is the job's to say: the node's name, slurm.port, and where its URL stands"
+            )
+    model = next((word for word in words if "=" not in word), None)
+    if model is None:
+        raise ValueError("serve is without a model; the first word behind it is a run's name")
+    path = Path(model) if Path(model).is_dir() else find_run(model)
+    name = f"{path.resolve().name}.server"
+    parent = Path(os.path.abspath(RUNS / name))
+    return Submission(
+        name=name,
+        here=next_directory(parent),
+        directory=Path.cwd(),
+        command=command,
+        elements=[Element(name, str(path), words)],
+        environment={k: v for k, v in recorded_environment().items() if k not in ON_THE_NODE},
+        python=_python(slurm),
+        mesh="",
+        url=parent / "url",
+    )
+
+
+def _python(slurm: SlurmConfig) -> str:
+    return slurm.python or ("python" if slurm.setup or slurm.container else sys.executable)
+
+
 def prepare(
     config: "Config",
     slurm: SlurmConfig,
@@ -120,7 +183,7 @@ def prepare(
         command=command,
         elements=elements,
         environment={k: v for k, v in recorded_environment().items() if k not in ON_THE_NODE},
-        python=slurm.python or ("python" if slurm.setup or slurm.container else sys.executable),
+        python=_python(slurm),
         mesh=_mesh(config, slurm),
     )
     return submission, configs

@@ -25,7 +25,7 @@ Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class KubeWorkload:
     """What is rendered: a name, the shape of the job, train.py's words, and the config they compose."""
 
     name: str
@@ -51,9 +51,9 @@ class Request:
         return self.kube.service_account or self.name
 
 
-def queue_objects(request: Request) -> list[Object]:
+def queue_objects(workload: KubeWorkload) -> list[Object]:
     """Kueue's part: which nodes (a flavour), how much of them (a cluster queue), and the door to it."""
-    kube = request.kube
+    kube = workload.kube
     if kube.queue is None:
         return []
     nodes = kube.queue_nodes or kube.pods
@@ -90,26 +90,26 @@ def times(quantity: str, count: int) -> str:
     return f"{int(match[1]) * count}{match[2]}"
 
 
-def access_objects(request: Request) -> list[Object]:
+def access_objects(workload: KubeWorkload) -> list[Object]:
     """The account that pods run as, and leave to see their fellow pods; none where an account was named."""
-    if request.kube.service_account is not None:
+    if workload.kube.service_account is not None:
         return []
-    version, name = "rbac.authorization.k8s.io/v1", f"{request.name}-pods"
-    role = request.made(version, "Role", name)
+    version, name = "rbac.authorization.k8s.io/v1", f"{workload.name}-pods"
+    role = workload.made(version, "Role", name)
     role["rules"] = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
-    binding = request.made(version, "RoleBinding", name)
+    binding = workload.made(version, "RoleBinding", name)
     binding["roleRef"] = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
-    subject = {"kind": "ServiceAccount", "name": request.account, "namespace": request.kube.namespace}
+    subject = {"kind": "ServiceAccount", "name": workload.account, "namespace": workload.kube.namespace}
     binding["subjects"] = [subject]
-    return [request.made("v1", "ServiceAccount", request.account), role, binding]
+    return [workload.made("v1", "ServiceAccount", workload.account), role, binding]
 
 
-def volume_objects(request: Request) -> list[Object]:
+def volume_objects(workload: KubeWorkload) -> list[Object]:
     """The claim, where its size says that it is to be made."""
-    kube = request.kube
+    kube = workload.kube
     if kube.claim is None or kube.claim_size is None:
         return []
-    claim = request.made("v1", "PersistentVolumeClaim", kube.claim)
+    claim = workload.made("v1", "PersistentVolumeClaim", kube.claim)
     mode = "ReadWriteMany" if kube.pods > 1 else "ReadWriteOnce"
     claim["spec"] = {"accessModes": [mode], "resources": {"requests": {"storage": kube.claim_size}}}
     if kube.storage_class is not None:
@@ -117,28 +117,28 @@ def volume_objects(request: Request) -> list[Object]:
     return [claim]
 
 
-def config_objects(request: Request) -> list[Object]:
+def config_objects(workload: KubeWorkload) -> list[Object]:
     """A record of what runs, for people: the words that train.py gets, and all that they come to."""
-    record = request.made("v1", "ConfigMap", f"{request.name}-config")
-    words = "".join(f"{word}\n" for word in request.words)
-    record["data"] = {"commit": request.commit, "overrides": words, "config.yaml": request.config}
+    record = workload.made("v1", "ConfigMap", f"{workload.name}-config")
+    words = "".join(f"{word}\n" for word in workload.words)
+    record["data"] = {"commit": workload.commit, "overrides": words, "config.yaml": workload.config}
     return [record]
 
 
-def job_objects(request: Request) -> list[Object]:
+def job_objects(workload: KubeWorkload) -> list[Object]:
     """The JobSet: `slices` jobs of `nodes` pods each, restarted as a whole."""
-    kube = request.kube
+    kube = workload.kube
     queued = {"kueue.x-k8s.io/queue-name": kube.queue} if kube.queue else {}
-    jobset = request.made("jobset.x-k8s.io/v1alpha2", "JobSet", request.name, labels=queued)
+    jobset = workload.made("jobset.x-k8s.io/v1alpha2", "JobSet", workload.name, labels=queued)
     if kube.slices > 1:  # a slice is a node pool of its own on GKE
         topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         jobset["metadata"]["annotations"] = topology
     spec: Object = {"suspend": True} if kube.queue else {}  # until Kueue admits it
     spec |= {
-        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": request.name},
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": workload.name},
         "successPolicy": {"operator": "All"},
         "failurePolicy": failure_policy(kube),
-        "replicatedJobs": [{"name": TASK, "replicas": kube.slices, "template": {"spec": job(request)}}],
+        "replicatedJobs": [{"name": TASK, "replicas": kube.slices, "template": {"spec": job(workload)}}],
     }
     return [jobset | {"spec": spec}]
 
@@ -170,9 +170,9 @@ def _rule(name: str, action: str, patterns: list[str]) -> Object:
     return {"name": name, "action": action, **reasons}
 
 
-def job(request: Request) -> Object:
+def job(workload: KubeWorkload) -> Object:
     """One slice: a pod a node, none of them replaced alone, since the others would not know the new one."""
-    nodes = request.kube.nodes
+    nodes = workload.kube.nodes
     return {
         "completionMode": "Indexed",
         "completions": nodes,
@@ -186,7 +186,7 @@ def job(request: Request) -> Object:
                 {"action": "FailJob", "onPodConditions": [{"type": EVICTED, "status": "True"}]},
             ]
         },
-        "template": {"metadata": pod_metadata(request), "spec": pod(request)},
+        "template": {"metadata": pod_metadata(workload), "spec": pod(workload)},
     }
 
 
@@ -195,26 +195,32 @@ def _on_exit(status: int) -> Object:
     return {"action": "FailJob", "onExitCodes": codes}
 
 
-def pod_metadata(request: Request) -> Object:
+def pod_metadata(workload: KubeWorkload) -> Object:
     """Labels, and where Prometheus finds the numbers of a run that serves them."""
-    metadata: Object = {"labels": request.labels}
-    if request.metrics_port is not None:
-        found = {"scrape": "true", "port": str(request.metrics_port), "path": "/metrics"}
+    metadata: Object = {"labels": workload.labels}
+    if workload.metrics_port is not None:
+        found = {"scrape": "true", "port": str(workload.metrics_port), "path": "/metrics"}
         metadata["annotations"] = {f"prometheus.io/{key}": value for key, value in found.items()}
     return metadata
 
 
-def pod(request: Request) -> Object:
+def pod(workload: KubeWorkload) -> Object:
     """A process with a node's devices; it has `grace_seconds` from SIGTERM to save and exit 75."""
-    kube = request.kube
+    kube = workload.kube
     spec: Object = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": kube.grace_seconds,
-        "serviceAccountName": request.account,
+        "serviceAccountName": workload.account,
         "securityContext": security(kube),
     }
     if kube.slices > 1:  # traffic between slices goes by the nodes' own addresses
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return spec | placed(kube) | {"containers": [container(workload)], "volumes": volumes(kube)}
+
+
+def placed(kube: KubeConfig) -> Object:
+    """On which nodes a pod may be, before whom, and by whose leave its image is read."""
+    spec: Object = {}
     if kube.priority_class is not None:
         spec["priorityClassName"] = kube.priority_class
     if selector := node_selector(kube):
@@ -223,7 +229,7 @@ def pod(request: Request) -> Object:
         spec["tolerations"] = taints
     if kube.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in kube.pull_secrets]
-    return spec | {"containers": [container(request)], "volumes": volumes(kube)}
+    return spec
 
 
 def security(kube: KubeConfig) -> Object:
@@ -259,20 +265,27 @@ def tolerations(kube: KubeConfig) -> list[dict[str, str]]:
     return found
 
 
-def container(request: Request) -> Object:
-    """The image's entry point is train.py; `args` are its words."""
-    kube = request.kube
-    ports = [{"name": "coordinator", "containerPort": kube.port}]
-    if request.metrics_port is not None:
-        ports.append({"name": "metrics", "containerPort": request.metrics_port})
+def devices(kube: KubeConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """What a pod asks for, and what it may not exceed.
+
+    Devices and memory are granted whole. Cores are a floor: a pod may use what nobody else needs.
+    """
     asked = kube.asked()
-    # Devices and memory are granted whole. Cores are a floor: a pod may use what nobody else needs.
-    limits = {name: amount for name, amount in asked.items() if name != "cpu"}
+    return asked, {name: amount for name, amount in asked.items() if name != "cpu"}
+
+
+def container(workload: KubeWorkload) -> Object:
+    """The image's entry point is train.py; `args` are its words."""
+    kube = workload.kube
+    ports = [{"name": "coordinator", "containerPort": kube.port}]
+    if workload.metrics_port is not None:
+        ports.append({"name": "metrics", "containerPort": workload.metrics_port})
+    asked, limits = devices(kube)
     found: Object = {
         "name": TASK,
         "image": kube.image,
-        "args": list(request.words),
-        "env": environment(request),
+        "args": list(workload.words),
+        "env": environment(workload),
         "resources": {"requests": asked, "limits": limits},
         "ports": ports,
         "volumeMounts": mounts(kube),
@@ -285,12 +298,12 @@ def container(request: Request) -> Object:
     return found
 
 
-def environment(request: Request) -> list[Object]:
+def environment(workload: KubeWorkload) -> list[Object]:
     """Where a process stands in its job, and on which devices it insists.
 
     On TPUs GKE says it itself (TPU_WORKER_*, MEGASCALE_*), and `parallel.processes` listens to that.
     """
-    kube = request.kube
+    kube = workload.kube
     values = {"JAX_PLATFORMS": {"gpu": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}[kube.kind]}
     if kube.kind == "cpu" and kube.devices_per_node > 1:
         values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={kube.devices_per_node}"
@@ -298,10 +311,10 @@ def environment(request: Request) -> list[Object]:
     if kube.pods > 1:
         values[JOIN] = str(kube.join_seconds)
     if kube.pods > 1 and kube.kind != "tpu":
-        values[COORDINATOR] = f"{request.name}-{TASK}-0-0.{request.name}:{kube.port}"
+        values[COORDINATOR] = f"{workload.name}-{TASK}-0-0.{workload.name}:{kube.port}"
         values[PROCESSES] = str(kube.pods)
         told[PROCESS] = INDEX
-    values |= {"JOBSET_NAME": request.name, "JOBSET_NAMESPACE": kube.namespace} | kube.env
+    values |= {"JOBSET_NAME": workload.name, "JOBSET_NAMESPACE": kube.namespace} | kube.env
     refs = {name: {"valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in told.items()}
     found: dict[str, Object] = refs | {name: {"value": value} for name, value in values.items()}
     return [{"name": name, **what} for name, what in found.items()]

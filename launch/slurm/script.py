@@ -1,4 +1,4 @@
-"""The batch script of a run on Slurm: what a person would write, and can read, change and submit again."""
+"""The batch script of a job on Slurm: what a person would write, and can read, change and submit again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ HEAD = """\
 #!/bin/bash
 # {title}
 # Submitted by: {command}
-# The same command again goes on where the run stopped. Code and configuration as they were then: {here}
+# {again} Code and configuration as they were then: {here}
 {directives}
 """
 
@@ -58,8 +58,22 @@ srun --kill-on-bad-exit=0 --wait={ending} --distribution=block{srun} \\
 status=$?
 """
 
+# One process on one node, at a port of its own; its URL has the node's name.
+SERVE = """
+url={url}
+{recorded}
+env | grep -E "^($recorded)" | sort > "$here/environment-$job.txt"
+rm -f "$url"
+srun --nodes=1 --ntasks=1{srun} \\
+    {python} "$here/code/scripts/serve.py" "${{words[@]}}" host=0.0.0.0 port={port} url_file="$url"
+status=$?
+ready=
+[ "$url" -nt "$here/environment-$job.txt" ] && ready=yes
+rm -f "$url"  # of one that was killed: who looks for it now is to wait for the next start
+"""
+
 # Told to leave before Python could listen, a task ends by USR1's default: nothing was under way.
-REQUEUE = f"""
+AGAIN = f"""
 # 75: saved and to be started again. 138: told to leave while Python was still starting. Above 128 (a task was
 # killed, hung or aborted): where this start had come to the run's directory, as run.max_restarts ends rows of
 # it. Anything else is for a person to look at, and so is a job that somebody has ended meanwhile.
@@ -71,6 +85,19 @@ esac
 if [ -s "$CAMBRIAN_VERDICT" ]; then
     again='' status=$(head -n 1 "$CAMBRIAN_VERDICT")
 fi
+"""
+
+SERVE_AGAIN = f"""
+# 75: all is answered, to be started again. 138: told to leave while Python was still starting. Above 128 (it
+# was killed or aborted): where this start had come to serve. Anything else is for a person to look at.
+again=
+case $status in
+    {Requeue.status} | 138) again=yes ;;
+    129 | 1[3-9]? | 2??) again=$ready ;;
+esac
+"""
+
+REQUEUE = """
 if [ "$again" ]; then
     if [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
         scontrol requeue "$job" && sleep 60  # within which Slurm ends this shell
@@ -100,6 +127,7 @@ class Submission:
     environment: Mapping[str, str]
     python: str
     mesh: str
+    url: Path | None = None  # of a server, where its URL will stand; None trains
 
     @property
     def log(self) -> str:
@@ -117,23 +145,33 @@ def render(submission: Submission, slurm: SlurmConfig) -> str:
             HEAD.format(
                 title=", ".join(filter(None, [f"{submission.name}: {_size(slurm)}", submission.mesh])),
                 command=" ".join(map(quote, submission.command)).replace("\n", "\\n"),
+                again="The same command again goes on where the run stopped."
+                if submission.url is None
+                else f"While it serves, its URL stands in {submission.url}.",
                 here=submission.here,
                 directives=directives,
             ),
             BEGIN.format(here=quote(str(submission.here))),
             _setup(submission, slurm),
             _words(submission),
-            RUN.format(
-                port=f"port={slurm.port}\n" if slurm.port else FREE_PORT,
-                recorded="\n".join(RECORDED),
-                ending=ENDING_SECONDS,
-                srun=_srun(submission, slurm),
-                python=quote(submission.python),
-            ),
-            REQUEUE if slurm.requeue else "\n",
+            _run(submission, slurm),
+            (SERVE_AGAIN if submission.url else AGAIN) + REQUEUE.lstrip("\n") if slurm.requeue else "\n",
             "exit $status\n",
         ]
     )
+
+
+def _run(submission: Submission, slurm: SlurmConfig) -> str:
+    """The step of the job, up to its status: all processes of a run, or the one that serves."""
+    shared = {
+        "recorded": "\n".join(RECORDED),
+        "srun": _srun(submission, slurm),
+        "python": quote(submission.python),
+    }
+    if submission.url is not None:
+        return SERVE.format(url=quote(str(submission.url)), port=slurm.port, **shared)
+    port = f"port={slurm.port}\n" if slurm.port else FREE_PORT
+    return RUN.format(port=port, ending=ENDING_SECONDS, **shared)
 
 
 def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[str]]]:
@@ -143,7 +181,8 @@ def _asked(submission: Submission, slurm: SlurmConfig) -> list[tuple[str, list[s
         for key in ("partition", "account", "qos", "constraint", "exclude")
         for o in _option(key, getattr(slurm, key))
     ]
-    limit = f"{slurm.signal_seconds} s before the limit the tasks are told to save and leave"
+    do = "answer what they have" if submission.url else "save"
+    limit = f"{slurm.signal_seconds} s before the limit the tasks are told to {do} and leave"
     again = "Slurm starts it again after preemption or a node's failure, and we after status 75"
     names = [
         *(f"--job-name={submission.name}", f"--chdir={submission.directory}"),

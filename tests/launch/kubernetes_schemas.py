@@ -9,6 +9,8 @@ import jsonschema
 SCHEMAS = Path(__file__).with_suffix("")
 META = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
 CORE = {
+    ("apps/v1", "Deployment"): "io.k8s.api.apps.v1.Deployment",
+    ("v1", "Service"): "io.k8s.api.core.v1.Service",
     ("v1", "ServiceAccount"): "io.k8s.api.core.v1.ServiceAccount",
     ("v1", "ConfigMap"): "io.k8s.api.core.v1.ConfigMap",
     ("v1", "PersistentVolumeClaim"): "io.k8s.api.core.v1.PersistentVolumeClaim",
@@ -26,7 +28,7 @@ def problems(item: dict) -> list[str]:
     found = [f"{'/'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in known.iter_errors(item)]
     if ("namespace" in item.get("metadata", {})) == (item["kind"] in CLUSTER_WIDE):
         found.append("a namespace where there is none, or none where there is one")
-    return found + twice(known.schema, item)
+    return found + twice(known.schema, item, definitions=known.schema["$defs"])
 
 
 @cache
@@ -59,8 +61,9 @@ def strict(schema):
     return made
 
 
-def twice(schema, value, where: str = "") -> list[str]:
+def twice(schema, value, where: str = "", *, definitions) -> list[str]:
     """Items of a list that is a map by some of its fields, which it holds twice."""
+    schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
     found = []
     if isinstance(value, list):
         keys = schema.get("x-kubernetes-list-map-keys")
@@ -68,8 +71,9 @@ def twice(schema, value, where: str = "") -> list[str]:
             names = [tuple(part.get(key) for key in keys) for part in value]
             found = [f"{where}: {name} twice" for name in set(names) if names.count(name) > 1]
         for index, part in enumerate(value):
-            found += twice(schema.get("items", {}), part, f"{where}/{index}")
+            found += twice(schema.get("items", {}), part, f"{where}/{index}", definitions=definitions)
     elif isinstance(value, dict):
         for key, part in value.items():
-            found += twice(schema.get("properties", {}).get(key, {}), part, f"{where}/{key}")
+            below = schema.get("properties", {}).get(key, {})
+            found += twice(below, part, f"{where}/{key}", definitions=definitions)
     return found

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from launch.kubernetes.config import KubeConfig, metrics_port, parse_kube
-from launch.kubernetes.objects import Request, times
+from launch.kubernetes.check import metrics_port
+from launch.kubernetes.config import KubeConfig, parse_kube
+from launch.kubernetes.objects import KubeWorkload, times
 from parallel.processes import place_in
 from scripts.kubernetes import PARTS, documents, run
 from tests.configs.composing import config as composed
@@ -56,7 +57,7 @@ def request(words, **changes):
         "config": "a: 1\nb: 2\n",
         "commit": "c0",
     }
-    return Request(kube=parse_kube(words), **(given | changes))
+    return KubeWorkload(kube=parse_kube(words), **(given | changes))
 
 
 def objects(asked):
@@ -363,7 +364,7 @@ def test_files_say_what_made_them_and_what_to_type(tmp_path, capsys):
 
 def test_what_reads_as_a_number_is_quoted():
     """PyYAML takes a bare 1e5 for text, Kubernetes for a number, which it refuses as a variable's value."""
-    text = documents(request(EVERYTHING), ["x"])["5-jobset.yaml"]
+    text = documents(PARTS, request(EVERYTHING), "")["5-jobset.yaml"]
     assert "value: '1e5'" in text and "value: 'on'" in text
     values = {var["name"]: var.get("value") for var in container(request(EVERYTHING))["env"]}
     assert (values["A"], values["B"]) == ("1e5", "on")

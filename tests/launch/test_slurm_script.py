@@ -231,3 +231,67 @@ def test_the_page_shows_the_script_of_its_command(monkeypatch):
     script = render(replace(submission, python=str(there / ".venv/bin/python")), slurm)
     block = "".join(f"    {line}".rstrip() + "\n" for line in script.splitlines())
     assert block in page, block
+
+
+# -- a server ------------------------------------------------------------------------------------------------
+
+
+def serving(here: Path, *words: str) -> Submission:
+    return example(here, [*words], name="quick.server", mesh="", url=here / "the url")
+
+
+def test_a_server_gets_its_words_and_says_where_it_is(tmp_path, bash):
+    (tmp_path / "the url").write_text("of an earlier start")
+    script = render(serving(tmp_path, "quick", "name=a b"), SlurmConfig(port=9000))
+    assert "#SBATCH --signal=USR1@120" in script and "#SBATCH --job-name=quick.server" in script
+    done, calls = bash(script)
+    assert done.returncode == 0, done.stderr
+    said = calls["srun"][3:]
+    assert said[:3] == ["--nodes=1", "--ntasks=1", "python"]
+    assert said[4:] == ["quick", "name=a b", "host=0.0.0.0", "port=9000", f"url_file={tmp_path}/the url"]
+    assert said[3] == f"{tmp_path}/code/scripts/serve.py"
+    assert not (tmp_path / "the url").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "came", "requeued"),
+    [
+        (75, "", True),
+        (138, "", True),
+        (137, "yes", True),
+        (137, "", False),
+        (2, "yes", False),
+        (0, "yes", False),
+    ],
+)
+def test_a_server_is_started_again_where_it_left_by_itself_or_had_served(
+    tmp_path, bash, status, came, requeued
+):
+    # What srun starts here ends with STATUS; a server that came up has written its URL before.
+    script = render(serving(tmp_path, "quick"), SlurmConfig())
+    if came:
+        script = script.replace("status=$?", 'status=$?; sleep 0.01; echo http > "$url"')
+    done, calls = bash(script, STATUS=str(status))
+    assert done.returncode == status
+    assert ("scontrol" in calls) is requeued
+
+
+def test_a_server_is_one_process_and_says_itself_where_it_is(tmp_path, monkeypatch):
+    from scripts.slurm import server
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/quick").mkdir(parents=True)
+    (tmp_path / "runs/quick/config.yaml").touch()
+    made = server(SlurmConfig(), ["quick", "slots=4"], ["x"])
+    assert (made.name, made.url) == ("quick.server", tmp_path / "runs/quick.server/url")
+    assert made.here == tmp_path / "runs/quick.server/1" and made.elements[0].words == ["quick", "slots=4"]
+    for words, slurm, said in (
+        (["quick"], {"nodes": 2}, "slurm.nodes=2, but a server is one process"),
+        (["quick"], {"tasks_per_node": 2}, "slurm.tasks_per_node=2, but"),
+        (["quick"], {"array": "seed=0,1"}, "slurm.array=seed=0,1 is of runs"),
+        (["quick", "port=1"], {}, "port=1 is the job's to say"),
+        (["slots=4"], {}, "serve is without a model"),
+        (["quack"], {}, "run=quack is no run's name"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            server(SlurmConfig(**slurm), words, ["x"])

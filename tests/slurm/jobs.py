@@ -42,11 +42,12 @@ class Submitted:
     process: subprocess.Popen
     seen: list[str] = field(default_factory=list)  # states that its job went through
     rows_before: int = 0  # steps with a row when the last start was over
+    kind: str = "slurm"  # a run's job; of a server "server"
 
     @property
     def job(self) -> str:
         """Its number, once there is one."""
-        path = self.ground.path / "runs" / f"{self.name}.slurm" / "1" / "job"
+        path = self.directory / "job"
         self.until(path.exists)
         return path.read_text().strip()
 
@@ -56,7 +57,7 @@ class Submitted:
 
     @property
     def directory(self) -> Path:
-        return self.ground.path / "runs" / f"{self.name}.slurm" / "1"
+        return self.ground.path / "runs" / f"{self.name}.{self.kind}" / "1"
 
     def until(self, there: Callable[[], bool]) -> None:
         end = time.monotonic() + DEADLINE
