@@ -10,7 +10,7 @@ from common.files import replacing, write_text
 from data.tokens.tokenizer import Tokenizer
 from evaluation.metrics import Figure, Terms, figure, paired_bootstrap, terms
 from evaluation.sandbox import check_isolation
-from evaluation.score import Engine, Scored, TaskTokens, plan, score
+from evaluation.score import Scored, Scorer, TaskTokens, plan, score
 from evaluation.suites import Suite, Task
 
 
@@ -47,7 +47,7 @@ def plans(
 
 
 def evaluate(
-    generator: Engine,
+    generator: Scorer,
     tokenizer: Tokenizer,
     planned: Sequence[tuple[Task, TaskTokens]],
     announce: Callable[[str], None] = lambda task: None,

@@ -20,7 +20,7 @@ PROMPTS = 64  # completed at once
 WRITTEN = ("generate", "program")  # kinds for which a model writes text
 
 
-class Engine(Protocol):
+class Scorer(Protocol):
     """What reads and writes tokens: `serving.generator.Generator`."""
 
     def score(self, texts: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[Any]:
@@ -160,7 +160,7 @@ def _prompt(request: TaskRequest, tokenizer: Tokenizer, length: int, bos: bool) 
 
 
 def score(
-    generator: Engine, tokenizer: Tokenizer, planned: TaskTokens, isolation: str = "full"
+    generator: Scorer, tokenizer: Tokenizer, planned: TaskTokens, isolation: str = "full"
 ) -> list[Scored]:
     """One result a request, in their order. All processes of a job call it together.
 
@@ -186,7 +186,7 @@ def score(
     return results
 
 
-def _written(generator: Engine, tokenizer: Tokenizer, planned: TaskTokens) -> dict[tuple[int, int], str]:
+def _written(generator: Scorer, tokenizer: Tokenizer, planned: TaskTokens) -> dict[tuple[int, int], str]:
     """The texts of each request that generates, by (request, draw) in their order, up to the first stop."""
     requests, places = planned.requests, []
     groups: dict[tuple[int, float, int], list[tuple[int, int]]] = {}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from training.config import Config
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+BOS = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class OpenedModel:
 
     trained: tuple[Any, Any, Any, Any]
     tokenizer: "Tokenizer"
-    path: Path
+    path: Any  # here, or in a bucket
     tokenizer_path: Path
     version: str
     add_bos: bool

@@ -35,23 +35,23 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     import command
 
 from artifacts.load import LATEST, WEIGHTS
 from common.checks import choice, within
-from common.errors import Requeue, RunFault
+from common.errors import Requeue
 from common.files import write_text
 from scripts.command import parse, run
-from scripts.evaluate import BOS
 from scripts.generate import CHAT, give_chat
-from scripts.opened_model import PRECISIONS, OpenedModel, is_run, open_published, open_run
+from scripts.opened_model import BOS, PRECISIONS, OpenedModel, is_run, open_published, open_run
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
     from serving.engine import Engine
+    from serving.follow import Follower
 
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
 EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
@@ -130,21 +130,19 @@ def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
     return Engine(model, params, ops, settings, layout, version=opened.version, vocab_size=size)
 
 
-def follow(options: ServeOptions, engine: "Engine", over: threading.Event) -> None:
-    """Hand each newer checkpoint to the engine until it is over; one that cannot be read is told and left."""
+def follower(options: ServeOptions, engine: "Engine") -> "Follower":
+    """What hands each newer checkpoint of the run to the engine."""
     from artifacts.load import find_run, open_saved, steps_until
+    from serving.follow import Follower
 
-    last = int(engine.version.partition("-")[0])
-    while not over.wait(FOLLOW_SECONDS):
-        try:
-            newest = steps_until(open_saved(find_run(options.run)))[-1]
-            if newest > last:
-                last = newest
-                opened = open_model(options, str(newest))
-                engine.update(opened.trained[1], opened.version)
-                print(f"serving {opened.version} from here on", file=sys.stderr)
-        except (ValueError, OSError, RunFault) as error:
-            print(f"step {last} is not served: {error}", file=sys.stderr)
+    def load(step: int) -> tuple[Any, str]:
+        opened = open_model(options, str(step))
+        return opened.trained[1], opened.version
+
+    def newest() -> int:
+        return steps_until(open_saved(find_run(options.run)))[-1]
+
+    return Follower(engine, int(engine.version.partition("-")[0]), newest, load, FOLLOW_SECONDS)
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -177,6 +175,7 @@ def serve(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"{EXTRA} ({error.name} is missing)") from None
     from artifacts.config import RunConfig
+    from serving.offline import show_purity
     from training.compile_cache import start_compile_cache
 
     key = read_key(options.api_key_file)
@@ -195,13 +194,14 @@ def serve(arguments: Sequence[str]) -> int:
         def prepare() -> None:
             try:
                 engine.warm()
+                show_purity(engine)
                 engine.start()
                 service.ready = True
                 if options.url_file is not None:
                     write_text(options.url_file, f"{url}\n")
                 print(f"{url} serves {name}, {engine.version}", file=sys.stderr)
                 if options.follow:
-                    follow(options, engine, over)
+                    follower(options, engine).follow(over)
             except BaseException as error:  # told by the main thread
                 faults.append(error)
                 server.should_exit = True

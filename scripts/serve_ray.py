@@ -12,7 +12,8 @@
     drain_seconds=600     that one which goes has for its last answers
     address=null          of a Ray cluster; null: RAY_ADDRESS, or a Ray of this machine alone
 
-SIGTERM or Ctrl-C ends it when what runs is answered. Needs the extras `ray` and `serve`; docs/serving-deploy.md.
+SIGTERM or Ctrl-C ends it when what runs is answered. Needs the extras `ray` and `serve`; see
+docs/serving-deploy.md.
 """
 
 import signal
@@ -37,14 +38,14 @@ EXTRA = "scripts/serve_ray.py needs the extras ray and serve: pip install -e '.[
 def service_of(options: ServeOptions) -> "Service":
     """A service that is ready, in the process that asks for it."""
     from serving.http.server import Service
+    from serving.offline import show_purity
 
     opened = open_model(options)
     engine = build_engine(options, opened)
-    key = read_key(options.api_key_file)
-    made = Service(
-        engine, opened.tokenizer, opened.name, add_bos=opened.add_bos, api_key=key, page=options.page
-    )
+    key, name = read_key(options.api_key_file), options.name or opened.path.resolve().name
+    made = Service(engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page)
     engine.warm()
+    show_purity(engine)
     engine.start()
     made.ready = True
     return made

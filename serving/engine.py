@@ -22,7 +22,7 @@ from serving.config import ServeConfig
 from serving.pages import PagePool
 from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
-from serving.schedule import Schedule, Seat
+from serving.schedule import Seat, Turns
 from serving.texts import Counts, Pace, Text
 
 
@@ -36,7 +36,7 @@ class Pending:
 
 
 @dataclass
-class Weights:
+class ReadyWeights:
     """Weights ready to decode, with the step and digest that name them."""
 
     version: str
@@ -44,7 +44,7 @@ class Weights:
 
 
 class Engine:
-    """`serving.request.Engine` over a model on the mesh where its weights lie.
+    """`serving.request.Answering` over a model on the mesh where its weights lie.
 
     model, ops, layout: as `serving.generator.Generator` takes them. vocab_size: tokens that the tokenizer
     has, where the model's table is padded. Raises ValueError for sizes that cannot be.
@@ -92,9 +92,9 @@ class Engine:
             guesses=settings.guesses,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )
-        self._schedule: Schedule[Text] = Schedule(settings.slots, settings.chunk, settings.prefill_every)
+        self._schedule: Turns[Text] = Turns(settings.slots, settings.chunk, settings.prefill_every)
         self._params: Any = params
-        self._weights = [Weights(version, None)]
+        self._weights = [ReadyWeights(version, None)]
         self._state: Any = None
         self._bias = np.zeros((settings.slots, config.vocab_size), np.float32)
         self._bias[:, self.vocab_size :] = -np.inf
@@ -131,7 +131,7 @@ class Engine:
         self._weights[-1].tree, self._params = weights, None
 
     def submit(self, request: Request, sink: Sink) -> int:
-        """Let a request wait for its turn; its number. As `serving.request.Engine` says."""
+        """Let a request wait for its turn; its number. As `serving.request.Answering` says."""
         self._check(request)
         with self._lock:
             self._admissible(request)
@@ -151,7 +151,7 @@ class Engine:
 
     def update(self, params: Tree, version: str) -> None:
         """Answer new requests by these weights; those that run keep theirs to their end."""
-        weights = Weights(version, self._programs.ready(params))
+        weights = ReadyWeights(version, self._programs.ready(params))
         with self._lock:
             self._weights.append(weights)
 
@@ -161,7 +161,7 @@ class Engine:
         self._pool.forget()
 
     def score(self, tokens: tuple[int, ...], top: int) -> list[Written]:
-        """As `serving.request.Engine` says."""
+        """As `serving.request.Answering` says."""
         within("tokens", len(tokens), 1, self.max_len)
         text = np.zeros((1, self.max_len), np.int32)
         text[0, : len(tokens)] = tokens
@@ -174,7 +174,7 @@ class Engine:
         return found
 
     def load(self) -> Load:
-        """As `serving.request.Engine` says."""
+        """As `serving.request.Answering` says."""
         with self._lock:
             waiting = list(self._schedule.waiting)
             counts, pool = self._counts, self._pool

@@ -34,8 +34,6 @@ class Follower:
         self._engine, self._step, self._seconds = engine, step, seconds
         self._newest, self._load = newest, load
         self._bad: set[int] = set()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
 
     def look(self) -> bool:
         """Whether newer weights were there, and are answered by now."""
@@ -57,16 +55,7 @@ class Follower:
         print(f"follow: answers are by {version} from now", file=sys.stderr)
         return True
 
-    def start(self) -> None:
-        """Look in a thread of its own until `stop`."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._end.wait(self._seconds):
+    def follow(self, over: threading.Event) -> None:
+        """Look again and again until it is over."""
+        while not over.wait(self._seconds):
             self.look()

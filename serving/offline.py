@@ -37,7 +37,7 @@ def show_purity(engine: Engine) -> int:
     """
     settings, random = engine.settings, np.random.default_rng(0)
     size = min(settings.chunk + 5, engine.max_len - 2)
-    most = min(12, engine.max_len - size)
+    most = min(6, engine.max_len - size)
 
     def request(number: int, draw: Draw) -> Request:
         # Two tokens that come again and again, so that what is guessed comes true at times.
@@ -45,8 +45,8 @@ def show_purity(engine: Engine) -> int:
         prompt = (part * size)[: size - number % 3] or part[:1]
         return Request(tuple(prompt), most, draw, seed=number, logprobs=1)
 
-    texts = [request(n, Draw(0) if n % 2 else Draw(1.0)) for n in range(4)]
-    others = [request(n, Draw(1.0)) for n in range(4, 4 + settings.slots)]
+    texts = [request(n, Draw(0) if n % 2 else Draw(1.0)) for n in range(2)]
+    others = [request(n, Draw(1.0)) for n in range(2, 2 + settings.slots)]
     found = differing = 0
     for text in texts:
         alone = complete(engine, [text])[0][0]

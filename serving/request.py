@@ -148,7 +148,7 @@ class Load:
     version: str
 
 
-class Engine(Protocol):
+class Answering(Protocol):
     """What a server needs of the engine: any thread may call; answers come to the sink, in order, by one."""
 
     max_len: int  # tokens of a prompt and its answer together

@@ -22,7 +22,7 @@ class Seat(Generic[Item]):
     end: int
 
 
-class Schedule(Generic[Item]):
+class Turns(Generic[Item]):
     """`slots` texts at a time; those that wait are taken in turn of their clients, a client's in order.
 
     A step writes a token of every text that is ready, and after every `every` of those one chunk of one

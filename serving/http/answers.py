@@ -9,7 +9,7 @@ from typing import Any
 
 from serving.http.metrics import Metrics, Timing
 from serving.http.stream import AnswerFailed, AnswerPart, AnswerStream
-from serving.request import Engine, Event, Request, Written
+from serving.request import Answering, Event, Request, Written
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -21,7 +21,9 @@ class ClientGone(Exception):
 class Answers:
     """Made and used on the event loop; `close` leaves nothing running, whatever has happened."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, streams: Sequence[AnswerStream], receive: Receive):
+    def __init__(
+        self, engine: Answering, metrics: Metrics, streams: Sequence[AnswerStream], receive: Receive
+    ):
         self._engine, self._metrics, self._streams = engine, metrics, streams
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         self._events: deque[tuple[int, Event, float]] = deque()

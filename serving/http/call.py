@@ -13,7 +13,7 @@ from serving.http.api import logprobs_of
 from serving.http.replies import TokenNames, choice_of, envelope, usage_of
 from serving.http.stream import AnswerFailed, AnswerPart
 from serving.http.wire import AnswerBody, ApiError, ChatBody
-from serving.request import Engine, FinishReason
+from serving.request import Answering, FinishReason
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 class Serving(Protocol):
     """What a call needs of the service: the model, and the count of calls that are under way."""
 
-    engine: Engine
+    engine: Answering
     names: TokenNames
     name: str
     open: int

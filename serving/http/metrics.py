@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.request import Engine, Finished, Load
+from serving.request import Answering, Finished, Load
 
 # Upper edges of buckets. A token on one CPU core takes some 10 ms, on a GPU less than one.
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -38,7 +38,7 @@ class Timing:
 class Metrics:
     """One registry of one engine's figures, all with the label model_name."""
 
-    def __init__(self, engine: Engine, model_name: str, page: int = 0) -> None:
+    def __init__(self, engine: Answering, model_name: str, page: int = 0) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self._engine, self._name, self._page = engine, model_name, page

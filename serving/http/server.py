@@ -45,7 +45,7 @@ from serving.http.wire import (
     TokenizeBody,
     read_body,
 )
-from serving.request import Engine, Refused, Written
+from serving.request import Answering, Refused, Written
 
 LONG = 4096  # letters of prompts from which on they are cut into tokens beside the event loop
 MOST_BYTES = 32 * 2**20  # of a request
@@ -63,7 +63,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Answering,
         tokenizer: Tokenizer,
         name: str,
         *,

@@ -19,7 +19,7 @@ from models.transformer import build_model
 from scripts.export import main as export
 from scripts.serve import build_engine, engine_settings, main, open_model, parse_options
 from serving.config import ServeConfig
-from serving.engine import complete
+from serving.offline import complete
 from serving.request import Draw, Request
 from tests.scripts.test_generate_script import MODEL, make_run
 from tests.serving.fake_engine import until

@@ -1,5 +1,6 @@
 """Newer weights are taken once, in order, and what is damaged is left out by its reason."""
 
+import threading
 import time
 
 from common.errors import RunFault
@@ -48,12 +49,16 @@ def test_a_directory_that_cannot_be_read_now_is_read_later(capsys):
     assert "the file system is away; looked for again in 10 s" in capsys.readouterr().err
 
 
-def test_it_looks_by_itself():
-    engine = Engine()
-    follower = Follower(engine, 0, lambda: 1, lambda step: ("weights", "1-ab"), seconds=0.01)
-    follower.start()
+def test_it_looks_until_it_is_over():
+    engine, over = Engine(), threading.Event()
+    thread = threading.Thread(
+        target=Follower(engine, 0, lambda: 1, lambda step: ("weights", "1-ab"), seconds=0.01).follow,
+        args=(over,),
+    )
+    thread.start()
     end = time.monotonic() + 60
     while not engine.versions and time.monotonic() < end:
         time.sleep(0.01)
-    follower.stop()
+    over.set()
+    thread.join()
     assert engine.versions == [("weights", "1-ab")]

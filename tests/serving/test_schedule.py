@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from serving.schedule import Schedule
+from serving.schedule import Turns
 
 CHUNK = 8
 
 
 def play(slots, every, rng, steps=400):
     """What was done at each step, and who was seated when; prompts and answers of random lengths."""
-    schedule, turns, seated, left = Schedule(slots, CHUNK, every), [], [], {}
+    schedule, turns, seated, left = Turns(slots, CHUNK, every), [], [], {}
     added = []
     for step in range(steps):
         while rng.random() < 0.4:
@@ -34,7 +34,7 @@ def play(slots, every, rng, steps=400):
 
 
 def test_two_chunks_never_stand_together_while_somebody_writes():
-    schedule = Schedule(3, CHUNK)
+    schedule = Turns(3, CHUNK)
     for name, size in enumerate((0, 100, 100)):
         schedule.add((name, size), "")
     schedule.admit(lambda item: (0, item[1]))
@@ -47,7 +47,7 @@ def test_two_chunks_never_stand_together_while_somebody_writes():
 
 
 def test_clients_take_turns_and_each_one_s_requests_their_order():
-    schedule = Schedule(1, CHUNK)
+    schedule = Turns(1, CHUNK)
     for name in range(10):
         schedule.add(("greedy", name), "greedy")
     schedule.add(("modest", 0), "modest")
@@ -72,7 +72,7 @@ def test_everybody_gets_a_slot():
 
 
 def test_one_without_room_is_not_overtaken():
-    schedule = Schedule(2, CHUNK)
+    schedule = Turns(2, CHUNK)
     for name in ("long", "short"):
         schedule.add(name, name)
     assert schedule.admit(lambda item: None if item == "long" else (0, 0)) == []

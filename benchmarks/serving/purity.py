@@ -1,7 +1,7 @@
 """Whether an answer depends on the load: requests alone and in crowds, and how many differ in any bit.
 
-    python -m benchmarks.purity                             # the quickstart's model, 200 schedules of 30
-    python -m benchmarks.purity model=hybrid_debug          # any overrides of train.py
+    python -m benchmarks.serving.purity                     # the quickstart's model, 200 schedules of 30
+    python -m benchmarks.serving.purity model=hybrid_debug  # any overrides of train.py
 
 Each request is answered alone, by an engine without prefix cache. Then schedules drawn from a seed answer all
 of them: shuffled, at once or one by one, beside neighbours that are cancelled, with the cache and without.

@@ -1,0 +1,1 @@
+"""Measures of the server and of its engine."""
