@@ -38,13 +38,11 @@ from artifacts.load import WEIGHTS
 from common.checks import choice, within
 from evaluation.sandbox import ISOLATION
 from scripts.command import parse, run
-from scripts.opened_model import PRECISIONS, is_run, open_published, open_run
+from scripts.opened_model import BOS, PRECISIONS, is_run, open_published, open_run
 
 if TYPE_CHECKING:
     from data.tokens.tokenizer import Tokenizer
     from serving.generator import Generator
-
-BOS = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)

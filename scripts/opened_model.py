@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from data.tokens.tokenizer import Tokenizer
     from training.config import Config
 
+BOS = ("auto", "true", "false")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 

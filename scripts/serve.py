@@ -45,9 +45,8 @@ from common.checks import choice, within
 from common.errors import Requeue, RunFault
 from common.files import write_text
 from scripts.command import parse, run
-from scripts.evaluate import BOS
 from scripts.generate import CHAT, give_chat
-from scripts.opened_model import PRECISIONS, OpenedModel, is_run, open_published, open_run
+from scripts.opened_model import BOS, PRECISIONS, OpenedModel, is_run, open_published, open_run
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
