@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from serving.engine import Engine
 
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
+# Python's own 5 ms between two turns of its threads are longer than a step of a small model.
+SWITCH_SECONDS = 0.0005
 EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
 
 
@@ -189,6 +191,7 @@ def serve(arguments: Sequence[str]) -> int:
             engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page
         )
         server = server_of(service)
+        sys.setswitchinterval(SWITCH_SECONDS)
         over, faults = threading.Event(), list[BaseException]()
 
         def prepare() -> None:
