@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from data.tokens.tokenizer import Tokenizer
     from training.config import Config
 
-BOS = ("auto", "true", "false")
 PRECISIONS = ("auto", "float32", "bfloat16")
+BOS = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)

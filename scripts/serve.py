@@ -8,6 +8,7 @@
     page=64               tokens of a page of the cache
     chunk=128             tokens of a prompt that are read at once, a multiple of page
     pages=0               of the cache; 0: as many as all slots need for the longest texts
+    guesses=0             tokens that are guessed from the text itself and read with the next one
     prefix_cache=true     keep what prompts have in common
     queue_requests=256    that may wait; behind them 503 with Retry-After
     queue_tokens=1048576  of prompts and answers that may wait
@@ -70,6 +71,7 @@ class ServeOptions:
     page: int = 64
     chunk: int = 128
     pages: int = 0
+    guesses: int = 0
     prefix_cache: bool = True
     queue_requests: int = 256
     queue_tokens: int = 1 << 20
