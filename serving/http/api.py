@@ -77,8 +77,8 @@ def check(body: AnswerBody) -> None:
         count = body.top_logprobs
         ok = count is None or bool(body.logprobs)
         require(ok, "top_logprobs", count, "left out, or beside logprobs=true")
-        both = body.max_tokens is not None and body.max_completion_tokens is not None
-        require(not both, "max_tokens", body.max_tokens, "left out beside max_completion_tokens")
+        both = {body.max_tokens, body.max_completion_tokens} - {None}
+        require(len(both) < 2, "max_tokens", body.max_tokens, "left out beside max_completion_tokens")
 
 
 def stops_of(body: AnswerBody) -> list[str]:

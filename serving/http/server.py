@@ -152,7 +152,7 @@ class Service:
         self._check_model(body.model)
         with _refusals():
             self.limits.check_ids("tokens", body.tokens)
-        return as_json({"prompt": self.tokenizer.decode(body.tokens)})
+        return as_json({"prompt": await self._off_loop(len(body.tokens), self.tokenizer.decode, body.tokens)})
 
     # -- answers
 

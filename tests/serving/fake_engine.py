@@ -63,6 +63,7 @@ class FakeEngine:
             self._lock.notify()
 
     def score(self, tokens, top):
+        self.gate.wait()
         self.scored.append(tokens)
         found = [Written(tokens[0])]
         for before, token in zip(tokens, tokens[1:], strict=False):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +14,14 @@ from tests.serving.fake_engine import FakeEngine, letters, served, spelling, unt
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 REPLY = "Grüße <b>an</b> alle 👍"
+# A process whose descriptors 3 and 4 become those given, then the rest of its arguments.
+AS_DESCRIPTORS = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(given), fcntl.F_DUPFD, 10) for given in sys.argv[1:3]]
+os.dup2(high[0], 3)
+os.dup2(high[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 needs_chromium = pytest.mark.skipif(
     BROWSER is None and "CAMBRIAN_REQUIRE_CHROMIUM" not in os.environ,
     reason="needs Chromium: apt-get install chromium",
@@ -27,13 +36,10 @@ class Page:
         (read, self._to), (self._from, write) = os.pipe(), os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         command = [BROWSER, *flags, f"--user-data-dir={profile}", "about:blank"]
-
-        def as_descriptors():  # of the child, before it becomes the browser
-            os.dup2(os.dup(read), 3)
-            os.dup2(os.dup(write), 4)
-
         self._process = subprocess.Popen(
-            command, preexec_fn=as_descriptors, close_fds=False, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", AS_DESCRIPTORS, str(read), str(write), *command],
+            pass_fds=(read, write),
+            stderr=subprocess.DEVNULL,
         )
         os.close(read)
         os.close(write)

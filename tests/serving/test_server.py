@@ -264,7 +264,7 @@ BAD_TURNS = {
     ),
     "top alone": ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "logprobs=true"),
     "both lengths": (
-        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "max_completion_tokens": 2},
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "max_completion_tokens": 3},
         "max_tokens=2",
     ),
 }
@@ -380,6 +380,23 @@ def test_overload_is_refused_with_when_to_come_back():
         engine.gate.set()
         for thread in threads:
             thread.join()
+
+
+def test_prompts_that_wait_to_be_scored_are_counted_too(monkeypatch):
+    monkeypatch.setattr("serving.http.server.MOST_SCORED", 2)
+    asked = {"prompt": [[1, 2]], "max_tokens": 0, "echo": True, "logprobs": 1}
+    with served(FakeEngine()) as client:
+        client.engine.gate.clear()
+        threads = [threading.Thread(target=client.complete, kwargs=asked) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: client.service.open == 2)
+        status, answer, headers = client.ask("/v1/completions", asked)
+        assert status == 503 and answer["error"]["code"] == "scores" and headers["retry-after"] == "1"
+        client.engine.gate.set()
+        for thread in threads:
+            thread.join()
+        assert len(client.engine.scored) == 2 and client.service.open == 0
 
 
 def test_of_several_answers_none_runs_where_one_is_refused():
