@@ -37,8 +37,8 @@ def train(config: Config) -> int:
     """Hand over to the training loop, imported only now: `--help` and a typo should not wait for JAX."""
     import jax
 
-    from training.initial_weights import with_parent_model
     from training.loop import fit
+    from training.opening.initial_weights import with_parent_model
 
     with processes.all_or_none("the configuration"):
         config = with_parent_model(config)

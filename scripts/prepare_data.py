@@ -45,7 +45,7 @@ def prepare_data(config: "Config", options: argparse.Namespace | None = None) ->
         engine = beam_engine(beam_options(options.runner, options.runner_option))
     tokenizer = config.tokenizer
     if tokenizer.kind == "inherit":  # only then: it imports JAX
-        from training.initial_weights import tokenizer_config
+        from training.opening.initial_weights import tokenizer_config
 
         tokenizer = tokenizer_config(config, None, None)
     prepared = prepare(config.data, tokenizer, append=options.append, engine=engine)

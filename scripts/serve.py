@@ -22,18 +22,22 @@
     name=null             what clients call the model; null: the directory's name
     api_key_file=null     a file whose first line clients must send as their key
     url_file=null         where to write the server's URL once it is ready; removed at its end
+    ray=false             true: replicas under Ray Serve, as docs/serving-deploy.md says, by least=1 most=1
+                          target=6 limit=64 gpus=0 cpus=1 up_seconds=10 down_seconds=300 drain_seconds=600
+                          address=null
 
 SIGTERM, SIGUSR1 or Ctrl-C: /ready answers 503, nothing new is taken on, what runs is answered, then it ends;
 a second one ends it at once. Exit status: 0 done, 75 the same in a job of Slurm, to be started again, 1 a
 checkpoint that cannot be trusted, 2 bad input.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,23 +45,23 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     import command
 
-from artifacts.load import LATEST, WEIGHTS
+from artifacts.load import BOS, LATEST, PRECISIONS, WEIGHTS
 from common.checks import choice, within
 from common.errors import Requeue
 from common.files import write_text
 from scripts.command import parse, run
 from scripts.generate import CHAT, give_chat
-from scripts.opened_model import BOS, PRECISIONS, OpenedModel, is_run, open_published, open_run
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
     from serving.engine import Engine
     from serving.follow import Follower
+    from serving.http.server import Service
+    from training.opening.opened import OpenedModel
 
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
 # Python's own 5 ms between two turns of its threads are longer than a step of a small model.
 SWITCH_SECONDS = 0.0005
-EXTRA = "scripts/serve.py needs the extra serve: pip install -e '.[serve]'"
 
 
 @dataclass(frozen=True)
@@ -101,23 +105,28 @@ def parse_options(arguments: Sequence[str]) -> ServeOptions:
     for key, values in known.items():
         choice(key, getattr(options, key), values)
     within("port", options.port, 0, 65535)
-    if options.follow and (options.step != LATEST or not is_run(options.run)):
-        raise ValueError(
-            f"follow=true goes with a run and step=latest, not {options.run} step={options.step}"
-        )
+    if options.follow:
+        from training.opening.opened import is_run
+
+        if options.step != LATEST or not is_run(options.run):
+            raise ValueError(
+                f"follow=true goes with a run and step=latest, not {options.run} step={options.step}"
+            )
     engine_settings(options)
     return options
 
 
-def open_model(options: ServeOptions, step: str | None = None) -> OpenedModel:
+def open_model(options: ServeOptions, step: str | None = None) -> "OpenedModel":
     """The model to serve, its tokenizer with a template where it speaks in turns."""
+    from configs.groups import mesh_rules
     from data.tokens.chat_template import has_template
+    from training.opening.opened import is_run, open_published, open_run
 
     if is_run(options.run):
         step = step or options.step
         opened = open_run(options.run, step=step, weights=options.weights, precision=options.precision)
     else:
-        opened = open_published(options.run, precision=options.precision)
+        opened = open_published(options.run, mesh_rules(), precision=options.precision)
     beside = opened.tokenizer_path
     taught = opened.config.data.format == "chat" if opened.config else has_template(beside)
     give_chat(opened.tokenizer, beside, options.chat == "true" or (options.chat == "auto" and taught))
@@ -125,7 +134,7 @@ def open_model(options: ServeOptions, step: str | None = None) -> OpenedModel:
     return replace(opened, add_bos=add_bos)
 
 
-def build_engine(options: ServeOptions, opened: OpenedModel) -> "Engine":
+def build_engine(options: ServeOptions, opened: "OpenedModel") -> "Engine":
     """The engine of that model: neither warm nor started."""
     from serving.engine import Engine
 
@@ -171,40 +180,53 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
+def service_of(options: ServeOptions) -> tuple["Service", "Engine"]:
+    """A service and its engine: alive, and not ready before `make_ready`."""
+    from serving.http.server import Service
+
+    opened, key = open_model(options), read_key(options.api_key_file)
+    name = options.name or opened.path.resolve().name
+    engine = build_engine(options, opened)
+    made = Service(engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page)
+    return made, engine
+
+
+def make_ready(service: "Service", engine: "Engine") -> "Service":
+    """The service with all compiled, the engine's law shown, and its thread begun."""
+    from serving.offline import show_purity
+
+    engine.warm()
+    show_purity(engine)
+    engine.start()
+    service.ready = True
+    return service
+
+
 def serve(arguments: Sequence[str]) -> int:
     """Serve until a signal; the exit status. ValueError for bad input, RunFault for a bad checkpoint."""
+    if "ray=true" in arguments:
+        return serve_replicas([word for word in arguments if word != "ray=true"])
     options = parse_options(arguments)
-    try:
-        from serving.http.server import Service, server_of
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{EXTRA} ({error.name} is missing)") from None
+    with extra("serve"):
+        from serving.http.server import server_of
     from artifacts.config import RunConfig
-    from serving.offline import show_purity
     from training.compile_cache import start_compile_cache
 
-    key = read_key(options.api_key_file)
+    read_key(options.api_key_file)  # before anything that takes long
     listener, url = listen(options.host, options.port)
     with listener:
         start_compile_cache(RunConfig().compile_cache)
-        opened = open_model(options)
-        name = options.name or opened.path.resolve().name
-        engine = build_engine(options, opened)
-        service = Service(
-            engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page
-        )
+        service, engine = service_of(options)
         server = server_of(service)
         sys.setswitchinterval(SWITCH_SECONDS)
         over, faults = threading.Event(), list[BaseException]()
 
         def prepare() -> None:
             try:
-                engine.warm()
-                show_purity(engine)
-                engine.start()
-                service.ready = True
+                make_ready(service, engine)
                 if options.url_file is not None:
                     write_text(options.url_file, f"{url}\n")
-                print(f"{url} serves {name}, {engine.version}", file=sys.stderr)
+                print(f"{url} serves {service.name}, {engine.version}", file=sys.stderr)
                 if options.follow:
                     follower(options, engine).follow(over)
             except BaseException as error:  # told by the main thread
@@ -225,6 +247,34 @@ def serve(arguments: Sequence[str]) -> int:
     if faults:
         raise faults[0]
     return Requeue.status if "SLURM_JOB_ID" in os.environ else 0
+
+
+def serve_replicas(arguments: Sequence[str]) -> int:
+    """Serve by replicas under Ray until a signal; the exit status. ValueError for bad input."""
+    with extra("ray,serve"):
+        import ray  # noqa: F401
+
+        from serving.ray_app import ReplicaConfig, run_replicas
+    keys = {field.name for field in fields(ReplicaConfig)}
+    ours = [word for word in arguments if word.partition("=")[0] in keys]
+    options, config = parse_options([w for w in arguments if w not in ours]), parse(ours, ReplicaConfig, ())
+    if options.follow or options.url_file is not None:
+        raise ValueError(
+            "follow=true and url_file= do not go with ray=true; the same command again takes newer weights"
+        )
+    run_replicas(lambda: make_ready(*service_of(options)), config, options.run, options.host, options.port)
+    return 0
+
+
+@contextlib.contextmanager
+def extra(names: str) -> Iterator[None]:
+    """Raise ValueError with the command that installs what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"scripts/serve.py: {error.name} is not installed; pip install -e '.[{names}]'"
+        ) from None
 
 
 def main(arguments: Sequence[str]) -> int:

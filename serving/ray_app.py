@@ -5,6 +5,9 @@ Ray's proxy shares requests out by the replicas' queues. What a replica answers 
 there are, since it does not depend on its neighbours. Where one card is too small: docs/serving-deploy.md.
 """
 
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +29,7 @@ class ReplicaConfig:
     up_seconds: float = 10.0  # that there must have been too many before one more comes
     down_seconds: float = 300.0  # that fewer must have been enough before one goes
     drain_seconds: float = 600.0  # that one which goes has for its last answers
+    address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, or a Ray of this machine alone
 
     def __post_init__(self) -> None:
         """Each value, and the most against the least."""
@@ -77,3 +81,24 @@ def replicas(build: Callable[[], Service], config: ReplicaConfig) -> Any:
         },
     )
     return deployment.bind()
+
+
+def run_replicas(
+    build: Callable[[], Service], config: ReplicaConfig, name: str, host: str, port: int
+) -> None:
+    """Serve by replicas until SIGTERM or SIGINT, and end when what runs is answered."""
+    import ray
+    from ray import serve
+
+    over = threading.Event()
+    for notice in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(notice, lambda number, frame: over.set())
+    ray.init(address=config.address, log_to_driver=True)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(replicas(build, config), name=name.replace("/", "-"))
+        print(f"http://{host}:{port} serves {name}", file=sys.stderr)
+        over.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -209,7 +209,7 @@ def test_a_config_has_a_type():
         ("training.loop", "from ..planner import search"),
         ("training.loop", "import configs.schema"),
         ("serving.generator", "from data.loading.loader import Loader"),
-        ("evaluation.harness", "from training.samples import trained_model"),
+        ("evaluation.harness", "from training.opening.opened import trained_model"),
         ("configs.schema", "from serving import text"),
         ("parallel.schedules.accumulate", "import importlib\nimportlib.import_module('models.ops')"),
     ],

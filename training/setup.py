@@ -38,15 +38,15 @@ from training.config import Config, with_vocab
 from training.device_batches import rows_here
 from training.evaluate import SuiteFigures, suite_figures
 from training.flops import Flops, peak_flops, training_flops
-from training.initial_weights import (
+from training.input_watch import InputWatch
+from training.objectives.base import build_objective
+from training.opening.initial_weights import (
     AnyParent,
     check_tokenizer,
     find_parent,
     same_parent,
     tokenizer_config,
 )
-from training.input_watch import InputWatch
-from training.objectives.base import build_objective
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program
 from training.progress import Progress, startup_table

@@ -38,7 +38,7 @@ class Target:
 
 
 @dataclass
-class Attempt:
+class SentRequest:
     """What became of a request; times in seconds of one clock, gaps between the parts of the answer."""
 
     stage: int
@@ -133,9 +133,9 @@ async def fetch(target: Target, path: str) -> str:
     return text
 
 
-async def complete(target: Target, request: PlannedRequest, due: float, seconds: float) -> Attempt:
+async def complete(target: Target, request: PlannedRequest, due: float, seconds: float) -> SentRequest:
     """Ask for the completion of a prompt, and note what came of it within so many seconds; never raises."""
-    attempt = Attempt(request.stage, due, sent=time.monotonic())
+    attempt = SentRequest(request.stage, due, sent=time.monotonic())
     try:
         async with asyncio.timeout(seconds):
             await _stream(target, request, attempt)
@@ -147,7 +147,7 @@ async def complete(target: Target, request: PlannedRequest, due: float, seconds:
     return attempt
 
 
-async def _stream(target: Target, request: PlannedRequest, attempt: Attempt) -> None:
+async def _stream(target: Target, request: PlannedRequest, attempt: SentRequest) -> None:
     body = {
         "model": target.model,
         "prompt": list(request.prompt),
@@ -179,7 +179,7 @@ async def _stream(target: Target, request: PlannedRequest, attempt: Attempt) -> 
             await writer.wait_closed()
 
 
-def _note(attempt: Attempt, event: dict[str, Any], last: float) -> float:
+def _note(attempt: SentRequest, event: dict[str, Any], last: float) -> float:
     """Take in an event of the stream; when the last part of the answer came."""
     if error := event.get("error"):
         raise OSError(str(error)[:200])

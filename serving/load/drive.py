@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from serving.load.client import Attempt, Target, complete, fetch
+from serving.load.client import SentRequest, Target, complete, fetch
 from serving.load.config import LoadConfig
 from serving.load.plan import LoadPlan, PlannedRequest, lengths, plan, probes
 
@@ -27,9 +27,9 @@ class Recording:
     target: Target
     plan: LoadPlan
     saturation: float
-    idle: list[Attempt] = field(default_factory=list)
-    load: list[Attempt] = field(default_factory=list)
-    probes: list[Attempt] = field(default_factory=list)
+    idle: list[SentRequest] = field(default_factory=list)
+    load: list[SentRequest] = field(default_factory=list)
+    probes: list[SentRequest] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -55,7 +55,7 @@ async def drive(target: Target, config: LoadConfig) -> Recording:
     return recording
 
 
-def _since(attempt: Attempt, begin: float) -> None:
+def _since(attempt: SentRequest, begin: float) -> None:
     attempt.due, attempt.sent, attempt.end = (t - begin for t in (attempt.due, attempt.sent, attempt.end))
     attempt.first = attempt.first - begin if attempt.first is not None else None
 
@@ -75,7 +75,7 @@ async def find_model(target: Target, config: LoadConfig) -> Target:
     return replace(target, model=models[0]["id"])
 
 
-async def one_by_one(target: Target, config: LoadConfig) -> list[Attempt]:
+async def one_by_one(target: Target, config: LoadConfig) -> list[SentRequest]:
     """Probes of an idle server; the first, which may find it cold, is not among them. Raises OSError."""
     beats = replace(config, probe=replace(config.probe, per_second=1.0))
     found = []
@@ -118,7 +118,7 @@ async def find_saturation(target: Target, config: LoadConfig) -> float:
 
 async def at_their_times(
     target: Target, requests: Sequence[PlannedRequest], begin: float, seconds: float
-) -> list[Attempt]:
+) -> list[SentRequest]:
     """Ask each when it is due, whatever has become of those before: an open loop."""
     asked = []
     for request in requests:

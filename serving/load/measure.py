@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.load.client import Attempt
+from serving.load.client import SentRequest
 from serving.load.config import LoadConfig, ServiceLevel
 from serving.load.drive import Recording
 
@@ -24,13 +24,13 @@ def quantiles(values: Iterable[float]) -> dict[str, float]:
     return {**named, "most": float(found.max())}
 
 
-def per_token(attempt: Attempt) -> float:
+def per_token(attempt: SentRequest) -> float:
     """Mean seconds between two tokens of an answer; 0 where it has only one."""
     between = attempt.end - (attempt.first or attempt.end)
     return between / (attempt.tokens - 1) if attempt.tokens > 1 else 0.0
 
 
-def is_good(attempt: Attempt, slo: ServiceLevel) -> bool:
+def is_good(attempt: SentRequest, slo: ServiceLevel) -> bool:
     """Whether a whole answer came within all limits, counted from when its request was due."""
     if not attempt.done or attempt.first is None:
         return False
@@ -39,7 +39,7 @@ def is_good(attempt: Attempt, slo: ServiceLevel) -> bool:
     return all(time <= limit for time, limit in zip(times, limits, strict=True))
 
 
-def latencies(attempts: Sequence[Attempt]) -> Figures:
+def latencies(attempts: Sequence[SentRequest]) -> Figures:
     """Of whole answers: to the first token, between the parts that arrive, and to the end."""
     done = [a for a in attempts if a.done]
     return {
@@ -49,7 +49,7 @@ def latencies(attempts: Sequence[Attempt]) -> Figures:
     }
 
 
-def refusals(attempts: Sequence[Attempt]) -> Figures:
+def refusals(attempts: Sequence[SentRequest]) -> Figures:
     """How many, how quickly they were told, and how many of them not when to come again."""
     refused = [a for a in attempts if a.refused]
     silent = sum(a.retry_after is None for a in refused)

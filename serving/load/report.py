@@ -11,7 +11,7 @@ import numpy as np
 from common.figure import hide_frame, new_figure, save
 from common.files import replacing
 from common.text import counted
-from serving.load.client import Attempt
+from serving.load.client import SentRequest
 from serving.load.config import LoadConfig
 from serving.load.drive import Recording
 from serving.load.measure import Figures, summary
@@ -44,7 +44,7 @@ def write_report(directory: Path, config: LoadConfig, recording: Recording, titl
     return figures
 
 
-def _row(attempt: Attempt, kind: str) -> dict[str, Any]:
+def _row(attempt: SentRequest, kind: str) -> dict[str, Any]:
     return {"kind": kind, **{key: value for key, value in vars(attempt).items() if key != "gaps"}}
 
 

@@ -22,7 +22,7 @@ def ours(run: str, bos: bool):
     from evaluation.harness import harness_model
     from serving.generator import Generator
     from training.config import from_stored
-    from training.samples import trained_model
+    from training.opening.opened import trained_model
 
     loaded = load(run, from_stored)
     tokenizer = load_tokenizer(loaded.path / "tokenizer.json")

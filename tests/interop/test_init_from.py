@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as Backend
 from data.tokens.tokenizer import load_tokenizer
 from interop.safetensors import Tensors
 from scripts.export import main as export
-from training.initial_weights import with_parent_model
 from training.loop import fit
+from training.opening.initial_weights import with_parent_model
 
 STEPS = ("training.num_steps=4", "eval.every=2", "checkpoint.every=4", "schedule.warmup_steps=1")
 

@@ -25,8 +25,8 @@ from tests.interop.test_gguf import NAMES
 from tests.interop.test_peft import ADAPTERS, adapted, base_weights, rewrite
 from tests.interop.test_peft import reader as factor_reader
 from tests.interop.test_round_trip import MODELS, placed, random_weights
-from training.initial_weights import with_parent_model
 from training.loop import fit
+from training.opening.initial_weights import with_parent_model
 
 STEPS = ("training.num_steps=4", "eval.every=2", "checkpoint.every=4", "schedule.warmup_steps=1")
 

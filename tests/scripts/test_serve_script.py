@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,8 +131,12 @@ def test_it_follows_a_run_and_answers_to_the_end_of_a_job(run, tmp_path):
         ]
         for thread in threads:
             thread.start()
-        running = b'vllm:num_requests_running{model_name="tiny"} 2.0'
-        until(lambda: running in ask("/metrics") or len(streams) > 3)
+
+        def taken_on():
+            held = re.findall(rb"^vllm:num_requests_(?:running|waiting)\{.*\} (.*)$", ask("/metrics"), re.M)
+            return sum(map(float, held)) + len(streams) >= 6
+
+        until(taken_on)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()

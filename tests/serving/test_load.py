@@ -9,7 +9,7 @@ import pytest
 
 from configs.groups import CONFIG_DIR, options
 from scripts.load import load_config, main
-from serving.load.client import Attempt, Target, complete
+from serving.load.client import SentRequest, Target, complete
 from serving.load.config import LengthConfig, LoadConfig, LoadProbe, LoadStage, ServiceLevel, SharedPrefix
 from serving.load.drive import Recording, at_their_times, drive, read_metrics
 from serving.load.measure import is_good, quantiles, summary
@@ -122,11 +122,13 @@ def test_more_than_the_config_allows_is_refused_before_anything_is_sent():
 def answer(due, first, end, tokens=11, stage=0, **changes):
     gaps = [(end - first) / (tokens - 1)] * (tokens - 1) if tokens > 1 else []
     made = {"sent": due, "status": 200, "gaps": gaps, **changes}
-    return Attempt(stage, due, first=first, end=end, tokens=tokens, **made)
+    return SentRequest(stage, due, first=first, end=end, tokens=tokens, **made)
 
 
 def refusal(due, seconds, stage=0, retry_after="1"):
-    return Attempt(stage, due, sent=due, end=due + seconds, status=503, error="full", retry_after=retry_after)
+    return SentRequest(
+        stage, due, sent=due, end=due + seconds, status=503, error="full", retry_after=retry_after
+    )
 
 
 def test_quantiles_are_those_of_the_values():

@@ -27,8 +27,8 @@ from data.loading.loader import Loader
 from parallel.mesh import build_layout
 from tests.training.ground import DROPPED
 from training.evaluate import Evaluation
-from training.initial_weights import check_further_tokens, find_parent
 from training.loop import fit
+from training.opening.initial_weights import check_further_tokens, find_parent
 from training.recorder import Recorder
 from training.xla import needed_options
 

@@ -1,0 +1,1 @@
+"""Weights that exist already: of runs, and of others who publish theirs."""
