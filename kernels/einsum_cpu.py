@@ -20,6 +20,9 @@ from kernels.names import MATERIALIZED
 
 F32 = jnp.float32
 ROWS = 1024  # contracted at a time in bfloat16
+FEW = (
+    8  # rows of a product in bfloat16 at least: for fewer XLA:CPU has no kernel, and takes ten times as long
+)
 
 
 def fast_einsum(spec: str, x: Array, w: Array, *, dtype: Any = F32) -> Array:
@@ -36,9 +39,17 @@ def fast_einsum(spec: str, x: Array, w: Array, *, dtype: Any = F32) -> Array:
     return y.reshape(*rows, *outputs)
 
 
+def contract_last(
+    x: Float[Array, "*rows K"], table: Float[Array, "N K"], *, dtype: Any = F32
+) -> Float[Array, "*rows N"]:
+    """The product of rows with each row of a table, in float32, of factors rounded to `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    return _dot_few(rows, table.astype(dtype), 1).reshape(*x.shape[:-1], table.shape[0])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array, dtype: Any) -> Array:
-    return _dot(x.astype(dtype), w.astype(dtype), 1, 0).astype(x.dtype)
+    return _dot_few(x.astype(dtype), w.astype(dtype), 0).astype(x.dtype)
 
 
 def _forward(x: Array, w: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -88,6 +99,12 @@ def _floats(bits: Array, dtype: Any) -> Array:
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=F32)
+
+
+def _dot_few(a: Array, b: Array, j: int) -> Array:
+    """`_dot` of a's last dim, by rows of zeros below where a has too few."""
+    more = 0 if a.dtype == F32 else max(0, FEW - a.shape[0])
+    return _dot(jnp.pad(a, ((0, more), (0, 0))), b, 1, j)[: a.shape[0]] if more else _dot(a, b, 1, j)
 
 
 def materialize(x: Array) -> Array:

@@ -30,6 +30,7 @@ class Ops:
     experts: as `kernels.grouped_experts.run_experts`: tokens to their experts and back.
     project: `(name, spec, activation, weight) -> activation dtype`, accumulating in float32; names are those
     of `kernels.names`.
+    contract_last: `(x [.., K], table [N, K]) -> [.., N]` in float32: logits; None: an einsum.
     contract_rows: `(x [M, K], y [M, N]) -> x^T y [K, N]` in float32, for the head's gradient by its table
     where one device holds all rows; None: an einsum.
     factor_dtype: what the factors of the head's products are rounded to; None: the compute dtype.
@@ -45,6 +46,7 @@ class Ops:
     attention: Callable[..., Array] = reference_attention
     experts: Callable[..., tuple[Array, Array]] = run_experts
     project: Callable[[str, str, Array, Array], Array] = Projector()
+    contract_last: Callable[[Array, Array], Array] | None = None
     contract_rows: Callable[[Array, Array], Array] | None = None
     factor_dtype: Any = None
     materialize: Callable[[Array], Array] = lambda x: x

@@ -272,8 +272,11 @@ class Model:
         x = self._module("final_norm", params["final_norm"])(x)
         # Summed in float32 from factors in the compute dtype, as in the loss: sampling compares logits that
         # differ in their last bits.
-        table = self._output_table(params).astype(x.dtype)
-        logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+        table = self._output_table(params)
+        if ops.contract_last is not None:
+            logits = ops.contract_last(x, table)
+        else:
+            logits = jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
         return softcap_logits(ops.constrain(logits, LOGIT_AXES), self.config.logit_softcap)
 
     def apply(self, params: Tree, batch: dict[str, Array], ops: Ops) -> Float[Array, "B T V"]:
@@ -297,7 +300,10 @@ class Model:
             cast = cast or (info.projection is not None and info.projection not in masters)
             if isinstance(leaf, QTensor | LowRank) and not cast:
                 return leaf  # several arrays, each where it lies
-            return ops.constrain(leaf.astype(ops.compute_dtype) if cast else leaf, info.axes)
+            # What an activation is rounded to where it is multiplied, its weight is here, once.
+            factor = None if "experts" in info.axes else ops.factor_dtype
+            dtype = factor or ops.compute_dtype
+            return ops.constrain(leaf.astype(dtype) if cast else leaf, info.axes)
 
         def layer(info: ParamInfo, stack: Array, i: int) -> Array:
             return ready(replace(info, axes=info.axes[1:]), stack[i])

@@ -271,9 +271,11 @@ class Engine:
         waited = bool(self._pending)
         began, before = time.monotonic(), self._counts.written_tokens + self._counts.prompt_tokens
         with self._lock:
+            bound = any(seat.item.request.grammar is not None for seat in self._schedule.seats)
+        if bound:
+            self._read()  # what may follow hangs on what has been written
+        with self._lock:
             self._end_cancelled()
-            if any(seat.item.request.grammar is not None for seat in self._schedule.seats):
-                self._read()  # what may follow hangs on what has been written
             self._admit()
             turn = self._schedule.turn()
         made = self._decode() if turn == "decode" else []

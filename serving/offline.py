@@ -36,25 +36,27 @@ def show_purity(engine: Engine) -> int:
     others. Raises ValueError where any bit differs.
     """
     settings, random = engine.settings, np.random.default_rng(0)
-    size = min(settings.chunk + 5, engine.max_len - 2)
-    most = min(6, engine.max_len - size)
+    most = min(6, engine.max_len - 9)
 
-    def request(number: int, draw: Draw) -> Request:
+    def request(number: int, size: int) -> Request:
         # Two tokens that come again and again, so that what is guessed comes true at times.
-        part = random.integers(0, engine.vocab_size, max(1, min(6, size // 2))).tolist()
-        prompt = (part * size)[: size - number % 3] or part[:1]
-        return Request(tuple(prompt), most, draw, seed=number, logprobs=1)
+        prompt = random.integers(0, engine.vocab_size, 3).tolist() * 3
+        return Request(tuple(prompt[:size]), most, Draw(float(number % 2)), seed=number, logprobs=1)
 
-    texts = [request(n, Draw(0) if n % 2 else Draw(1.0)) for n in range(2)]
-    others = [request(n, Draw(1.0)) for n in range(2, 2 + settings.slots)]
+    # Most of a single token, which is read by the step that writes: a chunk is alone in its program anyway.
+    others = [request(number, 1) for number in range(settings.slots)]
+    short, long = request(1, 1), request(2, 9)
     found = differing = 0
-    for text in texts:
+    for text, crowd in (
+        (short, [short] * settings.slots),
+        (short, [short, *others[1:]]),
+        (short, [*others[1:], short]),
+        (long, [*others[1:], long]),
+    ):
         alone = complete(engine, [text])[0][0]
-        everywhere = complete(engine, [text] * settings.slots)
-        beside = [complete(engine, [*others[:at], text, *others[at:]])[at] for at in (0, settings.slots - 1)]
-        answers = [answer for answer, _ in (*everywhere, *beside)]
-        found += len(answers)
-        differing += sum(answer != alone for answer in answers)
+        for asked, (answer, _) in zip(crowd, complete(engine, crowd), strict=True):
+            found += asked is text
+            differing += asked is text and answer != alone
     engine.forget()
     if differing:
         raise ValueError(

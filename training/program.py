@@ -19,7 +19,7 @@ from data.batch import TEXT
 from kernels.attention_cpu import fused_attention
 from kernels.backends import Choice
 from kernels.einsum import Projector
-from kernels.einsum_cpu import contract_rows, fast_einsum, materialize
+from kernels.einsum_cpu import contract_last, contract_rows, fast_einsum, materialize
 from kernels.grouped_experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
@@ -328,6 +328,7 @@ def cpu_ops(ops: Ops) -> Ops:
         ops,
         attention=partial(fused_attention, dtype=dtype) if attention is fused_attention else attention,
         project=replace(ops.project, plain=partial(fast_einsum, dtype=dtype)),
+        contract_last=partial(contract_last, dtype=dtype),
         contract_rows=partial(contract_rows, dtype=dtype),
         materialize=materialize,
         compute_dtype=jnp.dtype("float32"),
