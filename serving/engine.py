@@ -89,6 +89,7 @@ class Engine:
             page=settings.page,
             chunk=settings.chunk,
             pages=pages,
+            vocab_size=self.vocab_size,
             guesses=settings.guesses,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )

@@ -35,12 +35,13 @@ class Programs:
     """What runs on the devices: five executables, compiled by `warm`, and the state that they hand on.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages, guesses: as in `ServeConfig`. device: where weights lie that no layout spreads.
+    chunk, pages, guesses: as in `ServeConfig`. device: where weights lie that no layout spreads. vocab_size:
+    rows of the vocabulary that are a token's (None: all), and so an alternative's.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
-        chunk: int, pages: int, guesses: int = 0, device: Any = None,
+        chunk: int, pages: int, guesses: int = 0, device: Any = None, vocab_size: int | None = None,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
@@ -61,8 +62,9 @@ class Programs:
         self.decode = jax.jit(partial(_decode, self), donate_argnums=1, out_shardings=to and (to, rest))
         # Functions of its own, so that its programs are counted.
         self.place = jax.jit(partial(_place), donate_argnums=0, out_shardings=to)
-        self.top = jax.jit(partial(_top))
-        self.score = jax.jit(partial(_score, model, ops))
+        size = model.config.vocab_size if vocab_size is None else vocab_size
+        self.top = jax.jit(partial(_top, size))
+        self.score = jax.jit(partial(_score, model, ops, size))
 
     @property
     def compiled(self) -> int:
@@ -258,14 +260,18 @@ def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree
     return {"lengths": lengths, "places": places, "pages": pages, "segments": segments}
 
 
-def _top(logits: Float[Array, "*S V"], total: Float[Array, "*S"]) -> tuple[Array, Array]:
-    """(log-probabilities, tokens) of the likeliest of each row, [..., TOP] in descending order."""
-    values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+def _top(size: int, logits: Float[Array, "*S V"], total: Float[Array, "*S"]) -> tuple[Array, Array]:
+    """(log-probabilities, tokens) of the likeliest of each row, [..., TOP] in descending order.
+
+    Among the first `size`: the rest of a padded vocabulary is never written, and so no alternative.
+    """
+    owned = jnp.arange(logits.shape[-1]) < size
+    values, tokens = jax.lax.top_k(jnp.where(owned, logits, -jnp.inf), min(TOP, size))
     return values - total[..., None], tokens
 
 
 def _score(
-    model: Model, ops: Ops, weights: Tree, text: Int[Array, "1 L"], count: Int[Array, ""]
+    model: Model, ops: Ops, size: int, weights: Tree, text: Int[Array, "1 L"], count: Int[Array, ""]
 ) -> tuple[Array, Array, Array]:
     """Of a text of `count` tokens, at each but the first: its log-probability, and those of the likeliest."""
     length = text.shape[1]
@@ -279,7 +285,7 @@ def _score(
         logits = model.logits(weights, x[None], ops)[0]
         total = jax.nn.logsumexp(logits, axis=-1)
         own = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - total
-        return own, *_top(logits, total)
+        return own, *_top(size, logits, total)
 
     more = -length % HEAD
     stream, targets = jnp.pad(stream[0], ((0, more), (0, 0))), jnp.pad(targets[0], (0, more))
