@@ -182,8 +182,11 @@ def read_key(path: Path | None) -> str | None:
 
 def service_of(options: ServeOptions) -> tuple["Service", "Engine"]:
     """A service and its engine: alive, and not ready before `make_ready`."""
+    from artifacts.config import RunConfig
     from serving.http.server import Service
+    from training.compile_cache import start_compile_cache
 
+    start_compile_cache(RunConfig().compile_cache)
     opened, key = open_model(options), read_key(options.api_key_file)
     name = options.name or opened.path.resolve().name
     engine = build_engine(options, opened)
@@ -198,6 +201,7 @@ def make_ready(service: "Service", engine: "Engine") -> "Service":
     engine.warm()
     show_purity(engine)
     engine.start()
+    sys.setswitchinterval(SWITCH_SECONDS)
     service.ready = True
     return service
 
@@ -209,16 +213,11 @@ def serve(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     with extra("serve"):
         from serving.http.server import server_of
-    from artifacts.config import RunConfig
-    from training.compile_cache import start_compile_cache
-
     read_key(options.api_key_file)  # before anything that takes long
     listener, url = listen(options.host, options.port)
     with listener:
-        start_compile_cache(RunConfig().compile_cache)
         service, engine = service_of(options)
         server = server_of(service)
-        sys.setswitchinterval(SWITCH_SECONDS)
         over, faults = threading.Event(), list[BaseException]()
 
         def prepare() -> None:

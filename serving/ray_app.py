@@ -5,15 +5,22 @@ Ray's proxy shares requests out by the replicas' queues. What a replica answers 
 there are, since it does not depend on its neighbours. Where one card is too small: docs/serving-deploy.md.
 """
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.checks import require, within
+from common.errors import RunFault
+from common.text import first_line
 from serving.http.server import Service, application
+
+APPLICATION = "cambrian"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -86,19 +93,25 @@ def replicas(build: Callable[[], Service], config: ReplicaConfig) -> Any:
 def run_replicas(
     build: Callable[[], Service], config: ReplicaConfig, name: str, host: str, port: int
 ) -> None:
-    """Serve by replicas until SIGTERM or SIGINT, and end when what runs is answered."""
+    """Serve by replicas until SIGTERM or SIGINT, and end when what runs is answered. Raises RunFault."""
     import ray
     from ray import serve
 
+    # Replicas find our code where this process did: the clone need not be installed.
+    code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ray.init(address=config.address, runtime_env={"env_vars": {"PYTHONPATH": code}})
+    # After ray.init, whose own handler ends the process three seconds after a SIGTERM.
     over = threading.Event()
     for notice in (signal.SIGTERM, signal.SIGINT):
         signal.signal(notice, lambda number, frame: over.set())
-    ray.init(address=config.address, log_to_driver=True)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(replicas(build, config), name=name.replace("/", "-"))
+        serve.run(replicas(build, config), name=APPLICATION)
         print(f"http://{host}:{port} serves {name}", file=sys.stderr)
         over.wait()
+        serve.delete(APPLICATION)  # waits for the last answers, which a shutdown alone would cut off
+    except RuntimeError as error:  # Ray's word for replicas that do not start
+        raise RunFault(f"{first_line(error)}; the replicas' own words are above") from None
     finally:
         serve.shutdown()
         ray.shutdown()

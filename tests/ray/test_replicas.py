@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from serving.load.client import Target, complete, fetch
+from serving.load.drive import read_metrics
 from serving.load.plan import PlannedRequest
+from tests.training.ground import ROOT
 
 USERS = 18  # at once: three replicas' worth
 DEADLINE = 240  # seconds; only a hang takes so long
@@ -89,6 +94,50 @@ def test_replicas_follow_a_peak_up_and_down_and_no_request_fails(ray, tmp_path):
     assert len(found) > USERS and all(attempt.tokens == 40 for attempt in found)
     assert seen[0] == 1 and max(seen) == 3 and seen[-1] == 1, seen
     assert len(list(tmp_path.iterdir())) == 3  # each an engine and a process of its own
+
+
+TINY = (
+    *("data.seq_len=256", "model.num_layers=1", "model.d_model=32", "model.d_ff=32", "model.num_heads=4"),
+    *("model.num_kv_heads=4", "training.global_batch_size=2", "training.num_steps=2", "mesh.data=1"),
+    *("eval.every=100000", "eval.batches=1", "schedule=constant", "schedule.warmup_steps=1"),
+)
+
+
+@pytest.mark.ray
+def test_the_command_serves_a_run_and_ends_when_all_is_answered(ground):
+    """A clone that is not installed, a model, and a SIGTERM while an answer is being written."""
+    environment = {**os.environ, "XLA_FLAGS": "", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    environment.pop("PYTHONPATH", None)
+    shared: dict = {"cwd": ground.path, "env": environment, "text": True, "stderr": subprocess.STDOUT}
+    train = [sys.executable, str(ROOT / "train.py"), *ground.words("tiny", *TINY)]
+    done = subprocess.run(train, stdout=subprocess.PIPE, check=False, **shared)
+    assert done.returncode == 0, done.stdout
+    target, log = Target("127.0.0.1", free_port(), model="tiny"), ground.path / "ray.txt"
+    words = ["tiny", "ray=true", f"port={target.port}", "slots=2", "page=32", "chunk=32", "max_len=256"]
+    with log.open("w") as file:
+        command = [sys.executable, str(ROOT / "scripts/serve.py"), *words]
+        process = subprocess.Popen(command, stdout=file, **shared)
+    try:
+        end = time.monotonic() + DEADLINE
+        while "serves tiny" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+
+        async def leave():
+            """Ask for a long text and have the server leave once it has begun."""
+            long = PlannedRequest(0.0, 0, (20, 30, 40), 200)
+            task = asyncio.create_task(complete(target, long, time.monotonic(), 60.0))
+            while '"running": 1' not in json.dumps(read_metrics(await fetch(target, "/metrics"))):
+                assert not task.done(), "it was over before it could be disturbed"
+            process.terminate()
+            return await task
+
+        attempt = asyncio.run(leave())
+        assert attempt.done and attempt.tokens == 200, attempt
+        assert process.wait(timeout=120) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
