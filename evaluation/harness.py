@@ -59,18 +59,8 @@ class HarnessMethods:
         texts = [(context + rest)[-(self.max_length + 1) :] for _, context, rest in requests]
         sizes = [min(len(rest), len(text) - 1) for (*_, rest), text in zip(requests, texts, strict=True)]
         starts = [len(text) - size for text, size in zip(texts, sizes, strict=True)]
-        tails = [scores.tolist() for scores in self.generator.score(texts, starts)]
-        # Above one half a token is the likeliest, below an equal share it is not; between them the model is
-        # asked to write. Sizes apart, so that none runs over a table of positions.
-        vocab = self.generator.model.config.vocab_size
-        greedy = [all(math.exp(x) * vocab >= 0.999 for x in tail) for tail in tails]
-        asked = [i for i, tail in enumerate(tails) if greedy[i] and min(tail, default=0) < math.log(0.501)]
-        for size in sorted({sizes[i] for i in asked}):
-            for rows in _some([i for i in asked if sizes[i] == size], texts):
-                heads = [texts[i][:-size] for i in rows]
-                for i, tail in zip(rows, self._write(heads, Sampling(0.0), rows, size), strict=True):
-                    greedy[i] = tail == texts[i][-size:]
-        return [(math.fsum(tail), same) for tail, same in zip(tails, greedy, strict=True)]
+        found = self.generator.score_greedy(texts, starts)
+        return [(math.fsum(scores.tolist()), greedy) for scores, greedy in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text: every token once, by as many before it as one window holds."""

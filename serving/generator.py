@@ -22,7 +22,7 @@ from models.ops import Ops, identity_constrain
 from models.transformer import Model, Tree
 from parallel.axes import Layout
 from parallel.experts import expert_dispatch
-from serving.sampling import Sampling, keys_at, sample
+from serving.sampling import Sampling, first_largest, keys_at, sample
 
 SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
 LENGTH_STEP = 32  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
@@ -59,6 +59,7 @@ class Generator:
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
         self._hidden = jax.jit(partial(_hidden, model, ops))
         self._score = jax.jit(partial(_score, model, ops))
+        self._likeliest = jax.jit(partial(_likeliest, model, ops))
         self._learned = model.config.position == "learned"
         self.update(params)
 
@@ -122,6 +123,19 @@ class Generator:
         is scored with it: its own length alone says which program computes it, and there it has a row to
         itself. Texts that differ in their last token alone share one. Raises ValueError as `complete` does.
         """
+        return [scores for (scores,) in self._of_tokens(texts, starts, (self._score,))]
+
+    def score_greedy(
+        self, texts: Texts, starts: Sequence[int] | None = None
+    ) -> list[tuple[Float[np.ndarray, " P"], bool]]:
+        """The same, and whether each of these tokens is the likeliest, the first of equals."""
+        found = self._of_tokens(texts, starts, (self._score, self._likeliest))
+        return [(scores, bool(np.all(likeliest == 1))) for scores, likeliest in found]
+
+    def _of_tokens(
+        self, texts: Texts, starts: Sequence[int] | None, functions: Sequence[Any]
+    ) -> list[list[Float[np.ndarray, " P"]]]:
+        """Of each text what each function says of its tokens from its start on."""
         if not texts:
             return []
         self._check(texts, 0)
@@ -134,7 +148,10 @@ class Generator:
         by_length: dict[int, list[tuple[int, ...]]] = {}
         for row in rows:
             by_length.setdefault(self._row_length(len(row)), []).append(row)
-        found = [np.zeros(len(text) - start, np.float32) for text, start in zip(texts, starts, strict=True)]
+        found = [
+            [np.zeros(len(text) - start, np.float32) for _ in functions]
+            for text, start in zip(texts, starts, strict=True)
+        ]
         for length, group in sorted(by_length.items()):
             step = max(1, SCORED // length)
             step += -step % self._ways
@@ -146,24 +163,29 @@ class Generator:
                     for number in rows[row]
                     for at in range(starts[number], len(texts[number]))
                 ]
-                scores = iter(self._scores(part, (step, length), wanted))
+                figures = self._figures(part, (step, length), wanted, functions)
+                at = 0
                 for number in (number for row in part for number in rows[row]):
-                    found[number][:] = [next(scores) for _ in found[number]]
+                    size = len(found[number][0])
+                    for own, of_all in zip(found[number], figures, strict=True):
+                        own[:] = of_all[at : at + size]
+                    at += size
         return found
 
-    def _scores(
-        self, rows: Texts, shape: tuple[int, int], wanted: Sequence[Place]
-    ) -> Float[np.ndarray, " P"]:
-        """The log-probabilities of these tokens: one pass over the rows, then the head in equal blocks."""
+    def _figures(
+        self, rows: Texts, shape: tuple[int, int], wanted: Sequence[Place], functions: Sequence[Any]
+    ) -> list[Float[np.ndarray, " P"]]:
+        """What each function says of these tokens: one pass over the rows, then the head in equal blocks."""
         if not wanted:
-            return np.zeros(0, np.float32)
+            return [np.zeros(0, np.float32) for _ in functions]
         stream = self._hidden(self._weights, _rows_of(rows, shape))
         size = TARGETS + -TARGETS % self._ways
         places = np.zeros((len(wanted) + -len(wanted) % size, 3), np.int32)
         places[: len(wanted)] = wanted
         blocks = places.reshape(-1, self._ways, size // self._ways, 3)
-        found = [self._score(self._weights, stream, block) for block in blocks]  # all on their way, then read
-        return np.concatenate([np.asarray(x).ravel() for x in found])[: len(wanted)]
+        # All on their way, then read.
+        found = [[function(self._weights, stream, block) for block in blocks] for function in functions]
+        return [np.concatenate([np.asarray(x).ravel() for x in one])[: len(wanted)] for one in found]
 
     def _row_length(self, size: int) -> int:
         """Of the row that a text of so many tokens has: a power of two, from 128 on or half as much again."""
@@ -286,9 +308,26 @@ def _score(
     model: Model, ops: Ops, params: Tree, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
 ) -> Float[Array, "R P"]:
     """The log-probability of a token at each place (row, position, token) of the stream."""
-    row, position, token = (ops.constrain(places[..., i], ("batch", None)) for i in range(3))
-    x = ops.constrain(stream[row, position], ("batch", None, None))
+    x, token = _at_places(ops, stream, places)
     return ops.constrain(model.logprobs(params, x, {"targets": token}, ops), (None, None))
+
+
+def _likeliest(
+    model: Model, ops: Ops, params: Tree, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
+) -> Float[Array, "R P"]:
+    """1 where the token of a place is the likeliest there, else 0."""
+    x, token = _at_places(ops, stream, places)
+    logits = ops.constrain(model.logits(params, x, ops), ("batch", None, None))
+    greedy = first_largest(logits.reshape(-1, logits.shape[-1])).reshape(token.shape)
+    return ops.constrain((greedy == token).astype(jnp.float32), (None, None))
+
+
+def _at_places(
+    ops: Ops, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
+) -> tuple[Float[Array, "R P D"], Int[Array, "R P"]]:
+    """What the stream has at places (row, position, token), and their tokens."""
+    row, position, token = (ops.constrain(places[..., i], ("batch", None)) for i in range(3))
+    return ops.constrain(stream[row, position], ("batch", None, None)), token
 
 
 # -- on the host -------------------------------------------------------------------------------------------
