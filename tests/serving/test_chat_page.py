@@ -99,7 +99,8 @@ def page(tmp_path):
 
     def opened(client):
         pages.append(Page(f"http://127.0.0.1:{client.port}/", tmp_path / "profile"))
-        until(lambda: pages[0].value("document.getElementById('name').textContent") == "tiny", 60)
+        until(lambda: pages[0].value("document.getElementById('name')?.textContent") == "tiny", 60)
+        until(lambda: pages[0].value("document.hasFocus() && document.activeElement.tagName") == "TEXTAREA")
         return pages[0]
 
     yield opened

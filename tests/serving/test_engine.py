@@ -34,7 +34,7 @@ from training.program import build_ops
 from training.state import is_info
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ServeConfig(slots=3, page=4, chunk=8, max_len=64)
+SETTINGS = ServeConfig(slots=3, page=4, chunk=8, max_len=64, queue_seconds=1e6)
 DELTA = DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=8, chunk=8)
 FAMILIES = {
     **MODELS,
