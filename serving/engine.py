@@ -128,8 +128,9 @@ class Engine:
 
     def warm(self) -> None:
         """Compile and run every program: afterwards nothing is compiled again."""
-        weights, self._state = self._programs.warm(self._params)
-        self._weights[-1].tree, self._params = weights, None
+        self._weights[-1].tree = weights = self._programs.ready(self._params)
+        self._params = None  # before there is a state: nothing else needs as much memory
+        self._state = self._programs.warm(weights)
 
     def submit(self, request: Request, sink: Sink) -> int:
         """Let a request wait for its turn; its number. As `serving.request.Answering` says."""

@@ -34,6 +34,8 @@ INTEGERS = ("token", "lengths", "ends", "least", "top_k", "guesses")  # of each 
 class Programs:
     """What runs on the devices: five executables, compiled by `warm`, and the state that they hand on.
 
+    Nothing is allocated before, so that `planner.serving` compiles them for devices that are not here.
+
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
     chunk, pages, guesses: as in `ServeConfig`. device: where weights lie that no layout spreads. vocab_size:
     rows of the vocabulary that are a token's (None: all), and so an alternative's.
@@ -54,9 +56,8 @@ class Programs:
         eight_bit = isinstance(product, Projector) and product.quantized is not None
         masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
         self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
-        self._state = state = self._there(self.empty())
-        # Where it lies it stays: what a compiler chose for itself would be another program the next time.
-        to = None if layout is None else jax.tree.map(lambda x: x.sharding, state)
+        # Where the state lies it stays: what a compiler chose for itself would be another program the next time.
+        to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1, out_shardings=to)
         self.decode = jax.jit(partial(_decode, self), donate_argnums=1, out_shardings=to and (to, rest))
@@ -97,6 +98,20 @@ class Programs:
             "written": jnp.zeros((slots, vocabulary), jnp.int32),
             "segments": jax.tree.map(made, self.model.cache_arrays(self._page)),
         }
+
+    def abstract(self) -> Tree:
+        """The shapes of `empty`, each with the devices that it lies on where there is a layout."""
+        state, layout = jax.eval_shape(self.empty), self._layout
+        if layout is None:
+            return state
+
+        def placed(x: Any, axes: Sequence[str | None]) -> Any:
+            return x.update(sharding=layout.sharding(axes, x.shape))
+
+        whole = jax.tree.map(lambda x: placed(x, (None,) * x.ndim), state)
+        arrays, ops = self.model.cache_arrays(self._page), replace(self._ops, constrain=placed)
+        segments = jax.tree.map(lambda array, x: array.placed(x, ops), arrays, state["segments"])
+        return {**whole, "segments": segments}
 
     def values(self, request: Request | None, pages: Sequence[int]) -> Tree:
         """What `place` puts into a slot: of a request whose prompt is read up to its last token, or of none.
@@ -149,19 +164,27 @@ class Programs:
         """It on the devices, where `decode` reads it."""
         return self._there(jnp.asarray(bias))
 
-    def warm(self, params: Tree) -> tuple[Tree, Tree]:
-        """(weights, an empty state) with every program compiled, and run once."""
-        weights, state = self.ready(params), self._state
-        self._state = None
-        state = self.place(state, np.int32(0), self.values(None, []))
+    def prefill_of_none(self) -> tuple[Any, ...]:
+        """What `prefill` takes behind weights and state, of a chunk without a token."""
         row, tokens = self.row(), np.zeros(self._chunk, np.int32)
-        state = self.prefill(weights, state, np.int32(0), row, tokens, np.int32(0), np.int32(0))
-        bias = self.put_bias(np.zeros((self.slots, self.model.config.vocab_size), np.float32))
-        state, out = self.decode(weights, state, bias, np.zeros(self.slots, bool))
+        return np.int32(0), row, tokens, np.int32(0), np.int32(0)
+
+    def decode_of_none(self) -> tuple[np.ndarray, np.ndarray]:
+        """The biases, which `put_bias` is for, and the slots that `decode` takes, of a step without a text."""
+        bias = np.zeros((self.slots, self.model.config.vocab_size), np.float32)
+        return bias, np.zeros(self.slots, bool)
+
+    def warm(self, weights: Tree) -> Tree:
+        """An empty state, with every program compiled for weights that are `ready`, and run once."""
+        state = self._there(self.empty()) if self._to is None else jax.device_put(self.empty(), self._to)
+        state = self.place(state, np.int32(0), self.values(None, []))
+        state = self.prefill(weights, state, *self.prefill_of_none())
+        bias, mine = self.decode_of_none()
+        state, out = self.decode(weights, state, self.put_bias(bias), mine)
         jax.block_until_ready(self.top(out["logits"], out["total"]))
         text = np.zeros((1, self.max_len), np.int32)
         jax.block_until_ready(self.score(weights, text, np.int32(0)))
-        return weights, state
+        return state
 
 
 def _place(state: Tree, slot: Int[Array, ""], values: Mapping[str, Array]) -> Tree:
