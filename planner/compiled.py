@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -165,6 +166,12 @@ def precision_of(kind: str, machine: Machine) -> str:
         return "bfloat16" if machine.kind == "tpu" else "float32"
     name = "fp8" if kind.startswith("f8") else "int8" if kind in ("s8", "u8") else "bfloat16"
     return name if name in machine.flops else "bfloat16"
+
+
+def compiler_name(kind: str) -> str:
+    """The package that compiles for devices of a kind, with its version."""
+    package = "libtpu" if kind == "tpu" else "jaxlib"
+    return f"{package} {version(package)}"
 
 
 def model_flops(model: Any, seq_len: int) -> Mapping[str, float]:

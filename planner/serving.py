@@ -7,7 +7,7 @@ starts; nothing is allocated. An engine has one device: more devices are more en
     T_decode   the roofline (`planner.roofline`) of a decode of S rows, each `context` tokens long
     T_chunk    of a prompt's chunk, behind `prompt` tokens: the dearest one
     gap        ≤ T_decode + T_chunk, whatever arrives: decodes go first, then one chunk at most
-    first      ≤ n (T_chunk + T_decode) + T_decode for n chunks, once a slot is free and no prompt is before it
+    first      ≤ n (T_chunk + T_decode) + T_decode for n chunks, where neither slot nor turn is waited for
 
 S slots, V vocabulary, C tokens of a chunk.
 """
@@ -23,63 +23,28 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from common.checks import require, within
 from common.text import GIB
 from parallel.axes import Layout
 from parallel.config import MeshConfig
 from parallel.hardware import Machine
 from parallel.mesh import build_layout
-from planner.compiled import even_load, flops_of
+from planner.compiled import compiler_name, even_load, flops_of
 from planner.described_devices import TORI, compiler_options, described_devices, quiet
 from planner.hlo.program import read_hlo
 from planner.hlo.text import Instruction
 from planner.roofline import predict
+from planner.serving_question import ServingQuestion
 from planner.sizes import model_of
 from planner.work import StepCost
-from serving.config import ServeConfig
 from serving.programs import Programs
 from training.config import Config
-from training.preflight import Memory
 from training.precision import compute_dtype
+from training.preflight import Memory
 from training.program import build_ops, common_ops
 
 MOST_SLOTS = 512  # that are looked for
 MOST_TRIES = 4  # numbers of slots that are compiled, one slot aside
 PROGRAMS = ("decode", "prefill")
-
-
-@dataclass(frozen=True)
-class ServingQuestion:
-    """What an engine is to do: the words of scripts/plan.py beside `serve=true`."""
-
-    slots: int = 0  # texts that are written at a time; 0: as many as fit, up to 512
-    max_len: int = 0  # tokens of a prompt and its answer; 0: the model's own length
-    page: int = 64  # tokens of a page of the cache
-    chunk: int = 128  # tokens of a prompt that are read at once, a multiple of page
-    context: int = 0  # tokens of each text while a token is timed; 0: max_len, the longest
-    prompt: int = 0  # tokens of a prompt that is timed; 0: half of max_len
-    slo_ttft: float | None = None  # seconds to the first token, every other slot writing
-    slo_gap: float | None = None  # seconds between two tokens
-
-    def __post_init__(self) -> None:
-        """Each value by itself; sizes as the engine refuses them."""
-        within("slots", self.slots, 0)
-        ServeConfig(slots=max(1, self.slots), max_len=self.max_len, page=self.page, chunk=self.chunk)
-        for key in ("context", "prompt"):
-            within(key, getattr(self, key), 0)
-        for key in ("slo_ttft", "slo_gap"):
-            value = getattr(self, key)
-            require(value is None or value > 0, key, value, "above 0")
-
-    def settled(self, config: Config) -> "ServingQuestion":
-        """With every 0 but that of slots replaced by what it stands for. ValueError for what cannot be."""
-        model = config.model
-        longest = self.max_len or model.max_seq_len
-        within("max_len", longest, 2, model.max_seq_len if model.position == "learned" else 1 << 20)
-        within("context", self.context, 0, longest)
-        within("prompt", self.prompt, 0, longest - 1)
-        prompt = self.prompt or max(1, longest // 2)
-        return replace(self, max_len=longest, context=self.context or longest, prompt=prompt)
 
 
 @dataclass(frozen=True)
@@ -262,7 +227,9 @@ class ServingModel:
         rest = programs.decode_of_none() if name == "decode" else programs.prefill_of_none()
         began = time.perf_counter()
         with quiet():
-            lowered = getattr(programs, name).lower(self.weights, state, *map(self._placed, map(np.asarray, rest)))
+            lowered = getattr(programs, name).lower(
+                self.weights, state, *map(self._placed, map(np.asarray, rest))
+            )
             compiled = lowered.compile(compiler_options([self.device]))
         self.compile_seconds += time.perf_counter() - began
         used = compiled.memory_analysis()
@@ -372,7 +339,12 @@ def one_device(machine: Machine, compile: str) -> tuple[Any, bool, bool, tuple[s
     """
     here = jax.devices("cpu")[0]
     if compile == "never":
-        return here, machine.kind != "cpu", False, ("not compiled: plan.compile=never; what programs need beside weights and cache is a guess",)
+        return (
+            here,
+            machine.kind != "cpu",
+            False,
+            ("not compiled: plan.compile=never; what programs need beside weights and cache is a guess",),
+        )
     if machine.kind == "cpu":
         return here, False, True, ()
     topology = "1" if machine.kind == "gpu" else "2x2" if machine.name in TORI else "2x2x1"
@@ -393,14 +365,14 @@ def one_device(machine: Machine, compile: str) -> tuple[Any, bool, bool, tuple[s
 
 
 def plan_serving(
-    config: Config, machine: Machine, question: ServingQuestion, *, compile: str = "auto", compiler: str = ""
+    config: Config, machine: Machine, question: ServingQuestion, *, compile: str = "auto"
 ) -> ServingPlan:
     """What an engine of this model is and does on one of these devices.
 
-    config: with its vocabulary known. compile: auto, always or never. compiler: its name, for the reader.
+    config: with its vocabulary known. compile: auto, always or never.
     Raises ValueError for sizes that cannot be.
     """
-    question = question.settled(config)
+    question = question.settled(config.model)
     device, here, compiles, notes = one_device(machine, compile)
     made = ServingModel(config, machine, question, device, here, compiles)
     fit = made.fit() if not question.slots else 0
@@ -433,7 +405,7 @@ def plan_serving(
         decode=tuple(times),
         chunk_seconds=chunk,
         compile_seconds=made.compile_seconds if compiles else None,
-        compiler=compiler if compiles else None,
+        compiler=compiler_name(device.platform) if compiles else None,
         notes=notes,
     )
 
@@ -454,7 +426,9 @@ def timed(made: ServingModel, slots: int) -> ServingTime:
 
 def seconds_of(work: StepCost, machine: Machine, tokens: int) -> tuple[float, str]:
     """Of a program's roofline on one device, and what bounds it."""
-    found = predict(work, replace(machine, devices=1), {"data": 1}, tokens=tokens, flops_full=0, flops_causal=0)
+    found = predict(
+        work, replace(machine, devices=1), {"data": 1}, tokens=tokens, flops_full=0, flops_causal=0
+    )
     return found.step_seconds, found.bound
 
 
@@ -464,9 +438,13 @@ def refusal_of(plan: ServingPlan) -> str | None:
         start = plan.start > max(plan.total, plan.capacity)
         what = f"float32 masters and weights of {plan.name} side by side" if start else f"slots={plan.slots}"
         needed = plan.start if start else plan.total
-        fewer = f"use slots={plan.fit}, or a shorter max_len" if plan.fit and not start else (
-            "take hardware with more memory, a shorter max_len, or export the weights for several devices "
-            "(scripts/export.py)"
+        fewer = (
+            f"use slots={plan.fit}, or a shorter max_len"
+            if plan.fit and not start
+            else (
+                "take hardware with more memory, a shorter max_len, or scripts/export.py for engines of "
+                "several devices"
+            )
         )
         return (
             f"{what} need {needed / GIB:.1f} GiB, {plan.missing:,} bytes more than the "

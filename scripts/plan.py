@@ -2,6 +2,7 @@
 
 Takes the overrides that `train.py` takes, and `plan.*` for the plan. Compiles the very step that `train.py`
 would run, for described devices, and prints what it needs and how long it would take: docs/planner.md.
+`serve=true` plans an engine instead of a step: slots that fit, tokens/s, and whether promises hold.
 """
 
 import inspect
@@ -17,12 +18,13 @@ if __name__ == "__main__":
     import command
 
 from planner.config import MOST_COMPILED, PlanConfig, split_words
-from scripts.command import refuse
+from scripts.command import parse, refuse
 
 if TYPE_CHECKING:
     from parallel.hardware import Machine
     from planner.report import Plan
     from planner.search import Compile, Searched
+    from planner.serving_question import ServingQuestion
     from training.config import Config
 
 COMMAND = "python scripts/plan.py"
@@ -32,16 +34,25 @@ Plan a run on hardware that is not here: what its step needs, how long it takes,
   hardware=h200 hardware.nodes=2         of GPUs, or hardware.topology=8x8
   hardware=v5p hardware.topology=4x4x4   of TPUs
   plan.KEY=VALUE                         what is asked of the planner:
-{keys}"""
+{keys}
+  serve=true KEY=VALUE                   plan the engine of scripts/serve.py on one of these devices instead:
+{serving}"""
 
 
 def purpose() -> str:
     """What `--help` says of us: every key and, from the source, its comment."""
-    lines = inspect.getsource(PlanConfig).splitlines()
+    from planner.serving_question import ServingQuestion
+
+    return PURPOSE.format(keys=keys_of(PlanConfig), serving=keys_of(ServingQuestion))
+
+
+def keys_of(config: type[Any]) -> str:
+    """A dataclass's keys, one a line, each with its comment."""
+    lines = inspect.getsource(config).splitlines()
     comments = {
         code.split(":")[0].strip(): text for code, mark, text in (x.partition("  # ") for x in lines) if mark
     }
-    return PURPOSE.format(keys="\n".join(f"    {f.name:12} {comments[f.name]}" for f in fields(PlanConfig)))
+    return "\n".join(f"    {f.name:12} {comments[f.name]}" for f in fields(config))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,11 +61,60 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         options, words = split_words(argv)
+        question, words = split_question(words)
     except ValueError as error:
         return refuse(error)
     # No device of this machine is wanted, and none is waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return compose(lambda config: task(config, options, words), words, script=COMMAND, purpose=purpose())
+
+    def plan(config: "Config") -> int:
+        return task(config, options, words) if question is None else serving_task(config, options, question)
+
+    return compose(plan, words, script=COMMAND, purpose=purpose())
+
+
+def split_question(words: Sequence[str]) -> tuple["ServingQuestion | None", list[str]]:
+    """What `serve=true` asks with the words beside it, and the words that are left for the run.
+
+    Raises ValueError where one has another type or is out of range, or goes with a search alone.
+    """
+    from planner.serving_question import ServingQuestion
+
+    if "serve=true" not in words:
+        return None, [word for word in words if word != "serve=false"]
+    keys = {field.name for field in fields(ServingQuestion)}
+    own = [word for word in words if word.partition("=")[0] in keys]
+    rest = [word for word in words if word not in own and word != "serve=true"]
+    return parse(own, ServingQuestion, ()), rest
+
+
+def serving_task(config: "Config", options: PlanConfig, question: "ServingQuestion") -> int:
+    """Plan an engine, and refuse what does not fit or hold, once all is shown."""
+    from parallel.hardware import machine_of
+    from planner.serving import plan_serving, refusal_of
+    from planner.serving_screen import serving_screen
+    from training.config import with_vocab
+
+    if options.search:
+        raise ValueError("plan.search=true looks for a training step's mesh, and an engine has one device")
+    config = with_vocab(config)
+    hardware = replace(config.hardware, nodes=None, topology=None)
+    machine = machine_of(here(hardware, 1) if hardware.name == "cpu" else hardware, 1)
+    plan = plan_serving(config, machine, question, compile=options.compile)
+    print(serving_screen(plan), flush=True)
+    write_figures(plan.json(), options)
+    if (reason := refusal_of(plan)) is not None:
+        raise ValueError(reason)
+    return 0
+
+
+def write_figures(figures: dict[str, Any], options: PlanConfig) -> None:
+    """Every figure as JSON, where a file is asked for."""
+    if options.output is not None:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print(f"every figure is in {path}")
 
 
 def task(config: "Config", options: PlanConfig, words: Sequence[str]) -> int:
@@ -107,7 +167,7 @@ def here(hardware: Any, devices: int) -> Any:
 def plan_of(config: "Config", machine: "Machine", options: PlanConfig, notes: tuple[str, ...]) -> "Plan":
     """Compiled where that is asked and can be, else computed; which of both is said."""
     from planner.analytic import attention_of, estimate
-    from planner.compiled import DoesNotFit, compile_step, model_flops
+    from planner.compiled import DoesNotFit, compile_step, compiler_name, model_flops
     from planner.report import About, make_plan
     from planner.sizes import model_of
 
@@ -152,14 +212,6 @@ def devices_here(machine: "Machine") -> list[Any] | None:
     return jax.devices("cpu")[: machine.devices] if machine.kind == "cpu" else None
 
 
-def compiler_name(kind: str) -> str:
-    """Of what compiled, with its version."""
-    from importlib.metadata import version
-
-    package = "libtpu" if kind == "tpu" else "jaxlib"
-    return f"{package} {version(package)}"
-
-
 def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig) -> int:
     """The screen and the file; what does not fit is refused with what would."""
     from planner.fixes import fixes
@@ -168,11 +220,7 @@ def show(config: "Config", machine: "Machine", plan: "Plan", options: PlanConfig
     from training.preflight import refusal
 
     print(screen(plan), flush=True)
-    if options.output is not None:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan.json(), indent=1) + "\n", encoding="utf-8")
-        print(f"every figure is in {path}")
+    write_figures(plan.json(), options)
     if plan.fits:
         return 0
     words = plan.refused or refusal(plan.work.memory, plan.capacity, machine.name)

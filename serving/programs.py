@@ -56,7 +56,7 @@ class Programs:
         eight_bit = isinstance(product, Projector) and product.quantized is not None
         masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
         self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
-        # Where the state lies it stays: what a compiler chose for itself would be another program the next time.
+        # Where it lies it stays: what a compiler chose for itself would be another program the next time.
         to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1, out_shardings=to)
@@ -170,7 +170,7 @@ class Programs:
         return np.int32(0), row, tokens, np.int32(0), np.int32(0)
 
     def decode_of_none(self) -> tuple[np.ndarray, np.ndarray]:
-        """The biases, which `put_bias` is for, and the slots that `decode` takes, of a step without a text."""
+        """What `decode` takes behind weights and state, of a step without a text; the first by `put_bias`."""
         bias = np.zeros((self.slots, self.model.config.vocab_size), np.float32)
         return bias, np.zeros(self.slots, bool)
 

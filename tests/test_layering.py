@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serving": ("common", "kernels", "models", "parallel", "data.tokens", "artifacts"),
     "evaluation": ("common", "data.tokens", "serving"),
     "training": (*CORE, "artifacts", "interop", "serving", "evaluation"),
-    "planner": (*CORE, "artifacts", "training"),
+    "planner": (*CORE, "artifacts", "training", "serving"),
     "launch": (*CORE, "artifacts", "training", "planner"),
     "configs": (*CORE, "artifacts", "training", "planner", "launch"),
     "scripts": (*ROOMS, "train"),
