@@ -16,7 +16,8 @@ from planner import compiled
 from planner.compiled import DoesNotFit
 from planner.config import PlanConfig, split_words
 from planner.screen import screen
-from scripts.plan import experiment_text, plan_of, settle
+from planner.serving_question import ServingQuestion
+from scripts.plan import experiment_text, plan_of, settle, split_question
 from tests.configs.composing import config
 from training.config import with_vocab
 
@@ -130,6 +131,26 @@ def test_an_experiment_of_a_search_has_the_words_as_hydra_reads_them():
     assert read["run"] == {"name": "1e3"} and read["init_from"] == "yes" and read["seed"] == 7
     assert read["data"] == {"path": "2024-01-15"} and read["sample"] == {"prompts": ["1e3", "a b"]}
     assert read["training"] == {"ema_decay": None} and read["mesh"] == {"fsdp": 8}
+
+
+def test_an_engine_is_planned_and_every_figure_is_in_the_file(tmp_path):
+    path = tmp_path / "serving.json"
+    words = ("model=llama_1b", "hardware=h200", "serve=true", "plan.compile=never", f"plan.output={path}")
+    said, wrong, status = plan("run.name=planned", *words, "max_len=1024", "slots=64", "slo_gap=0.5")
+    assert status == 0, wrong
+    assert "slo_gap       0.5 s holds" in said and len(said.splitlines()) <= 40  # one screen
+    found = json.loads(path.read_text())
+    assert found["fits"] and found["promises"]["slo_gap"]["holds"] and found["slots"] == 64
+    assert found["cache_token"] == 32768  # 16 layers, 8 heads of 64, keys and values, bfloat16
+
+
+def test_words_of_an_engine_are_taken_with_serve_alone():
+    question, words = split_question(["model=llama_1b", "serve=true", "slots=4", "slo_ttft=0.5"])
+    assert words == ["model=llama_1b"]
+    assert question == ServingQuestion(slots=4, slo_ttft=0.5)
+    assert split_question(["slots=4"]) == (None, ["slots=4"])  # Hydra refuses it by its name
+    with pytest.raises(ValueError, match="slots=x is not a whole number"):
+        split_question(["serve=true", "slots=x"])
 
 
 def test_a_compiler_that_refuses_is_a_plan_that_does_not_fit(monkeypatch):
