@@ -43,7 +43,7 @@ from training.preflight import Memory
 from training.program import build_ops, common_ops
 
 MOST_SLOTS = 512  # that are looked for
-MOST_TRIES = 4  # numbers of slots that are compiled, one slot aside
+MOST_TRIES = 3  # numbers of slots between the first two that are compiled
 PROGRAMS = ("decode", "prefill")
 
 
@@ -161,6 +161,7 @@ class ServingModel:
     compiles: bool = True
     compile_seconds: float = 0.0
     costs: dict[int, ServingCost] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)  # slots for which the compiler makes no program
 
     @cached_property
     def layout(self) -> Layout:
@@ -226,11 +227,17 @@ class ServingModel:
         """(bytes beside weights and state, work) of one program, as the compiler has it."""
         rest = programs.decode_of_none() if name == "decode" else programs.prefill_of_none()
         began = time.perf_counter()
+        arguments = self.weights, state, *map(self._placed, map(np.asarray, rest))
         with quiet():
-            lowered = getattr(programs, name).lower(
-                self.weights, state, *map(self._placed, map(np.asarray, rest))
-            )
-            compiled = lowered.compile(compiler_options([self.device]))
+            try:
+                lowered = getattr(programs, name).lower(*arguments)
+                compiled = lowered.compile(compiler_options([self.device]))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                # A compiler for TPUs makes no program that does not fit.
+                self.refused.add(programs.slots)
+                return self.machine.memory_bytes, self.guess(name, programs.slots)[1]
         self.compile_seconds += time.perf_counter() - began
         used = compiled.memory_analysis()
         results = used.output_size_in_bytes - used.alias_size_in_bytes
@@ -304,24 +311,26 @@ class ServingModel:
         cost = self.cost(slots)
         return size_of(self.weights) + cost.state + cost.beside
 
-    def fit(self) -> int:
-        """The most slots that the device holds, up to `MOST_SLOTS`; the line through two points leads there.
+    def fit(self, most: int = MOST_SLOTS) -> int:
+        """The slots that the device holds, up to `most`; 0 where not even one does.
 
-        0 where not even one does. Compiled is one slot, and what the line says until that fits.
+        Looked for between one and what a slot's state alone would allow, along the line through the nearest
+        that fits and the nearest that does not.
         """
         capacity = self.machine.memory_bytes
         if self.needs(1) > capacity:
             return 0
-        # A slot's state is known exactly; beside it a slot has rows of logits.
         state = size_of(self.programs(2).abstract()) - self.cost(1).state
-        each = state + 4 * 4 * self.config.model.vocab_size
-        slots = min(MOST_SLOTS, 1 + (capacity - self.needs(1)) // each)
+        low, high = 1, min(most, 1 + (capacity - self.needs(1)) // state)
+        if high == 1 or self.needs(high) <= capacity:
+            return high
         for _ in range(MOST_TRIES):
-            if slots == 1 or self.needs(slots) <= capacity:
-                return slots
-            each = -(-(self.needs(slots) - self.needs(1)) // (slots - 1))
-            slots = max(1, min(slots - 1, 1 + (capacity - self.needs(1)) // each))
-        return 1
+            each = (self.needs(high) - self.needs(low)) / (high - low)
+            middle = low + int((capacity - self.needs(low)) / each)
+            if middle == low:
+                break
+            low, high = (middle, high) if self.needs(middle) <= capacity else (low, middle)
+        return low
 
 
 NO_MEMORY = Memory(0, 0, 0, 0, 0)  # a roofline asks for none
@@ -375,13 +384,17 @@ def plan_serving(
     question = question.settled(config.model)
     device, here, compiles, notes = one_device(machine, compile)
     made = ServingModel(config, machine, question, device, here, compiles)
-    fit = made.fit() if not question.slots else 0
-    slots = question.slots or max(1, fit)
-    if question.slots:
-        fit = estimated(made, slots)
-    elif fit == MOST_SLOTS:
+    asked = question.slots
+    fit = estimated(made, asked) if asked and compiles else made.fit(max(MOST_SLOTS, asked))
+    slots = asked or max(1, fit)
+    if slots == MOST_SLOTS:
         notes = (*notes, f"more than {MOST_SLOTS} slots are not looked for; slots=N asks for them")
     cost = made.cost(slots)
+    if slots in made.refused:
+        notes = (
+            *notes,
+            f"no program for slots={slots}, the compiler refuses it: temporaries are all there is",
+        )
     token, fixed = made.cache_bytes
     times = [timed(made, n) for n in sorted({1, slots})]
     chunk = seconds_of(cost.work["prefill"], machine, question.chunk)[0]

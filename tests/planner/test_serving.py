@@ -115,16 +115,16 @@ def test_the_programs_are_compiled_for_this_machine_and_read():
     assert plan.beside > 2 * 64 * 4 and plan.fit > 2  # the logits at least
     engine = made(machine=cpu(), compiles=True)
     read, computed = engine.cost(2).work["decode"].flops, engine.guess("decode", 2)[1].flops
-    assert read["float32"] == pytest.approx(computed["float32"], rel=0.02)
+    assert read["float32"] == pytest.approx(computed["float32"], rel=0.05)
 
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_would():
     engine = made()
-    tight = replace(H200, memory_bytes=engine.needs(4))
-    plan = plan_serving(asked(), tight, replace(QUESTION, slots=8), compile="never")
-    assert plan.missing == engine.needs(8) - engine.needs(4)
+    tight = replace(H200, memory_bytes=engine.needs(20))
+    plan = plan_serving(asked(), tight, replace(QUESTION, slots=40), compile="never")
+    assert plan.missing == engine.needs(40) - engine.needs(20)
     said = refusal_of(plan)
-    assert said is not None and f"{plan.missing:,} bytes more" in said and "use slots=4" in said
+    assert said is not None and f"{plan.missing:,} bytes more" in said and "use slots=20" in said
     assert "DOES NOT FIT" in serving_screen(plan) and not plan.json()["fits"]
     none = plan_serving(asked(), replace(H200, memory_bytes=2**10), QUESTION, compile="never")
     assert none.fit == 0 and none.slots == 1
