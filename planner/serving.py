@@ -148,9 +148,10 @@ class ServingCost:
 
 @dataclass
 class ServingModel:
-    """A model as an engine on one device has it, at any number of slots; devices: None compiles nothing.
+    """A model as an engine on one device has it, at any number of slots.
 
     device: on which programs are made. here: it stands in for the machine's own, whose compiler is missing.
+    compiles: whether anything is compiled; else all but the bytes of weights and state is `guess`ed.
     """
 
     config: Config
