@@ -107,7 +107,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._ending = self._draining = False
         self._error: BaseException | None = None
-        self._mended = time.monotonic()
+        self._mended: float | None = None  # when a step was last over
+        self._chunks = 0  # dispatched since
 
     # -- any thread ------------------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class Engine:
         if not waiting:
             return
         limits, tokens = self.settings, len(request.prompt) + request.max_tokens
-        wait = self._pace.seconds(iter(self._texts.values()))
+        wait = self._pace.seconds(self._texts.values(), limits.chunk, limits.slots)
         for key, value, limit in (
             ("queue_requests", len(waiting) + 1, limits.queue_requests),
             ("queue_tokens", sum(text.tokens for text in waiting) + tokens, limits.queue_tokens),
@@ -271,7 +272,6 @@ class Engine:
     def step(self) -> bool:
         """Dispatch one program and read what the one before has made; whether there was anything to do."""
         waited = bool(self._pending)
-        began, before = time.monotonic(), self._counts.written_tokens + self._counts.prompt_tokens
         with self._lock:
             bound = any(seat.item.request.grammar is not None for seat in self._schedule.seats)
         if bound:
@@ -281,18 +281,19 @@ class Engine:
             self._admit()
             turn = self._schedule.turn()
         made = self._decode() if turn == "decode" else []
-        self._read()
+        if waited:
+            self._read()
+            # Between two of these lie a step and the chunks before it, unless there was nothing to do.
+            now, chunks = time.monotonic(), self._chunks
+            if self._mended is not None:
+                self._pace.took(now - self._mended, chunks)
+            self._mended, self._chunks = now, 0
         self._pending = made
         if turn == "prefill":
             self._prefill()
-        done = self._counts.written_tokens + self._counts.prompt_tokens - before
-        if done:
-            # From the end of one step to the end of the next: what was dispatched runs in between.
-            now = time.monotonic()
-            self._pace.done(done, now - max(self._mended, began - 1.0))
-            self._mended = now
-        elif turn is None:
-            self._mended = time.monotonic()
+            self._chunks += 1
+        elif not made:
+            self._mended = None
         return turn is not None or waited
 
     def _admit(self) -> None:

@@ -1,6 +1,6 @@
 """Texts on their way through an engine, and what is counted of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from serving.pages import Held
@@ -34,6 +34,11 @@ class Text:
         """Of prompt and answer, as far as they may go."""
         return len(self.request.prompt) + self.request.max_tokens
 
+    @property
+    def unread(self) -> int:
+        """Of the prompt, what the cache has not."""
+        return len(self.request.prompt) if self.seat is None else self.seat.end - self.seat.at
+
 
 @dataclass
 class Counts:
@@ -49,21 +54,32 @@ class Counts:
 
 @dataclass
 class Pace:
-    """Tokens a second of late, and the share of what they may that answers come to be long."""
+    """Seconds of a step and of a chunk of late, and the share of what they may that answers come to be long.
 
-    rate: float = 0.0
+    What the engine could do, and not what it did: a single user is served as slowly as a crowd.
+    """
+
+    decode: float = 0.0
+    chunk: float = 0.0
     share: float = 1.0
 
-    def done(self, tokens: float, seconds: float) -> None:
-        """So many tokens were read or written in so long."""
-        now = tokens / max(seconds, 1e-9)
-        self.rate = now if self.rate == 0 else SMOOTH * self.rate + (1 - SMOOTH) * now
+    def took(self, seconds: float, chunks: int) -> None:
+        """A step, and so many chunks before it, were over so long after the step before."""
+        if chunks == 0:
+            self.decode = _mean(self.decode, seconds)
+        else:
+            self.chunk = _mean(self.chunk, max(0.0, seconds - self.decode) / chunks)
 
     def ended(self, written: int, most: int) -> None:
         """An answer has come to its end."""
         self.share = SMOOTH * self.share + (1 - SMOOTH) * written / most
 
-    def seconds(self, texts: Iterator[Text]) -> float:
-        """How long these will take all slots together."""
-        work = sum(len(text.request.prompt) + self.share * text.request.max_tokens for text in texts)
-        return work / self.rate if self.rate else 0.0
+    def seconds(self, texts: Iterable[Text], chunk: int, slots: int) -> float:
+        """How long what is left of these will take all slots together."""
+        chunks = sum(-(-text.unread // chunk) for text in texts)
+        tokens = sum(max(0.0, self.share * text.request.max_tokens - text.written) for text in texts)
+        return chunks * self.chunk + tokens / slots * self.decode
+
+
+def _mean(before: float, now: float) -> float:
+    return now if before == 0 else SMOOTH * before + (1 - SMOOTH) * now

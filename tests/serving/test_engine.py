@@ -26,7 +26,9 @@ from serving.generator import Generator
 from serving.offline import complete, show_purity
 from serving.request import Draw, Failed, Finished, Refused, Request, Written
 from serving.sampling import Sampling, sample_keys
+from serving.schedule import Seat
 from serving.speculate import guess
+from serving.texts import Pace, Text
 from tests.parallel.small import RULES
 from tests.serving.test_generate import CONFIG, MODELS, OPS, make, make_forward
 from training.config import Config
@@ -349,3 +351,21 @@ def test_a_failure_is_told_to_everybody(monkeypatch):
     assert events == [Failed("RuntimeError: out of memory")]
     with pytest.raises(Refused, match="out of memory"):
         engine.submit(Request(LONG, 5), lambda number, event: None)
+
+
+def test_how_long_one_would_wait_is_by_what_the_engine_can_do():
+    pace = Pace()
+    nobody = [Text(0, Request(LONG, 10), print, 0.0)]
+    assert pace.seconds(nobody, 8, 2) == 0  # nothing is known yet
+    for _ in range(300):
+        pace.took(0.002, 0)
+        pace.took(0.012, 2)
+    assert (pace.decode, pace.chunk) == (pytest.approx(0.002), pytest.approx(0.005))
+    texts = [Text(n, Request(LONG, 10), print, 0.0) for n in range(6)]
+    assert pace.seconds(texts, 8, 3) == pytest.approx(6 * 4 * 0.005 + 60 / 3 * 0.002)
+    texts[0].written = 10
+    texts[1].seat = Seat(0, texts[1], 24, 29)
+    assert pace.seconds(texts, 8, 3) == pytest.approx(21 * 0.005 + 50 / 3 * 0.002)
+    for _ in range(300):
+        pace.ended(1, 10)
+    assert pace.seconds(nobody, 8, 1) == pytest.approx(4 * 0.005 + 1 * 0.002, rel=0.02)
