@@ -28,7 +28,8 @@ JOBS ?= 2
 # A file's tests share what they compile, so each file is one process's, slow files first (tests/conftest.py).
 BY_FILE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 MATRIX := tests/parallel/test_matrix.py tests/parallel/test_pipeline.py tests/parallel/test_collectives.py \
-	tests/artifacts/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py
+	tests/artifacts/test_checkpoint_crosses_meshes.py tests/training/test_processes.py tests/training/test_mixed_run.py \
+	tests/interop/test_parity.py
 ARGS ?=
 
 BIN := $(VENV)/bin

@@ -64,14 +64,17 @@ def tokens(answer):
     return [event.token for event in answer[0]]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in FAMILIES), *((name, "bfloat16") for name in ("plain", "moe", "hybrid"))],
+)
 def test_an_answer_does_not_depend_on_the_load(name, dtype):
-    found = differing(*lively(name), Ops(compute_dtype=dtype), SETTINGS, schedules=6, count=9)
+    ops = Ops(compute_dtype=jnp.dtype(dtype))
+    found = differing(*lively(name), ops, SETTINGS, schedules=6, count=9)
     assert found == {kind: (18, 0) for kind in found}
 
 
-@pytest.mark.parametrize("name", ["plain", "window", "moe", "latent"])
+@pytest.mark.parametrize("name", ["plain", "latent"])
 def test_nor_do_guesses_change_it(name):
     """Each is taken for the key and the logits of its own place: the same text in fewer steps."""
     model, params = lively(name)
@@ -141,7 +144,7 @@ def test_nor_with_the_compiler_s_own_flags_and_a_model_of_a_real_size(tmp_path):
     assert result["differing"] == 0 and sum(row["requests"] for row in result["table"]) == 96
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["plain", "learned", "window", "latent", "moe", "hybrid"])
 def test_it_is_what_the_generator_writes(name):
     """In float32 the same tokens: another program, other shapes, the same weights and keys."""
     model, params = lively(name)
@@ -159,7 +162,7 @@ def test_it_is_what_the_generator_writes(name):
     assert engine.compiled == 5
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("plain", 1), ("plain", 2), ("moe", 2), ("latent", 2)])
+@pytest.mark.parametrize(("name", "tensor"), [("plain", 1), ("moe", 2), ("latent", 2)])
 def test_on_a_mesh_it_writes_what_one_device_does(name, tensor):
     model, params = lively(name)
     layout = build_layout(MeshConfig(data=1, tensor=tensor, rules=RULES), jax.devices()[:tensor])
