@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from common.checks import require, within
 from models.config import ModelConfig
-from serving.config import ServeConfig
+from serving.settings import ServeConfig
 
 
 @dataclass(frozen=True)

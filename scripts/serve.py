@@ -51,7 +51,7 @@ from common.errors import Requeue
 from common.files import write_text
 from scripts.command import parse, run
 from scripts.generate import CHAT, give_chat
-from serving.config import ServeConfig
+from serving.settings import ServeConfig
 
 if TYPE_CHECKING:
     from serving.engine import Engine

@@ -18,11 +18,11 @@ from common.checks import require, within
 from models.ops import Ops
 from models.transformer import Model, Tree
 from parallel.axes import Layout
-from serving.config import ServeConfig
 from serving.pages import PagePool
 from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
 from serving.schedule import Seat, Turns
+from serving.settings import ServeConfig
 from serving.texts import Counts, Pace, Text
 
 

@@ -22,10 +22,10 @@ from benchmarks.workload import build, compose_config
 from models.ops import Ops
 from models.transformer import Model, Tree
 from parallel.axes import Layout
-from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.offline import complete
 from serving.request import Draw, Event, Finished, Request, Written
+from serving.settings import ServeConfig
 from training.config import with_vocab
 
 VOCABULARY, LENGTH = 4096, 256

@@ -19,9 +19,9 @@ from data.tokens.tokenizer import train_tokenizer
 from models.transformer import build_model
 from scripts.export import main as export
 from scripts.serve import build_engine, engine_settings, main, open_model, parse_options
-from serving.config import ServeConfig
 from serving.offline import complete
 from serving.request import Draw, Request
+from serving.settings import ServeConfig
 from tests.scripts.test_generate_script import MODEL, make_run
 from tests.serving.fake_engine import until
 

@@ -20,13 +20,13 @@ from models.ops import Ops
 from models.transformer import build_model
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
-from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.generator import Generator
 from serving.offline import complete, show_purity
 from serving.request import Draw, Failed, Finished, Refused, Request, Written
 from serving.sampling import Sampling, sample_keys
 from serving.schedule import Seat
+from serving.settings import ServeConfig
 from serving.speculate import guess
 from serving.texts import Pace, Text
 from tests.parallel.small import RULES

@@ -8,8 +8,8 @@ import pytest
 from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
-from serving.config import ServeConfig
 from serving.engine import Engine
+from serving.settings import ServeConfig
 from tests.serving.fake_engine import TOKENIZER, served, until
 
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 64}
