@@ -8,7 +8,6 @@ cannot see its neighbours, and not that anything was done about it afterwards.
 
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,24 +22,7 @@ from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
 from serving.schedule import Seat, Turns
 from serving.settings import ServeConfig
-from serving.texts import Counts, Pace, Text
-
-
-@dataclass
-class Pending:
-    """What a step has made, still on the devices, and for whom."""
-
-    texts: dict[int, Text]
-    out: dict[str, Any]
-    top: tuple[Any, Any] | None
-
-
-@dataclass
-class ReadyWeights:
-    """Weights ready to decode, with the step and digest that name them."""
-
-    version: str
-    tree: Any = field(repr=False)
+from serving.texts import Counts, Pace, Pending, ReadyWeights, Text
 
 
 class Engine:

@@ -50,11 +50,7 @@ class Generator:
         self.model = model
         self._ways = 1 if layout is None else layout.ways("batch")
         ops = decoding_ops(ops, layout)
-        # Eight-bit products round straight from the masters.
-        product = ops.project
-        eight_bit = isinstance(product, Projector) and product.quantized is not None
-        masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops)))
         self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
         self._hidden = jax.jit(partial(_hidden, model, ops))
@@ -220,6 +216,13 @@ class Generator:
         """Places for a text of so many tokens, rounded up as far as there are positions."""
         room = _rounded(needed, LENGTH_STEP)
         return min(room, self.model.config.max_seq_len) if self._learned else room
+
+
+def masters_of(ops: Ops) -> set[str]:
+    """Projections whose weights stay in float32: eight-bit products round straight from the masters."""
+    product = ops.project
+    eight_bit = isinstance(product, Projector) and product.quantized is not None
+    return {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
 
 
 def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:

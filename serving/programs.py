@@ -15,13 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention_paged import paged_attention
-from kernels.einsum import Projector
-from kernels.names import PROJECTIONS
 from models.ops import Ops
 from models.transformer import Model, Tree
 from parallel.axes import Layout
 from serving.drawing import REALS, draw
-from serving.generator import decoding_ops
+from serving.generator import decoding_ops, masters_of
 from serving.request import TOP, Request
 from serving.sampling import keys_at
 from serving.speculate import guess
@@ -52,10 +50,7 @@ class Programs:
         self._page, self._pages, self._chunk = page, pages, chunk
         self._device, self.guesses = device, guesses
         self._ops = ops = decoding_ops(ops, layout)
-        product = ops.project
-        eight_bit = isinstance(product, Projector) and product.quantized is not None
-        masters = {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters))
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops)))
         # Where it lies it stays: what a compiler chose for itself would be another program the next time.
         to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())

@@ -1,7 +1,8 @@
 """Texts on their way through an engine, and what is counted of them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from serving.pages import Held
 from serving.request import Request, Sink
@@ -38,6 +39,23 @@ class Text:
     def unread(self) -> int:
         """Of the prompt, what the cache has not."""
         return len(self.request.prompt) if self.seat is None else self.seat.end - self.seat.at
+
+
+@dataclass
+class Pending:
+    """What a step has made, still on the devices, and for whom."""
+
+    texts: dict[int, Text]
+    out: dict[str, Any]
+    top: tuple[Any, Any] | None
+
+
+@dataclass
+class ReadyWeights:
+    """Weights ready to decode, with the step and digest that name them."""
+
+    version: str
+    tree: Any = field(repr=False)
 
 
 @dataclass
