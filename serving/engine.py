@@ -393,7 +393,11 @@ class Engine:
             values, names = (part[: request.logprobs].tolist() for part in top)
             pairs = tuple(zip(names, values, strict=True))
         if request.grammar is not None:
-            request.grammar.accept(token)
+            try:
+                request.grammar.accept(token)
+            except ValueError as error:  # nothing was allowed any more: this text's end, and nobody else's
+                self._stop_slot(text)
+                return self._end(text, Failed(str(error)))
         text.sink(text.number, Written(token, None if request.logprobs is None else logprob, pairs))
         if text.written == request.max_tokens:
             return self._finish(text, "length")
@@ -405,22 +409,21 @@ class Engine:
         for text in [text for text in self._texts.values() if text.cancelled]:
             if text.seat is None:
                 self._schedule.drop(text, text.request.client)
-            else:
-                self._put(text.seat.slot, None, [])
+            self._stop_slot(text)
             self._finish(text, "cancelled")
+
+    def _stop_slot(self, text: Text) -> None:
+        """Let a text's slot write no more, where it has one."""
+        if text.seat is not None:
+            self._put(text.seat.slot, None, [])
 
     def _finish(self, text: Text, reason: FinishReason) -> None:
         now = time.monotonic()
-        text.over = True
-        del self._texts[text.number]
-        if text.seat is not None and text.held is not None:
-            self._schedule.leave(text.seat)
-            self._pool.release(text.held)
+        if text.seat is not None:
             self._pace.ended(text.written, text.request.max_tokens)
-        self._let_go()
         began, first = text.began or now, text.first or now
-        text.sink(
-            text.number,
+        self._end(
+            text,
             Finished(
                 reason,
                 prompt_tokens=len(text.request.prompt),
@@ -432,6 +435,16 @@ class Engine:
                 version=text.version or self.version,
             ),
         )
+
+    def _end(self, text: Text, event: Finished | Failed) -> None:
+        """Let go of all that a text holds, and say how it ended."""
+        text.over = True
+        del self._texts[text.number]
+        if text.seat is not None and text.held is not None:
+            self._schedule.leave(text.seat)
+            self._pool.release(text.held)
+        self._let_go()
+        text.sink(text.number, event)
 
     def _let_go(self) -> None:
         """Drop weights that nobody uses any more, and what the cache has of them."""

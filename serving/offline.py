@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from serving.engine import Engine
-from serving.request import Draw, Finished, Request, Written
+from serving.request import Draw, Failed, Finished, Refused, Request, Written
 
 
 def complete(
@@ -14,18 +14,34 @@ def complete(
 ) -> list[tuple[list[Written], Finished]]:
     """The answers to some requests, by an engine whose thread was not started; offline, and in order.
 
-    during: called between two steps.
+    during: called between two steps. What the engine's queue has no place for waits here. Raises RuntimeError
+    where an answer cannot be given, Refused where the engine takes nothing any more.
     """
     answers: dict[int, list[Any]] = {}
 
     def sink(number: int, event: Any) -> None:
         answers.setdefault(number, []).append(event)
 
-    numbers = [engine.submit(request, sink) for request in requests]
-    while any(not isinstance(answers.get(number, [None])[-1], Finished) for number in numbers):
+    left, numbers = list(requests), list[int]()
+    while left or any(not _ended(answers, number) for number in numbers):
+        while left:
+            try:
+                numbers.append(engine.submit(left[0], sink))
+            except Refused as refused:
+                if refused.reason in ("failed", "draining"):
+                    raise
+                break
+            left.pop(0)
         engine.step()
         during()
+    for number in numbers:
+        if isinstance(event := answers[number][-1], Failed):
+            raise RuntimeError(event.message)
     return [(answers[number][:-1], answers[number][-1]) for number in numbers]
+
+
+def _ended(answers: dict[int, list[Any]], number: int) -> bool:
+    return number in answers and isinstance(answers[number][-1], Finished | Failed)
 
 
 def show_purity(engine: Engine) -> int:
@@ -39,7 +55,7 @@ def show_purity(engine: Engine) -> int:
     most = min(6, engine.max_len - 9)
 
     def request(number: int, size: int) -> Request:
-        # Two tokens that come again and again, so that what is guessed comes true at times.
+        # A few tokens that come again and again, so that what is guessed comes true at times.
         prompt = random.integers(0, engine.vocab_size, 3).tolist() * 3
         return Request(tuple(prompt[:size]), most, Draw(float(number % 2)), seed=number, logprobs=1)
 

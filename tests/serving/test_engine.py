@@ -245,6 +245,39 @@ def test_a_grammar_is_kept_beside_others_who_have_none(engine):
     assert answers[2] == sorted(set(answers[2])) and answers[2]
 
 
+def test_a_grammar_that_leads_nowhere_ends_its_own_text_alone(engine):
+    class Nowhere:
+        """Two tokens, and then none."""
+
+        def __init__(self):
+            self.left = 2
+
+        def allowed(self):
+            return np.full(64, self.left > 0)
+
+        def accept(self, token):
+            if self.left == 0:
+                raise ValueError("nothing follows")
+            self.left -= 1
+
+    beside = Request(LONG, 12, Draw(1), seed=1)
+    alone = complete(engine, [beside])[0][0]
+    events = []
+    engine.submit(Request(LONG, 9, Draw(1), grammar=Nowhere()), lambda number, event: events.append(event))
+    assert complete(engine, [beside])[0][0] == alone
+    assert [type(event) for event in events] == [Written, Written, Failed]
+    assert events[-1].message == "nothing follows" and engine.load().pages_used == 0
+    with pytest.raises(RuntimeError, match="nothing follows"):
+        complete(engine, [Request(LONG, 9, grammar=Nowhere())])
+
+
+def test_the_law_is_shown_however_few_may_wait():
+    for words in ({"queue_requests": 0}, {"queue_tokens": 1}):
+        engine = Engine(*make("plain"), OPS, replace(SETTINGS, **words))
+        engine.warm()
+        assert show_purity(engine) == SETTINGS.slots + 3
+
+
 def test_a_prompt_in_the_cache_is_not_read_again(engine):
     prompt = tuple(range(40, 60)) * 2
     first, second = (complete(engine, [Request(prompt, 4, Draw(0))])[0] for _ in range(2))
