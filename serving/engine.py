@@ -139,6 +139,7 @@ class Engine:
         weights = ReadyWeights(version, self._programs.ready(params))
         with self._lock:
             self._weights.append(weights)
+            self._let_go()  # of the old ones at once, where nobody runs
 
     def forget(self) -> None:
         """Count from nothing, with an empty prefix cache; for an engine in which nobody writes."""

@@ -309,6 +309,8 @@ def test_weights_change_between_requests_and_not_within_one():
     assert changed[1:-1] == after[0] and changed[-1].version == "b" == engine.version
     assert changed[-1].cached_tokens == 0 and engine.compiled == 5
     assert len(engine._weights) == 1  # the old ones are gone
+    engine.update(params, "c")
+    assert [weights.version for weights in engine._weights] == ["c"]  # at once, where nobody runs
 
 
 def test_a_hundred_that_go_away_hold_nothing(engine):
