@@ -21,3 +21,15 @@ TEXT: dict[str, Field] = {
     "segment_ids": Field("int32"),  # documents of a row, from 1; 0 is padding
     "loss_weights": Field("float32"),  # how much a position counts: 0 or more
 }
+
+# Of texts that are judged (data.format=pairs and labels), what belongs together in rows behind each other.
+LABELS: dict[str, Field] = {
+    "labels": Field("float32"),  # of an answer's targets: 1 wanted, -1 unwanted, 0 all else
+}
+# Log-probabilities of the targets by the weights that a run began with.
+REFERENCE: dict[str, Field] = {"reference_logprobs": Field("float32")}
+# Of answers that the run itself has drawn.
+ROLLOUT: dict[str, Field] = {
+    "advantages": Field("float32"),  # of each target that counts: its answer's
+    "behaviour_logprobs": Field("float32"),  # log-probabilities of the targets by the weights that drew them
+}

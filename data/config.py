@@ -9,6 +9,7 @@ from typing import Any
 
 from common.checks import choice, did_you_mean, require, within
 from data.curation.config import parse_steps
+from data.tokens.forms import FORMS, GROUPS
 
 # Kind of source → the class that answers for it (`data.sources.corpus.Source`), imported where it is asked.
 SOURCES = {
@@ -19,7 +20,7 @@ SOURCES = {
     "synthetic": "data.sources.synthetic:SyntheticSource",
 }
 BAD_RECORDS = ("stop", "skip")
-FORMATS = ("text", "chat")
+FORMATS = ("text", *FORMS)
 MODES = ("cached", "streaming")
 PACKINGS = ("concat", "best_fit", "first_fit", "none")
 OWN = ("weight", "epochs")  # what a component of a mixture has beside keys of `data`
@@ -36,7 +37,7 @@ class DataConfig:
     """A corpus, its split, and its packing into rows of `seq_len` tokens."""
 
     source: str = "stdlib"  # stdlib | folder | tfds | hf | synthetic
-    format: str = "text"  # text | chat: conversations, of which only the assistant's turns are learnt
+    format: str = "text"  # text | chat | completion: of which only answers are learnt | pairs | labels
     path: str | None = None  # folder, tfds, hf: where the files are, a directory or an s3:// or gs:// URL
     name: str | None = None  # tfds: `wiki40b/en:1.3.0`; hf: `org/repo:config@revision`; synthetic: a seed
     text_key: str = "text"  # the field that holds the text, in jsonl, parquet, tfds and hf records
@@ -93,14 +94,20 @@ class DataConfig:
                 f"data.virtual_shards={self.virtual_shards} has no effect with data.mode={self.mode}, which "
                 "is exact on any number of hosts; use data.virtual_shards=0, or data.mode=streaming"
             )
-        if self.format == "chat" and self.mode == "streaming":
+        if self.format != "text" and self.mode == "streaming":
             raise ValueError(
-                "data.format=chat weighs each token, which data.mode=streaming cannot; use data.mode=cached"
+                f"data.format={self.format} weighs each token, which data.mode=streaming cannot; "
+                "use data.mode=cached"
             )
-        if self.format == "chat" and self.source in ("stdlib", "synthetic"):
+        if self.format != "text" and self.source in ("stdlib", "synthetic"):
             raise ValueError(
-                f"data.source={self.source} holds no conversations for data.format=chat; make some with "
-                "scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
+                f"data.source={self.source} holds no conversations for data.format={self.format}; make some "
+                "with scripts/make_chat_corpus.py, and use data=folder data.path=FILE.jsonl"
+            )
+        if self.format in GROUPS and (self.packing != "none" or self.mixture or self.curriculum):
+            raise ValueError(
+                f"data.format={self.format} has rows that belong together, one text each; use "
+                "data.packing=none, and neither data.mixture nor data.curriculum"
             )
         if self.mixture:
             components(self)  # each of them is checked; of this one only what they share counts
@@ -171,7 +178,7 @@ class TokenizerConfig:
     kind: str = "bpe"  # bpe | file | byte | inherit
     vocab_size: int = 4096  # bpe only, the separator included
     path: str | None = None  # file only: a `tokenizer.json`
-    chat_template: str | None = None  # data.format=chat: a Jinja file; null: the tokenizer's own
+    chat_template: str | None = None  # of conversations: a Jinja file | plain: no frame; null: the tokenizer's
 
     def __post_init__(self) -> None:
         self.path = self.path and os.path.expanduser(self.path)

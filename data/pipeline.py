@@ -173,12 +173,13 @@ def follow(facts: dict[str, Any]) -> Prepared:
 
 
 def chat_template(data: DataConfig, config: TokenizerConfig) -> ChatTemplate | None:
-    """The template of data.format=chat, known before the tokenizer is: ours have the separator alone."""
-    if data.format != "chat":
+    """The template of conversations, known before the tokenizer is: ours have the separator alone."""
+    if data.format == "text":
         return None
     path = config.path if config.kind == "file" else None
     known = load_tokenizer(path) if path else train_tokenizer((), TokenizerConfig(kind="byte"))
-    return find_template(config.chat_template, path, known)
+    given = config.chat_template or ("plain" if data.format == "completion" else None)
+    return replace(find_template(given, path, known), form=data.format)
 
 
 class _Preparation:

@@ -68,7 +68,7 @@ class Prepared:
             self.validation.framed(),
             vocab_size=self.tokenizer.vocab_size,
             validation_bytes=self.validation.learnt_bytes,
-            counted=self.validation.framed_weights(),
+            counted=self.validation.learnt(),
         )
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
             write_text(cached, json.dumps({"bits_per_byte": value}), shared=True)

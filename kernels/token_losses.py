@@ -79,14 +79,14 @@ def chunked_cross_entropy(
 def chunked_logprobs(
     x: Float[Array, "B T D"],
     w: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T *K"],
     *,
     chunk: int,
     parts: tuple[int, int] = (1, 1),
     softcap: float | None = None,
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x,
     dtype: Any = None,
-) -> Float[Array, "B T"]:
+) -> Float[Array, "B T *K"]:
     """Log-probabilities of the targets, log softmax(cap(x·w)), in float32 nats; arguments as above.
 
     Differentiable in any way: backward makes a chunk's logits again (a fourth and a fifth product), where the
@@ -100,7 +100,10 @@ def chunked_logprobs(
     @jax.checkpoint
     def step(carry: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
         _, capped, _, log_total = _scores(chunk[0], table, spec)
-        return None, _picked(capped, _hits(capped, chunk[1])) - log_total
+        if chunk[1].ndim == 2:
+            return None, _picked(capped, _hits(capped, chunk[1])) - log_total
+        hit = _hits(capped[..., None], chunk[1])
+        return None, jnp.sum(jnp.where(hit, capped[..., None], 0.0), axis=2) - log_total[..., None]
 
     _, found = jax.lax.scan(step, None, (_split(x, spec), _split(targets, spec)))
     return _join(found, spec)

@@ -183,7 +183,7 @@ class Model:
     @jax.named_scope("head")
     def logprobs(
         self, params: Tree, x: Float[Array, "B T D"], batch: dict[str, Array], ops: Ops
-    ) -> Float[Array, "B T"]:
+    ) -> Float[Array, "B T *K"]:
         """Log-probabilities of a batch's targets in float32 nats, of the stream after the last layer."""
         return chunked_logprobs(
             ops.constrain(self._module("final_norm", params["final_norm"])(x), WHOLE),

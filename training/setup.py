@@ -23,7 +23,6 @@ from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from common.checks import ConfigError
 from common.errors import RunFault
-from data.batch import TEXT
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
 from data.pipeline import follow, prepare
@@ -152,11 +151,7 @@ def build_setup(
     if parent is not None:
         parent.check_model(config.model)
     program = build_program(config, layout)
-    if missing := sorted(set(program.objective.fields) - set(TEXT)):
-        raise ConfigError(
-            f"objective={program.objective.name} needs {', '.join(missing)} in a batch, which "
-            f"data.source={config.data.source} does not give; take an objective of texts, such as next_token"
-        )
+    check_data(config, program)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = new_loader(config, prepared)
     loader.check_rows(rows_here(program.batch))

@@ -23,6 +23,7 @@ from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan
 from data.loading.plan_cache import kept_plan
 from data.loading.streaming import Shards, Stream, open_stream
 from data.prepared import Prepared
+from data.tokens.forms import GROUPS, UNWANTED, WANTED
 from data.tokens.store import TokenStore
 
 DOCUMENTS, ROWS = 0, 1  # what a permutation's key is for
@@ -131,6 +132,9 @@ class Loader:
             here = int(np.searchsorted(wanted, end))
             rows = order[wanted[:here] - first]
             fill(batch, where[:here], store.tokens, plan, rows, weights=store.weights)
+            if self.data.format in GROUPS:
+                _judge(batch, where[:here])
+            _copy_figures(batch, where[:here], store, plan, rows)
             where, wanted = where[here:], wanted[here:]
 
     def _check_epochs(self, number: int, name: str, limit: float) -> None:
@@ -237,6 +241,28 @@ def _stores(source: Prepared | TokenStore | Mapping[str, TokenStore], split: str
     return dict(sorted(source.items()))
 
 
+def _judge(batch: Batch, where: np.ndarray) -> None:
+    """Make labels of the marks of judged texts, all of whose answers count alike."""
+    marks = batch["loss_weights"][where]
+    batch.setdefault("labels", np.zeros_like(batch["loss_weights"]))
+    batch["labels"][where] = (marks == WANTED).astype(np.float32) - (marks == UNWANTED)
+    batch["loss_weights"][where] = marks > 0
+
+
+def _copy_figures(
+    batch: Batch, where: np.ndarray, store: TokenStore, plan: PackingPlan, rows: np.ndarray
+) -> None:
+    """Fill what other weights say of the targets."""
+    there = np.arange(len(where))
+    for name, values in store.figures.items():
+        shape = (*batch["tokens"].shape, *values.shape[:-1])
+        batch.setdefault(name, np.zeros(shape, values.dtype))
+        for number, column in enumerate(values.reshape(-1, values.shape[-1])):
+            copied = empty_batch(len(where), shape[1])
+            fill(copied, there, store.tokens, plan, rows, weights=column)
+            batch[name].reshape(*shape[:2], -1)[where, :, number] = copied["loss_weights"]
+
+
 def _rounded_up(epochs: float) -> float:
     return float(np.ceil(epochs * 100) / 100)
 
@@ -295,19 +321,37 @@ class _Epochs:
     def _made(self, epoch: int) -> tuple[PackingPlan, np.ndarray]:
         key = (self.seed, epoch, self.data.packing, self.data.seq_len)
         plan = kept_plan(self.store, self.data.cache_dir, key, lambda: self._packed(epoch))
-        return plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
+        if (group := GROUPS.get(self.data.format, 1)) == 1:
+            return plan, permutation(plan.num_rows, self.seed, epoch, ROWS)
+        # Rows that belong together move together.
+        order = permutation(plan.num_rows // group, self.seed, epoch, ROWS)
+        return plan, (order[:, None] * group + np.arange(group)).ravel()
 
     def _packed(self, epoch: int) -> PackingPlan:
+        if self.data.format in GROUPS:  # in the store's order: rows are shuffled
+            check_lengths(self.store, self.data)
+            return make_plan("none", self.store.starts, self.store.lengths, self.data.seq_len)
         order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
         starts, lengths = self.store.starts[order], self.store.lengths[order]
         return make_plan(self.data.packing, starts, lengths, self.data.seq_len)
+
+
+def check_lengths(store: TokenStore, data: DataConfig) -> None:
+    """Raise DataError where a text that is judged as a whole has not all of it in one row."""
+    if (longest := int(store.lengths.max(initial=0))) > data.seq_len:
+        count = int((store.lengths > data.seq_len).sum())
+        raise DataError(
+            f"data.seq_len={data.seq_len}: {count:,} of {store.num_documents:,} texts of data.format="
+            f"{data.format} are longer, the longest {longest} tokens; use data.seq_len={longest}, or leave "
+            "them out of the file"
+        )
 
 
 class EvalBatches:
     """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
 
     Documents are concatenated whatever the training's packing, so that figures compare; conversations are
-    packed whole, so that an answer keeps its question. Rows come shuffled by a fixed key: the first few
+    packed whole, so that an answer keeps its question; of judged ones those that were wanted. Rows come shuffled by a fixed key: the first few
     batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
     of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. max_batches: -1 for all. Raises
     DataError where there is none.
@@ -316,7 +360,8 @@ class EvalBatches:
     def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1):
         self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
         packing = "concat" if store.weights is None else "best_fit"
-        self.plan = make_plan(packing, store.starts, store.lengths, data.seq_len)
+        wanted = store.wanted if data.format in GROUPS else slice(None)
+        self.plan = make_plan(packing, store.starts[wanted], store.lengths[wanted], data.seq_len)
         rows = permutation(self.plan.num_rows, 0)
         self.rows = rows if max_batches < 0 else rows[: max_batches * batch_size]
         if len(self.rows) == self.plan.num_rows and store.weights is None:

@@ -1,7 +1,8 @@
 """Conversations as documents: JSON Lines to canonical text, and text to tokens with the assistant's weighted.
 
 A conversation travels through a corpus as the JSON of `{"messages": [{"role": ..., "content": ...}, ...]}`,
-so that documents stay texts; ShareGPT's `conversations` of `from` and `value` become the same.
+so that documents stay texts; ShareGPT's `conversations` of `from` and `value` become the same. What else a
+record may hold says `data.tokens.forms`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from data.sources.files import RECORDS, list_folder
 from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json
 from data.tokens.chat_template import ChatTemplate, Rendered, TemplateRefusal
 from data.tokens.encoding import Encoded
+from data.tokens.forms import FORMS, MISMATCHED, canonical_text, conversations, said_in
 from data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,12 +31,17 @@ SHAREGPT = {
     **{"human": "user", "gpt": "assistant", "model": "assistant", "bing": "assistant"},
     **{"function": "tool", "observation": "tool", "function_response": "tool"},
 }
+COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "label", "tools")
 FORMAT = 1  # raise it when the same conversation and template give other tokens or weights
-FORMS = 'data.format=chat needs {"messages": [{"role": ..., "content": ...}, ...]} or ShareGPT\'s form'
 
 
-def conversation_text(record: object, where: str) -> str:
-    """Return a record's conversation as canonical JSON. `where`: its file and line, for the error.
+def needed(form: str) -> str:
+    """Say what records of `data.format` look like."""
+    return f"data.format={form} needs {FORMS[form]}"
+
+
+def conversation_text(record: object, where: str, form: str = "chat") -> str:
+    """Return a record's conversations as canonical JSON. `where`: its file and line, for the error.
 
     Raises DataError, in one line, for a record that is no conversation an assistant could learn from.
     """
@@ -43,30 +50,26 @@ def conversation_text(record: object, where: str) -> str:
         return DataError(f"data.path: {where} {reason}; mend or remove that record")
 
     if not isinstance(record, Mapping):
-        raise refuse(f"is a {type(record).__name__}, where {FORMS}")
-    messages = _messages(record, refuse)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise refuse("has no assistant message, so there is nothing to learn")
-    conversation: dict[str, Any] = {"messages": messages}
-    if record.get("tools"):
-        conversation["tools"] = record["tools"]
-    try:
-        text = json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
-        text.encode()
-    except TypeError as error:  # a whole number too long for Python, or a date of parquet's
-        raise refuse(f"has what cannot be written as JSON ({error})") from None
-    except UnicodeEncodeError:  # "\ud800" is legal JSON but no character
-        raise refuse("has half a surrogate pair") from None
-    return text
+        raise refuse(f"is a {type(record).__name__}, where {needed(form)}")
+
+    def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+        messages = _messages(record, refuse, form)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise refuse("has no assistant message, so there is nothing to learn")
+        return {"messages": messages} | ({"tools": record["tools"]} if record.get("tools") else {})
+
+    return canonical_text(record, form, checked, refuse)
 
 
-def _messages(record: Mapping[str, Any], refuse: Callable[[str], DataError]) -> list[dict[str, Any]]:
+def _messages(
+    record: Mapping[str, Any], refuse: Callable[[str], DataError], form: str
+) -> list[dict[str, Any]]:
     if isinstance(record.get("messages"), list):
         found, role_key, content_key = record["messages"], "role", "content"
     elif isinstance(record.get("conversations"), list):
         found, role_key, content_key = record["conversations"], "from", "value"
     else:
-        raise refuse(f"has no list of messages ({FORMS})")
+        raise refuse(f"has no list of messages ({needed(form)})")
     if not found:
         raise refuse("has no messages")
     names = {role: role for role in ROLES} if role_key == "role" else SHAREGPT
@@ -93,7 +96,7 @@ def _messages(record: Mapping[str, Any], refuse: Callable[[str], DataError]) -> 
 
 def plain_text(text: str) -> str:
     """What is said in a conversation, for a tokenizer to be trained on."""
-    return "\n".join(f"{m['role']}\n{m['content']}" for m in json.loads(text)["messages"])
+    return "\n".join(said_in(json.loads(text)))
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,14 @@ class ChatEncoder:
         A token counts (weight 1) where its first character is one the assistant wrote, its end-of-turn token
         included: a token that begins in the prompt is never the model's to choose. A bos or eos that the
         template writes itself is not doubled; one that frames the document beyond it does not count.
+        Two texts of one record follow each other, and weights are marks of `data.tokens.forms`.
         Raises DataError for a conversation that the template refuses, or that holds no text of an assistant.
         """
-        rendered = [self._rendered(text) for text in texts]
-        pieces = [piece for one in rendered for piece in one.pieces]
+        rendered = [one for text in texts for one in self._rendered(text)]
+        pieces = [piece for one, _ in rendered for piece in one.pieces]
         encoded = iter(self.tokenizer.encode_with_specials(pieces))
-        return [self._framed(one, [next(encoded) for _ in one.pieces]) for one in rendered]
+        found = [self._framed(one, [next(encoded) for _ in one.pieces], mark) for one, mark in rendered]
+        return found if self.template.form != "labels" else _with_mismatched(found)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of turns and of the next one's head: what generation begins with."""
@@ -160,28 +165,48 @@ class ChatEncoder:
         last = int(ids[np.flatnonzero(weights)[-1]])
         return last if last in self.tokenizer.specials_by_id else self.eos_id
 
-    def _rendered(self, text: str) -> Rendered:
+    def _rendered(self, text: str) -> list[tuple[Rendered, int]]:
+        form = self.template.form
         try:
-            # Documents of a dataset that somebody prepared are checked here, those of files have been.
-            conversation = json.loads(conversation_text(load_json(text), _beginning(text)))
-            return self.template.render(conversation)
+            record = load_json(text)
+            if form in ("chat", "completion"):
+                # Documents of a dataset that somebody prepared are checked here, those of files have been.
+                record = json.loads(conversation_text(record, _beginning(text), form))
+            return [(self.template.render(one), mark) for one, mark in conversations(record, form)]
         except TemplateRefusal as error:
             raise DataError(f"data: {_beginning(text)}: {error}") from None
         except json.JSONDecodeError as error:
-            raise DataError(f"data: {_beginning(text)} is not JSON ({error.msg}); {FORMS}") from None
+            raise DataError(f"data: {_beginning(text)} is not JSON ({error.msg}); {needed(form)}") from None
 
-    def _framed(self, rendered: Rendered, pieces: Sequence[tuple]) -> Encoded:
+    def _framed(self, rendered: Rendered, pieces: Sequence[tuple], mark: int = 1) -> Encoded:
         ids = np.concatenate([ids for ids, _ in pieces]).astype(np.int32)
         before = np.cumsum([0, *(len(piece) for piece in rendered.pieces)])
         begins = np.concatenate([starts + at for (_, starts), at in zip(pieces, before, strict=False)])
         weights = np.zeros(len(ids), np.uint8)
         for start, end in rendered.spans:
-            weights[(begins >= start) & (begins < end)] = 1
+            weights[(begins >= start) & (begins < end)] = mark
         if not weights.any():
             raise DataError(f"data: {_beginning(rendered.text)} gives the assistant no token; remove it")
         front, back = int(ids[0] != self.bos_id), int(ids[-1] != self.eos_id)
         ids = np.concatenate([[self.bos_id] * front, ids, [self.eos_id] * back]).astype(np.int32)
         return Encoded(ids, np.pad(weights, (front, back)))
+
+
+def _with_mismatched(texts: list[Encoded]) -> list[Encoded]:
+    """Each text, and behind it its prompt with the answer of the text before it.
+
+    What such answers' log-probabilities have moved by is how far the model has moved where nothing is wanted
+    (KTO's reference point, arXiv:2402.01306).
+    """
+    found = []
+    for number, own in enumerate(texts):
+        other = texts[number - 1]
+        assert own.weights is not None and other.weights is not None
+        prompt, answer = (int(np.flatnonzero(one.weights)[0]) for one in (own, other))
+        ids = np.concatenate([own.ids[:prompt], other.ids[answer:]])
+        behind = np.where(other.weights[answer:] > 0, MISMATCHED, 0)
+        found += [own, Encoded(ids, np.concatenate([own.weights[:prompt], behind]).astype(np.uint8))]
+    return found
 
 
 def _beginning(text: str) -> str:
@@ -214,10 +239,11 @@ def read_chat(path: Path, template: ChatTemplate, found: Callable[[str, str], No
     `found(kind, message)` hears of each bad record, which is left out unless it raises. Each is rendered once
     only for the sake of that message, which can still name its line. Raises DataError for a damaged file.
     """
-    for where, record in _records(path, found):
+    for where, record in _records(path, found, template.form):
         try:
-            text = conversation_text(record, where)
-            template.render(json.loads(text))
+            text = conversation_text(record, where, template.form)
+            for one, _ in conversations(json.loads(text), template.form):
+                template.render(one)
         except TemplateRefusal as error:
             found("template", f"data.path: {where}: {error}")
         except DataError as error:
@@ -226,9 +252,10 @@ def read_chat(path: Path, template: ChatTemplate, found: Callable[[str, str], No
             yield text
 
 
-def _records(path: Path, found: Callable[[str, str], None]) -> Iterator[tuple[str, object]]:
+def _records(path: Path, found: Callable[[str, str], None], form: str) -> Iterator[tuple[str, object]]:
     if path.suffix == ".parquet":
-        yield from ((f"{path}:{number}", record) for number, record in enumerate(_parquet_records(path), 1))
+        records = enumerate(_parquet_records(path, form), 1)
+        yield from ((f"{path}:{number}", record) for number, record in records)
         return
     for number, line in enumerate(file_lines(path), 1):
         where = f"{path}:{number}"
@@ -243,7 +270,7 @@ def _records(path: Path, found: Callable[[str, str], None]) -> Iterator[tuple[st
             found("json", f"data.path: {where} is not JSON ({reason}); mend or remove that line")
 
 
-def is_padded(path: Path) -> bool:
+def is_padded(path: Path, form: str = "chat") -> bool:
     """Whether a parquet file's conversations have structs inside, of which nulls were once learnt."""
     import pyarrow.types
 
@@ -252,7 +279,7 @@ def is_padded(path: Path) -> bool:
             return True
         return pyarrow.types.is_nested(kind) and nested(kind.value_type)
 
-    with _parquet(path) as (file, there):
+    with _parquet(path, form) as (file, there):
         columns = {name: file.schema_arrow.field(name).type for name in there}
         tools, others = columns.pop("tools", None), columns.values()
         turns = [kind.value_type for kind in others if pyarrow.types.is_nested(kind)]
@@ -260,8 +287,8 @@ def is_padded(path: Path) -> bool:
         return any(nested(kind) for kind in (*fields, tools) if kind is not None)
 
 
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
-    with _parquet(path) as (file, there):
+def _parquet_records(path: Path, form: str) -> Iterator[dict[str, Any]]:
+    with _parquet(path, form) as (file, there):
         kinds = {name: file.schema_arrow.field(name).type for name in there}
         for batch in file.iter_batches(columns=there, batch_size=1024):
             for record in batch.to_pylist():
@@ -269,19 +296,17 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[tuple[Any, list[str]]]:
+def _parquet(path: Path, form: str = "chat") -> Iterator[tuple[Any, list[str]]]:
     """A parquet file of conversations, open, and the columns that they are in."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            there = [
-                name for name in ("messages", "conversations", "tools") if name in file.schema_arrow.names
-            ]
-            if not there or there == ["tools"]:
+            there = [name for name in COLUMNS if name in file.schema_arrow.names]
+            if not {*there} - {"tools", "label"}:
                 columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"data.path: {path} has columns {columns}, where {FORMS}")
+                raise DataError(f"data.path: {path} has columns {columns}, where {needed(form)}")
             yield file, there
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(

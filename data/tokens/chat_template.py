@@ -32,6 +32,14 @@ DEFAULT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
 )
+# What a model that knows no turns goes on with: the prompt as it is, and the answer up to the separator.
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+)
 # `strftime_now` says this day always, Llama 3's own default: a rendering must not depend on when it is made.
 TODAY = datetime.datetime(2024, 7, 26)
 # Unicode's noncharacters, never for interchange: marks inside a rendering, taken out again before anyone
@@ -68,13 +76,17 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template in use. `specials` are the vocabulary's special tokens; `name` says where it comes from."""
+    """A template in use. `specials` are the vocabulary's special tokens; `name` says where it comes from.
+
+    form: what a record of conversations holds (`data.tokens.forms`).
+    """
 
     text: str
     name: str
     bos_token: str
     eos_token: str
     specials: tuple[str, ...]
+    form: str = "chat"
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_compiled"}  # it does not travel to workers
@@ -82,7 +94,8 @@ class ChatTemplate:
     @property
     def facts(self) -> dict[str, str]:
         """What decides a rendering, json-able."""
-        return {"text": self.text, "bos_token": self.bos_token, "eos_token": self.eos_token}
+        form = {} if self.form == "chat" else {"form": self.form}
+        return {"text": self.text, "bos_token": self.bos_token, "eos_token": self.eos_token, **form}
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -339,13 +352,13 @@ def _compile(text: str, name: str) -> Any:
 def find_template(given: str | None, tokenizer_path: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate:
     """The template that goes with a tokenizer.
 
-    In order: the file `given`; beside a tokenizer.json, `chat_template.jinja` or the `chat_template` of
+    In order: the file `given`, or "plain", which frames nothing; beside a tokenizer.json, `chat_template.jinja` or the `chat_template` of
     `tokenizer_config.json`; ours, where the vocabulary has no other special token to end a turn with.
     Raises DataError where there is none, or it cannot be read.
     """
     beside = Path(tokenizer_path).parent if tokenizer_path else None
     config = read_beside(beside / CONFIG) if beside else {}
-    text, name = _template_text(given, beside, config)
+    text, name = (PLAIN, given) if given == "plain" else _template_text(given, beside, config)
     bos, eos = (token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     if text is None:
         if tokenizer.token(tokenizer.eos_id) != SEPARATOR:

@@ -62,7 +62,7 @@ def write_shard(work: ShardTask, encoder: Encoder, number: int, documents: range
     """Tokenize a run of documents into the shard's files; return its record, written last of all."""
     kinds = ("tokens", "lengths", "weights") if encoder.weighted else ("tokens", "lengths")
     files = {kind: _Durable(path_of(work.directory, number, kind)) for kind in kinds}
-    record: Record = {"number": number, "documents": len(documents), "entries": 0, "num_bytes": 0}
+    record: Record = {"number": number, "documents": 0, "entries": 0, "num_bytes": 0}
     try:
         for first in range(documents.start, documents.stop, work.block):
             texts = work.documents.read(range(first, min(first + work.block, documents.stop)))
@@ -72,6 +72,7 @@ def write_shard(work: ShardTask, encoder: Encoder, number: int, documents: range
             files["lengths"].write(lengths)
             if encoder.weighted:
                 files["weights"].write(_row(_weights(encoded), np.dtype(np.uint8)))
+            record["documents"] += len(encoded)  # of a pair two
             record["entries"] += int(lengths.sum())
             record["num_bytes"] += sum(len(text.encode()) for text in texts)
         record["files"] = {kind: file.finish() for kind, file in files.items()}

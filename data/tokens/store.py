@@ -12,18 +12,19 @@ consists of. Either way the tokens are one array, see `data.tokens.joined_memmap
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer, UInt8
+from jaxtyping import Bool, Int, Integer, Num, UInt8
 
 from data.cache import verify
 from data.sources.documents import Documents
 from data.tokens.encoding import Encoding
+from data.tokens.forms import WANTED
 from data.tokens.joined_memmap import first_entries, mapped
 from data.tokens.shards import (
     BLOCK_BYTES,
@@ -71,6 +72,8 @@ class TokenStore:
     eos_id: int
     weights: UInt8[np.ndarray, " N"] | None = None  # of each entry as a target; None: all count
     gaps: tuple[tuple[int, int], ...] = ((0, 0),)
+    # Fields of a batch that each entry has as a target, [N] or [K, N]: what other weights say of it.
+    figures: Mapping[str, Num[np.ndarray, "*K N"]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path, *, contents: bool = True) -> "TokenStore":
@@ -99,6 +102,11 @@ class TokenStore:
         )
 
     @property
+    def num_addresses(self) -> int:
+        """How many addresses `tokens` has, entries and what lies between its files."""
+        return int(self.starts[-1] + self.lengths[-1]) + 1
+
+    @property
     def num_documents(self) -> int:
         """How many documents."""
         return len(self.offsets) - 1
@@ -115,12 +123,23 @@ class TokenStore:
         weights, ends = self.weights, self.starts + self.lengths + 1
         return (weights[start:end] for start, end in zip(self.starts, ends, strict=True))
 
+    def learnt(self) -> Iterator[Bool[np.ndarray, " T"]] | None:
+        """Yield of each document which entries are learnt as targets: those of an answer that was wanted."""
+        weights = self.framed_weights()
+        return None if weights is None else (own == WANTED for own in weights)
+
+    @cached_property
+    def wanted(self) -> Int[np.ndarray, " W"]:
+        """Numbers of the documents whose answer was wanted (`data.tokens.forms`), of texts that are judged."""
+        marks = (int(own.max(initial=0)) for own in self.framed_weights() or ())
+        return np.flatnonzero(np.fromiter(marks, np.uint8) == WANTED)
+
     @property
     def learnt_bytes(self) -> int:
-        """UTF-8 bytes of the targets that count."""
+        """UTF-8 bytes of the targets that are learnt."""
         if self.weights is None:
             return self.num_bytes
-        return int(self.token_bytes[self.tokens[np.flatnonzero(self.weights)]].sum())
+        return int(self.token_bytes[self.tokens[np.flatnonzero(self.weights == WANTED)]].sum())
 
     def text_bytes(self, counted: int) -> int:
         """Return the text's bytes that tokens stand for whose `token_bytes` add up to `counted`.

@@ -54,7 +54,7 @@ def _check_vocabulary(config: Config) -> None:
         _refuse(
             "tokenizer.kind=inherit takes the tokenizer of another run; give init_from=RUN, or tokenizer=bpe"
         )
-    if t.chat_template is not None and config.data.format != "chat":
+    if t.chat_template is not None and config.data.format == "text":
         _refuse(
             f"tokenizer.chat_template={t.chat_template} has no effect on data.format={config.data.format}; "
             "set data.format=chat, or tokenizer.chat_template=null"

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.checks import ConfigError, did_you_mean
-from data.batch import TEXT, Field
+from data.batch import LABELS, REFERENCE, TEXT, Field
 
 Batch = dict[str, Array]
 Figures = dict[str, Array]
@@ -35,7 +35,12 @@ class Objective:
 
     name: str = "???"  # that of the subclass's file
 
-    fields: ClassVar[Mapping[str, Field]] = TEXT  # what a batch must hold
+    formats: ClassVar[tuple[str, ...]] = ()  # of data.format, one of which it needs; none: any
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What a batch must hold."""
+        return TEXT
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """What sums over the batch are divided by: its total loss weight, at least 1.
@@ -100,6 +105,54 @@ class LogprobObjective(Objective):
         """The value and figures of f, as `prepare` gave them, and what routers say."""
         own = {name: x for name, x in means.items() if x.ndim == 0 and name not in ("objective", "z_loss")}
         return {**own, **router_metrics(means)}
+
+
+@dataclass
+class PairObjective(LogprobObjective):
+    """Of two answers to one prompt, in rows behind each other, the first is the better one (data.format=pairs).
+
+    A subclass has `of_pairs`.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("pairs",)
+    mean: ClassVar[bool] = False  # an answer's figure is the mean over its tokens rather than the sum
+    reference: ClassVar[bool] = True  # it is compared with that by the weights that the run began with
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Texts, and what an answer had by the reference."""
+        return {**TEXT, **LABELS, **(REFERENCE if self.reference else {})}
+
+    def of_pairs(
+        self, chosen: Float[Array, " P"], rejected: Float[Array, " P"]
+    ) -> tuple[Float[Array, " P"], Float[Array, "2 P"]]:
+        """The loss of each pair and the rewards of both, of their log-probabilities above the reference's."""
+        raise NotImplementedError
+
+    def value(self, logprobs: Float[Array, "B T"], batch: Batch) -> tuple[Float[Array, ""], Figures]:
+        """The mean over pairs, and what is reported of them under TRL's names."""
+        answers = answer_logprobs(logprobs, batch, mean=self.mean)
+        if self.reference:
+            answers -= answer_logprobs(batch["reference_logprobs"], batch, mean=self.mean)
+        losses, rewards = self.of_pairs(answers[0::2], answers[1::2])
+        return jnp.mean(losses), reward_figures(*rewards)
+
+
+def answer_logprobs(logprobs: Float[Array, "B T"], batch: Batch, *, mean: bool) -> Float[Array, " B"]:
+    """Of each row the sum over the targets that count, or their mean."""
+    weights = batch["loss_weights"]
+    sums = jnp.sum(weights * logprobs, axis=1)
+    return sums / jnp.maximum(jnp.sum(weights, axis=1), 1.0) if mean else sums
+
+
+def reward_figures(chosen: Float[Array, " P"], rejected: Float[Array, " P"]) -> Figures:
+    """Means of the rewards, their margin, and the share of pairs where the better answer has the higher one."""
+    return {
+        "rewards/chosen": jnp.mean(chosen),
+        "rewards/rejected": jnp.mean(rejected),
+        "rewards/margin": jnp.mean(chosen - rejected),
+        "rewards/accuracy": jnp.mean(chosen > rejected),
+    }
 
 
 def router_metrics(means: Mapping[str, Array]) -> Figures:

@@ -1,0 +1,200 @@
+"""What other weights say of a run's tokens, computed once and kept beside them: never a second model in a step.
+
+The reference of a preference is the run's own parent; a teacher is any model with the same tokenizer. Either
+becomes arrays of one value (or K) an entry of the token store, which a loader copies into batches as it does
+the tokens. They lie in the cache, named by the digests of the store and of the weights.
+
+N entries of a store, K values of an entry, B rows, T positions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from common.checks import ConfigError
+from data.batch import REFERENCE, TEXT, Field
+from data.cache import CorruptCache, building, digest_of, locked, verify
+from data.loading.loader import check_lengths
+from data.loading.packing import PackingPlan, empty_batch, fill
+from data.prepared import Prepared
+from data.tokens.forms import GROUPS
+from data.tokens.store import TokenStore
+from parallel import processes
+from training.config import Config
+from training.device_batches import placing, rows_here
+from training.opening.initial_weights import AnyParent
+from training.program import Program
+
+ANNOTATE_SECONDS = 24 * 3600  # the others wait so long while the primary asks a teacher
+Scorer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # a batch [B, T] to figures [B, T] or [K, B, T]
+
+
+def given_fields(config: Config) -> set[str]:
+    """Fields of a batch that this run's data have without any other weights."""
+    return {*TEXT, *(("labels",) if config.data.format in GROUPS else ())}
+
+
+def check_data(config: Config, program: Program) -> None:
+    """Raise ConfigError where the objective is not one of these data."""
+    objective, own = program.objective, config.data.format
+    formats = objective.formats
+    if formats and own not in formats:
+        raise ConfigError(
+            f"objective={objective.name} needs data.format={' or '.join(formats)}, not {own}; "
+            f"see docs/objectives.md for what records look like"
+        )
+    if own in GROUPS and not formats:
+        raise ConfigError(
+            f"objective={objective.name} would learn from the worse answers of data.format={own} as well; "
+            "use objective=dpo, or data.format=chat with the better ones"
+        )
+    if own in GROUPS and config.training.global_batch_size % GROUPS[own]:
+        raise ConfigError(
+            f"training.global_batch_size={config.training.global_batch_size} splits rows that belong together "
+            f"(data.format={own}); use a multiple of {GROUPS[own]}"
+        )
+    if "reference_logprobs" in objective.fields and config.init_from is None:
+        raise ConfigError(
+            f"objective={objective.name} compares with the weights that the run begins with, and "
+            "init_from=null has random ones; give init_from=RUN"
+        )
+
+
+def with_reference(
+    prepared: Prepared, config: Config, program: Program, parent: AnyParent, params: Callable[[], Any]
+) -> Prepared:
+    """The data with the parent's log-probability of every target; all processes call it alike.
+
+    params: the parent's parameters as they lie in memory, asked for only where nothing is cached.
+    """
+    store = prepared.train
+    assert store is not None  # judged texts are cached and no mixture
+    check_lengths(store, config.data)
+    batch = {name: program.batch[name] for name in TEXT}
+    rows = rows_here(batch)
+    place = placing(batch, rows)
+    whole = program.layout.replicated()
+    size, length = batch["tokens"].shape
+    inputs = {
+        **{"kind": "reference", "data": prepared.digest, "parent": parent.facts()["digest"]},
+        **{"precision": str(program.ops.compute_dtype), "row": length},
+    }
+
+    def scorer() -> Scorer:
+        weights = params()
+
+        @jax.jit
+        def score(weights: Any, batch: Any) -> Any:
+            found = program.strategy.score(program.model, weights, batch, program.ops)["logprobs"]
+            return jax.lax.with_sharding_constraint(found, whole)
+
+        def of(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            mine = {name: values[rows] for name, values in batch.items()}
+            return {"reference_logprobs": np.asarray(score(weights, place(mine)))}
+
+        return of
+
+    directory = _kept(config, inputs)
+    if not processes.from_primary("the reference", lambda: _is_sound(directory)):
+        # All compute, since the mesh is all of theirs; the primary writes.
+        figures = _figures_of(store, REFERENCE, scorer(), (size, length))
+        processes.from_primary("the reference's file", lambda: _write(directory, figures, inputs))
+    return _joined(prepared, directory, REFERENCE)
+
+
+def with_teacher(
+    prepared: Prepared, config: Config, fields: dict[str, Field], inputs: dict[str, Any], ask: Callable[[], Scorer]
+) -> Prepared:
+    """The data with what a teacher says of every target (`fields`); the primary asks it, on its own devices."""
+    store = prepared.train
+    if store is None:
+        raise ConfigError(
+            "objective=distill needs data.mode=cached and no data.mixture: a teacher's figures lie beside tokens"
+        )
+    size, length = config.training.global_batch_size, config.data.seq_len
+    inputs = {**inputs, "kind": "teacher", "data": prepared.digest, "row": length}
+    directory = _kept(config, inputs)
+
+    def make() -> None:
+        if not _is_sound(directory):
+            _write(directory, _figures_of(store, fields, ask(), (size, length)), inputs)
+
+    processes.from_primary("the teacher's figures", make, ANNOTATE_SECONDS)
+    return _joined(prepared, directory, fields)
+
+
+def _kept(config: Config, inputs: dict[str, Any]) -> Path:
+    return Path(config.data.cache_dir) / "figures" / digest_of(inputs)[:16]
+
+
+def _is_sound(directory: Path) -> bool:
+    """Whether the figures lie there, every file as its manifest says."""
+    try:
+        verify(directory)
+    except CorruptCache:
+        return False
+    return True
+
+
+def _write(directory: Path, figures: dict[str, np.ndarray], inputs: dict[str, Any]) -> None:
+    with locked(directory.parent.parent), building(directory, {"inputs": digest_of(inputs)}) as aside:
+        for name, values in figures.items():
+            np.save(aside / f"{name}.npy", values)
+
+
+def _joined(prepared: Prepared, directory: Path, fields: dict[str, Field]) -> Prepared:
+    with processes.all_or_none("the figures' files"):
+        verify(directory, contents=False)
+        figures = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in fields}
+    assert prepared.train is not None
+    return replace(prepared, train=replace(prepared.train, figures=figures))
+
+
+def _figures_of(
+    store: TokenStore, fields: dict[str, Field], score: Scorer, shape: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Of every entry as a target, its figures [N] or [K, N]; 0 where it is none."""
+    found = {
+        name: np.zeros((*field.dims[2:], store.num_addresses), field.dtype) for name, field in fields.items()
+    }
+    starts, lengths, skipped = windows(store.starts, store.lengths, shape[1])
+    plan = PackingPlan(starts, lengths, np.arange(len(starts) + 1))
+    for batch, rows in _batches(store, plan, shape):
+        for name, values in score(batch).items():
+            for row, number in enumerate(rows):
+                begin, end = int(skipped[number]), int(lengths[number])
+                there = slice(int(starts[number]) + 1 + begin, int(starts[number]) + 1 + end)
+                found[name][..., there] = values[..., row, begin:end]
+    return found
+
+
+def windows(
+    starts: Int[np.ndarray, " D"], lengths: Int[np.ndarray, " D"], size: int
+) -> tuple[Int[np.ndarray, " W"], Int[np.ndarray, " W"], Int[np.ndarray, " W"]]:
+    """Stretches of documents that cover all targets: (first address, length, targets known from before).
+
+    What is longer than a row is read in rows that overlap by half, so that every target but a document's
+    first ones has at least half a row before it.
+    """
+    half = size // 2
+    counts = np.where(lengths <= size, 1, -(-(lengths - size) // half) + 1)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = np.minimum(np.repeat(lengths, counts), number * half + size)
+    known = np.where(number > 0, number * half + size - half, 0)
+    return np.repeat(starts, counts) + number * half, ends - number * half, known - number * half
+
+
+def _batches(
+    store: TokenStore, plan: PackingPlan, shape: tuple[int, int]
+) -> Iterator[tuple[dict[str, np.ndarray], Int[np.ndarray, " R"]]]:
+    """Rows of the plan in order, as batches of one shape, and their numbers; padded at the end."""
+    for first in range(0, plan.num_rows, shape[0]):
+        rows = np.arange(first, min(first + shape[0], plan.num_rows))
+        batch = empty_batch(*shape)
+        fill(batch, np.arange(len(rows)), store.tokens, plan, rows, weights=store.weights)
+        yield batch, rows

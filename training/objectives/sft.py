@@ -1,0 +1,15 @@
+"""The next token of answers: supervised fine-tuning, by a name that says what it is for."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from training.objectives.next_token import NextToken
+
+
+@dataclass
+class SFT(NextToken):
+    """Mean cross-entropy over the answers' tokens, which needs data that know what an answer is."""
+
+    name: str = "sft"
+
+    formats: ClassVar[tuple[str, ...]] = ("chat", "completion")
