@@ -9,6 +9,7 @@ each is kept by that name; of a kind that is not there nothing is compared, and 
     python -m tests.bitwise.gate              compare; exit status 1 where anything differs
     python -m tests.bitwise.gate --only moe   the cases whose name contains a word
     python -m tests.bitwise.gate --programs   without the steps
+    python -m tests.bitwise.gate --part 1/3   steps of that part of the cases alone
     python -m tests.bitwise.gate --write      record what is here as golden, where a change is meant to be one
 """
 
@@ -35,6 +36,7 @@ from parallel.config import MESH_AXES
 from parallel.mesh import build_layout
 from tests.configs.composing import config as composed
 from tests.parallel.small import packed_batch
+from tests.parts import part_of, read_part
 from training.program import Program, build_program
 from training.state import shardings
 from training.step import make_eval_step
@@ -167,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--programs", action="store_true", help="lower, and run no step")
+    parser.add_argument("--part", type=read_part, help="run the steps of the K-th of N parts of the cases")
     parser.add_argument("--write", action="store_true", help="record as golden")
     args = parser.parse_args(argv)
     golden = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {"programs": {}, "figures": {}}
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         began = time.monotonic()
         program = program_of(words)
         outcome = [compare(golden["programs"], jax_version, name, fingerprint(program), write=args.write)]
-        if not args.programs:
+        if not args.programs and (args.part is None or part_of(name, args.part[1]) == args.part[0]):
             outcome.append(compare(golden["figures"], kind, name, figures(program), write=args.write))
         print(
             f"{name:<24} program {' losses '.join(outcome):<28} {time.monotonic() - began:5.1f} s", flush=True

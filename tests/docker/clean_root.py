@@ -74,7 +74,7 @@ class Image:
     def run(self, command: list[str], extra: dict[str, str] | None = None) -> None:
         """The same to its end. CalledProcessError with what it said, unless it ended well."""
         process = self.start(command, extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said, _ = process.communicate(timeout=900)
+        said, _ = process.communicate(timeout=1500)
         if process.returncode:
             print(said[-4000:])
             raise subprocess.CalledProcessError(process.returncode, command)
@@ -161,7 +161,7 @@ def bootstrap(base: str, root: Path) -> None:
     match = re.fullmatch(r"debian:(\d+)\.\d+-slim", base)
     assert match, base
     command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", RELEASES[match[1]], str(root)]
-    subprocess.run(command, check=True, timeout=300)  # from Debian's own mirrors
+    subprocess.run(command, check=True, timeout=1200)  # half a minute, but beside other work
 
 
 @contextmanager
@@ -219,12 +219,12 @@ def check_run(image: Image) -> None:
     run = image.root / "cambrian/runs/debug"
     long = ["+experiment=debug", "training.num_steps=100000", "schedule=constant"]
     process = image.start([*image.entry, *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.2)
     os.kill(first_inside(process.pid), signal.SIGTERM)  # as `docker stop` and the kubelet do
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=400)
     assert process.returncode == 75, (process.returncode, said[-2000:])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = rows[-1]["step"]
