@@ -34,6 +34,7 @@ CATEGORIES = {
     "redone_steps": "training steps that an earlier start, or this one before a rollback, had done",
     "unfinished_step": "a step that has no row yet; where the start ended within it, it was lost",
     "input_wait": "steps that waited for their batch",
+    "rollouts": "answers that the run draws for its own training",
     "evaluation": "held-out loss",
     "checkpoints": "what the loop waited for a save to begin, and at the end for the last one",
     "profile": "starting and writing a trace",

@@ -32,4 +32,5 @@ REFERENCE: dict[str, Field] = {"reference_logprobs": Field("float32")}
 ROLLOUT: dict[str, Field] = {
     "advantages": Field("float32"),  # of each target that counts: its answer's
     "behaviour_logprobs": Field("float32"),  # log-probabilities of the targets by the weights that drew them
+    "drawn_reward": Field("float32"),  # the mean of all that was drawn for the batch, everywhere
 }

@@ -1,4 +1,4 @@
-"""What other weights say of a run's tokens, computed once and kept beside them: never a second model in a step.
+"""What other weights say of a run's tokens, computed once and kept beside them: no second model in a step.
 
 The reference of a preference is the run's own parent; a teacher is any model with the same tokenizer. Either
 becomes arrays of one value (or K) an entry of the token store, which a loader copies into batches as it does
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from common.checks import ConfigError
-from data.batch import REFERENCE, TEXT, Field
+from data.batch import REFERENCE, Field
 from data.cache import CorruptCache, building, digest_of, locked, verify
 from data.loading.loader import check_lengths
 from data.loading.packing import PackingPlan, empty_batch, fill
@@ -27,16 +27,15 @@ from data.tokens.store import TokenStore
 from parallel import processes
 from training.config import Config
 from training.device_batches import placing, rows_here
+from training.objectives.distill import Distill, teacher_fields
 from training.opening.initial_weights import AnyParent
 from training.program import Program
+from training.teacher import open_teacher, teacher_scorer
 
 ANNOTATE_SECONDS = 24 * 3600  # the others wait so long while the primary asks a teacher
-Scorer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # a batch [B, T] to figures [B, T] or [K, B, T]
-
-
-def given_fields(config: Config) -> set[str]:
-    """Fields of a batch that this run's data have without any other weights."""
-    return {*TEXT, *(("labels",) if config.data.format in GROUPS else ())}
+Scorer = Callable[
+    [dict[str, np.ndarray]], dict[str, np.ndarray]
+]  # a batch [B, T] to figures [B, T] or [K, B, T]
 
 
 def check_data(config: Config, program: Program) -> None:
@@ -55,14 +54,40 @@ def check_data(config: Config, program: Program) -> None:
         )
     if own in GROUPS and config.training.global_batch_size % GROUPS[own]:
         raise ConfigError(
-            f"training.global_batch_size={config.training.global_batch_size} splits rows that belong together "
-            f"(data.format={own}); use a multiple of {GROUPS[own]}"
+            f"training.global_batch_size={config.training.global_batch_size} splits rows that belong "
+            f"together (data.format={own}); use a multiple of {GROUPS[own]}"
+        )
+    if objective.draws and config.guard.rollback_batches:
+        raise ConfigError(
+            f"guard.rollback_batches={config.guard.rollback_batches} leaves batches out, and objective="
+            f"{objective.name} draws its own; use guard.rollback_batches=0"
         )
     if "reference_logprobs" in objective.fields and config.init_from is None:
         raise ConfigError(
             f"objective={objective.name} compares with the weights that the run begins with, and "
             "init_from=null has random ones; give init_from=RUN"
         )
+
+
+def annotated(
+    prepared: Prepared,
+    config: Config,
+    program: Program,
+    find: Callable[[], AnyParent | None],
+    params: Callable[[], Any],
+) -> Prepared:
+    """The data with what the objective wants beside them; all processes call it alike.
+
+    find, params: the parent, and its parameters as they lie in memory, asked for only where they are wanted.
+    """
+    objective = program.objective
+    if isinstance(objective, Distill):
+        return with_teacher(prepared, config, objective)
+    if "reference_logprobs" in objective.fields and not objective.draws:
+        parent = find()
+        assert parent is not None  # or it would have been refused
+        return with_reference(prepared, config, program, parent, params)
+    return prepared
 
 
 def with_reference(
@@ -75,7 +100,7 @@ def with_reference(
     store = prepared.train
     assert store is not None  # judged texts are cached and no mixture
     check_lengths(store, config.data)
-    batch = {name: program.batch[name] for name in TEXT}
+    batch = program.text_batch
     rows = rows_here(batch)
     place = placing(batch, rows)
     whole = program.layout.replicated()
@@ -107,25 +132,31 @@ def with_reference(
     return _joined(prepared, directory, REFERENCE)
 
 
-def with_teacher(
-    prepared: Prepared, config: Config, fields: dict[str, Field], inputs: dict[str, Any], ask: Callable[[], Scorer]
-) -> Prepared:
-    """The data with what a teacher says of every target (`fields`); the primary asks it, on its own devices."""
+def with_teacher(prepared: Prepared, config: Config, objective: Distill) -> Prepared:
+    """The data with a teacher's outcomes of every target; the primary asks it, on its own devices."""
     store = prepared.train
     if store is None:
         raise ConfigError(
-            "objective=distill needs data.mode=cached and no data.mixture: a teacher's figures lie beside tokens"
+            "objective=distill needs data.mode=cached and no data.mixture: its figures lie beside tokens"
         )
-    size, length = config.training.global_batch_size, config.data.seq_len
-    inputs = {**inputs, "kind": "teacher", "data": prepared.digest, "row": length}
-    directory = _kept(config, inputs)
+    shape = (config.training.global_batch_size, config.data.seq_len)
+    fields = teacher_fields(objective.targets)
 
-    def make() -> None:
+    def make() -> str:
+        teacher = open_teacher(config, objective, prepared.tokenizer)
+        inputs = {
+            **{"kind": "teacher", "data": prepared.digest, "teacher": teacher.version, "seed": config.seed},
+            **{"support": objective.support, "targets": objective.targets, "row": shape[1]},
+            "precision": config.training.precision,
+        }
+        directory = _kept(config, inputs)
         if not _is_sound(directory):
-            _write(directory, _figures_of(store, fields, ask(), (size, length)), inputs)
+            scorer = teacher_scorer(teacher, objective, config.seed)
+            _write(directory, _figures_of(store, fields, scorer, shape), inputs)
+        return str(directory)
 
-    processes.from_primary("the teacher's figures", make, ANNOTATE_SECONDS)
-    return _joined(prepared, directory, fields)
+    directory = processes.from_primary("the teacher's figures", make, ANNOTATE_SECONDS)
+    return _joined(prepared, Path(directory), fields)
 
 
 def _kept(config: Config, inputs: dict[str, Any]) -> Path:
@@ -160,7 +191,8 @@ def _figures_of(
 ) -> dict[str, np.ndarray]:
     """Of every entry as a target, its figures [N] or [K, N]; 0 where it is none."""
     found = {
-        name: np.zeros((*field.dims[2:], store.num_addresses), field.dtype) for name, field in fields.items()
+        name: np.zeros((*map(int, field.dims[2:]), store.num_addresses), field.dtype)
+        for name, field in fields.items()
     }
     starts, lengths, skipped = windows(store.starts, store.lengths, shape[1])
     plan = PackingPlan(starts, lengths, np.arange(len(starts) + 1))

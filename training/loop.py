@@ -37,7 +37,7 @@ from training.safety.signals import Notices, Stopping
 from training.safety.skip_updates import Trouble, trouble
 from training.safety.watchdog import Watchdog
 from training.samples import draw_samples, write_samples
-from training.setup import Run, Setup, as_now, compose, go_back, say, start
+from training.setup import Run, Setup, as_now, compose, go_back, open_rollouts, say, start
 from training.state import TrainState
 
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
@@ -109,14 +109,12 @@ def train(
     config, recorder, checkpoints = setup.config, run.recorder, run.checkpoints
     last = config.training.num_steps
     rows = rows_here(setup.program.batch)
-    feed = Prefetcher(
-        run.loader,
-        start=first,
-        depth=config.data.prefetch,
-        rows=rows,
-        place=arrived(checked(setup, placing(setup.program.batch, rows))),
-    )
-    stack.callback(feed.close)
+    rollouts = open_rollouts(setup)
+    place = arrived(checked(setup, placing(setup.program.batch, rows)))
+    feed = None
+    if rollouts is None:
+        feed = Prefetcher(run.loader, start=first, depth=config.data.prefetch, rows=rows, place=place)
+        stack.callback(feed.close)
     profile = planned_profile(setup, first)
     stack.callback(profile.close)
     mesh = setup.program.layout.mesh if setup.program.votes else None
@@ -134,9 +132,16 @@ def train(
             with recorder.outside_steps("profile"):
                 profile.start()
 
-        batch, wait, run.position = feed.next()
+        stages: Mapping[str, float] = {}
+        if feed is not None:
+            batch, wait, run.position = feed.next()
+            stages = feed.stages
+        elif rollouts is not None:  # of these very weights, so that none can be made ahead
+            with recorder.outside_steps("rollouts"):
+                batch = rollouts.batch(step, setup.train_step.state_of(leaves).weights)
+            wait, run.position = 0.0, {"mode": "cached", "step": step}
         leaves, metrics = setup.train_step.on_leaves(leaves, stopping.ballot(batch))
-        recorder.push(step, metrics, wait, feed.stages)
+        recorder.push(step, metrics, wait, stages)
         leaving = stopping.agreed(step, recorder.read)
         if step == last or leaving:
             recorder.flush()
@@ -244,6 +249,8 @@ def evaluations(setup: Setup) -> Iterator[Evaluation]:
     yield Evaluation(setup.config.eval.every, partial(held_out_loss, setup))
     if setup.suite is not None:
         yield Evaluation(setup.config.eval.suite_every, setup.suite.measure)
+    if setup.rewarded is not None:
+        yield Evaluation(setup.config.eval.every, setup.rewarded)
 
 
 def figures_of(wanted: Iterable[Evaluation], state: TrainState) -> dict[str, float]:
@@ -271,7 +278,7 @@ def read_so_far(run: Run, step: int) -> dict[str, float]:
 def held_out_loss(setup: Setup, params: Any) -> dict[str, float]:
     """`eval/loss` and `eval/bits_per_byte` of some weights; of a mixture, of each component as well."""
     rows = rows_here(setup.program.batch)
-    place = checked(setup, placing(setup.program.batch, rows))
+    place = checked(setup, placing(setup.program.text_batch, rows))
     figures = {
         name: evaluate(setup.eval_step, params, map(place, held_out.batches(rows)), held_out.num_bytes)
         for name, held_out in setup.held_out.items()

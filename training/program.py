@@ -161,12 +161,17 @@ class Program:
         """Whether a step carries the processes' votes to stop."""
         return processes.process_count() > 1 and self.replicas is None
 
+    @property
+    def text_batch(self) -> Batch:
+        """The abstract batch of held-out text, whatever the objective wants beside any text's fields."""
+        return {name: self.batch[name] for name in TEXT}
+
     def compile_eval(self) -> Any:
         """`(params, batch) -> sums`, batches shaped like those of training."""
         step = make_eval_step(self.model, self.strategy, self.ops)
-        # Held-out text has the fields of any text, whatever an objective wants beside them.
-        batch = {name: self.batch[name] for name in TEXT}
-        return compile_eval_step(step, self.state.weights, batch, self.layout, self.compiler_options)
+        return compile_eval_step(
+            step, self.state.weights, self.text_batch, self.layout, self.compiler_options
+        )
 
     def chosen(self, config: Config, peak: str) -> list[tuple[str, str, str]]:
         """Rows (name, value, why) of the start-up table: devices, model and what computes it."""

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from artifacts.ledger import Ledger
 from artifacts.manifest import build_manifest
 from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
-from common.checks import ConfigError
 from common.errors import RunFault
 from data.config import TokenizerConfig
 from data.loading.loader import EvalBatches, Loader, held_out_batches
@@ -31,10 +30,11 @@ from models.config import regrouped
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
+from training.annotate import annotated, check_data
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
 from training.config import Config, with_vocab
-from training.device_batches import rows_here
+from training.device_batches import placing, rows_here
 from training.evaluate import SuiteFigures, suite_figures
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
@@ -50,6 +50,7 @@ from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program
 from training.progress import Progress, startup_table
 from training.recorder import Recorder, ignored
+from training.rollout import Rollouts, held_out_rewards
 from training.safety.faults import before_the_first_step, in_mid_run
 from training.safety.rollback import MOST, in_a_row, remedy
 from training.safety.skip_updates import Trouble, none_in_a_row, undone
@@ -81,6 +82,7 @@ class Setup:
     scaled: Scaled
     ledger: Ledger
     suite: SuiteFigures | None  # of eval.suite
+    rewarded: Callable[[Any], dict[str, float]] | None  # held-out answers, where the objective has a reward
 
 
 @dataclass
@@ -191,6 +193,7 @@ def build_setup(
         scaled=scaled,
         ledger=ledger,
         suite=suite,
+        rewarded=held_out_rewards(config, program, prepared),
     )
 
 
@@ -241,6 +244,7 @@ def start(
         processes.from_primary("the run's restarts", lambda: directory.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(setup)
+    setup = with_figures(setup, state if first == 0 else None)
     loader = positioned_loader(setup, position)
     hosts = sorted(set(processes.exchange("host names", socket.gethostname())))
     facts = manifest(setup, hosts)
@@ -257,6 +261,37 @@ def start(
         stack.callback(outputs.close)
         recorder = open_recorder(setup, first, tokens, stack, outputs, announce)
     return Run(setup, checkpoints, recorder, loader, outputs, position), state, first
+
+
+def with_figures(setup: Setup, fresh: TrainState | None) -> Setup:
+    """The setup with what other weights say of its data; `fresh`: the state at step 0, if it is known."""
+    program, config, directory = setup.program, setup.config, setup.directory
+
+    def parent() -> AnyParent | None:
+        return same_parent(config, directory) if directory.resuming else setup.parent
+
+    def params() -> Any:
+        return (fresh or fresh_state(setup)).weights
+
+    return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params))
+
+
+def open_rollouts(setup: Setup) -> Rollouts | None:
+    """What draws the batches of an objective that has them drawn."""
+    program, prepared = setup.program, setup.prepared
+    if not program.objective.draws:
+        return None
+    assert prepared.train is not None
+    rows = rows_here(program.batch)
+    place = placing(program.batch, rows)
+
+    def placed(batch: dict[str, Any]) -> Any:
+        return place({name: values[rows] for name, values in batch.items()})
+
+    reference = fresh_state(setup).weights if "reference_logprobs" in program.objective.fields else None
+    return Rollouts(
+        program, setup.config, prepared.train, prepared.tokenizer, setup.directory, placed, reference
+    )
 
 
 def forget_undone(directory: RunDirectory, checkpoints: Checkpoints) -> None:

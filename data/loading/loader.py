@@ -351,10 +351,10 @@ class EvalBatches:
     """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
 
     Documents are concatenated whatever the training's packing, so that figures compare; conversations are
-    packed whole, so that an answer keeps its question; of judged ones those that were wanted. Rows come shuffled by a fixed key: the first few
-    batches are a fair sample, not one long document. `num_tokens` and `num_bytes` are what the batches cover
-    of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes. max_batches: -1 for all. Raises
-    DataError where there is none.
+    packed whole, so that an answer keeps its question; of judged ones those that were wanted. Rows come
+    shuffled by a fixed key: the first few batches are a fair sample, not one long document. `num_tokens` and
+    `num_bytes` are what the batches cover of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes.
+    max_batches: -1 for all. Raises DataError where there is none.
     """
 
     def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1):

@@ -149,7 +149,9 @@ class ChatSource(FolderSource):
         A file of which nulls were once learnt that only its column's type has is another one since.
         """
         inputs = super().inputs() | {"chat": {"format": CHAT_FORMAT, **self.chat.inputs}}
-        padded = {file for file in self.files if file.suffix == ".parquet" and is_padded(file, self.chat.form)}
+        padded = {
+            file for file in self.files if file.suffix == ".parquet" and is_padded(file, self.chat.form)
+        }
         inputs["files"] = [
             (name, f"{digest}-without-padding" if file in padded else digest)
             for file, (name, digest) in zip(self.files, inputs["files"], strict=True)

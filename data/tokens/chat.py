@@ -202,7 +202,7 @@ def _with_mismatched(texts: list[Encoded]) -> list[Encoded]:
     for number, own in enumerate(texts):
         other = texts[number - 1]
         assert own.weights is not None and other.weights is not None
-        prompt, answer = (int(np.flatnonzero(one.weights)[0]) for one in (own, other))
+        prompt, answer = (int(np.argmax(weights > 0)) for weights in (own.weights, other.weights))
         ids = np.concatenate([own.ids[:prompt], other.ids[answer:]])
         behind = np.where(other.weights[answer:] > 0, MISMATCHED, 0)
         found += [own, Encoded(ids, np.concatenate([own.weights[:prompt], behind]).astype(np.uint8))]

@@ -352,8 +352,9 @@ def _compile(text: str, name: str) -> Any:
 def find_template(given: str | None, tokenizer_path: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate:
     """The template that goes with a tokenizer.
 
-    In order: the file `given`, or "plain", which frames nothing; beside a tokenizer.json, `chat_template.jinja` or the `chat_template` of
-    `tokenizer_config.json`; ours, where the vocabulary has no other special token to end a turn with.
+    In order: the file `given`, or "plain", which frames nothing; beside a tokenizer.json,
+    `chat_template.jinja` or the `chat_template` of `tokenizer_config.json`; ours, where the vocabulary has no
+    other special token to end a turn with.
     Raises DataError where there is none, or it cannot be read.
     """
     beside = Path(tokenizer_path).parent if tokenizer_path else None

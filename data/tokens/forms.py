@@ -38,12 +38,15 @@ def canonical_text(record: Mapping[str, Any], form: str, checked: Check, refuse:
     prompt = record.get("prompt", record.get("messages"))
     if prompt is None:
         raise refuse(f"has no prompt ({FORMS[form]})")
-    answers = {key: record.get(key) for key in (("chosen", "rejected") if form == "pairs" else ("completion",))}
+    answers = {
+        key: record.get(key) for key in (("chosen", "rejected") if form == "pairs" else ("completion",))
+    }
     for key, answer in answers.items():
         if not answer or not isinstance(answer, str | Mapping | Sequence):
             raise refuse(f"has no {key} ({FORMS[form]})")
     said = {
-        key: checked({**record, "messages": _turns(prompt, "user", answer)}) for key, answer in answers.items()
+        key: checked({**record, "messages": _turns(prompt, "user", answer)})
+        for key, answer in answers.items()
     }
     if form == "completion":
         return _json(said["completion"], refuse)

@@ -130,7 +130,7 @@ class TokenStore:
 
     @cached_property
     def wanted(self) -> Int[np.ndarray, " W"]:
-        """Numbers of the documents whose answer was wanted (`data.tokens.forms`), of texts that are judged."""
+        """Which documents' answers were wanted, of judged texts (`data.tokens.forms`)."""
         marks = (int(own.max(initial=0)) for own in self.framed_weights() or ())
         return np.flatnonzero(np.fromiter(marks, np.uint8) == WANTED)
 

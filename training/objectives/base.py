@@ -36,6 +36,7 @@ class Objective:
     name: str = "???"  # that of the subclass's file
 
     formats: ClassVar[tuple[str, ...]] = ()  # of data.format, one of which it needs; none: any
+    draws: ClassVar[bool] = False  # texts are drawn by the run itself (`training.rollout`)
 
     @property
     def fields(self) -> Mapping[str, Field]:
@@ -109,7 +110,7 @@ class LogprobObjective(Objective):
 
 @dataclass
 class PairObjective(LogprobObjective):
-    """Of two answers to one prompt, in rows behind each other, the first is the better one (data.format=pairs).
+    """Of two answers to one prompt, in rows behind each other, the first is the better (data.format=pairs).
 
     A subclass has `of_pairs`.
     """
@@ -146,7 +147,7 @@ def answer_logprobs(logprobs: Float[Array, "B T"], batch: Batch, *, mean: bool) 
 
 
 def reward_figures(chosen: Float[Array, " P"], rejected: Float[Array, " P"]) -> Figures:
-    """Means of the rewards, their margin, and the share of pairs where the better answer has the higher one."""
+    """Means of the rewards and of their margin, and the share of pairs in the right order."""
     return {
         "rewards/chosen": jnp.mean(chosen),
         "rewards/rejected": jnp.mean(rejected),

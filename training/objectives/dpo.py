@@ -12,7 +12,7 @@ from training.objectives.base import PairObjective
 
 @dataclass
 class DPO(PairObjective):
-    """-log sigmoid(beta (c - r)), c and r the log-ratios to the reference of the better and the worse answer."""
+    """-log sigmoid(beta (c - r)), c and r the better and the worse answer's log-ratios to the reference."""
 
     name: str = "dpo"
     beta: float = 0.1  # how dear it is to leave the reference

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,7 +24,9 @@ class GRPO(LogprobObjective):
     """
 
     name: str = "grpo"
-    reward: str = "number"  # number | text | reasoning_gym: what an answer is held against (`training.rewards`)
+    reward: str = (
+        "number"  # number | text | reasoning_gym: what an answer is held against (`training.rewards`)
+    )
     group: int = 8  # answers drawn for a prompt
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # they are drawn at; neither top_k nor top_p, which would bias the ratio
@@ -35,9 +36,12 @@ class GRPO(LogprobObjective):
     clip_high: float = 0.28  # above `clip` as in DAPO (arXiv:2503.14476)
     kl_weight: float = 0.0  # of the divergence from the weights that the run began with
     scale: bool = False  # advantages over the group's deviation; off as in Dr. GRPO (arXiv:2503.20783)
-    mean: str = "tokens"  # tokens: of all answers | answers: of each, then their mean | constant: max_new_tokens
+    mean: str = (
+        "tokens"  # tokens: of all answers | answers: of each, then their mean | constant: max_new_tokens
+    )
 
     formats: ClassVar[tuple[str, ...]] = ("chat", "completion")
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """ValueError for what has no meaning."""
@@ -70,7 +74,7 @@ class GRPO(LogprobObjective):
         kept = jnp.clip(ratio, 1 - self.clip, 1 + self.clip_high)
         gain = jnp.minimum(ratio * advantages, kept * advantages)
         clipped = jnp.sum(share * (kept * advantages < ratio * advantages))
-        value, figures = -jnp.sum(share * gain), {"clipped": clipped}
+        value, figures = -jnp.sum(share * gain), {"clipped": clipped, **drawn(batch)}
         if self.kl_weight:
             behind = batch["reference_logprobs"] - logprobs
             kl = jnp.sum(share * (jnp.expm1(behind) - behind))
@@ -83,4 +87,15 @@ class GRPO(LogprobObjective):
             return super().prepare(batch, score)
         share, advantages = self.share(batch), batch["advantages"]
         signed = share * advantages * self.weight(batch)
-        return {**batch, "signed_weights": signed}, {"loss": -jnp.sum(share * advantages)}
+        return {**batch, "signed_weights": signed}, {"loss": -jnp.sum(share * advantages), **drawn(batch)}
+
+
+def drawn(batch: Batch) -> Figures:
+    """The mean reward of what was drawn, the share of rows learnt from, and their answers' tokens."""
+    weights = batch["loss_weights"]
+    rows = jnp.sum(jnp.max(weights, axis=1))
+    return {
+        "reward": jnp.mean(batch["drawn_reward"]),
+        "answer_tokens": jnp.sum(weights) / jnp.maximum(rows, 1.0),
+        "kept": rows / weights.shape[0],
+    }

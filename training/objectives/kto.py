@@ -15,10 +15,11 @@ from training.objectives.base import Batch, Figures, LogprobObjective, answer_lo
 
 @dataclass
 class KTO(LogprobObjective):
-    """weight (1 - sigmoid(beta (l - z))) of a wanted answer, with z - l of an unwanted one (data.format=labels).
+    """weight * (1 - sigmoid(beta (l - z))) of a wanted answer, with z - l of an unwanted one.
 
-    l is the log-ratio to the reference. z, to which no gradient goes, is that of answers to other prompts (each
-    row's neighbour has one), their mean and at least 0: how far the model has moved where nothing is asked.
+    l is the log-ratio to the reference. z, to which no gradient goes, is that of answers to other prompts
+    (data.format=labels gives each row a neighbour with one), their mean and at least 0: how far the model has
+    moved where nothing is asked.
     """
 
     name: str = "kto"

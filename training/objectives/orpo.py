@@ -1,4 +1,4 @@
-"""Odds ratio preference optimization, without a reference (Hong et al. 2024, arXiv:2403.07691, equation 6)."""
+"""Odds ratio preference optimization, with no reference (Hong et al. 2024, arXiv:2403.07691, equation 6)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

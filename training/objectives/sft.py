@@ -11,5 +11,7 @@ class SFT(NextToken):
     """Mean cross-entropy over the answers' tokens, which needs data that know what an answer is."""
 
     name: str = "sft"
+    reward: str | None = None  # what held-out answers are held against (`training.rewards`); null: nothing
+    max_new_tokens: int = 64  # of such an answer
 
     formats: ClassVar[tuple[str, ...]] = ("chat", "completion")
