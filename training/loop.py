@@ -37,7 +37,7 @@ from training.safety.signals import Notices, Stopping
 from training.safety.skip_updates import Trouble, trouble
 from training.safety.watchdog import Watchdog
 from training.samples import draw_samples, write_samples
-from training.setup import Run, Setup, as_now, compose, go_back, open_rollouts, say, start
+from training.setup import Run, Setup, as_now, compose, go_back, say, start
 from training.state import TrainState
 
 CLOSING_SECONDS = 3600  # the others wait so long while the primary writes samples
@@ -109,7 +109,7 @@ def train(
     config, recorder, checkpoints = setup.config, run.recorder, run.checkpoints
     last = config.training.num_steps
     rows = rows_here(setup.program.batch)
-    rollouts = open_rollouts(setup)
+    rollouts = run.rollouts
     place = arrived(checked(setup, placing(setup.program.batch, rows)))
     feed = None
     if rollouts is None:

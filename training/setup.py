@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from artifacts.checkpoints.location import open_checkpoints_of, refuse_occupied
 from artifacts.checkpoints.manager import Checkpoints
@@ -94,6 +95,7 @@ class Run:
     recorder: Recorder
     loader: Loader
     outputs: ExitStack  # what rows and curves are written to
+    rollouts: Rollouts | None = None  # what draws the batches, where no data are read as they are
     position: dict[str, Any] | None = None  # of the data, after the last step
     measured_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
@@ -244,6 +246,8 @@ def start(
         processes.from_primary("the run's restarts", lambda: directory.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
         state = fresh_state(setup)
+    with processes.all_or_none("what the objective wants"), before_the_first_step():
+        rollouts = open_rollouts(setup, state if first == 0 else None)
     setup = with_figures(setup, state if first == 0 else None)
     loader = positioned_loader(setup, position)
     hosts = sorted(set(processes.exchange("host names", socket.gethostname())))
@@ -260,7 +264,7 @@ def start(
         outputs = ExitStack()
         stack.callback(outputs.close)
         recorder = open_recorder(setup, first, tokens, stack, outputs, announce)
-    return Run(setup, checkpoints, recorder, loader, outputs, position), state, first
+    return Run(setup, checkpoints, recorder, loader, outputs, rollouts, position), state, first
 
 
 def with_figures(setup: Setup, fresh: TrainState | None) -> Setup:
@@ -276,8 +280,8 @@ def with_figures(setup: Setup, fresh: TrainState | None) -> Setup:
     return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params))
 
 
-def open_rollouts(setup: Setup) -> Rollouts | None:
-    """What draws the batches of an objective that has them drawn."""
+def open_rollouts(setup: Setup, fresh: TrainState | None) -> Rollouts | None:
+    """What draws the batches of an objective that has them drawn; `fresh` as above."""
     program, prepared = setup.program, setup.prepared
     if not program.objective.draws:
         return None
@@ -288,7 +292,9 @@ def open_rollouts(setup: Setup) -> Rollouts | None:
     def placed(batch: dict[str, Any]) -> Any:
         return place({name: values[rows] for name, values in batch.items()})
 
-    reference = fresh_state(setup).weights if "reference_logprobs" in program.objective.fields else None
+    reference = None
+    if "reference_logprobs" in program.objective.fields:  # a copy: the step takes the state's own away
+        reference = jax.tree.map(jnp.copy, (fresh or fresh_state(setup)).weights)
     return Rollouts(
         program, setup.config, prepared.train, prepared.tokenizer, setup.directory, placed, reference
     )
