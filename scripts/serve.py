@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from serving.http.server import Service
     from training.opening.opened import OpenedModel
 
+LINE = 10**12  # above any number of steps: what a run of a line counts more than the one before
 FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
 # Python's own 5 ms between two turns of its threads are longer than a step of a small model.
 SWITCH_SECONDS = 0.0005
@@ -148,14 +149,20 @@ def follower(options: ServeOptions, engine: "Engine") -> "Follower":
     from artifacts.load import find_run, open_saved, steps_until
     from serving.follow import Follower
 
-    def load(step: int) -> tuple[Any, str]:
-        opened = open_model(options, str(step))
+    def load(mark: int) -> tuple[Any, str]:
+        opened = open_model(options, str(mark % LINE))
         return opened.trained[1], opened.version
 
-    def newest() -> int:
-        return steps_until(open_saved(find_run(options.run)))[-1]
+    def mark(step: int) -> int:
+        # Of a line (scripts/retrain.py) the run in use is one of a growing number, whose steps begin anew.
+        run = find_run(options.run)
+        number = run.resolve().name.rpartition(".")[2] if run.is_symlink() else ""
+        return step + LINE * int(number if number.isdecimal() else 0)
 
-    return Follower(engine, int(engine.version.partition("-")[0]), newest, load, FOLLOW_SECONDS)
+    def newest() -> int:
+        return mark(steps_until(open_saved(find_run(options.run)))[-1])
+
+    return Follower(engine, mark(int(engine.version.partition("-")[0])), newest, load, FOLLOW_SECONDS)
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
