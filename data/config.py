@@ -178,9 +178,7 @@ class TokenizerConfig:
     kind: str = "bpe"  # bpe | file | byte | inherit
     vocab_size: int = 4096  # bpe only, the separator included
     path: str | None = None  # file only: a `tokenizer.json`
-    chat_template: str | None = (
-        None  # of conversations: a Jinja file | plain: no frame; null: the tokenizer's
-    )
+    chat_template: str | None = None  # of conversations: a Jinja file | plain (no frame); null: its own
 
     def __post_init__(self) -> None:
         self.path = self.path and os.path.expanduser(self.path)

@@ -28,6 +28,7 @@ from training.config import Config, inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.evaluate import Evaluation, evaluate, weighed
 from training.legal.attention import documents_of
+from training.opening.opened import open_model
 from training.profiling import Profile, plan
 from training.recorder import Recorder
 from training.safety.faults import before_the_first_step, in_mid_run
@@ -65,7 +66,7 @@ def fit(config: Config, *, began: float | None = None) -> int:
             setup = compose(directory, watch, ledger, scale(config, directory))
             watchdog = Watchdog(config.guard.stall_seconds, directory.path, processes.process_index())
             stack.enter_context(watchdog)
-            run, state, first = start(setup, stack, watchdog.announce)
+            run, state, first = start(setup, stack, watchdog.announce, open_model)
         if exporter is not None:
             exporter.show(run.recorder, config.training.num_steps)
         with in_mid_run(directory, run.checkpoints):

@@ -31,12 +31,12 @@ from models.config import regrouped
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
-from training.annotate import annotated, check_data
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
 from training.config import Config, with_vocab
 from training.device_batches import placing, rows_here
 from training.evaluate import SuiteFigures, suite_figures
+from training.figures.annotate import annotated, check_data
 from training.flops import Flops, peak_flops, training_flops
 from training.input_watch import InputWatch
 from training.objectives.base import build_objective
@@ -50,8 +50,8 @@ from training.opening.initial_weights import (
 from training.preflight import refuse_what_cannot_fit
 from training.program import Program, build_program
 from training.progress import Progress, startup_table
-from training.recorder import Recorder, ignored
-from training.rollout import Rollouts, held_out_rewards
+from training.recorder import Recorder
+from training.rollouts.draw import Rollouts, held_out_rewards
 from training.safety.faults import before_the_first_step, in_mid_run
 from training.safety.rollback import MOST, in_a_row, remedy
 from training.safety.skip_updates import Trouble, none_in_a_row, undone
@@ -211,9 +211,12 @@ def new_loader(config: Config, prepared: Prepared) -> Loader:
 
 
 def start(
-    setup: Setup, stack: ExitStack, announce: Callable[[str], None] = ignored
+    setup: Setup, stack: ExitStack, announce: Callable[[str], None], open_model: Callable[..., Any]
 ) -> tuple[Run, TrainState, int]:
-    """The opened run, the state to go on from (restored, a parent's, or fresh) and the steps behind it."""
+    """The opened run, the state to go on from (restored, a parent's, or fresh) and the steps behind it.
+
+    open_model: what opens a teacher (`training.opening.opened.open_model`).
+    """
     config, directory, program = setup.config, setup.directory, setup.program
     first, tokens, position = 0, 0, None
     state: TrainState | None = None
@@ -248,7 +251,7 @@ def start(
         state = fresh_state(setup)
     with processes.all_or_none("what the objective wants"), before_the_first_step():
         rollouts = open_rollouts(setup, state if first == 0 else None)
-    setup = with_figures(setup, state if first == 0 else None)
+    setup = with_figures(setup, state if first == 0 else None, open_model)
     loader = positioned_loader(setup, position)
     hosts = sorted(set(processes.exchange("host names", socket.gethostname())))
     facts = manifest(setup, hosts)
@@ -267,17 +270,19 @@ def start(
     return Run(setup, checkpoints, recorder, loader, outputs, rollouts, position), state, first
 
 
-def with_figures(setup: Setup, fresh: TrainState | None) -> Setup:
+def with_figures(setup: Setup, fresh: TrainState | None, open_model: Callable[..., Any]) -> Setup:
     """The setup with what other weights say of its data; `fresh`: the state at step 0, if it is known."""
     program, config, directory = setup.program, setup.config, setup.directory
 
-    def parent() -> AnyParent | None:
-        return same_parent(config, directory) if directory.resuming else setup.parent
+    def parent() -> str:
+        found = same_parent(config, directory) if directory.resuming else setup.parent
+        assert found is not None  # or it would have been refused
+        return found.facts()["digest"]
 
     def params() -> Any:
         return (fresh or fresh_state(setup)).weights
 
-    return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params))
+    return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params, open_model))
 
 
 def open_rollouts(setup: Setup, fresh: TrainState | None) -> Rollouts | None:

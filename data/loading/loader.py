@@ -329,22 +329,11 @@ class _Epochs:
 
     def _packed(self, epoch: int) -> PackingPlan:
         if self.data.format in GROUPS:  # in the store's order: rows are shuffled
-            check_lengths(self.store, self.data)
+            self.store.refuse_longer(self.data.seq_len)
             return make_plan("none", self.store.starts, self.store.lengths, self.data.seq_len)
         order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
         starts, lengths = self.store.starts[order], self.store.lengths[order]
         return make_plan(self.data.packing, starts, lengths, self.data.seq_len)
-
-
-def check_lengths(store: TokenStore, data: DataConfig) -> None:
-    """Raise DataError where a text that is judged as a whole has not all of it in one row."""
-    if (longest := int(store.lengths.max(initial=0))) > data.seq_len:
-        count = int((store.lengths > data.seq_len).sum())
-        raise DataError(
-            f"data.seq_len={data.seq_len}: {count:,} of {store.num_documents:,} texts of data.format="
-            f"{data.format} are longer, the longest {longest} tokens; use data.seq_len={longest}, or leave "
-            "them out of the file"
-        )
 
 
 class EvalBatches:

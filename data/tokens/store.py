@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer, Num, UInt8
 
 from data.cache import verify
+from data.errors import DataError
 from data.sources.documents import Documents
 from data.tokens.encoding import Encoding
 from data.tokens.forms import WANTED
@@ -172,6 +173,15 @@ class TokenStore:
     def lengths(self) -> Int[np.ndarray, " D"]:
         """Inputs (equally, targets) of each document."""
         return np.diff(self.offsets) - 1
+
+    def refuse_longer(self, length: int) -> None:
+        """Raise DataError where a text, judged as a whole, does not fit into a row of so many tokens."""
+        if (longest := int(self.lengths.max(initial=0))) > length:
+            count = int((self.lengths > length).sum())
+            raise DataError(
+                f"data.seq_len={length}: {count:,} of {self.num_documents:,} judged texts are longer, the "
+                f"longest {longest} tokens; use data.seq_len={longest}, or leave them out of the file"
+            )
 
     def document(self, index: int) -> Int[np.ndarray, " T"]:
         """Return [bos] + tokens of a document, int32."""

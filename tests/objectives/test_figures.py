@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.annotate import windows
+from training.figures.annotate import windows
 
 
 @pytest.mark.parametrize("size", [8, 16])

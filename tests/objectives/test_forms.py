@@ -140,7 +140,7 @@ def test_a_bad_record_is_named_by_its_line(tmp_path, form, record, message):
 
 
 def test_what_cannot_be_judged_whole_is_refused(tmp_path):
-    with pytest.raises(DataError, match="data.seq_len=16: .* texts of data.format=pairs are longer"):
+    with pytest.raises(DataError, match="data.seq_len=16: .* judged texts are longer"):
         loader_of(tmp_path, "pairs", PAIRS, seq_len=16)[0].batch(0)
     with pytest.raises(ValueError, match="use data.packing=none"):
         loader_of(tmp_path, "pairs", PAIRS, packing="best_fit")

@@ -13,13 +13,13 @@ from data.pipeline import prepare
 from scripts.make_arithmetic import main as make_arithmetic
 from serving.generator import Generator
 from tests.objectives.test_forms import LABELS, PAIRS, written
+from training.figures.teacher import teacher_scorer
 from training.loop import fit
 from training.objectives.distill import Distill
 from training.opening.opened import open_run
-from training.rewards import rewards_of
-from training.rollout import Rollouts, prompts_of
+from training.rollouts.draw import Rollouts, prompts_of
+from training.rollouts.rewards import rewards_of
 from training.setup import build_objective
-from training.teacher import teacher_scorer
 
 TINY = (
     *("model.num_layers=1", "schedule=constant", "schedule.warmup_steps=1", "data.validation_fraction=0.2"),

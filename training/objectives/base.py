@@ -36,7 +36,7 @@ class Objective:
     name: str = "???"  # that of the subclass's file
 
     formats: ClassVar[tuple[str, ...]] = ()  # of data.format, one of which it needs; none: any
-    draws: ClassVar[bool] = False  # texts are drawn by the run itself (`training.rollout`)
+    draws: ClassVar[bool] = False  # texts are drawn by the run itself (`training.rollouts.draw`)
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -24,9 +24,7 @@ class GRPO(LogprobObjective):
     """
 
     name: str = "grpo"
-    reward: str = (
-        "number"  # number | text | reasoning_gym: what an answer is held against (`training.rewards`)
-    )
+    reward: str = "number"  # number | text | program | reasoning_gym: see `training.rollouts.rewards`
     group: int = 8  # answers drawn for a prompt
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # they are drawn at; neither top_k nor top_p, which would bias the ratio

@@ -11,7 +11,9 @@ class SFT(NextToken):
     """Mean cross-entropy over the answers' tokens, which needs data that know what an answer is."""
 
     name: str = "sft"
-    reward: str | None = None  # what held-out answers are held against (`training.rewards`); null: nothing
+    reward: str | None = (
+        None  # what held-out answers are held against (`training.rollouts.rewards`); null: nothing
+    )
     max_new_tokens: int = 64  # of such an answer
 
     formats: ClassVar[tuple[str, ...]] = ("chat", "completion")

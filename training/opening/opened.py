@@ -46,6 +46,11 @@ def is_run(name: str) -> bool:
     return not is_published(path_of(name))
 
 
+def open_model(name: str, rules: dict[str, list[str]], **options: Any) -> OpenedModel:
+    """A run, or published weights split by these rules of a mesh; ValueError, RunFault as either."""
+    return open_run(name, **options) if is_run(name) else open_published(name, rules, **options)
+
+
 def open_run(
     name: str, *, step: str = LATEST, weights: str = "raw", precision: str = "auto", **split: int
 ) -> OpenedModel:

@@ -13,12 +13,13 @@ from data.tokens.tokenizer import Tokenizer
 from models.transformer import Model
 from training.config import Config
 from training.objectives.distill import Distill
-from training.opening.opened import OpenedModel, is_run, open_published, open_run
 
 CHUNK = 256  # positions of all rows whose logits exist at once
 
 
-def open_teacher(config: Config, objective: Distill, tokenizer: Tokenizer) -> OpenedModel:
+def open_teacher(
+    config: Config, objective: Distill, tokenizer: Tokenizer, open_model: Callable[..., Any]
+) -> Any:
     """The teacher, split over this process's devices. ConfigError where it does not know these tokens."""
     name = objective.teacher
     if name is None:
@@ -26,10 +27,7 @@ def open_teacher(config: Config, objective: Distill, tokenizer: Tokenizer) -> Op
             "objective=distill needs objective.teacher=RUN, or a directory of published weights"
         )
     devices, precision = len(jax.local_devices()), config.training.precision
-    if is_run(name):
-        opened = open_run(name, precision=precision, fsdp=devices)
-    else:
-        opened = open_published(name, config.mesh.rules, precision=precision, fsdp=devices)
+    opened = open_model(name, config.mesh.rules, precision=precision, fsdp=devices)
     if opened.tokenizer.digest != tokenizer.digest:
         raise ConfigError(
             f"objective.teacher={name} knows other tokens than this run, and would speak of others; "
@@ -38,8 +36,11 @@ def open_teacher(config: Config, objective: Distill, tokenizer: Tokenizer) -> Op
     return opened
 
 
-def teacher_scorer(teacher: OpenedModel, objective: Distill, seed: int) -> Callable[[Any], Any]:
-    """A function from a batch [B, T] to `soft_targets` and `teacher_logprobs` [K, B, T]."""
+def teacher_scorer(teacher: Any, objective: Distill, seed: int) -> Callable[[Any], Any]:
+    """A function from a batch [B, T] to `soft_targets` and `teacher_logprobs` [K, B, T].
+
+    teacher: a `training.opening.opened.OpenedModel`.
+    """
     model, params, ops, layout = teacher.trained
     count, sampled = objective.targets, objective.support == "sampled"
     assert isinstance(model, Model)

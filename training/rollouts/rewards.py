@@ -39,7 +39,7 @@ def reasoning_gym(answer: str, wanted: str) -> float:
         gym = import_module("reasoning_gym")
     except ImportError:
         raise ConfigError(
-            "objective.reward=reasoning_gym needs a package that is not here; pip install reasoning-gym"
+            "objective.reward=reasoning_gym needs a package that is not here; pip install -e '.[reasoning]'"
         ) from None
     return float(gym.get_score_answer_fn(entry["metadata"]["source_dataset"])(answer, entry))
 

@@ -19,7 +19,6 @@ from jaxtyping import Int
 from common.checks import ConfigError
 from data.batch import REFERENCE, Field
 from data.cache import CorruptCache, building, digest_of, locked, verify
-from data.loading.loader import check_lengths
 from data.loading.packing import PackingPlan, empty_batch, fill
 from data.prepared import Prepared
 from data.tokens.forms import GROUPS
@@ -27,10 +26,9 @@ from data.tokens.store import TokenStore
 from parallel import processes
 from training.config import Config
 from training.device_batches import placing, rows_here
+from training.figures.teacher import open_teacher, teacher_scorer
 from training.objectives.distill import Distill, teacher_fields
-from training.opening.initial_weights import AnyParent
 from training.program import Program
-from training.teacher import open_teacher, teacher_scorer
 
 ANNOTATE_SECONDS = 24 * 3600  # the others wait so long while the primary asks a teacher
 Scorer = Callable[
@@ -73,25 +71,25 @@ def annotated(
     prepared: Prepared,
     config: Config,
     program: Program,
-    find: Callable[[], AnyParent | None],
+    parent: Callable[[], str],
     params: Callable[[], Any],
+    open_model: Callable[..., Any],
 ) -> Prepared:
     """The data with what the objective wants beside them; all processes call it alike.
 
-    find, params: the parent, and its parameters as they lie in memory, asked for only where they are wanted.
+    parent, params: the parent's digest, and its parameters as they lie in memory, asked for only where they
+    are wanted. open_model: what opens a teacher by its name (`training.opening.opened.open_model`).
     """
     objective = program.objective
     if isinstance(objective, Distill):
-        return with_teacher(prepared, config, objective)
+        return with_teacher(prepared, config, objective, open_model)
     if "reference_logprobs" in objective.fields and not objective.draws:
-        parent = find()
-        assert parent is not None  # or it would have been refused
-        return with_reference(prepared, config, program, parent, params)
+        return with_reference(prepared, config, program, parent(), params)
     return prepared
 
 
 def with_reference(
-    prepared: Prepared, config: Config, program: Program, parent: AnyParent, params: Callable[[], Any]
+    prepared: Prepared, config: Config, program: Program, parent: str, params: Callable[[], Any]
 ) -> Prepared:
     """The data with the parent's log-probability of every target; all processes call it alike.
 
@@ -99,14 +97,14 @@ def with_reference(
     """
     store = prepared.train
     assert store is not None  # judged texts are cached and no mixture
-    check_lengths(store, config.data)
+    store.refuse_longer(config.data.seq_len)
     batch = program.text_batch
     rows = rows_here(batch)
     place = placing(batch, rows)
     whole = program.layout.replicated()
     size, length = batch["tokens"].shape
     inputs = {
-        **{"kind": "reference", "data": prepared.digest, "parent": parent.facts()["digest"]},
+        **{"kind": "reference", "data": prepared.digest, "parent": parent},
         **{"precision": str(program.ops.compute_dtype), "row": length},
     }
 
@@ -132,7 +130,9 @@ def with_reference(
     return _joined(prepared, directory, REFERENCE)
 
 
-def with_teacher(prepared: Prepared, config: Config, objective: Distill) -> Prepared:
+def with_teacher(
+    prepared: Prepared, config: Config, objective: Distill, open_model: Callable[..., Any]
+) -> Prepared:
     """The data with a teacher's outcomes of every target; the primary asks it, on its own devices."""
     store = prepared.train
     if store is None:
@@ -143,7 +143,7 @@ def with_teacher(prepared: Prepared, config: Config, objective: Distill) -> Prep
     fields = teacher_fields(objective.targets)
 
     def make() -> str:
-        teacher = open_teacher(config, objective, prepared.tokenizer)
+        teacher = open_teacher(config, objective, prepared.tokenizer, open_model)
         inputs = {
             **{"kind": "teacher", "data": prepared.digest, "teacher": teacher.version, "seed": config.seed},
             **{"support": objective.support, "targets": objective.targets, "row": shape[1]},

@@ -30,7 +30,7 @@ from training.config import Config
 from training.objectives.grpo import GRPO
 from training.objectives.sft import SFT
 from training.program import Program
-from training.rewards import REWARDS, rewards_of
+from training.rollouts.rewards import REWARDS, rewards_of
 
 PROMPTS, ANSWERS = 2, 3  # what a permutation or a key is for (`data.loading.loader` has 0 and 1)
 EQUAL = 1e-9  # rewards nearer than that are equal

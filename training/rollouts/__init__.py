@@ -1,0 +1,1 @@
+"""Texts that a run draws for its own training, and what they are worth."""
