@@ -1,6 +1,7 @@
 """Weights that a path or a URL names: published ones, or an adapter of PEFT's merged into its base."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from interop.peft import CONFIG, WEIGHTS, read_adapter
 from interop.places import Place, path_of, size_of
 from interop.read import Published
 from interop.rules import Slot, Stacked
-from models.weights import LowRank
+from models.weights import Adapters, LowRank
 
 
 def is_published(path: Place) -> bool:
@@ -54,6 +55,23 @@ class AdaptedWeights(Published):
 
         whole = factors.applied(model, adapters, params)
         return jax.tree.map(leaf, whole, abstract, is_leaf=lambda x: isinstance(x, LowRank))
+
+    def base_weights(self, abstract: Any, model: Stacked) -> Any:
+        """Those that the adapter stands on, as they are."""
+        return super().weights(abstract, model)
+
+    def factors(self, model: Stacked, wanted: Adapters) -> Any:
+        """The factors alone, None in the place of all else; ValueError where other ones are `wanted`."""
+        theirs, factors = read_adapter(self.source, model, self.family.rules(self.config))
+        wanted = replace(wanted, names=tuple(sorted(wanted.names)), bits=None, group=None)
+        for name, key in (("rank", "rank"), ("scale", "alpha / adapter.rank"), ("names", "targets"),
+                          ("dora", "kind=dora")):  # fmt: skip
+            if (mine := getattr(wanted, name)) != (there := getattr(theirs, name)):
+                raise ValueError(
+                    f"adapter.{key} is {mine} and in {self.source} {there}; take that, or adapter=null, "
+                    "which merges it into its base"
+                )
+        return factors.alone(model, theirs)
 
     def facts(self) -> dict[str, Any]:
         """Of the base, and the adapter's path, files and what says its kind."""
