@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from interop.peft import CONFIG, WEIGHTS, read_adapter
+from interop.peft import CONFIG, WEIGHTS, Adapted, read_adapter
 from interop.places import Place, path_of, size_of
 from interop.read import Published
 from interop.rules import Slot, Stacked
@@ -60,18 +60,22 @@ class AdaptedWeights(Published):
         """Those that the adapter stands on, as they are."""
         return super().weights(abstract, model)
 
-    def factors(self, model: Stacked, wanted: Adapters) -> Any:
-        """The factors alone, None in the place of all else; ValueError where other ones are `wanted`."""
+    def check(self, model: Stacked, wanted: Adapters) -> Adapted:
+        """Its factors, unread; ValueError where other ones are `wanted`."""
         theirs, factors = read_adapter(self.source, model, self.family.rules(self.config))
-        wanted = replace(wanted, names=tuple(sorted(wanted.names)), bits=None, group=None)
-        for name, key in (("rank", "rank"), ("scale", "alpha / adapter.rank"), ("names", "targets"),
-                          ("dora", "kind=dora")):  # fmt: skip
+        wanted = replace(wanted, names=tuple(sorted(wanted.names)))
+        keys = {"rank": "rank", "scale": "alpha / adapter.rank", "names": "targets", "dora": "kind=dora"}
+        for name, key in keys.items():
             if (mine := getattr(wanted, name)) != (there := getattr(theirs, name)):
                 raise ValueError(
                     f"adapter.{key} is {mine} and in {self.source} {there}; take that, or adapter=null, "
                     "which merges it into its base"
                 )
-        return factors.alone(model, theirs)
+        return factors
+
+    def factors(self, model: Stacked, wanted: Adapters) -> Any:
+        """The factors alone, None in the place of all else."""
+        return self.check(model, wanted).alone(model, replace(wanted, bits=None, group=None))
 
     def facts(self) -> dict[str, Any]:
         """Of the base, and the adapter's path, files and what says its kind."""

@@ -155,6 +155,8 @@ def build_setup(
     if parent is not None:
         parent.check_model(config.model)
     program = build_program(config, layout)
+    if parent is not None:
+        parent.check_adapters(program.model, program.placement.adapters)
     if missing := sorted(set(program.objective.fields) - set(TEXT)):
         raise ConfigError(
             f"objective={program.objective.name} needs {', '.join(missing)} in a batch, which "

@@ -185,7 +185,8 @@ def test_weights_of_another_form_are_refused_by_name(stored):
 
 def test_what_trains_is_not_exported_without_what_is_frozen(stored, tmp_path):
     with pytest.raises(
-        ValueError, match="step 2 has weights that do not train beside its params.* writes all of them, merged"
+        ValueError,
+        match="step 2 has weights that do not train beside its params.* writes all of them, merged",
     ):
         export_weights(
             stored.parent,

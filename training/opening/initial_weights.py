@@ -28,7 +28,7 @@ from interop.places import Place, local_folder, path_of
 from interop.read import Published
 from models.config import ModelConfig, MTPConfig, regrouped
 from models.transformer import Model
-from models.weights import Adapters, LowRank, quantizable
+from models.weights import Adapters, LowRank, QTensor, quantizable
 from parallel.partition import join
 from training.config import Config, from_stored
 from training.param_layout import ParamLayout, param_layout
@@ -62,6 +62,9 @@ class Parent:
     def base(self, abstract: Any, model: Model, adapters: Adapters | None) -> tuple[Any, dict[str, Any]]:
         """The weights below a run's adapters, and what a checkpoint keeps of where they come from."""
         return self.weights(abstract, model), self.facts()
+
+    def check_adapters(self, model: Model, adapters: Adapters | None) -> None:
+        """Any will do: a run's own are merged into its weights."""
 
     def factors(self, model: Model, adapters: Adapters | None) -> Any:
         """Factors to begin with: None, since a run's are merged into its weights."""
@@ -117,11 +120,13 @@ class PublishedParent:
         said = {} if merges else {"weights": combined(digests(named_leaves(params)))}
         return params, {**self.facts(), **said}
 
-    def factors(self, model: Model, adapters: Adapters | None) -> Any:
-        """Those of an adapter of PEFT's, which goes on learning; None where there are none, or merged ones.
+    def check_adapters(self, model: Model, adapters: Adapters | None) -> None:
+        """Raise ValueError where `adapter.*` asks for other ones than the files hold."""
+        if adapters is not None and isinstance(self.published, AdaptedWeights):
+            self.published.check(model, adapters)
 
-        Raises ValueError where `adapter.*` asks for other ones.
-        """
+    def factors(self, model: Model, adapters: Adapters | None) -> Any:
+        """Those of an adapter of PEFT's, which goes on learning; None where none are, or merged ones."""
         if adapters is None or not isinstance(self.published, AdaptedWeights):
             return None
         return self.published.factors(model, adapters)
@@ -262,12 +267,18 @@ def factors_like(trained: Any, abstract: Any) -> Any:
     """Abstract factors beside abstract weights: whole on every device that these lie on, thin as they are."""
 
     def of(info: Any, like: Any) -> Any:
+        if not isinstance(info, LowRank):  # of integers without factors nothing trains
+            return None
         place = like.sharding
         if isinstance(place, jax.sharding.NamedSharding):
             place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
         return jax.tree.map(lambda i: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=place), info)
 
-    return jax.tree.map(of, trained, abstract, is_leaf=lambda x: x is None or isinstance(x, LowRank))
+    return jax.tree.map(of, trained, abstract, is_leaf=_is_weight)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, LowRank | QTensor)
 
 
 def merged_weights(placement: ParamLayout, params: Any, trained: Any, abstract: Any) -> Any:
@@ -287,7 +298,7 @@ def merged_weights(placement: ParamLayout, params: Any, trained: Any, abstract: 
         # A leaf at a time, so that two copies of one parameter are all that is needed.
         return jax.jit(whole, out_shardings=like.sharding)(weight, factors)
 
-    thin = jax.tree.leaves(trained, is_leaf=lambda x: x is None or isinstance(x, LowRank))
+    thin = jax.tree.leaves(trained, is_leaf=_is_weight)
     infos, structure = jax.tree.flatten(placement.canonical_plain)
     rows = zip(infos, jax.tree.leaves(params), thin, jax.tree.leaves(abstract), strict=True)
     return jax.tree.unflatten(structure, [leaf(*row) for row in rows])
