@@ -176,7 +176,10 @@ def build_setup(
     device = layout.mesh.devices.flat[0]
     peak, how = peak_flops(config.hardware, device.platform, device.device_kind)
     flops = training_flops(
-        program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
+        program.model.flops_per_token(config.data.seq_len),
+        peak_per_device=peak,
+        num_devices=layout.mesh.size,
+        frozen=program.placement.adapters is not None,
     )
     if processes.is_primary():
         rows = describe(config, directory, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
