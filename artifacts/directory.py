@@ -27,9 +27,9 @@ from common.errors import RunFault
 from common.files import lock, sync, text_digest, write_text
 from parallel import processes
 
-_FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule", "objective")
+_FROZEN_GROUPS = ("model", "data", "tokenizer", "optim", "schedule", "objective", "adapter")
 _FROZEN_KEYS = (
-    *("seed", "init_from", "training.global_batch_size", "training.precision"),
+    *("seed", "init_from", "freeze", "training.global_batch_size", "training.precision"),
     "training.full_precision",
     *("training.z_loss", "training.ema_decay", "training.num_steps"),
     "checkpoint.directory",  # where the run looks for what it goes on from

@@ -1,6 +1,7 @@
 """Weights that a path or a URL names: published ones, or an adapter of PEFT's merged into its base."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from interop.peft import CONFIG, WEIGHTS, read_adapter
+from interop.peft import CONFIG, WEIGHTS, Adapted, read_adapter
 from interop.places import Place, path_of, size_of
 from interop.read import Published
 from interop.rules import Slot, Stacked
-from models.weights import LowRank
+from models.weights import Adapters, LowRank
 
 
 def is_published(path: Place) -> bool:
@@ -54,6 +55,27 @@ class AdaptedWeights(Published):
 
         whole = factors.applied(model, adapters, params)
         return jax.tree.map(leaf, whole, abstract, is_leaf=lambda x: isinstance(x, LowRank))
+
+    def base_weights(self, abstract: Any, model: Stacked) -> Any:
+        """Those that the adapter stands on, as they are."""
+        return super().weights(abstract, model)
+
+    def check(self, model: Stacked, wanted: Adapters) -> Adapted:
+        """Its factors, unread; ValueError where other ones are `wanted`."""
+        theirs, factors = read_adapter(self.source, model, self.family.rules(self.config))
+        wanted = replace(wanted, names=tuple(sorted(wanted.names)))
+        keys = {"rank": "rank", "scale": "alpha / adapter.rank", "names": "targets", "dora": "kind=dora"}
+        for name, key in keys.items():
+            if (mine := getattr(wanted, name)) != (there := getattr(theirs, name)):
+                raise ValueError(
+                    f"adapter.{key} is {mine} and in {self.source} {there}; take that, or adapter=null, "
+                    "which merges it into its base"
+                )
+        return factors
+
+    def factors(self, model: Stacked, wanted: Adapters) -> Any:
+        """The factors alone, None in the place of all else."""
+        return self.check(model, wanted).alone(model, replace(wanted, bits=None, group=None))
 
     def facts(self) -> dict[str, Any]:
         """Of the base, and the adapter's path, files and what says its kind."""

@@ -1,8 +1,9 @@
 """Adapters as PEFT keeps them, both ways: adapter_config.json and adapter_model.safetensors.
 
 Their names and the order of their dims follow from the rule of the weight that they adapt: lora_A is [R, in]
-and lora_B [out, R] there. Here keys and values, gate and up are pairs that share a weight, there they are
-modules of their own: where PEFT adapts one of a pair alone, the other has zeros, which is the same model.
+and lora_B [out, R] there, and DoRA's magnitudes are [out]. Here keys and values, gate and up are pairs that
+share a weight, there they are modules of their own: where PEFT adapts one of a pair alone, the other has
+zeros, which is the same model.
 """
 
 import json
@@ -26,7 +27,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, RANK = "base_model.model.", "Z"
 # Of adapter_config.json: what is read, and what says nothing of the function from tokens to logits. Any other
 # key must be empty: each changes what is computed.
-READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora"}
+READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
 HARMLESS = set(
     """
     auto_mapping base_model_name_or_path revision inference_mode lora_dropout task_type init_lora_weights
@@ -46,7 +47,7 @@ class _Factors:
 def _factors(model: Any, adapters: Adapters) -> _Factors:
     def of(tree: Any) -> Any:
         if isinstance(tree, LowRank):
-            return {"a": tree.a, "b": tree.b}
+            return {part: info for part in "abm" if (info := getattr(tree, part)) is not None}
         if not isinstance(tree, dict):
             return None
         return {name: found for name, inner in tree.items() if (found := of(inner)) is not None}
@@ -66,11 +67,13 @@ def factor_rules(rules: Rules) -> Iterator[Any]:
         first = min(into, key=ours.index)
         a = [d for d in ours if d not in out] + [RANK]
         b = [RANK if d == first else d for d in ours if d == first or d not in into]
+        m = [d for d in ours if d not in into]
         for ours_of, kind, dims, pairs in (
-            ("a", "A", f"{RANK} ({' '.join(into)}) -> {' '.join(a)}", None),
-            ("b", "B", f"({' '.join(out)}) {RANK} -> {' '.join(b)}", rule.pairs),
+            ("a", "A.weight", f"{RANK} ({' '.join(into)}) -> {' '.join(a)}", None),
+            ("b", "B.weight", f"({' '.join(out)}) {RANK} -> {' '.join(b)}", rule.pairs),
+            ("m", "magnitude_vector", f"({' '.join(out)}) -> {' '.join(m)}", rule.pairs),
         ):
-            names = tuple(f"{PREFIX}{name.removesuffix('.weight')}.lora_{kind}.weight" for name in rule.names)
+            names = tuple(f"{PREFIX}{name.removesuffix('.weight')}.lora_{kind}" for name in rule.names)
             yield replace(rule, ours=f"{rule.ours}/{ours_of}", theirs=names, dims=dims, pairs=pairs)
 
 
@@ -79,11 +82,14 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight").rsplit(".", 2)[1]
 
 
-def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters, read: Read) -> None:
+def write_adapter(
+    output: Path, model: Stacked, rules: Rules, adapters: Adapters, read: Read, base: str | None = None
+) -> None:
     """Write the factors of a model; the directory gets its name when it is whole.
 
-    read: a factor by its path (behind the weight's, "a" or "b"), one layer of it by row. Raises ValueError
-    for what PEFT has no modules for, such as experts and fused arrays, or where `output` is taken.
+    read: a factor by its path (behind the weight's, "a", "b" or "m"), one layer of it by row. base: where the
+    weights lie that they stand on. Raises ValueError for what PEFT has no modules for, such as experts and
+    fused arrays, or where `output` is taken.
     """
     if output.exists():
         raise ValueError(f"output={output} is there already; remove it or choose another")
@@ -92,12 +98,14 @@ def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
         "r": adapters.rank,
         "lora_alpha": adapters.scale * adapters.rank,
         "target_modules": sorted({module_of(name) for name in shapes}),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
+        "use_dora": adapters.dora,
     }
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -109,6 +117,19 @@ def write_adapter(output: Path, model: Stacked, rules: Rules, adapters: Adapters
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def factor_reader(trained: Any) -> Read:
+    """`Read` of the factors in a tree of `LowRank`."""
+
+    def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
+        leaf = trained
+        for name in path[:-1]:
+            leaf = leaf[name]
+        factor = getattr(leaf, path[-1])
+        return np.asarray(factor if row is None else factor[row])
+
+    return read
 
 
 def read_adapter(path: Place, model: Any, rules: Rules) -> tuple[Adapters, "Adapted"]:
@@ -127,7 +148,7 @@ def read_adapter(path: Place, model: Any, rules: Rules) -> tuple[Adapters, "Adap
     strange += [key for key, only in wrong.items() if values.get(key, only) != only]
     if strange:
         raise ValueError(
-            f"{path / CONFIG}: {strange[0]}={values[strange[0]]} is not supported; only plain LoRA is"
+            f"{path / CONFIG}: {strange[0]}={values[strange[0]]} is not supported; only LoRA and DoRA are"
         )
     tensors = Tensors(path / WEIGHTS)
     modules = {module_of(name) for name in tensors}
@@ -144,12 +165,17 @@ def read_adapter(path: Place, model: Any, rules: Rules) -> tuple[Adapters, "Adap
         if "/".join(str(key.key) for key in keys).endswith(tuple(f"/{ours}" for ours in adapted))
     }
     scale = alpha / (rank**0.5 if values.get("use_rslora") else rank)
-    adapters = Adapters(rank=rank, scale=scale, names=tuple(sorted(kind for kind in kinds if kind)))
+    names = tuple(sorted(kind for kind in kinds if kind))
+    adapters = Adapters(rank=rank, scale=scale, names=names, dora=bool(values.get("use_dora")))
     found = list(slots(_factors(model, adapters), table))
     used = set()
     for slot in found:
         for source in slot.sources:
             if module_of(source.name) not in modules:
+                if adapters.dora:  # without a magnitude of its own it has no direction
+                    raise ValueError(
+                        f"{path}: DoRA of one of a pair alone is not supported: {source.name} is missing"
+                    )
                 continue
             wanted = their_shape(source, slot.shape)
             if source.name not in tensors.entries:
@@ -173,6 +199,15 @@ class Adapted:
 
     def applied(self, model: Any, adapters: Adapters, params: Any) -> Any:
         """The model's weights with these factors beside them, in float32."""
+
+        def beside(factors: Any, weight: Any) -> Any:
+            return weight if factors is None else replace(factors, w=weight)
+
+        alone = self.alone(model, adapters)
+        return jax.tree.map(beside, alone, params, is_leaf=lambda x: x is None or isinstance(x, LowRank))
+
+    def alone(self, model: Any, adapters: Adapters) -> Any:
+        """These factors in float32, without the weights beside them; None for what has none."""
         shapes = {
             source.name: their_shape(source, slot.shape) for slot in self.slots for source in slot.sources
         }
@@ -185,15 +220,16 @@ class Adapted:
         for slot in self.slots:  # a stack's layers come in order
             factors.setdefault(slot.path, []).append(read(slot, get))
 
-        def of(keys: Any, info: Any, weight: Any) -> Any:
+        def of(keys: Any, info: Any) -> Any:
             path = tuple(str(key.key) for key in keys)
             if not isinstance(info, LowRank):
-                return weight
-            a, b = (
-                np.stack(factors[(*path, part)]) if path[0] == "segments" else factors[(*path, part)][0]
-                for part in "ab"
-            )
-            return replace(info, w=weight, a=a, b=b)
+                return None
+            parts: dict[str, Any] = {
+                part: np.stack(found) if path[0] == "segments" else found[0]
+                for part in "abm"
+                if (found := factors.get((*path, part))) is not None
+            }
+            return replace(info, w=None, **parts)
 
         infos = adapters.info(model.info)
-        return jax.tree_util.tree_map_with_path(of, infos, params, is_leaf=lambda x: isinstance(x, LowRank))
+        return jax.tree_util.tree_map_with_path(of, infos, is_leaf=lambda x: isinstance(x, LowRank))

@@ -115,11 +115,14 @@ class LowRank:
     w: an array or a QTensor (Dettmers et al. 2023, arXiv:2305.14314), to which no gradient goes. a: w's dims
     without its outputs, and R behind them; b: without its inputs, R in the first one's place. So [D, C, F]
     has [D, C, R] and [R, C, F], a pair of its own for each of C. reduction, output: dims of w, from the end.
+    m: a magnitude for each output, w's dims without its inputs: that sum gives then the direction alone, of
+    norm 1 over the inputs (DoRA: Liu et al. 2024, arXiv:2402.09353); None: its norm stays.
     """
 
     w: Any
     a: Any
     b: Any
+    m: Any = None
     scale: float = static(default=1.0)
     reduction: tuple[int, ...] = static(default=())
     output: tuple[int, ...] = static(default=())
@@ -146,11 +149,22 @@ class LowRank:
 
     def astype(self, dtype: Any) -> Array:
         """The weight as one array, merged in float32 and rounded once; gradients go to the factors alone."""
-        base = jax.lax.stop_gradient(self.w).astype(jnp.float32)
+        whole = self.sum()
+        if self.m is not None:
+            whole = whole * jnp.expand_dims(self.stretch(whole), self.reduction)
+        return whole.astype(dtype)
+
+    def sum(self) -> Array:
+        """The base and the product of the factors, in float32."""
         letters = "abcdefgh"[: self.ndim]
         a, b = self.factor_letters(letters)
         product = jnp.einsum(f"{a},{b}->{letters}", self.a, self.b, precision="highest")
-        return (base + self.scale * product).astype(dtype)
+        return jax.lax.stop_gradient(self.w).astype(jnp.float32) + self.scale * product
+
+    def stretch(self, whole: Array) -> Array:
+        """What each output of `sum` is multiplied by to have its magnitude, of m's shape."""
+        # No gradient through the norm, as published (section 4.3): half the memory, and nothing lost.
+        return self.m / jax.lax.stop_gradient(norms(whole, self.reduction))
 
     def multiply(self, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
         """As x w + scale * (x a) b: two thin products beside the one by w, which stays as it is."""
@@ -165,7 +179,14 @@ class LowRank:
         thin = plain(f"{left},{a}->{low}", x, self.a)
         # A pair's dim is in the activation then and in b, which no plain projection has.
         second = jnp.einsum if self.batch else plain
-        return base + self.scale * second(f"{low},{b}->{out}", thin, self.b.astype(x.dtype))
+        y = base + self.scale * second(f"{low},{b}->{out}", thin, self.b.astype(x.dtype))
+        if self.m is None:
+            return y
+        made = [c for c in right if c not in inner]
+        stretch = jnp.transpose(self.stretch(self.sum()), [made.index(c) for c in out if c in made])
+        stretch = jnp.expand_dims(stretch, [dim for dim, c in enumerate(out) if c not in made])
+        # In float32: near 1, bfloat16 has steps of half a percent.
+        return (y.astype(jnp.float32) * stretch).astype(y.dtype)
 
     def factor_letters(self, letters: str) -> tuple[str, str]:
         """The letters of a's dims and of b's, of those of w's dims."""
@@ -182,11 +203,19 @@ class LowRank:
         first = -self.ndim
         if self.reduction == (first,):
             raise TypeError(f"a LowRank {self.shape} has no entries along the one dim that it reduces")
+        if first in self.reduction and self.m is not None:
+            raise TypeError(f"a LowRank {self.shape} with magnitudes has no entries along a dim of its norms")
         a = self.a if first in self.output else self.a[index]
         b = self.b if first in self.reduction else self.b[index]
         dims = ((d for d in group if d != first) for group in (self.reduction, self.output))
         reduction, output = map(tuple, dims)
-        return replace(self, w=self.w[index], a=a, b=b, reduction=reduction, output=output)
+        m = None if self.m is None else self.m[index]
+        return replace(self, w=self.w[index], a=a, b=b, m=m, reduction=reduction, output=output)
+
+
+def norms(w: Array, reduction: tuple[int, ...]) -> Array:
+    """The Euclidean norm of each output of a weight, over the dims that its product sums."""
+    return jnp.sqrt(jnp.sum(jnp.square(w), axis=reduction))
 
 
 def refuse_index(weight: Any, index: Any) -> None:
@@ -348,8 +377,10 @@ def pack(levels: Int8[Array, "..."], dim: int) -> UInt8[Array, "..."]:
 # -- low rank ----------------------------------------------------------------------------------------------
 
 
-def low_rank_info(info: ParamInfo, rank: int, scale: float = 1.0, base: Any = None) -> LowRank:
-    """The birth certificates of a weight that learns by its factors alone.
+def low_rank_info(
+    info: ParamInfo, rank: int, scale: float = 1.0, base: Any = None, *, dora: bool = False
+) -> LowRank:
+    """The birth certificates of a weight that learns by its factors alone, and with `dora` its magnitudes.
 
     base: of the weight itself, if it is not `info`, such as `quantized_info`'s. Raises ValueError for a rank
     that is not below the matrix's own, and for what is no projection's matrix and no expert's.
@@ -381,25 +412,37 @@ def low_rank_info(info: ParamInfo, rank: int, scale: float = 1.0, base: Any = No
         output=tuple(map(outputs.index, info.output)),
         init=zeros,
     )
+    made = [dim for dim in range(count) if dim not in info.reduction]
+    m = part(
+        shape=tuple(info.shape[dim] for dim in made),
+        axes=tuple(info.axes[dim] for dim in made),
+        reduction=(),
+        output=(),
+        role="vector",
+        decay=False,
+    )
     base = replace(info, trained=False) if base is None else base
-    dims = (tuple(dim - count for dim in dims) for dims in (info.reduction, info.output))
-    return LowRank(base, a, b, scale, *dims)
+    reduction, output = (tuple(dim - count for dim in dims) for dims in (info.reduction, info.output))
+    return LowRank(base, a, b, m if dora else None, scale, reduction, output)
 
 
-def low_rank(info: ParamInfo, w: Any, rank: int, key: Key[Array, ""], scale: float = 1.0) -> LowRank:
+def low_rank(
+    info: ParamInfo, w: Any, rank: int, key: Key[Array, ""], scale: float = 1.0, *, dora: bool = False
+) -> LowRank:
     """A weight with a drawn at random and b zero, so that it begins as it is; w: an array or a QTensor.
 
     Raises ValueError as `low_rank_info`, and for a weight that has factors already.
     """
     if isinstance(w, LowRank):
         raise ValueError(f"a LowRank {w.shape} has factors already; merge it first")
-    like = low_rank_info(info, rank, scale)
+    like = low_rank_info(info, rank, scale, dora=dora)
     # All layers in one draw: by their place in row-major order, which stages of a pipeline do not change.
     return replace(
         like,
         w=w,
         a=like.a.init(key, like.a.shape, like.a.dtype),
         b=like.b.init(key, like.b.shape, like.b.dtype),
+        m=norms(w.astype(jnp.float32), like.reduction) if dora else None,
     )
 
 
@@ -411,7 +454,8 @@ class Adapters:
     """Low-rank factors for some projections of a model, all else of which is frozen.
 
     names: of the projections (`kernels.names`), and "experts". bits, group: of every weight that can be
-    quantized, below the factors and elsewhere (QLoRA); None: weights stay as they are.
+    quantized, below the factors and elsewhere (QLoRA); None: weights stay as they are. dora: whether
+    magnitudes learn beside the factors.
     """
 
     rank: int
@@ -419,6 +463,7 @@ class Adapters:
     names: Collection[str] = ("q", "kv", "o", "up", "down")
     bits: int | None = None
     group: int | None = None
+    dora: bool = False
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -428,6 +473,12 @@ class Adapters:
         """Whether a parameter gets factors."""
         return info.role == "matrix" and kind_of(info) in self.names
 
+    def base(self, info: ParamInfo, w: Array) -> Any:
+        """A weight as it lies frozen."""
+        if self.bits is None or not quantizable(info):
+            return w
+        return quantize(info, w, self.bits, self.group)
+
     def info(self, infos: Any) -> Any:
         """The certificates of the model's weights as they will be."""
 
@@ -435,7 +486,9 @@ class Adapters:
             base: Any = replace(info, trained=False)
             if self.bits is not None and quantizable(info):
                 base = quantized_info(info, self.bits, self.group)
-            return low_rank_info(info, self.rank, self.scale, base) if self.adapts(info) else base
+            if not self.adapts(info):
+                return base
+            return low_rank_info(info, self.rank, self.scale, base, dora=self.dora)
 
         return jax.tree.map(of, infos)
 
@@ -443,13 +496,11 @@ class Adapters:
         """The weights, from those of the plain model; to be traced. A factor's key depends on its name."""
 
         def of(path: Any, info: ParamInfo, w: Array) -> Any:
-            base: Any = w
-            if self.bits is not None and quantizable(info):
-                base = quantize(info, w, self.bits, self.group)
+            base = self.base(info, w)
             if not self.adapts(info):
                 return base
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            return low_rank(info, base, self.rank, own, self.scale)
+            return low_rank(info, base, self.rank, own, self.scale, dora=self.dora)
 
         return jax.tree_util.tree_map_with_path(of, infos, params)

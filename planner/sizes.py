@@ -218,6 +218,11 @@ class Sizes:
 
 def sizes_of(config: Config, machine: Machine, attention: str) -> Sizes:
     """Of a config with its vocabulary known. attention: the backend. ValueError where sizes do not fit."""
+    if config.adapter is not None or config.freeze:
+        raise ValueError(
+            "adapter.* and freeze are not planned: the equations count every weight as trained; adapter=null "
+            "freeze=[] plans that, which needs more"
+        )
     model, layout = model_of(config.model), abstract_layout(config.mesh, machine.devices)
     m, training, mesh = config.model, config.training, layout.mesh.shape
     pipelined = mesh["pipeline"] > 1

@@ -4,6 +4,8 @@
     output=PATH        the directory to make, or the file in .gguf
     format=hf          hf: config.json, safetensors, tokenizer, template, for transformers and vLLM
                        gguf: one file of all that, for llama.cpp
+                       peft: the adapters of a run with adapter.*, alone; the others write them merged
+    base=null          peft: where the weights lie that they stand on; null: as init_from says
     family=null        hf: a model_type of transformers; null: the plainest whose class computes this model
     dtype=float32      float32, bfloat16 or float16; gguf: q8_0 too
     weights=raw        raw, ema (training.ema_decay), or mean (of the last checkpoints)
@@ -26,7 +28,7 @@ from artifacts.load import WEIGHTS, LoadedRun
 from common.checks import choice
 from scripts.command import parse, run
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "peft")
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 TABLES = (("embed", "table"), ("head", "table"))
 
@@ -38,6 +40,7 @@ class PublishOptions:
     run: str
     output: Path
     format: str = "hf"
+    base: str | None = None
     family: str | None = None
     dtype: str = "float32"
     weights: str = "raw"
@@ -48,13 +51,8 @@ class PublishOptions:
 def do(arguments: Sequence[str]) -> int:
     """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
-    if options.format == "peft":
-        raise ValueError(
-            f"format=peft: {options.run} has no adapters, as runs train whole weights; use format=hf "
-            "(adapters of a model in Python: interop.peft.write_adapter)"
-        )
     hub = options.format == "hf"
-    dtypes = tuple(name for name in KINDS if name != "q8_0" or not hub)
+    dtypes = {"hf": tuple(KINDS)[:-1], "gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, KINDS)
     for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):
         choice(key, getattr(options, key), known)
     import jax
@@ -69,18 +67,23 @@ def do(arguments: Sequence[str]) -> int:
     from interop.write_gguf import export_gguf
     from models.transformer import build_model
     from training.config import from_stored
+    from training.opening.initial_weights import run_weights
 
     if options.family is not None:
         choice("family", options.family, FAMILIES)
     found = load(options.run, from_stored)
+    if options.format == "peft":
+        return write_peft(found, options)
+    if options.base is not None:
+        raise ValueError(f"base={options.base} is for format=peft alone; leave it out")
     tokenizer = found.tokenizer(lambda: _missing(found))
     whole = _with_vocab(found, tokenizer.vocab_size)
     rows = tokenizer.vocab_size if options.trim else whole.vocab_size
     config = replace(whole, vocab_size=rows)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    info = build_model(whole).info
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), info)
-    params = found.weights(abstract, step=options.step, weights=options.weights)
+    there = build_model(whole)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), there.info)
+    params = run_weights(found, there, abstract, step=options.step, weights=options.weights)
 
     parameter = reader(params)
 
@@ -102,6 +105,46 @@ def do(arguments: Sequence[str]) -> int:
         written = export_gguf(options.output, config, model, read, kind=kind, values=values)
     padding = f", without {whole.vocab_size - rows} rows of padding" if rows < whole.vocab_size else ""
     print(f"{options.output}: {written}, {options.dtype}, a vocabulary of {rows}{padding}")
+    return 0
+
+
+def write_peft(found: LoadedRun[Any], options: PublishOptions) -> int:
+    """Write the run's factors as PEFT opens them. ValueError for a run without, and for what PEFT cannot."""
+    config = found.config
+    if config.adapter is None:
+        raise ValueError(f"format=peft: {options.run} has no adapters (adapter=null); use format=hf")
+    import jax
+
+    from interop.adapted import is_published, published
+    from interop.config_out import write_config
+    from interop.peft import factor_reader, write_adapter
+    from interop.places import path_of
+    from models.transformer import build_model
+    from training.opening.initial_weights import factors_like
+    from training.param_layout import param_layout
+
+    base = options.base
+    if base is None and is_published(path_of(config.init_from)):
+        base = str(published(path_of(config.init_from)).path)
+    if base is None:
+        raise ValueError(
+            f"format=peft: the adapters of {options.run} stand on the run {config.init_from}, which PEFT "
+            f"does not open; python scripts/export.py {config.init_from} output=PATH, then base=PATH here"
+        )
+    size = found.tokenizer(lambda: _missing(found)).vocab_size
+    sized = _with_vocab(found, size)
+    model = build_model(sized)
+    placement = param_layout(replace(config, model=sized), model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), model.info)
+    like = factors_like(placement.trained, abstract)
+    factors = found.weights(like, step=options.step, weights=options.weights)
+    family, _ = write_config(sized, options.family)
+    adapters = placement.adapters
+    assert adapters is not None
+    write_adapter(options.output, model, family.rules(sized), adapters, factor_reader(factors), base)
+    below = f", trained over {adapters.bits} bits" if adapters.bits is not None else ""
+    print(f"{options.output}: {config.adapter.kind} of rank {adapters.rank} over {base}{below}")
     return 0
 
 

@@ -26,13 +26,12 @@ with install_import_hook([*ROOMS, *TRAINING], "beartype.beartype"):
     from data.tokens.tokenizer import train_tokenizer
     from kernels.token_losses import chunked_cross_entropy
     from models.config import ModelConfig, RopeScaling, padded_vocab
-    from models.weights import Adapters
     from optim.config import AdamWConfig, CosineConfig, LionConfig, MuonConfig, WSDConfig
     from parallel.mesh import build_layout
     from serving.generator import Generator
     from serving.sampling import Sampling, sample, sample_keys
     from serving.text import complete
-    from training.config import Config, TrainingConfig
+    from training.config import AdapterConfig, Config, TrainingConfig
     from training.evaluate import evaluate
     from training.program import build_program
     from training.state import init_state, shardings
@@ -54,16 +53,17 @@ def store_of(tokenizer):
     return TokenStore(Path(), tokens, offsets, counts, size, tokenizer.bos_id, tokenizer.eos_id)
 
 
-def program_of(optim, schedule, model, adapters=None, **training):
+def program_of(optim, schedule, model, adapter=None, **training):
     sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 64}
     config = Config(
         model=ModelConfig(vocab_size=padded_vocab(257), **sizes, **model),
         data=DataConfig(seq_len=32),
         optim=optim,
         schedule=schedule,
+        adapter=adapter,
         training=TrainingConfig(num_steps=200, loss_chunk=64, **training),
     )
-    return config, build_program(config, build_layout(config.mesh, jax.devices()[:1]), adapters)
+    return config, build_program(config, build_layout(config.mesh, jax.devices()[:1]))
 
 
 def compute():
@@ -91,7 +91,7 @@ def compute():
 
 
 def trace_variants():
-    adapters = (None, None, Adapters(rank=2, bits=4, group=8))
+    adapters = (AdapterConfig(kind="dora", rank=2), None, AdapterConfig(rank=2, bits=4, group=8))
     for optim, model, more in zip(
         (MuonConfig(), LionConfig(), AdamWConfig()), VARIANTS, adapters, strict=True
     ):

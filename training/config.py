@@ -20,6 +20,9 @@ PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
 EXCHANGES = ("float32", "bfloat16", "int8")
+ADAPTERS = ("lora", "dora")
+TARGETS = (*PROJECTIONS, "experts")
+GRIDS = ("8", "4")  # bits of a frozen weight
 BYTES = 257  # tokens of the byte tokenizer: all values and the end of a document
 
 
@@ -52,6 +55,31 @@ class TrainingConfig:
         require(self.z_loss >= 0, "training.z_loss", self.z_loss, "0 or more")
         ema = self.ema_decay
         require(ema is None or 0 < ema < 1, "training.ema_decay", ema, "between 0 and 1, or null")
+
+
+@dataclass
+class AdapterConfig:
+    """Thin factors that learn beside the frozen weights of init_from (`models.weights.LowRank`)."""
+
+    kind: str = "lora"  # lora | dora: a magnitude for each output learns too
+    rank: int = 8  # of each pair of factors
+    alpha: float = 16.0  # the product of a pair counts alpha / rank times
+    targets: list[str] = field(default_factory=lambda: ["q", "kv", "o", "up", "down"])  # projections; experts
+    bits: int | None = None  # 8 | 4: frozen weights as integers (QLoRA); null: as they are
+    group: int | None = None  # neighbours that share a scale in bits; null: all that one product sums
+
+    def __post_init__(self) -> None:
+        """Each value by itself; what a model lacks is said where its parameters are laid out."""
+        choice("adapter.kind", self.kind, ADAPTERS)
+        require(self.rank >= 1, "adapter.rank", self.rank, "1 or more")
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "above 0, such as twice adapter.rank")
+        require(bool(self.targets), "adapter.targets", "[]", "at least one projection; adapter=null: none")
+        for name in self.targets:
+            choice("adapter.targets", name, TARGETS)
+        if self.bits is not None:
+            choice("adapter.bits", str(self.bits), GRIDS)
+        ok = self.group is None or self.bits is not None
+        require(ok, "adapter.group", self.group, "null without adapter.bits")
 
 
 @dataclass
@@ -152,6 +180,10 @@ class Config:
     deterministic: bool = False  # equal bits from equal runs, at a cost on GPUs, or the run is refused
     profile: bool = False  # trace the steps of logging.profile_steps
     init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
+    adapter: AdapterConfig | None = None  # thin factors that learn instead of all weights; null: these do
+    freeze: list[str] = field(
+        default_factory=list
+    )  # parameters that do not learn: [embed], [attention, norm*]
     model: ModelConfig = field(default_factory=ModelConfig)  # what is computed
     data: DataConfig = field(default_factory=DataConfig)  # from what text
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces

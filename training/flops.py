@@ -48,7 +48,7 @@ _MEASURE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs a token (three times the forward) against the peak of all devices in FLOP/s."""
+    """Training FLOPs a token (thrice the forward, adapters less) and the peak of all devices in FLOP/s."""
 
     causal: float
     full: float
@@ -62,11 +62,17 @@ class Flops:
         }
 
 
-def training_flops(per_token: Mapping[str, float], *, peak_per_device: float, num_devices: int) -> Flops:
-    """From a model's forward FLOPs a token: keys `matmul`, `attention_causal`, `attention_full`."""
+def training_flops(
+    per_token: Mapping[str, float], *, peak_per_device: float, num_devices: int, frozen: bool = False
+) -> Flops:
+    """From a model's forward FLOPs a token: keys `matmul`, `attention_causal`, `attention_full`.
+
+    frozen: no weight has a gradient of its own (adapters), which leaves two of a product's three passes.
+    """
+    passes = 2 if frozen else 3
     return Flops(
-        causal=3 * (per_token["matmul"] + per_token["attention_causal"]),
-        full=3 * (per_token["matmul"] + per_token["attention_full"]),
+        causal=passes * per_token["matmul"] + 3 * per_token["attention_causal"],
+        full=passes * per_token["matmul"] + 3 * per_token["attention_full"],
         peak=peak_per_device * num_devices,
     )
 

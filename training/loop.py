@@ -172,7 +172,8 @@ def train(
                 if not postponed:
                     recorder.sync()  # a checkpoint is never ahead of its rows
                     state = setup.train_step.state_of(leaves)
-                    checkpoints.save(step, setup.program.to_canonical(state), record_of(run, recorder))
+                    whole = setup.program.stored(setup.program.to_canonical(state))
+                    checkpoints.save(step, whole, record_of(run, recorder))
                     setup.ledger.save_began(step)
         if leaving:
             with recorder.outside_steps("checkpoints"):
@@ -198,7 +199,8 @@ def record_of(run: Run, recorder: Recorder) -> dict[str, Any]:
     setup = run.setup
     record = {"data": of_all_hosts(run.position), "tokens": recorder.tokens}
     rollbacks = {"rollbacks": setup.directory.rollbacks} if setup.directory.rollbacks else {}
-    return record | {"data_digest": setup.prepared.digest} | rollbacks
+    parent = {"parent": run.base} if run.base is not None else {}
+    return record | {"data_digest": setup.prepared.digest} | rollbacks | parent
 
 
 def replica_check(setup: Setup) -> ReplicaCheck | None:

@@ -23,18 +23,15 @@ from kernels.einsum_cpu import contract_last, contract_rows, fast_einsum, materi
 from kernels.grouped_experts import run_experts
 from models.ops import Ops
 from models.transformer import Model, build_model
-from models.weights import Adapters
 from optim.optimizers import make_optimizer
 from optim.schedules import make_schedule
 from parallel import processes
 from parallel.attention.choose import build_attention, choose_attention
 from parallel.attention.context import Zigzag
 from parallel.axes import Layout, kv_repeats
-from parallel.config import main_segment
 from parallel.experts import expert_dispatch
 from parallel.schedules.accumulate import GradientAccumulation, check_remat
 from parallel.schedules.pipeline import Pipeline
-from parallel.schedules.stage_layout import Arrangement
 from parallel.schedules.tables import make_schedule as make_pipeline_schedule
 from parallel.sharded_matrices import ShardedMatrices
 from training.config import Config
@@ -42,6 +39,7 @@ from training.legal.attention import documents_of, wanted_attention
 from training.local_sgd import AXIS as REPLICA
 from training.local_sgd import Replicas, one_replica, steps_alone
 from training.objectives.base import Objective, build_objective
+from training.param_layout import ParamLayout, abstract_params, arrange, canonical_state
 from training.precision import build_projector, compute_dtype, precision_row
 from training.safety.signals import VOTE, abstract_vote
 from training.safety.skip_updates import Skipping
@@ -55,7 +53,6 @@ from training.state import (
     is_info,
     matrix_dims,
     nothing_seen,
-    placed_like,
     shardings,
     split,
 )
@@ -92,7 +89,7 @@ class Program:
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     compiler_options: Mapping[str, Any]
-    placement: "ParamLayout"
+    placement: ParamLayout
     canonical: TrainState  # the state as checkpoints have it: `state` itself, unless layers lie in stages
     attention: Choice  # the backend behind `ops.attention`, and why
     replicas: Replicas | None = None  # where they step alone
@@ -121,14 +118,38 @@ class Program:
             return self.replicas.from_canonical(tree)
         return self._relocate(tree, self.state, join=False)
 
-    def with_params(self, state: TrainState, params: Any) -> TrainState:
-        """A state at step 0 that begins at other parameters (in memory's form), its average too."""
+    def with_params(self, state: TrainState, weights: Any) -> TrainState:
+        """A state at step 0 that begins at other weights (in memory's form), its average too."""
+        params, frozen = split(self.placement.info, weights)
+        state = state.replace(frozen=frozen)
         # A copy: the step donates its state, and one buffer cannot be given away twice.
         if state.ema is not None:
             state = state.replace(ema=jax.tree.map(jnp.copy, params))
         if self.replicas is not None:
             return self.replicas.with_params(state, params)
         return state.replace(params=params)
+
+    @property
+    def parent_weights(self) -> Any:
+        """A parent's weights as they are asked for: abstract, canonical, whole and without adapters."""
+        if self.canonical.frozen is None:
+            return self.canonical.params
+        return abstract_params(self.placement.canonical_plain, self.layout)
+
+    def begin_at(self, weights: Any, seed: int) -> tuple[Any, Any]:
+        """What trains and what is frozen, canonical, of a parent's weights; None for the second: nothing is.
+
+        Factors beside frozen weights are those that a run of this seed begins with.
+        """
+        if self.canonical.frozen is None:
+            return weights, None
+        place = shardings((self.canonical.params, self.canonical.frozen))
+        make = jax.jit(self.placement.begin_at, out_shardings=place)
+        return make(weights, jax.random.key(seed))
+
+    def stored(self, state: TrainState) -> TrainState:
+        """Of a canonical state what a checkpoint holds: what a parent's checkpoint has is only named."""
+        return state.replace(frozen=None) if self.placement.inherits else state
 
     def with_guard(self, stored: TrainState) -> TrainState:
         """A canonical state with the guard's figures, begun anew where a checkpoint has none."""
@@ -196,64 +217,6 @@ class Program:
             ("compiler", options_line(self.compiler_options), f"hardware.xla={config.hardware.xla}"),
             *([bits] if config.deterministic else []),
         ]
-
-
-@dataclass(frozen=True)
-class ParamLayout:
-    """Parameters as they lie in memory: their certificates and how they are made."""
-
-    model: Model
-    arrangement: Arrangement | None
-    adapters: Adapters | None = None
-
-    @property
-    def chunks(self) -> int:
-        """Virtual stages; above 1 layers lie on other stages in memory than in a checkpoint."""
-        return self.arrangement.chunks if self.arrangement is not None else 1
-
-    @property
-    def info(self) -> Any:
-        """ParamInfo by path."""
-        return self._adapted(self._plain)
-
-    @property
-    def trained(self) -> Any:
-        """Those of what trains; None in the place of all else."""
-        return split(self.info, self.info)[0]
-
-    @property
-    def canonical_info(self) -> Any:
-        """The same of the stacks in a checkpoint."""
-        if self.arrangement is None:
-            return self.info
-        return self._adapted(self.arrangement.on_disk(self.model.info, is_info))
-
-    @property
-    def _plain(self) -> Any:
-        if self.arrangement is None:
-            return self.model.info
-        return self.arrangement.in_memory(self.model.info, is_info)
-
-    def _adapted(self, info: Any) -> Any:
-        # In memory's form: factors have the dims of layers that their weight has, whatever these are.
-        return info if self.adapters is None else self.adapters.info(info)
-
-    def init(self, key: Array) -> Any:
-        """The values, the same on any mesh and for any schedule."""
-        arranged = () if self.arrangement is None else (self.arrangement.layers,)
-        params = self.model.init(key, *arranged)
-        return params if self.adapters is None else self.adapters.make(self._plain, params, key)
-
-
-def arrange(config: Config, model: Model, layout: Layout, adapters: Adapters | None = None) -> ParamLayout:
-    """Layers in stages where mesh.pipeline asks for them."""
-    stages = layout.mesh.shape["pipeline"]
-    if stages == 1:
-        return ParamLayout(model, None, adapters)
-    # Only the longest run of equal layers is cut into stages; what stands before and behind it is computed
-    # with the embedding and the head.
-    main = str(main_segment(model.segments))
-    return ParamLayout(model, Arrangement(stages, config.pipeline.virtual_stages, main), adapters)
 
 
 def build_strategy(config: Config, placement: ParamLayout, layout: Layout) -> GradientAccumulation | Pipeline:
@@ -365,11 +328,10 @@ def attention_of(config: Config, layout: Layout, dtype: Any) -> Choice:
     return choose_attention(config.training.attention, wanted, layout, dtype)
 
 
-def build_program(config: Config, layout: Layout, adapters: Adapters | None = None) -> Program:
+def build_program(config: Config, layout: Layout) -> Program:
     """Compose the step for a resolved config (`model.vocab_size` known).
 
-    config: the root `Config`; layout: the mesh and its rules; adapters: what trains beside frozen weights;
-    None: all weights train. Raises ValueError where a size does not fit.
+    config: the root `Config`; layout: the mesh and its rules. Raises ValueError where a size does not fit.
     """
     # 1. What is computed, and where its layers lie.
     model, training = build_model(config.model), config.training
@@ -381,7 +343,7 @@ def build_program(config: Config, layout: Layout, adapters: Adapters | None = No
             f"objective={objective.name} trains no layers for further tokens, and model.mtp.depth="
             f"{config.model.mtp_depth}; use objective=next_token or model.mtp=null"
         )
-    placement = arrange(config, model, layout, adapters)
+    placement = arrange(config, model, layout)
     alone = steps_alone(config.local_sgd, layout.mesh)
     # A replica that steps alone must reduce over its own devices only: its step never hears of the others.
     seen = one_replica(layout) if alone else layout
@@ -447,12 +409,3 @@ def build_program(config: Config, layout: Layout, adapters: Adapters | None = No
 def order_of_work(config: Config, placement: ParamLayout, layout: Layout) -> tuple[Any, Ops]:
     """The strategy and the operations of a step over all rows that this layout splits."""
     return in_order(config, build_strategy(config, placement, layout), layout), build_ops(config, layout)
-
-
-def canonical_state(placement: ParamLayout, state: TrainState, layout: Layout) -> TrainState:
-    """The abstract state that checkpoints hold, placed on this mesh."""
-    if placement.arrangement is None:
-        return state
-    # Moments and averages are trees of the parameters' paths, so they are joined and placed like them.
-    joined = jax.eval_shape(placement.arrangement.join, state)
-    return placed_like(joined, layout.tree(placement.canonical_info, is_info), layout)

@@ -31,6 +31,7 @@ from models.config import regrouped
 from parallel import processes
 from parallel.axes import Layout
 from parallel.mesh import build_layout
+from parallel.partition import join
 from training.autoscale.apply import Scaled
 from training.compile_cache import CacheWatch
 from training.config import Config, with_vocab
@@ -42,6 +43,7 @@ from training.input_watch import InputWatch
 from training.objectives.base import build_objective
 from training.opening.initial_weights import (
     AnyParent,
+    below,
     check_tokenizer,
     find_parent,
     same_parent,
@@ -55,7 +57,7 @@ from training.rollouts.draw import Rollouts, held_out_rewards
 from training.safety.faults import before_the_first_step, in_mid_run
 from training.safety.rollback import MOST, in_a_row, remedy
 from training.safety.skip_updates import Trouble, none_in_a_row, undone
-from training.state import TrainState
+from training.state import TrainState, shardings
 from training.step import FlatStep
 from training.xla import check_options
 
@@ -96,6 +98,7 @@ class Run:
     loader: Loader
     outputs: ExitStack  # what rows and curves are written to
     rollouts: Rollouts | None = None  # what draws the batches, where no data are read as they are
+    base: dict[str, Any] | None = None  # where what is frozen comes from, for every checkpoint's record
     position: dict[str, Any] | None = None  # of the data, after the last step
     measured_at: tuple[int, dict[str, float]] | None = None  # step and figures of the last evaluation
 
@@ -106,7 +109,7 @@ def compose(directory: RunDirectory, watch: CacheWatch, ledger: Ledger, scaled: 
     with processes.all_or_none("the devices"), before_the_first_step():
         build_objective(config.objective)  # before data are made for a run that cannot be
         layout = build_layout(config.mesh, scaled.devices())
-        parent = None if directory.resuming else find_parent(config)
+        parent = parent_of(config, directory)
         if processes.is_primary() and not directory.resuming:
             refuse_occupied(directory.path, config.checkpoint)
         tokenizer = tokenizer_config(config, directory, parent)
@@ -155,6 +158,8 @@ def build_setup(
     if parent is not None:
         parent.check_model(config.model)
     program = build_program(config, layout)
+    if parent is not None:
+        parent.check_adapters(program.model, program.placement.adapters)
     check_data(config, program)
     check_options(program.compiler_options, layout.mesh.local_devices[0], config.hardware.xla)
     loader = new_loader(config, prepared)
@@ -170,7 +175,10 @@ def build_setup(
     device = layout.mesh.devices.flat[0]
     peak, how = peak_flops(config.hardware, device.platform, device.device_kind)
     flops = training_flops(
-        program.model.flops_per_token(config.data.seq_len), peak_per_device=peak, num_devices=layout.mesh.size
+        program.model.flops_per_token(config.data.seq_len),
+        peak_per_device=peak,
+        num_devices=layout.mesh.size,
+        frozen=program.placement.adapters is not None,
     )
     if processes.is_primary():
         rows = describe(config, directory, program, loader, f"{peak / 1e12:.3g} TFLOP/s a device, {how}")
@@ -220,14 +228,16 @@ def start(
     config, directory, program = setup.config, setup.directory, setup.program
     first, tokens, position = 0, 0, None
     state: TrainState | None = None
+    base: dict[str, Any] | None = None
     checkpoints: Checkpoints | None = None
     if directory.resuming:
         checkpoints = open_checkpoints(setup, stack)
         forget_undone(directory, checkpoints)
         with setup.ledger.during("restore"):
-            found = checkpoints.restore_newest(program.canonical)
+            found = checkpoints.restore_newest(program.stored(program.canonical))
         if found is not None:
             stored, record, quarantined = found
+            stored, base = rejoined(setup, stored, record), record.get("parent")
             first, tokens, position = record["step"], record["tokens"], record["data"]
             whole = program.with_guard(stored)
             if any(entry["to_step"] == first for entry in directory.rollbacks):
@@ -248,7 +258,7 @@ def start(
         most = config.run.max_restarts
         processes.from_primary("the run's restarts", lambda: directory.check_restarts(first, most))
     if state is None:  # before anything is written: a parent may be of another shape, or damaged
-        state = fresh_state(setup)
+        state, base = fresh_state(setup)
     with processes.all_or_none("what the objective wants"), before_the_first_step():
         rollouts = open_rollouts(setup, state if first == 0 else None)
     setup = with_figures(setup, state if first == 0 else None, open_model)
@@ -267,7 +277,7 @@ def start(
         outputs = ExitStack()
         stack.callback(outputs.close)
         recorder = open_recorder(setup, first, tokens, stack, outputs, announce)
-    return Run(setup, checkpoints, recorder, loader, outputs, rollouts, position), state, first
+    return Run(setup, checkpoints, recorder, loader, outputs, rollouts, base, position), state, first
 
 
 def with_figures(setup: Setup, fresh: TrainState | None, open_model: Callable[..., Any]) -> Setup:
@@ -280,7 +290,7 @@ def with_figures(setup: Setup, fresh: TrainState | None, open_model: Callable[..
         return found.facts()["digest"]
 
     def params() -> Any:
-        return (fresh or fresh_state(setup)).weights
+        return (fresh or fresh_state(setup)[0]).weights
 
     return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params, open_model))
 
@@ -299,7 +309,7 @@ def open_rollouts(setup: Setup, fresh: TrainState | None) -> Rollouts | None:
 
     reference = None
     if "reference_logprobs" in program.objective.fields:  # a copy: the step takes the state's own away
-        reference = jax.tree.map(jnp.copy, (fresh or fresh_state(setup)).weights)
+        reference = jax.tree.map(jnp.copy, (fresh or fresh_state(setup)[0]).weights)
     return Rollouts(
         program, setup.config, prepared.train, prepared.tokenizer, setup.directory, placed, reference
     )
@@ -414,17 +424,41 @@ def open_checkpoints(setup: Setup, stack: ExitStack) -> Checkpoints:
     return checkpoints
 
 
-def fresh_state(setup: Setup) -> TrainState:
-    """Step 0: random weights, or the parent's with a new optimizer, schedule and data position."""
+def parent_of(config: Config, directory: RunDirectory) -> AnyParent | None:
+    """Where a new run begins, and what one whose weights are only in part its own stands on again."""
+    if not directory.resuming:
+        return find_parent(config)
+    return same_parent(config, directory) if config.adapter is not None or config.freeze else None
+
+
+def fresh_state(setup: Setup) -> tuple[TrainState, dict[str, Any] | None]:
+    """Step 0: random weights, or the parent's with a new optimizer, schedule and data position.
+
+    Second what checkpoints are to say of the weights that stay the parent's, where any do.
+    """
     program, directory = setup.program, setup.directory
     with processes.all_or_none("the first state"), before_the_first_step():
         state = program.init_state(setup.config.seed)
         jax.block_until_ready(state)  # so that too little memory is said before anything is written
         parent = same_parent(setup.config, directory) if directory.resuming else setup.parent
     if parent is None:
-        return state
-    params = parent.weights(program.canonical.params, program.model)
-    return program.with_params(state, program.from_canonical(params))
+        return state, None
+    adapters = program.placement.adapters
+    weights, base = parent.base(program.parent_weights, program.model, adapters)
+    params, frozen = program.begin_at(weights, setup.config.seed)
+    if (factors := parent.factors(program.model, adapters)) is not None:
+        params = jax.device_put(factors, shardings(program.canonical.params))
+    state = program.with_params(state, program.from_canonical(join(params, frozen)))
+    return state, base if frozen is not None else None
+
+
+def rejoined(setup: Setup, stored: TrainState, record: Mapping[str, Any]) -> TrainState:
+    """A restored state with what is frozen, read again from the parent that the record names."""
+    program = setup.program
+    if not program.placement.inherits or program.canonical.frozen is None:
+        return stored
+    weights = below(setup.directory.path, setup.config, record, program.parent_weights, program.model)
+    return stored.replace(frozen=program.begin_at(weights, setup.config.seed)[1])
 
 
 def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
@@ -435,9 +469,10 @@ def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
     setup, checkpoints = run.setup, run.checkpoints
     program, directory, batches = setup.program, setup.directory, setup.config.guard.rollback_batches
     checkpoints.wait()
-    found = checkpoints.restore_newest(program.canonical, most=trouble.began)
+    wanted = program.stored(program.canonical)
+    found = checkpoints.restore_newest(wanted, most=trouble.began)
     if found is None:  # none is so old: one from within has the same weights
-        found = checkpoints.restore_newest(program.canonical, most=trouble.step)
+        found = checkpoints.restore_newest(wanted, most=trouble.step)
     first = found[1]["step"] if found else 0
     entry = {"at_step": trouble.step, "to_step": first, "batches": batches, "reason": trouble.reason}
     if in_a_row([*directory.rollbacks, entry]) > MOST:
@@ -449,9 +484,10 @@ def go_back(run: Run, trouble: Trouble) -> tuple[TrainState, int]:
 
     tokens, run.position = 0, None
     if found is None:
-        state = fresh_state(setup)
+        state, run.base = fresh_state(setup)
     else:
         stored, record, _ = found
+        stored = rejoined(setup, stored, record)
         tokens, run.position = record["tokens"], record["data"]
         state = program.from_canonical(none_in_a_row(program.with_guard(stored)))
     run.loader = positioned_loader(setup, run.position)

@@ -176,10 +176,10 @@ def export_weights(
         raise ValueError(
             f"step {step} has no {item}; set training.ema_decay to keep one, or take --weights=raw"
         )
-    if any(name.startswith("frozen.") for name in record["types"]):
+    if "parent" in record or any(name.startswith("frozen.") for name in record["types"]):
         raise ValueError(
             f"step {step} has weights that do not train beside its {item}, which alone are no model; "
-            "merge them first (models.weights.merged)"
+            f"python scripts/export.py {run.name} output=PATH writes all of them, merged"
         )
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

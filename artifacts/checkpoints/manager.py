@@ -1,7 +1,8 @@
 """Checkpoints: one atomic Orbax item a step, canonical names, verified when read.
 
     checkpoints/STEP/{params,opt_state,ema}     flat {name: array}, independent of mesh and schedule
-    checkpoints/STEP/frozen                     the weights that do not train, where there are any
+    checkpoints/STEP/frozen                     the weights that do not train, where there are any that the
+    record does not name a parent for
     checkpoints/STEP/guard                      what new updates are compared with
     (`training.safety.skip_updates`) checkpoints/STEP/{momentum,replicas,guards} where replicas step alone
     (`training.local_sgd`) checkpoints/STEP/_CHECKPOINT_METADATA       our record: types and digests of
@@ -250,7 +251,7 @@ class Checkpoints:
         return abstract.replace(step=count, **restored, local=local, guard=guard), record
 
     def restore_weights(self, step: int, abstract_params: Any, *, item: str = "params") -> Any:
-        """Only the parameters (or their average, `item="ema"`), verified."""
+        """Only the parameters (or another item of weights: ema, frozen), verified."""
         _, restored = self._load(step, {item: named_leaves(abstract_params)})
         return like(abstract_params, restored[item])
 
@@ -278,7 +279,7 @@ class Checkpoints:
             if processes.is_primary():
                 with corruption(step):
                     check_small_files(self.directory / str(step))
-            if "params" not in wanted and not any(n.startswith("ema.") for n in record["digests"]):
+            if "ema" in wanted and not any(n.startswith("ema.") for n in record["digests"]):
                 raise ValueError(
                     f"{self.directory} has no ema at step {step}; set training.ema_decay to keep one"
                 )

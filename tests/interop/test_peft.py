@@ -128,7 +128,11 @@ DAMAGED = {
         r"is \[3, 16\], and this model's is \[16, 3\]",
     ),
     "targets": ({"target_modules": ["q_proj"]}, "disagree about"),
-    "dora": ({"use_dora": True}, "use_dora=True is not supported"),
+    "dora": ({"use_dora": True}, "k_proj.lora_magnitude_vector is missing"),
+    "layers": (
+        {"layers_to_transform": [1]},
+        r"layers_to_transform=\[1\] is not supported; only LoRA and DoRA",
+    ),
     "kind": ({"peft_type": "IA3"}, "peft_type=IA3 is not supported"),
     "bias": ({"bias": "all"}, "bias=all is not supported"),
     "ranks": ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),

@@ -155,10 +155,10 @@ def test_an_adapter_without_its_base_or_of_another_is_refused(adapter):
     folder, _ = adapter
     with pytest.raises(ValueError, match="base_model_name_or_path=null is no published model here; put it"):
         published(folder / "adapter")
-    rewrite(folder / "adapter", base_model_name_or_path="someone/base", use_dora=True)
+    rewrite(folder / "adapter", base_model_name_or_path="someone/base", lora_bias=True)
     there = published(folder / "adapter")
     model = build_model(there.config)
-    with pytest.raises(ValueError, match="use_dora=True is not supported"):
+    with pytest.raises(ValueError, match="lora_bias=True is not supported"):
         there.weights(placed(model), model)
     shutil.rmtree(folder / "base")
     with pytest.raises(ValueError, match="=someone/base is no published model here; put it beside adapter"):
@@ -166,6 +166,6 @@ def test_an_adapter_without_its_base_or_of_another_is_refused(adapter):
     assert (folder / "adapter" / WEIGHTS).is_file()
 
 
-def test_a_run_has_no_adapters_to_export(capsys):
-    assert export_run(["any", "output=nowhere", "format=peft"]) == 2
-    assert "format=peft: any has no adapters" in capsys.readouterr().err
+def test_adapters_are_written_in_float32_alone(capsys):
+    assert export_run(["any", "output=nowhere", "format=peft", "dtype=bfloat16"]) == 2
+    assert "dtype=bfloat16 is not one of float32" in capsys.readouterr().err

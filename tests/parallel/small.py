@@ -1,6 +1,6 @@
 """One small job on any mesh, for tests that compare it with one device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import yaml
 
 from artifacts.config import RunConfig
 from models.config import ModelConfig
-from models.weights import Adapters
 from optim.config import AdamWConfig, ConstantConfig
 from parallel.config import MESH_AXES, ContextConfig, MeshConfig, PipelineConfig
 from parallel.mesh import build_layout
-from training.config import Config, TrainingConfig
+from training.config import AdapterConfig, Config, TrainingConfig
 from training.program import Program, build_program
 from training.state import shardings
 
@@ -51,10 +50,11 @@ def make_config(
     return config
 
 
-def make_program(config: Config, adapters: Adapters | None = None) -> Program:
+def make_program(config: Config, adapter: AdapterConfig | None = None) -> Program:
     """The program on as many of the forced devices as the mesh asks for."""
+    config = config if adapter is None else replace(config, adapter=adapter)
     devices = int(np.prod([getattr(config.mesh, axis) for axis in MESH_AXES]))
-    return build_program(config, build_layout(config.mesh, jax.devices()[:devices]), adapters)
+    return build_program(config, build_layout(config.mesh, jax.devices()[:devices]))
 
 
 def packed_batch(step, rows=ROWS, length=LENGTH, vocab=VOCAB):

@@ -14,7 +14,7 @@ from artifacts.checkpoints.inspect import export_weights
 from artifacts.checkpoints.manager import Checkpoints
 from artifacts.checkpoints.record import named_leaves
 from artifacts.config import CheckpointConfig
-from models.weights import Adapters, merged
+from models.weights import merged
 from optim.config import MuonConfig
 from optim.muon import Matrix
 from parallel.partition import join
@@ -22,7 +22,7 @@ from serving.generator import Generator
 from serving.sampling import Sampling
 from tests.parallel.small import make_config, make_program, packed_batch, place
 from tests.training.states import assert_equal, written
-from training.config import LocalSGDConfig
+from training.config import AdapterConfig, LocalSGDConfig
 from training.objectives.base import build_objective
 from training.state import matrix_dims, shardings
 
@@ -34,7 +34,7 @@ SMALL = {
     "d_ff": 64,
     "tie_embeddings": False,
 }
-QLORA = Adapters(rank=2, scale=0.5, bits=4, group=8)
+QLORA = AdapterConfig(rank=2, alpha=1.0, bits=4, group=8)
 LORA = dataclasses.replace(QLORA, bits=None, group=None)
 
 
@@ -185,7 +185,8 @@ def test_weights_of_another_form_are_refused_by_name(stored):
 
 def test_what_trains_is_not_exported_without_what_is_frozen(stored, tmp_path):
     with pytest.raises(
-        ValueError, match="step 2 has weights that do not train beside its params.* merge them first"
+        ValueError,
+        match="step 2 has weights that do not train beside its params.* writes all of them, merged",
     ):
         export_weights(
             stored.parent,

@@ -19,6 +19,7 @@ def check(config: Config, device_count: int | None) -> None:
         _refuse(f"seed={config.seed} is negative; use 0 to {INT32}")
     _check_model(config)
     _check_vocabulary(config)
+    _check_adapter(config)
     _check_steps(config)
     _check_rollback(config)
     _check_rules(config.mesh)
@@ -64,6 +65,20 @@ def _check_vocabulary(config: Config) -> None:
         _refuse(
             f"model.vocab_size={m.vocab_size} is smaller than the tokenizer's {least}; "
             f"use {-(-least // 128) * 128}, or -1 to take it from the tokenizer"
+        )
+
+
+def _check_adapter(config: Config) -> None:
+    a = config.adapter
+    if a is not None and config.init_from is None:
+        _refuse(
+            f"adapter.rank={a.rank} learns beside weights that are there, and init_from is null; give "
+            "init_from=RUN or a published model, or train all weights with adapter=null"
+        )
+    if a is not None and config.freeze:
+        _refuse(
+            f"freeze=[{','.join(config.freeze)}] beside adapter.rank={a.rank}, which freezes all weights; "
+            "drop one of the two"
         )
 
 

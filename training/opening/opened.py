@@ -18,9 +18,9 @@ from parallel.axes import Layout
 from parallel.config import MeshConfig
 from parallel.mesh import build_layout
 from training.config import Config, TrainingConfig, from_stored, with_vocab
-from training.opening.initial_weights import PublishedParent, find_parent
+from training.opening.initial_weights import PublishedParent, find_parent, run_weights
+from training.param_layout import abstract_params
 from training.program import build_ops
-from training.state import is_info
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def trained_model(
     """
     config = with_vocab(run.config, tokenizer_size)
     model, abstract, layout = _over_devices(config, fsdp, tensor)
-    params = run.weights(abstract, step=step, weights=weights, mean_of=config.checkpoint.average_last)
+    mean_of = config.checkpoint.average_last
+    params = run_weights(run, model, abstract, step=step, weights=weights, mean_of=mean_of)
     return model, params, build_ops(config, layout), layout
 
 
@@ -130,10 +131,4 @@ def _over_devices(config: Config, fsdp: int, tensor: int) -> tuple[Model, Any, L
     mesh = MeshConfig(data=1, fsdp=fsdp, tensor=tensor, rules=config.mesh.rules)
     layout = build_layout(mesh, jax.devices()[: fsdp * tensor])
     model = build_model(config.model)
-    abstract = jax.tree.map(
-        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-        model.info,
-        layout.tree(model.info, is_info),
-        is_leaf=is_info,
-    )
-    return model, abstract, layout
+    return model, abstract_params(model.info, layout), layout
