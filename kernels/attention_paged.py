@@ -4,6 +4,8 @@ B rows, T query positions, M pages of a row, P pages in all, S places of a page,
 heads, G = N/K, R = G*T queries of one key/value head, H head size of queries and keys, V that of values.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,12 +32,31 @@ def paged_attention(
     before, what is behind adds exact zeros. So a row's numbers do not depend on what other rows hold, nor on
     how long they are. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+    def fetch(number: Array) -> tuple[Array, Array]:
+        page = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
+        return keys[page], values[page]
+
+    return online_attention(q, fetch, masks, scores, sinks)
+
+
+def online_attention(
+    q: Float[Array, "B T N H"],
+    fetch: Callable[[Array], tuple[Array, Array]],
+    masks: Masks,
+    scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N V"]:
+    """Attention to keys [B, K, H, S] and values [B, K, S, V] that `fetch` gives of each row, S places a time.
+
+    As many times as the last query needs; what is behind a query adds exact zeros.
+    """
     batch, length, heads, size = q.shape
-    places, kv_heads = k.shape[1], k.shape[2]
+    _, kv_heads, places, value_size = jax.eval_shape(fetch, jnp.int32(0))[1].shape
     groups = heads // kv_heads
     rows = q.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * length, size)
-    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     # A query that is padding stands before all keys, and sees none.
     position = jnp.where(masks.q_segments > 0, masks.q_positions, -1)
     last = jnp.max(position)
@@ -43,8 +64,8 @@ def paged_attention(
 
     def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
-        page = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
-        products = jnp.einsum("BKRH,BKHS->BKRS", rows, keys[page], preferred_element_type=F32)
+        keys, values = fetch(number)
+        products = jnp.einsum("BKRH,BKHS->BKRS", rows, keys, preferred_element_type=F32)
         bounded = scores.bounded(products * scores.scale)
         distance = position - (number * places + jnp.arange(places))
         seen = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
@@ -52,7 +73,7 @@ def paged_attention(
         higher = jnp.maximum(top, jnp.max(bounded, axis=-1, keepdims=True))
         weights, fade = jnp.exp(bounded - higher), jnp.exp(top - higher)
         mixed = jnp.einsum(
-            "BKRS,BKSV->BKRV", weights.astype(v.dtype), values[page], preferred_element_type=F32
+            "BKRS,BKSV->BKRV", weights.astype(values.dtype), values, preferred_element_type=F32
         )
         return higher, total * fade + jnp.sum(weights, axis=-1, keepdims=True), out * fade + mixed
 
@@ -61,8 +82,8 @@ def paged_attention(
     if sinks is not None:
         top = jnp.broadcast_to(sinks_of_rows(sinks, kv_heads, length)[None, :, :, None], top.shape)
         total = jnp.ones_like(total)
-    carry = (top, total, jnp.zeros((*shape, v.shape[-1]), F32))
+    carry = (top, total, jnp.zeros((*shape, value_size), F32))
     _, total, out = jax.lax.fori_loop(0, last // places + 1, turn, carry)
     out = out / jnp.maximum(total, TINY)
-    out = out.reshape(batch, kv_heads, groups, length, v.shape[-1]).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, v.shape[-1]).astype(q.dtype)
+    out = out.reshape(batch, kv_heads, groups, length, value_size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, value_size).astype(q.dtype)

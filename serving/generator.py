@@ -15,21 +15,22 @@ from jaxtyping import Array, Float, Int, Key
 
 from common.checks import within
 from kernels.attention import chunked_attention
+from kernels.attention_tree import tree_attention
 from kernels.einsum import Projector
 from kernels.grouped_experts import run_experts
 from kernels.names import PROJECTIONS
+from models.mixer import mixer
 from models.ops import Ops, identity_constrain
 from models.transformer import Model, Tree
 from parallel.axes import Layout
 from parallel.experts import expert_dispatch
+from serving.passes import Texts, row_passes, tree_passes
 from serving.sampling import Sampling, first_largest, keys_at, sample
 
 SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
 LENGTH_STEP = 32  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
 LEAST_CAPACITY = 160  # of a cache that grows: below, a program more costs what it saves
-SCORED = 4096  # tokens of one forward pass of `score`, where a row is no longer
-TARGETS = 512  # whose scores are made at once from those of a pass: the head is the dearest projection
-Texts = Sequence[Sequence[int]]
+TARGETS = 256  # whose scores are made at once from those of a pass: the head is the dearest projection
 Place = tuple[int, int, int]  # a row of a pass, a position in it, and the token that is scored there
 
 
@@ -55,8 +56,13 @@ class Generator:
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
         self._hidden = jax.jit(partial(_hidden, model, ops))
         self._score = jax.jit(partial(_score, model, ops))
-        self._likeliest = jax.jit(partial(_likeliest, model, ops))
         self._learned = model.config.position == "learned"
+        mixers = {spec.mixer for segment in model.segments for spec in segment.period}
+        if any(mixer(name).whole_rows for name in mixers):
+            most = model.config.max_seq_len if self._learned else None
+            self._passes = partial(row_passes, ways=self._ways, most=most)
+        else:
+            self._passes = partial(tree_passes, ways=self._ways)
         self.update(params)
 
     def update(self, params: Tree) -> None:
@@ -116,82 +122,47 @@ class Generator:
         """Natural log-probabilities, float32, of the tokens of each text from its start (1 by default) on.
 
         Each by those before it. On one device and in float32 a text's figures are bitwise the same whatever
-        is scored with it: its own length alone says which program computes it, and there it has a row to
-        itself. Texts that differ in their last token alone share one. Raises ValueError as `complete` does.
+        is scored with it: its own length alone says which program computes it. What several texts begin with
+        is read once. Raises ValueError as `complete` does.
         """
-        return [scores for (scores,) in self._of_tokens(texts, starts, (self._score,))]
+        return [scores for scores, _ in self.score_greedy(texts, starts)]
 
     def score_greedy(
         self, texts: Texts, starts: Sequence[int] | None = None
     ) -> list[tuple[Float[np.ndarray, " P"], bool]]:
         """The same, and whether each of these tokens is the likeliest, the first of equals."""
-        found = self._of_tokens(texts, starts, (self._score, self._likeliest))
-        return [(scores, bool(np.all(likeliest == 1))) for scores, likeliest in found]
-
-    def _of_tokens(
-        self, texts: Texts, starts: Sequence[int] | None, functions: Sequence[Any]
-    ) -> list[list[Float[np.ndarray, " P"]]]:
-        """Of each text what each function says of its tokens from its start on."""
         if not texts:
             return []
         self._check(texts, 0)
         starts = [1] * len(texts) if starts is None else starts
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for number, text in enumerate(texts):
-            rows.setdefault(tuple(text[:-1]), []).append(number)
-        # Several documents in one row would save its padding, but where keys lie in a row decides in which
-        # order a CPU adds them up: the last bit of a score would depend on its neighbours.
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for row in rows:
-            by_length.setdefault(self._row_length(len(row)), []).append(row)
-        found = [
-            [np.zeros(len(text) - start, np.float32) for _ in functions]
-            for text, start in zip(texts, starts, strict=True)
-        ]
-        for length, group in sorted(by_length.items()):
-            step = max(1, SCORED // length)
-            step += -step % self._ways
-            for i in range(0, len(group), step):
-                part = group[i : i + step]
-                wanted = [
-                    (r, at - 1, texts[number][at])
-                    for r, row in enumerate(part)
-                    for number in rows[row]
-                    for at in range(starts[number], len(texts[number]))
-                ]
-                figures = self._figures(part, (step, length), wanted, functions)
-                at = 0
-                for number in (number for row in part for number in rows[row]):
-                    size = len(found[number][0])
-                    for own, of_all in zip(found[number], figures, strict=True):
-                        own[:] = of_all[at : at + size]
-                    at += size
+        found: list[Any] = [None] * len(texts)
+        for part in self._passes([tuple(text[:-1]) for text in texts]):
+            wanted = [
+                (row, place, token)
+                for number, row, places in part.texts
+                for place, token in zip(
+                    places[starts[number] - 1 :], texts[number][starts[number] :], strict=True
+                )
+            ]
+            figures, at = self._figures(part.batch, wanted), 0
+            for number, *_ in part.texts:
+                own = figures[:, at : at + len(texts[number]) - starts[number]]
+                found[number] = own[0], bool(np.all(own[1]))
+                at += own.shape[1]
         return found
 
-    def _figures(
-        self, rows: Texts, shape: tuple[int, int], wanted: Sequence[Place], functions: Sequence[Any]
-    ) -> list[Float[np.ndarray, " P"]]:
-        """What each function says of these tokens: one pass over the rows, then the head in equal blocks."""
+    def _figures(self, batch: dict[str, Any], wanted: Sequence[Place]) -> Float[np.ndarray, "2 P"]:
+        """Log-probabilities of these tokens, and 1 where one is the likeliest: the head in equal blocks."""
         if not wanted:
-            return [np.zeros(0, np.float32) for _ in functions]
-        stream = self._hidden(self._weights, _rows_of(rows, shape))
+            return np.zeros((2, 0), np.float32)
+        stream = self._hidden(self._weights, batch)
         size = TARGETS + -TARGETS % self._ways
         places = np.zeros((len(wanted) + -len(wanted) % size, 3), np.int32)
         places[: len(wanted)] = wanted
         blocks = places.reshape(-1, self._ways, size // self._ways, 3)
         # All on their way, then read.
-        found = [[function(self._weights, stream, block) for block in blocks] for function in functions]
-        return [np.concatenate([np.asarray(x).ravel() for x in one])[: len(wanted)] for one in found]
-
-    def _row_length(self, size: int) -> int:
-        """Of the row that a text of so many tokens has: a power of two, from 128 on or half as much again."""
-        length = LENGTH_STEP
-        while length < size:
-            if length & (length - 1):
-                length = length * 4 // 3
-            else:  # below, a program more costs what it saves
-                length = 2 * length if length < 128 else length * 3 // 2
-        return min(length, self.model.config.max_seq_len) if self._learned else length
+        found = [self._score(self._weights, stream, block) for block in blocks]
+        return np.concatenate([np.asarray(x).reshape(2, -1) for x in found], axis=1)[:, : len(wanted)]
 
     def _check(self, texts: Texts, max_new_tokens: int) -> None:
         """Raise ValueError for what the model can neither read nor go on from."""
@@ -301,36 +272,26 @@ def _advance(
     return cache, ops.constrain(tokens, (None, None)), ops.constrain(done, (None,))
 
 
-def _hidden(model: Model, ops: Ops, params: Tree, batch: dict[str, Array]) -> Float[Array, "B T D"]:
+def _hidden(model: Model, ops: Ops, params: Tree, batch: dict[str, Any]) -> Float[Array, "B T D"]:
     """What the last layer gives for each of the batch's tokens."""
-    batch = {name: ops.constrain(x, ("batch", None)) for name, x in batch.items()}
+    batch = jax.tree.map(lambda x: ops.constrain(x, ("batch", *[None] * (x.ndim - 1))), batch)
+    if "paths" in batch:
+        ops = replace(ops, attention=partial(tree_attention, paths=batch.pop("paths")))
     return model.hidden(params, batch, ops)
 
 
 def _score(
     model: Model, ops: Ops, params: Tree, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
-) -> Float[Array, "R P"]:
-    """The log-probability of a token at each place (row, position, token) of the stream."""
-    x, token = _at_places(ops, stream, places)
-    return ops.constrain(model.logprobs(params, x, {"targets": token}, ops), (None, None))
-
-
-def _likeliest(
-    model: Model, ops: Ops, params: Tree, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
-) -> Float[Array, "R P"]:
-    """1 where the token of a place is the likeliest there, else 0."""
-    x, token = _at_places(ops, stream, places)
-    logits = ops.constrain(model.logits(params, x, ops), ("batch", None, None))
-    greedy = first_largest(logits.reshape(-1, logits.shape[-1])).reshape(token.shape)
-    return ops.constrain((greedy == token).astype(jnp.float32), (None, None))
-
-
-def _at_places(
-    ops: Ops, stream: Float[Array, "B T D"], places: Int[Array, "R P 3"]
-) -> tuple[Float[Array, "R P D"], Int[Array, "R P"]]:
-    """What the stream has at places (row, position, token), and their tokens."""
+) -> Float[Array, "2 R P"]:
+    """Of each place (row, position, token): the token's log-probability, and 1 where it is the likeliest."""
     row, position, token = (ops.constrain(places[..., i], ("batch", None)) for i in range(3))
-    return ops.constrain(stream[row, position], ("batch", None, None)), token
+    x = ops.constrain(stream[row, position], ("batch", None, None))
+    logits = model.logits(params, x, ops)
+    # A sum and no gather: the vocabulary may be split over devices.
+    hit = jnp.arange(logits.shape[-1]) == token[..., None]
+    own = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    likeliest = first_largest(logits) == token
+    return ops.constrain(jnp.stack([own, likeliest.astype(own.dtype)]), (None, None, None))
 
 
 # -- on the host -------------------------------------------------------------------------------------------
@@ -367,13 +328,3 @@ def _at_the_left(texts: Texts, room: int) -> tuple[Int[np.ndarray, "B L"], Int[n
 def _until(row: np.ndarray, stop: np.int32) -> list[int]:
     ends = np.flatnonzero(row == stop)
     return row[: ends[0] if len(ends) else len(row)].tolist()
-
-
-def _rows_of(texts: Texts, shape: tuple[int, int]) -> dict[str, Int[np.ndarray, "B T"]]:
-    """A batch of that shape with a text at the left of each of its first rows."""
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
-    batch["positions"][:] = np.arange(shape[1])
-    for row, text in enumerate(texts):
-        batch["tokens"][row, : len(text)] = text
-        batch["segment_ids"][row, : len(text)] = 1
-    return batch

@@ -58,7 +58,7 @@ def keys_at(keys: Key[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, "
     return jax.vmap(jax.random.fold_in)(keys, positions)
 
 
-def first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+def first_largest(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     """The index of the largest of each row, the first of equals.
 
     Two plain reductions: XLA:CPU makes one loop without vectors of `argmax` and all that it reads, noise
