@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from kernels.attention import Masks, Scores
 from kernels.attention_paged import online_attention
 
-TOGETHER = 32  # blocks that are worked on at once, as far as the longest of them goes
+TOGETHER = 16  # blocks whose keys are in the caches at once, as far as the longest of them goes
 
 
 class Paths(NamedTuple):
     """Where in its row the tokens of texts lie.
 
-    queries: of blocks of Q successive positions, the first a multiple of Q; -1 where nothing is asked. keys: of
-    the text of each block, its positions 0, 1, ... up to the block's end. own: each token's place in [B Q].
+    queries: of blocks of Q successive positions, the first a multiple of Q; -1 where nothing is asked. keys:
+    of the text of each block, its positions 0, 1, ... up to the block's end. own: a token's place in [B Q].
     """
 
     queries: Int[Array, "W B Q"]

@@ -22,7 +22,7 @@ from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
 from serving.schedule import Seat, Turns
 from serving.settings import ServeConfig
-from serving.texts import Counts, Pace, Pending, ReadyWeights, Text
+from serving.texts import Counts, Pace, Pending, Queued, ReadyWeights, Text
 
 
 class Engine:
@@ -84,7 +84,7 @@ class Engine:
         self._bias_there: Any = None
         self._pending: list[Pending] = []
         self._texts: dict[int, Text] = {}
-        self._next, self._counts, self._pace = 0, Counts(), Pace()
+        self._next, self._queued, self._counts, self._pace = 0, Queued(), Counts(), Pace()
         self._lock, self._work = threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._ending = self._draining = False
@@ -119,13 +119,24 @@ class Engine:
         """Let a request wait for its turn; its number. As `serving.request.Answering` says."""
         self._check(request)
         with self._lock:
-            self._admissible(request)
+            if self._error is not None:
+                raise Refused("failed", f"the engine has failed: {self._error}", 60.0)
+            if self._draining:
+                raise Refused("draining", "the server is about to end and takes no more requests", 5.0)
+            if (refused := self._no_room(len(request.prompt) + request.max_tokens)) is not None:
+                raise refused
             self._next += 1
             text = Text(self._next, request, sink, time.monotonic())
             self._texts[text.number] = text
+            self._queued.add(text, self.settings.chunk)
             self._schedule.add(text, request.client)
         self._work.set()
         return text.number
+
+    def full(self) -> Refused | None:
+        """As `serving.request.Answering` says."""
+        with self._lock:
+            return self._no_room(2)  # a token and its answer
 
     def cancel(self, number: int) -> None:
         """End a request soon, unless it has ended."""
@@ -162,12 +173,11 @@ class Engine:
     def load(self) -> Load:
         """As `serving.request.Answering` says."""
         with self._lock:
-            waiting = list(self._schedule.waiting)
             counts, pool = self._counts, self._pool
             return Load(
                 running=sum(1 for _ in self._schedule.seats),
-                waiting=len(waiting),
-                waiting_tokens=sum(text.tokens for text in waiting),
+                waiting=self._queued.requests,
+                waiting_tokens=self._queued.tokens,
                 slots=self.settings.slots,
                 pages=pool.count,
                 pages_used=pool.used,
@@ -215,24 +225,21 @@ class Engine:
         need = self._pool.needed(size + request.max_tokens)
         within("pages of the request", need, 0, self._pool.count)
 
-    def _admissible(self, request: Request) -> None:
-        """Raise Refused where it would wait behind too much."""
-        if self._error is not None:
-            raise Refused("failed", f"the engine has failed: {self._error}", 60.0)
-        if self._draining:
-            raise Refused("draining", "the server is about to end and takes no more requests", 5.0)
-        waiting = list(self._schedule.waiting)
-        if not waiting:
-            return
-        limits, tokens = self.settings, len(request.prompt) + request.max_tokens
-        wait = self._pace.seconds(self._texts.values(), limits.chunk, limits.slots)
+    def _no_room(self, tokens: int) -> Refused | None:
+        """Why so many tokens more may not wait now. Sums are kept: a full queue costs no more than none."""
+        queued, limits = self._queued, self.settings
+        if not queued.requests:
+            return None
+        running = [seat.item for seat in self._schedule.seats]
+        wait = self._pace.seconds(running, queued, limits.chunk, limits.slots)
         for key, value, limit in (
-            ("queue_requests", len(waiting) + 1, limits.queue_requests),
-            ("queue_tokens", sum(text.tokens for text in waiting) + tokens, limits.queue_tokens),
+            ("queue_requests", queued.requests + 1, limits.queue_requests),
+            ("queue_tokens", queued.tokens + tokens, limits.queue_tokens),
             ("queue_seconds", round(wait, 1), limits.queue_seconds),
         ):
             if value > limit:
-                raise Refused(key, f"{key}={value} would be above {limit}; come again later", max(1.0, wait))
+                return Refused(key, f"{key}={value} would be above {limit}; come again later", max(1.0, wait))
+        return None
 
     # -- the engine's thread ---------------------------------------------------------------------------------
 
@@ -283,6 +290,7 @@ class Engine:
         for seat in self._schedule.admit(self._seat):
             text = seat.item
             text.seat, text.began = seat, time.monotonic()
+            self._queued.add(text, self.settings.chunk, -1)
             if seat.at == seat.end:
                 self._place(seat)
 
@@ -410,6 +418,7 @@ class Engine:
         for text in [text for text in self._texts.values() if text.cancelled]:
             if text.seat is None:
                 self._schedule.drop(text, text.request.client)
+                self._queued.add(text, self.settings.chunk, -1)
             self._stop_slot(text)
             self._finish(text, "cancelled")
 

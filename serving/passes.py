@@ -14,7 +14,7 @@ from jaxtyping import Int
 from kernels.attention_tree import Paths
 
 TOKENS = 1024  # of a row, or a power of two times as many where a text is longer
-QUERIES = 16  # successive positions of a block
+QUERIES = 8  # successive positions of a block
 KEYS = 64  # positions that a block reads at a time
 SCORED = 4096  # tokens of a pass of rows with a text each, where a row is no longer
 LEAST_ROW = 32  # tokens of such a row

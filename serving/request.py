@@ -165,6 +165,9 @@ class Answering(Protocol):
     def submit(self, request: Request, sink: Sink) -> int:
         """A number for the request. Raises Refused where it has no place, ValueError where it never will."""
 
+    def full(self) -> Refused | None:
+        """Why no request at all has a place now; None where one may have. Costs next to nothing."""
+
     def cancel(self, number: int) -> None:
         """End a request soon: it is Finished with "cancelled", unless it had ended before."""
 

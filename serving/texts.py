@@ -1,6 +1,6 @@
 """Texts on their way through an engine, and what is counted of them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,23 @@ class Text:
     def unread(self) -> int:
         """Of the prompt, what the cache has not."""
         return len(self.request.prompt) if self.seat is None else self.seat.end - self.seat.at
+
+
+@dataclass
+class Queued:
+    """What waits, in sums that are kept and not made: how many, their tokens, chunks and longest answers."""
+
+    requests: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    answers: int = 0
+
+    def add(self, text: Text, chunk: int, count: int = 1) -> None:
+        """Count a text that begins to wait, or with -1 one that waits no longer."""
+        self.requests += count
+        self.tokens += count * text.tokens
+        self.chunks += count * -(-len(text.request.prompt) // chunk)
+        self.answers += count * text.request.max_tokens
 
 
 @dataclass
@@ -92,10 +109,11 @@ class Pace:
         """An answer has come to its end."""
         self.share = SMOOTH * self.share + (1 - SMOOTH) * written / most
 
-    def seconds(self, texts: Iterable[Text], chunk: int, slots: int) -> float:
-        """How long what is left of these will take all slots together."""
-        chunks = sum(-(-text.unread // chunk) for text in texts)
-        tokens = sum(max(0.0, self.share * text.request.max_tokens - text.written) for text in texts)
+    def seconds(self, texts: Collection[Text], queued: Queued, chunk: int, slots: int) -> float:
+        """How long what is left of these texts, and what is queued, will take all slots together."""
+        chunks = queued.chunks + sum(-(-text.unread // chunk) for text in texts)
+        left = sum(max(0.0, self.share * text.request.max_tokens - text.written) for text in texts)
+        tokens = self.share * queued.answers + left
         return chunks * self.chunk + tokens / slots * self.decode
 
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.tokens.tokenizer import Tokenizer
 from serving.grammar import ANY_OBJECT, GrammarCompiler, TokenGrammar
@@ -48,6 +49,7 @@ from serving.http.wire import (
 from serving.request import Answering, Refused, Written
 
 LONG = 4096  # letters of prompts from which on they are cut into tokens beside the event loop
+ANSWERS = ("/v1/completions", "/v1/chat/completions")
 MOST_BYTES = 32 * 2**20  # of a request
 MOST_SCORED = 256  # prompts that wait to be scored: more are refused
 SECURITY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -214,8 +216,7 @@ class Service:
                     call.echoes.append(await self._echo(prompt, head, logprobs_of(body)))
             return EventStream(call) if body.stream else as_json(await call.whole())
         except Refused as refused:
-            self.metrics.refused(refused.reason)
-            raise _unavailable(str(refused), refused.retry_after, refused.reason) from None
+            raise self._refused(refused) from None
         except ClientGone:
             return Response(status_code=499)  # read by nobody
         except AnswerFailed as error:
@@ -281,6 +282,18 @@ class Service:
 
     # -- who may ask, and when
 
+    def turned_away(self, scope: Scope) -> ApiError | None:
+        """Why a request for answers is refused by its head alone; None where it is to be read."""
+        if scope["method"] != "POST" or not self._has_key(HttpRequest(scope)):
+            return None  # which has another answer
+        if not self.ready or (refused := self.engine.full()) is None:
+            return None
+        return self._refused(refused)
+
+    def _refused(self, refused: Refused) -> ApiError:
+        self.metrics.refused(refused.reason)
+        return _unavailable(str(refused), refused.retry_after, refused.reason)
+
     def _check_open(self) -> None:
         if self.draining:
             raise _unavailable("the server is about to end; ask another one", 5, "draining")
@@ -289,8 +302,12 @@ class Service:
         if not self.ready:
             raise _unavailable("the model is being prepared; ask again", 5, "starting")
 
+    def _has_key(self, request: HttpRequest) -> bool:
+        key = self._api_key
+        return key is None or hmac.compare_digest(_bearer(request).encode(), key.encode())
+
     def _check_key(self, request: HttpRequest) -> None:
-        if self._api_key is None or hmac.compare_digest(_bearer(request).encode(), self._api_key.encode()):
+        if self._has_key(request):
             return
         raise ApiError(
             "the Authorization header holds no valid key; send Bearer and the server's",
@@ -329,7 +346,25 @@ def server_of(service: Service) -> DrainingServer:
     return DrainingServer(config, service)
 
 
-def application(service: Service) -> Starlette:
+class Door:
+    """An application of which the overload is kept away: nothing is read of requests that have no place.
+
+    To say no must cost little, or the refused take from the served what they were refused for.
+    """
+
+    def __init__(self, service: Service, app: ASGIApp) -> None:
+        self._service, self._app = service, app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let through (ASGI)."""
+        app = self._app
+        if scope["type"] == "http" and scope["path"] in ANSWERS:
+            if (error := self._service.turned_away(scope)) is not None:
+                app = as_json(error.body(), error.status, error.headers)
+        await app(scope, receive, send)
+
+
+def application(service: Service) -> ASGIApp:
     """The routes, and every refusal as JSON."""
     routes = [
         Route("/", service.chat_page),
@@ -339,8 +374,8 @@ def application(service: Service) -> Starlette:
         Route("/version", service.version_page),
         Route("/v1/models", service.models),
         Route("/v1/models/{model:path}", service.models),
-        Route("/v1/completions", service.completions, methods=["POST"]),
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route(ANSWERS[0], service.completions, methods=["POST"]),
+        Route(ANSWERS[1], service.chat, methods=["POST"]),
         Route("/tokenize", service.tokenize, methods=["POST"]),
         Route("/detokenize", service.detokenize, methods=["POST"]),
     ]
@@ -349,7 +384,7 @@ def application(service: Service) -> Starlette:
         HTTPException: _no_route,
         Exception: _fault,
     }
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Door(service, Starlette(routes=routes, exception_handlers=handlers))
 
 
 async def _refuse(request: HttpRequest, error: ApiError) -> Response:

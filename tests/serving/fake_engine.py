@@ -47,10 +47,15 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
+    def full(self):
+        if self.held >= self.slots + self.queue:
+            return Refused("requests", "the queue is full; ask again later", 0.3)
+        return None
+
     def submit(self, request, sink):
         with self._lock:
-            if len(self._running) + len(self._waiting) >= self.slots + self.queue:
-                raise Refused("requests", "the queue is full; ask again later", 0.3)
+            if (refused := self.full()) is not None:
+                raise refused
             number = len(self.requests)
             self.requests.append(request)
             self._waiting.append((number, request, sink, []))

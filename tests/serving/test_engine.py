@@ -28,7 +28,7 @@ from serving.sampling import Sampling, sample_keys
 from serving.schedule import Seat
 from serving.settings import ServeConfig
 from serving.speculate import guess
-from serving.texts import Pace, Text
+from serving.texts import Pace, Queued, Text
 from tests.parallel.small import RULES
 from tests.serving.test_generate import CONFIG, MODELS, OPS, make, make_forward
 from training.config import Config
@@ -325,6 +325,7 @@ def test_a_hundred_that_go_away_hold_nothing(engine):
     engine.step()
     load = engine.load()
     assert (load.running, load.waiting, load.pages_used) == (0, 0, 0)
+    assert engine._queued == Queued() and engine.full() is None
     ends = [event for _, event in events if isinstance(event, Finished)]
     assert [end.reason for end in ends] == ["cancelled"] * 100
 
@@ -346,6 +347,10 @@ def test_what_never_fits_is_an_error_and_what_does_not_fit_now_is_refused():
     with pytest.raises(Refused, match="queue_requests=3 would be above 2") as refused:
         engine.submit(Request((1,), 1), nothing)
     assert refused.value.reason == "queue_requests" and refused.value.retry_after >= 1
+    # Known without a request as well, from sums that are kept and not made.
+    assert str(engine.full()) == str(refused.value)
+    chunks = 2 * -(-len(LONG) // SETTINGS.chunk)
+    assert engine._queued == Queued(2, 2 * (len(LONG) + 30), chunks, 60)
     engine._draining = True
     with pytest.raises(Refused, match="about to end"):
         engine.submit(Request((1,), 1), nothing)
@@ -393,17 +398,21 @@ def test_a_failure_is_told_to_everybody(monkeypatch):
 
 def test_how_long_one_would_wait_is_by_what_the_engine_can_do():
     pace = Pace()
-    nobody = [Text(0, Request(LONG, 10), print, 0.0)]
-    assert pace.seconds(nobody, 8, 2) == 0  # nothing is known yet
+    nobody, none = [Text(0, Request(LONG, 10), print, 0.0)], Queued()
+    assert pace.seconds(nobody, none, 8, 2) == 0  # nothing is known yet
     for _ in range(300):
         pace.took(0.002, 0)
         pace.took(0.012, 2)
     assert (pace.decode, pace.chunk) == (pytest.approx(0.002), pytest.approx(0.005))
     texts = [Text(n, Request(LONG, 10), print, 0.0) for n in range(6)]
-    assert pace.seconds(texts, 8, 3) == pytest.approx(6 * 4 * 0.005 + 60 / 3 * 0.002)
+    assert pace.seconds(texts, none, 8, 3) == pytest.approx(6 * 4 * 0.005 + 60 / 3 * 0.002)
+    queued = Queued()
+    for text in texts:
+        queued.add(text, 8)
+    assert pace.seconds([], queued, 8, 3) == pace.seconds(texts, none, 8, 3)
     texts[0].written = 10
     texts[1].seat = Seat(0, texts[1], 24, 29)
-    assert pace.seconds(texts, 8, 3) == pytest.approx(21 * 0.005 + 50 / 3 * 0.002)
+    assert pace.seconds(texts, none, 8, 3) == pytest.approx(21 * 0.005 + 50 / 3 * 0.002)
     for _ in range(300):
         pace.ended(1, 10)
-    assert pace.seconds(nobody, 8, 1) == pytest.approx(4 * 0.005 + 1 * 0.002, rel=0.02)
+    assert pace.seconds(nobody, none, 8, 1) == pytest.approx(4 * 0.005 + 1 * 0.002, rel=0.02)

@@ -373,9 +373,12 @@ def test_overload_is_refused_with_when_to_come_back():
         for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}, {"prompt": "a", "n": 3}):
             status, answer, headers = client.ask("/v1/completions", body)
             assert status == 503 and headers["retry-after"] == "1" and answer["error"]["code"] == "requests"
+        # By its head alone: nothing is read of a body. What is no request has its own answer.
+        assert client.ask("/v1/chat/completions", b"{")[0] == 503
+        assert client.ask("/v1/completions")[0] == 405 and client.ask("/tokenize", {"prompt": "a"})[0] == 200
         assert client.service.open == 2 and len(engine.requests) == 2
         assert (
-            'admission_rejections_total{model_name="tiny",reason="requests"} 3.0' in client.ask("/metrics")[1]
+            'admission_rejections_total{model_name="tiny",reason="requests"} 4.0' in client.ask("/metrics")[1]
         )
         engine.gate.set()
         for thread in threads:
