@@ -104,6 +104,7 @@ def test_scores_are_sums_of_a_plain_forward_pass(tiny, generator):
     assert found.tokens == tuple(len(text) for text in REQUESTS[0].continuations)
 
 
+ALONE = (0, 1, 7, 30, 31, 33, 35, 36, 38)
 # SmolLM2's width, where a library cuts sums over keys and over features into blocks.
 WIDE = ModelConfig(
     vocab_size=VOCAB, num_layers=1, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=128
@@ -119,16 +120,18 @@ def test_a_score_is_bitwise_its_own_whatever_is_beside_it():
     sizes = [*rng.integers(2, 96, 30), 130, 190]
     texts = [rng.integers(0, VOCAB, n).tolist() for n in sizes]
     texts += [[*texts[0][:-1], last] for last in (3, 5, 7)]  # which share all but their last token
+    # Which share what they begin with, up to within a block and to its end.
+    texts += [texts[1][:size] + rng.integers(0, VOCAB, more).tolist() for size in (8, 13) for more in (5, 60)]
     together = generator.score(texts)
     order = rng.permutation(len(texts))
     shuffled = generator.score([texts[i] for i in order])
-    alone = [generator.score([texts[i]])[0] for i in (0, 7, 30, 31, 33)]
+    alone = [generator.score([texts[i]])[0] for i in ALONE]
     half = [x for part in (texts[:11], texts[11:]) for x in generator.score(part)]
     tails = generator.score(texts, [len(text) - 1 for text in texts])
     for place, i in enumerate(order):
         assert shuffled[place].tobytes() == together[i].tobytes() == half[i].tobytes()
         assert tails[i].tobytes() == together[i][-1:].tobytes()
-    for found, i in zip(alone, (0, 7, 30, 31, 33), strict=True):
+    for found, i in zip(alone, ALONE, strict=True):
         assert found.tobytes() == together[i].tobytes()
 
 

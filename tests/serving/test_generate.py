@@ -97,6 +97,18 @@ def test_scores_are_those_of_a_plain_forward_pass(name):
         assert found.dtype == np.float32
 
 
+@pytest.mark.parametrize("name", ["window", "latent", "moe"])
+def test_a_score_is_its_own_text_s_whatever_the_layers_are(name):
+    model = build_model(MODELS[name])
+    generator = Generator(model, lively(model, spread=0.1), OPS)
+    rng = np.random.default_rng(0)
+    context = rng.integers(0, 64, 21).tolist()
+    texts = [*PROMPTS, *(context + rng.integers(0, 64, n).tolist() for n in (1, 3, 12, 12))]
+    together = generator.score(texts)
+    for text, found in zip(texts, together, strict=True):
+        assert generator.score([text])[0].tobytes() == found.tobytes()
+
+
 def test_a_sample_does_not_depend_on_its_batch(generator):
     go = partial(write, generator, count=12, sampling=Sampling(0.9, top_k=20), seed=3)
     together = go(PROMPTS)
