@@ -7,6 +7,7 @@
     max_len=0             tokens of a prompt and its answer; 0: as many as the model was made for
     page=64               tokens of a page of the cache
     chunk=128             tokens of a prompt that are read at once, a multiple of page
+    prefill_every=1       tokens of every text that are written between two chunks
     pages=0               of the cache; 0: as many as all slots need for the longest texts
     guesses=0             tokens that are guessed from the text itself and read with the next one
     prefix_cache=true     keep what prompts have in common
@@ -65,23 +66,13 @@ FOLLOW_SECONDS = 5.0  # between two looks for a newer checkpoint
 SWITCH_SECONDS = 0.0005
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The command line, each key with its type; see the module's docstring."""
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServeConfig):
+    """The command line, each key with its type, the engine's among them; see the module's docstring."""
 
     run: str
     host: str = "127.0.0.1"
     port: int = 8000
-    slots: int = 8
-    max_len: int = 0
-    page: int = 64
-    chunk: int = 128
-    pages: int = 0
-    guesses: int = 0
-    prefix_cache: bool = True
-    queue_requests: int = 256
-    queue_tokens: int = 1 << 20
-    queue_seconds: float = 60.0
     precision: str = "auto"
     weights: str = "raw"
     step: str = LATEST
@@ -94,9 +85,8 @@ class ServeOptions:
 
 
 def engine_settings(options: ServeOptions) -> ServeConfig:
-    """What of the command line is the engine's. ValueError for sizes that cannot be."""
-    keys = {field.name for field in fields(ServeConfig)} & {field.name for field in fields(options)}
-    return ServeConfig(**{key: getattr(options, key) for key in keys})
+    """What of the command line is the engine's."""
+    return ServeConfig(**{field.name: getattr(options, field.name) for field in fields(ServeConfig)})
 
 
 def parse_options(arguments: Sequence[str]) -> ServeOptions:
@@ -113,7 +103,6 @@ def parse_options(arguments: Sequence[str]) -> ServeOptions:
             raise ValueError(
                 f"follow=true goes with a run and step=latest, not {options.run} step={options.step}"
             )
-    engine_settings(options)
     return options
 
 
