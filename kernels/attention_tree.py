@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels.attention import Masks, Scores
 from kernels.attention_paged import online_attention
 
+AnyArray = Array | np.ndarray  # from the host, or traced
 TOGETHER = 16  # blocks whose keys are in the caches at once, as far as the longest of them goes
 
 
@@ -23,9 +25,9 @@ class Paths(NamedTuple):
     of the text of each block, its positions 0, 1, ... up to the block's end. own: a token's place in [B Q].
     """
 
-    queries: Int[Array, "W B Q"]
-    keys: Int[Array, "W B M S"]
-    own: Int[Array, "W T"]
+    queries: Int[AnyArray, "W B Q"]
+    keys: Int[AnyArray, "W B M S"]
+    own: Int[AnyArray, "W T"]
 
 
 def tree_attention(
@@ -67,7 +69,7 @@ def tree_attention(
     return _picked(out.reshape(rows, -1, *out.shape[-2:]), paths.own)
 
 
-def _picked(x: Array, at: Array) -> Array:
+def _picked(x: Array, at: AnyArray) -> Array:
     """Of each row [W, T, ...] the elements at places [W, ...]."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, at)
 

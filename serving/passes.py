@@ -20,14 +20,15 @@ SCORED = 4096  # tokens of a pass of rows with a text each, where a row is no lo
 LEAST_ROW = 32  # tokens of such a row
 Texts = Sequence[Sequence[int]]
 Batch = dict[str, Any]
+Place = tuple[int, int, Int[np.ndarray, " T"]]
 
 
 @dataclass(frozen=True)
-class Pass:
+class ScorePass:
     """A batch, and where the texts that it holds lie: their number, their row and their tokens' places."""
 
     batch: Batch
-    texts: list[tuple[int, int, Int[np.ndarray, " T"]]]
+    texts: list[Place]
 
 
 @dataclass
@@ -57,7 +58,7 @@ class _Tree:
         return np.array(path, np.int32)
 
 
-def tree_passes(texts: Texts, ways: int) -> Iterator[Pass]:
+def tree_passes(texts: Sequence[tuple[int, ...]], ways: int) -> Iterator[ScorePass]:
     """Passes over all texts, each token of a beginning that several share read once in a pass.
 
     A text's length alone says how long its rows are.
@@ -67,18 +68,18 @@ def tree_passes(texts: Texts, ways: int) -> Iterator[Pass]:
         sizes.setdefault(_power(len(text), TOKENS), []).append(number)
     for size, numbers in sorted(sizes.items()):
         numbers.sort(key=lambda number: texts[number])
-        trees, placed = [_Tree(size)], []
+        trees, placed = [_Tree(size)], list[Place]()
         for number in numbers:
             path = trees[-1].add(texts[number])
             if path is None:
                 if len(trees) == ways:
-                    yield Pass(_tree_batch(trees, ways, size), placed)
+                    yield ScorePass(_tree_batch(trees, ways, size), placed)
                     trees, placed = [], []
                 trees.append(_Tree(size))
                 path = trees[-1].add(texts[number])
                 assert path is not None
             placed.append((number, len(trees) - 1, path))
-        yield Pass(_tree_batch(trees, ways, size), placed)
+        yield ScorePass(_tree_batch(trees, ways, size), placed)
 
 
 def _tree_batch(trees: list[_Tree], ways: int, size: int) -> Batch:
@@ -100,14 +101,14 @@ def _tree_batch(trees: list[_Tree], ways: int, size: int) -> Batch:
     return {**batch, "paths": Paths(queries, keys.reshape(ways, size // 4, -1, KEYS), own)}
 
 
-def row_passes(texts: Texts, ways: int, most: int | None) -> Iterator[Pass]:
+def row_passes(texts: Sequence[tuple[int, ...]], ways: int, most: int | None) -> Iterator[ScorePass]:
     """Passes in which each text that differs has a row of its own, of a length that its own length decides.
 
     For mixers that go through a row from its begin. most: places of a row, where positions are a table.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
     for number, text in enumerate(texts):
-        rows.setdefault(tuple(text), []).append(number)
+        rows.setdefault(text, []).append(number)
     sizes: dict[int, list[tuple[int, ...]]] = {}
     for row in rows:
         size = _power(len(row), LEAST_ROW)
@@ -118,7 +119,7 @@ def row_passes(texts: Texts, ways: int, most: int | None) -> Iterator[Pass]:
         for i in range(0, len(group), step):
             part = group[i : i + step]
             placed = [(n, r, np.arange(len(row))) for r, row in enumerate(part) for n in rows[row]]
-            yield Pass(_row_batch(part, (step, size)), placed)
+            yield ScorePass(_row_batch(part, (step, size)), placed)
 
 
 def _row_batch(texts: Texts, shape: tuple[int, int]) -> Batch:
