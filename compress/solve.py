@@ -2,10 +2,10 @@
 
 GPTQ (Frantar et al. 2022, arXiv:2210.17323) and SparseGPT (2023, arXiv:2301.00774) are one loop: input by
 input a row of weights is rounded, zeroed, or both, and what that costs is made good by the rows behind it, as
-far as their inputs go along: by the Cholesky factor of the inverse of H = XᵀX. Each output is a problem of its
-own.
+far as their inputs go along: by the Cholesky factor of the inverse of H = XᵀX. Each output is a problem of
+its own.
 
-I inputs, O outputs, G groups of inputs with a scale, M inputs of which a pattern keeps N. Matrices are [I, O].
+I inputs, O outputs, G groups of inputs with a scale, M inputs of which a pattern keeps N.
 """
 
 from dataclasses import dataclass
@@ -167,8 +167,9 @@ def solve(
 ) -> Float[Array, "I O"]:
     """The matrix with every row on its grid (where there is one) and zeros where sparsity wants them.
 
-    h: the sum of xᵀx. keep: weights that may be other than zero, where no sparsity says. Values, not levels: those of a grid are found again by rounding. Scales are of the
-    matrix as it was, so that rows may be taken in any order.
+    h: the sum of xᵀx. keep: weights that may be other than zero, where no sparsity says. Given back are
+    values, not levels: those of a grid are found again by rounding. Scales are of the matrix as it was, so
+    that rows may be taken in any order.
     """
     inputs = w.shape[0]
     w, diagonal = w.astype(jnp.float32), jnp.diagonal(h)

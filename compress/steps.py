@@ -1,4 +1,4 @@
-"""What a recipe's steps do to a model: numbers on a grid, zeros. Each takes model and weights, and gives both.
+"""What a recipe's steps do to a model: numbers on a grid, zeros. Each takes a model and gives one.
 
 I inputs, O outputs, E experts.
 """

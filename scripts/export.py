@@ -91,7 +91,7 @@ def do(arguments: Sequence[str]) -> int:
         return parameter(path, row)[:rows] if path in TABLES else parameter(path, row)
 
     text = (found.path / "tokenizer.json").read_text("utf-8")
-    template, stop_id = _chat(found.path, tokenizer)
+    template, stop_id = chat_of(found.path / "tokenizer.json", tokenizer)
     model, kind = build_model(config), KINDS[options.dtype]
     if hub:
         files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
@@ -158,14 +158,14 @@ def _with_vocab(found: LoadedRun[Any], size: int) -> Any:
     return with_vocab(found.config, size).model
 
 
-def _chat(path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
+def chat_of(tokenizer_path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
     """The template that the run was taught, and what ends a turn by it; None for a run of plain text."""
     from data.tokens.chat import ChatEncoder
     from data.tokens.chat_template import find_template, has_template
 
-    if not has_template(path / "tokenizer.json"):
+    if not has_template(tokenizer_path):
         return None, None
-    template = find_template(None, path / "tokenizer.json", tokenizer)
+    template = find_template(None, tokenizer_path, tokenizer)
     return template.text, ChatEncoder(tokenizer, template).stop_id
 
 
