@@ -157,6 +157,12 @@ class Prune:
         return change_matrices(layer, self.keep, change)
 
 
+def packed_by_rounding(model: Model, params: Tree, bits: int, group: int | None) -> Tree:
+    """The parameters with projections and experts on a grid, whatever goes into them."""
+    step = Quantize("rtn", bits, group)
+    return step.apply(model, params, Material(lambda config: Ops(), ()))[1]
+
+
 def change_layers(
     model: Model, params: Tree, material: Material, step: Any, batches: Sequence[Batch]
 ) -> Tree:

@@ -4,12 +4,16 @@
     output=PATH        the directory to make, or the file in .gguf
     format=hf          hf: config.json, safetensors, tokenizer, template, for transformers and vLLM
                        gguf: one file of all that, for llama.cpp
+                       compressed-tensors: as hf, projections rounded to integers (scripts/compress.py
+                       solves for them, and says what it costs)
                        peft: the adapters of a run with adapter.*, alone; the others write them merged
     base=null          peft: where the weights lie that they stand on; null: as init_from says
     family=null        hf: a model_type of transformers; null: the plainest whose class computes this model
     dtype=float32      float32, bfloat16 or float16; gguf: q8_0 too
     weights=raw        raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest        or a step that has a checkpoint
+    bits=8             compressed-tensors: of a weight, 2 to 8
+    group=null         compressed-tensors: inputs that share a scale; null: all
     trim=true          leave out the table's rows behind the tokenizer's last token; false: keep them
 
 Written aside, read back and compared, then named. Exit status: 0 done, 1 a checkpoint that cannot be trusted,
@@ -28,7 +32,7 @@ from artifacts.load import WEIGHTS, LoadedRun
 from common.checks import choice
 from scripts.command import parse, run
 
-FORMATS = ("hf", "gguf", "peft")
+FORMATS = ("hf", "gguf", "compressed-tensors", "peft")
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 TABLES = (("embed", "table"), ("head", "table"))
 
@@ -45,20 +49,30 @@ class PublishOptions:
     dtype: str = "float32"
     weights: str = "raw"
     step: str = "latest"
+    bits: int = 8
+    group: int | None = None
     trim: bool = True
 
 
 def do(arguments: Sequence[str]) -> int:
     """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
-    hub = options.format == "hf"
-    dtypes = {"hf": tuple(KINDS)[:-1], "gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, KINDS)
+    packed = options.format == "compressed-tensors"
+    hub = packed or options.format == "hf"
+    if not packed and (options.bits, options.group) != (8, None):
+        raise ValueError(
+            f"bits={options.bits} group={options.group} are of format=compressed-tensors, not of "
+            f"{options.format}; leave them out"
+        )
+    arrays = tuple(KINDS)[:-1]
+    dtypes = {"gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, arrays)
     for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):
         choice(key, getattr(options, key), known)
     import jax
     import numpy as np
 
     from artifacts.load import load
+    from interop.compressed_tensors import export_packed
     from interop.configs import FAMILIES
     from interop.gguf import KINDS as STORED
     from interop.gguf_tokenizer import tokenizer_values
@@ -90,16 +104,22 @@ def do(arguments: Sequence[str]) -> int:
     def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
         return parameter(path, row)[:rows] if path in TABLES else parameter(path, row)
 
+    model, kind = build_model(config), KINDS[options.dtype]
+    if packed:
+        from compress.steps import packed_by_rounding
+
+        tables = {part: {**params[part], "table": params[part]["table"][:rows]} for part, _ in TABLES if part in params}
+        params = packed_by_rounding(model, {**params, **tables}, options.bits, options.group)
     text = (found.path / "tokenizer.json").read_text("utf-8")
     template, stop_id = chat_of(found.path / "tokenizer.json", tokenizer)
-    model, kind = build_model(config), KINDS[options.dtype]
     if hub:
         files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        family, dtype = options.family, STORED[kind].dtype
-        written = export(
-            options.output, config, model, read, family=family, dtype=dtype, files=files, extra=ids
-        ).architecture
+        words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype}
+        words |= {"files": files, "extra": ids}
+        given = (options.output, config, model)
+        family = export_packed(*given, params, **words) if packed else export(*given, read, **words)
+        written = family.architecture
     else:
         values = tokenizer_values(tokenizer, text, rows, template)
         written = export_gguf(options.output, config, model, read, kind=kind, values=values)
