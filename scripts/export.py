@@ -108,7 +108,11 @@ def do(arguments: Sequence[str]) -> int:
     if packed:
         from compress.steps import packed_by_rounding
 
-        tables = {part: {**params[part], "table": params[part]["table"][:rows]} for part, _ in TABLES if part in params}
+        tables = {
+            part: {**params[part], "table": params[part]["table"][:rows]}
+            for part, _ in TABLES
+            if part in params
+        }
         params = packed_by_rounding(model, {**params, **tables}, options.bits, options.group)
     text = (found.path / "tokenizer.json").read_text("utf-8")
     template, stop_id = chat_of(found.path / "tokenizer.json", tokenizer)
