@@ -76,8 +76,8 @@ def key_of(path: Any, info: ParamInfo) -> str | None:
 
 def one_layer(info: ParamInfo) -> ParamInfo:
     """The certificate of one layer of a stack: what `ParamInfo.stacked` makes a stack of."""
-    dims = {name: tuple(d - 1 for d in getattr(info, name)) for name in ("reduction", "output")}
-    return replace(info, shape=info.shape[1:], axes=info.axes[1:], **dims)
+    reduction, output = (tuple(dim - 1 for dim in dims) for dims in (info.reduction, info.output))
+    return replace(info, shape=info.shape[1:], axes=info.axes[1:], reduction=reduction, output=output)
 
 
 def moments_of(rows: Float[Array, "N I"], real: Bool[Array, " N"]) -> Moments:
@@ -151,20 +151,7 @@ def walk(
     batches: [B, T] arrays of the calibration text; none: nothing is recorded. A layer that predicts further
     tokens stays as it is.
     """
-
-    @partial(jax.jit, static_argnums=0)
-    def record(spec: LayerSpec, layer: Tree, x: Array, batch: Batch) -> Recorded:
-        found: Recorded = {}
-        y, _ = model.layer(spec, layer, x, batch, None, recording(ops, batch["segment_ids"] > 0, found))
-        found[STREAM] = influence(x, y, batch["segment_ids"].reshape(-1) > 0)
-        return found
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def run(spec: LayerSpec, layer: Tree, x: Array, batch: Batch) -> Array:
-        return model.layer(spec, layer, x, batch, None, ops)[0]
-
-    embed = jax.jit(partial(model.embed, ops=ops))
-    streams = [embed({"embed": params["embed"]}, batch) for batch in batches]
+    streams = [_embed(model, ops, {"embed": params["embed"]}, batch) for batch in batches]
     segments: Tree = {}
     number = 0
     for s, segment in enumerate(model.segments):
@@ -176,16 +163,42 @@ def walk(
                     lambda x, i=row: x[i], params["segments"][str(s)][str(p)], is_leaf=is_weight
                 )
                 recorded: Recorded = {}
+                plain = merged(weights)
                 for x, batch in zip(streams, batches, strict=True):
-                    more = record(spec, merged(weights), x, batch)
+                    more = _record(model, ops, spec, plain, x, batch)
                     recorded = {k: recorded[k].plus(v) if k in recorded else v for k, v in more.items()}
                 new = change(Layer(s, p, row, spec, infos, weights, recorded))
                 rows[str(p)].append(new)
                 plain = merged(new)
-                streams = [run(spec, plain, x, batch) for x, batch in zip(streams, batches, strict=True)]
+                streams = [
+                    _run(model, ops, spec, plain, x, batch) for x, batch in zip(streams, batches, strict=True)
+                ]
                 announce(number := number + 1)
         segments[str(s)] = {p: jax.tree.map(lambda *x: jnp.stack(x), *layers) for p, layers in rows.items()}
     return {**params, "segments": segments}
+
+
+# By model, operations and kind of layer, so that all layers and all recipes of a model share the programs.
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _embed(model: Model, ops: Ops, params: Tree, batch: Batch) -> Float[Array, "B T D"]:
+    return model.embed(params, batch, ops)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _record(model: Model, ops: Ops, spec: LayerSpec, layer: Tree, x: Array, batch: Batch) -> Recorded:
+    found: Recorded = {}
+    y, _ = model.layer(spec, layer, x, batch, None, recording(ops, batch["segment_ids"] > 0, found))
+    found[STREAM] = influence(x, y, batch["segment_ids"].reshape(-1) > 0)
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _run(
+    model: Model, ops: Ops, spec: LayerSpec, layer: Tree, x: Float[Array, "B T D"], batch: Batch
+) -> Float[Array, "B T D"]:
+    return model.layer(spec, layer, x, batch, None, ops)[0]
 
 
 def is_weight(leaf: Any) -> bool:

@@ -48,10 +48,12 @@ class Judge:
 
         A flip is a position whose likeliest token is another one.
         """
-        compare = jax.jit(partial(_compared, (self.dense[0], self.dense[2]), (other[0], other[2])))
+        parts = (self.dense[0], self.dense[2]), (other[0], other[2])
         found: list[list[np.ndarray]] = []
         for stream, batch in zip(self.streams, self.batches, strict=True):
-            figures = compare(self.dense[1], other[1], stream, _hidden(other, batch), batch["targets"])
+            figures = _compared(
+                parts, self.dense[1], other[1], stream, _hidden(other, batch), batch["targets"]
+            )
             real = np.asarray(batch["loss_weights"]) > 0
             found.append([np.asarray(x)[real] for x in figures])
         nll, kl, flips = (np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True))
@@ -65,12 +67,18 @@ class Judge:
 
 def _hidden(weights: Weights, batch: Batch) -> Float[Array, "B T D"]:
     model, params, ops = weights
-    return jax.jit(partial(model.hidden, ops=ops))(params, batch)
+    return _run(model, ops, params, batch)
 
 
+# By model and operations, so that artifacts of one shape share the program.
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(model: Model, ops: Ops, params: Tree, batch: Batch) -> Float[Array, "B T D"]:
+    return model.hidden(params, batch, ops)
+
+
+@partial(jax.jit, static_argnums=0)
 def _compared(
-    dense: tuple[Model, Ops],
-    other: tuple[Model, Ops],
+    models: tuple[tuple[Model, Ops], tuple[Model, Ops]],
     dense_params: Tree,
     other_params: Tree,
     x: Float[Array, "B T D"],
@@ -78,6 +86,7 @@ def _compared(
     targets: Array,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """The other model's loss, the divergence of the dense one's distribution from its, and flips."""
+    dense, other = models
 
     def some(parts: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         x, y, targets = (part[None] for part in parts)

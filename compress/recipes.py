@@ -81,10 +81,9 @@ def recipe(name: str, values: Mapping[str, Any]) -> Recipe:
 
 
 def _step(values: Mapping[str, Any]) -> Step:
-    (kind,) = [key for key in STEPS if key in values] or [None]
-    if kind is None:
-        first = next(iter(values), "nothing")
-        raise ValueError(f"a step begins with {first}; {did_you_mean(str(first), STEPS)}")
+    kind = str(next(iter(values), "nothing"))
+    if kind not in STEPS:
+        raise ValueError(f"a step begins with {kind}; {did_you_mean(kind, STEPS)}")
     _refuse_others(values, [kind, *(one.name for one in fields(STEPS[kind]) if one.name != "method")])
     return STEPS[kind](values[kind], **{key: value for key, value in values.items() if key != kind})
 

@@ -89,11 +89,8 @@ class Quantize:
             return jax.jit(partial(quantize, info, bits=self.tables))(w)
 
         if self.tables is not None:
-            rest = {
-                name: jax.tree.map(table, model.info[name], params[name])
-                for name in ("embed", "head")
-                if name in params
-            }
+            there = [name for name in ("embed", "head") if name in params]
+            rest: Tree = {name: jax.tree.map(table, model.info[name], params[name]) for name in there}
             params = {**params, **rest}
         batches = () if self.method == "rtn" else material.batches
         return model, change_layers(model, params, material, self, batches)

@@ -10,7 +10,7 @@ A grid of 2, 3, 5, 6 bits goes out in words of four or eight; `grid_bits` in con
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ class Scheme:
 
     def values(self) -> dict[str, Any]:
         """As config.json has it."""
-        size = {"strategy": "channel"} if self.group is None else {"strategy": "group"}
-        size |= {"group_size": self.group}
+        size = {"strategy": "channel" if self.group is None else "group", "group_size": self.group}
         kind = "float" if self.floating else "int"
         return {"num_bits": self.bits, "type": kind, "symmetric": self.symmetric, "dynamic": False, **size}
 
@@ -164,6 +163,7 @@ def _read_schemes(values: Mapping[str, Any]) -> list[tuple[list[str], Scheme]]:
         weights = group.get("weights") or {}
         bits, kind = weights.get("num_bits"), weights.get("type", "int")
         floating, strategy = kind == "float", weights.get("strategy")
+        bits = int(bits or 0)
         if bits not in ((8,) if floating else (4, 8)) or strategy not in ("channel", "group"):
             raise ValueError(
                 f"{where}: {kind} num_bits={bits} strategy={strategy} is not supported; "
@@ -260,7 +260,7 @@ def export_packed(
         for part, shaped, read_part in checks:
             for slot in shaped:  # one by one: dtypes of levels differ
                 kind = np.dtype(read_part(slot.path, slot.row).dtype)
-                check_written(aside, [slot], read_part, lambda name, p=part: back.part(name, p), kind)
+                check_written(aside, [slot], read_part, partial(back.part, kind=part), kind)
     return chosen
 
 
@@ -337,7 +337,7 @@ def _config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         if scheme.grid is not None:
             grids[name] = scheme.grid
     kinds = {group["format"] for group in groups.values()}
-    about = {
+    about: dict[str, Any] = {
         "quant_method": METHOD,
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
