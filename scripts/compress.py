@@ -281,10 +281,10 @@ def write(work: Work, path: Path, model: Any, params: Any) -> None:
     """The directory that others open: packed where a weight is quantized."""
     import jax
 
-    from interop.compressed_tensors import export_packed
     from interop.gguf import KINDS as STORED
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
+    from interop.write_packed import export_packed
     from models.weights import QTensor
     from scripts.export import KINDS, chat_of
 
