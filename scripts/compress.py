@@ -38,7 +38,9 @@ from scripts.command import parse, run
 if TYPE_CHECKING:
     from compress.measure import Judge, Weights
     from compress.recipes import Recipe
-    from data.pipeline import Prepared
+    from data.prepared import Prepared
+    from models.config import ModelConfig
+    from models.ops import Ops
     from training.opening.opened import OpenedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,7 +77,7 @@ class Work:
     folder: Path
     judge: "Judge"
 
-    def ops(self, config: Any) -> Any:
+    def ops(self, config: "ModelConfig") -> "Ops":
         """The operations of a model of that config, on the same devices."""
         if config == self.dense[0].config:
             return self.dense[2]

@@ -4,6 +4,7 @@ Its own GPTQ core on random weights and second moments; nothing of ours is impor
 """
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def main(path: str) -> None:
     w = rng.normal(size=(OUTPUTS, INPUTS)).astype(np.float32)
     x = (rng.normal(size=(INPUTS, INPUTS)) @ rng.normal(size=(INPUTS, ROWS))).astype(np.float32)
     h = np.asarray(gptq_core.compute_hessian(jnp.asarray(x)))
-    found = {"w": w, "h": h}
+    found: dict[str, Any] = {"w": w, "h": h}
     for name, kind in (("int8", jnp.int8), ("int4", jnp.int4)):
         how = qarray.HowToQuantize(qtype=kind, channelwise_axes=[0])
         with jax.default_matmul_precision("highest"):

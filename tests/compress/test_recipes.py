@@ -16,6 +16,7 @@ from models.weights import QTensor, merged
 from scripts.compress import main
 from scripts.evaluate import main as evaluate
 from training.loop import fit
+from training.opening.initial_weights import with_parent_model
 from training.opening.opened import open_published
 
 STEPS = ("training.num_steps=4", "eval.every=4", "checkpoint.every=4", "schedule.warmup_steps=1")
@@ -106,8 +107,7 @@ def test_an_artifact_is_opened_as_it_was_made(made):
 
 def test_a_sliced_model_is_what_a_run_may_begin_with(ground, made):
     words = (f"init_from={made / 'narrow'}", "model=parent", "tokenizer=inherit")
-    config = ground.config("distilled", *STEPS, *words)
-    assert fit(config) == 0
+    assert fit(with_parent_model(ground.config("distilled", *STEPS, *words))) == 0
     assert ground.summary("distilled")["eval/loss"] > 0
 
 
@@ -118,7 +118,7 @@ def test_packed_weights_are_evaluated_and_begin_a_run_too(ground, made, tmp_path
     words = [str(made / "packed"), f"suite={tmp_path / 'mine.yaml'}", f"output={tmp_path / 'result'}"]
     assert evaluate(words) == 0
     words = (f"init_from={made / 'packed'}", "model=parent", "tokenizer=inherit")
-    assert fit(ground.config("from_packed", *STEPS, *words)) == 0
+    assert fit(with_parent_model(ground.config("from_packed", *STEPS, *words))) == 0
 
 
 def test_the_report_has_every_artifact_beside_the_dense_model(made):
