@@ -59,7 +59,7 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         there = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"recipe={name} is no recipe; {did_you_mean(name, there)}, or give a YAML file")
+        raise ConfigError(f"recipe={name} is no recipe and no YAML file; {did_you_mean(name, there)}")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
         if not isinstance(values, Mapping):

@@ -129,7 +129,7 @@ def test_the_report_has_every_artifact_beside_the_dense_model(made):
     assert dense["kl"] == pytest.approx(0, abs=1e-6) and dense["flips"] == 0
     for name in RECIPE:
         row = rows[name]
-        assert row["megabytes"] < dense["megabytes"] and row["kl"] > 0 and 0 < row["flips"] < 1
+        assert row["megabytes"] < dense["megabytes"] and row["kl"] > 0 and 0 <= row["flips"] < 1
         assert row["rise"] == pytest.approx(row["bits_per_byte"] / dense["bits_per_byte"] - 1)
         size = sum(path.stat().st_size for path in (made / name).glob("*.safetensors"))
         assert row["megabytes"] == pytest.approx(size / 1e6)
@@ -152,7 +152,7 @@ def test_the_front_is_what_nothing_beats():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["recipe=int5"], "recipe=int5 is no recipe; did you mean int4"),
+        (["recipe=int5"], "recipe=int5 is no recipe and no YAML file; did you mean int8?"),
         (["recipe=int8", "dtype=int8"], "dtype=int8 is not one of"),
         (["recipe=int8", "suite=tiny"], "suite=tiny is no suite"),
         (["recipe=int8", "family=lama"], "family=lama is not one of"),
