@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CONFIG_DIR = Path(__file__).resolve().parent
-APART = ("suite", "load")  # what `eval.suite` names, and the presets of scripts/load.py
+APART = ("suite", "load", "compress")  # what `eval.suite` names, presets of scripts/load.py, recipes
 
 
 def options(group: str, root: Path = CONFIG_DIR) -> list[str]:

@@ -42,6 +42,10 @@ class AdaptedWeights(Published):
         read_adapter(self.source, model, self.family.rules(self.config))
         return super().slots(model)
 
+    def infos(self, model: Stacked) -> Any:
+        """Of arrays, which sums are, also where the base is packed."""
+        return model.info
+
     def weights(self, abstract: Any, model: Stacked) -> Any:
         """Parameters as `abstract` says, each sum made in float32 and rounded once."""
         params = super().weights(abstract, model)

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from interop.compressed_tensors import KEYS as PACKED_KEYS
+from interop.compressed_tensors import PackedTensors, is_packed
 from interop.configs import Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
 from interop.gguf_model import read_model
 from interop.places import Place, size_of
-from interop.rules import Slot, Stacked, read, slots, their_shape
+from interop.rules import Get, Slot, Stacked, read, slots, their_shape
 from interop.safetensors import BLOCK, Tensors
 from models.config import ModelConfig
+from models.weights import QTensor
 
 # Arrays that files carry and no model needs: tables of rotations, masks, images, Qwen's further tokens.
 IDLE = re.compile(
@@ -42,7 +45,7 @@ class Published:
         self.config: ModelConfig
         self.family: Family
         self.rules: Rules
-        self.tensors: Tensors | GGUF
+        self.tensors: Tensors | PackedTensors | GGUF
         self.values: Mapping[str, Any]
         if path.is_file():
             self.format, self.tensors = "gguf", GGUF(path)
@@ -53,8 +56,9 @@ class Published:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'} cannot be read ({error}); fetch it again") from error
         self.values = values
-        self.config, self.family = read_config(_without_blocks(values))
-        self.format, self.tensors = "hf", Tensors(path)
+        self.config, self.family = read_config(_without_quantization(values))
+        tensors = Tensors(path)
+        self.format, self.tensors = "hf", PackedTensors(tensors, values) if is_packed(values) else tensors
         further = f"model.layers.{self.config.num_layers}."
         if self.config.mtp is not None and not any(name.startswith(further) for name in self.tensors):
             # transformers keeps the key and writes no such layers: the next token is the same without them.
@@ -123,51 +127,79 @@ class Published:
                 raise ValueError(f"{self.path}: {copy} differs from {original}, which it must be a copy of")
         return {name for name in copies if name in self.tensors.entries}
 
+    def infos(self, model: Stacked) -> Any:
+        """The parameters' birth certificates as they lie here: a QTensor's where all of one is packed."""
+        if not isinstance(self.tensors, PackedTensors):
+            return model.info
+        found: dict[tuple[str, ...], set[Any]] = {}
+        for slot in self.slots(model):
+            there = {self.tensors.scheme(self.named(source.name)) for source in slot.sources}
+            found.setdefault(slot.path, set()).update(there)
+
+        def of(path: Any, info: Any) -> Any:
+            scheme, *others = found[tuple(entry.key for entry in path)]
+            return info if scheme is None or others else scheme.info(info)
+
+        return jax.tree_util.tree_map_with_path(of, model.info)
+
     def weights(self, abstract: Any, model: Stacked) -> Any:
         """Parameters as `abstract` (shapes, dtypes, shardings; layers stacked [count, ...]) says.
 
         Layer by layer: each device's slice of one layer is read, put, and written into a donated stack, so
-        that a host holds one layer of one parameter beside its arrays.
+        that a host holds one layer of one parameter beside its arrays. What is packed is read as a QTensor
+        where `abstract` has one, and dequantized where it has an array.
         """
         by_path: dict[tuple[str, ...], list[Slot]] = {}
         for slot in self.slots(model):
             by_path.setdefault(slot.path, []).append(slot)
 
-        def leaf(path: Any, like: Any) -> Any:
-            found = by_path[tuple(entry.key for entry in path)]
-            if found[0].row is None:
-                return self._array(found[0], like.shape, like.sharding, like.dtype)
-            return self._stack(found, like)
-
-        return jax.tree_util.tree_map_with_path(leaf, abstract)
-
-    def _array(self, slot: Slot, shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
         def get(name: str) -> np.ndarray:
             return self.tensors[self.named(name)]
 
+        def leaf(path: Any, like: Any) -> Any:
+            found = by_path[tuple(entry.key for entry in path)]
+            return self._packed(found, like) if isinstance(like, QTensor) else self._leaf(found, like, get)
+
+        return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=lambda x: isinstance(x, QTensor))
+
+    def _packed(self, found: list[Slot], like: QTensor) -> QTensor:
+        tensors = self.tensors
+        assert isinstance(tensors, PackedTensors)
+
+        def part(kind: str) -> Any:
+            own = getattr(like, kind)
+            shaped = [s._replace(shape=own.shape if s.row is None else own.shape[1:]) for s in found]
+            return self._leaf(shaped, own, lambda name: tensors.part(self.named(name), kind))
+
+        kinds = ("q", "scale") if like.zero is None else ("q", "scale", "zero")
+        return dataclasses.replace(like, **{kind: part(kind) for kind in kinds})
+
+    def _leaf(self, found: list[Slot], like: Any, get: Get) -> jax.Array:
+        if found[0].row is None:
+            return self._array(found[0], like.shape, like.sharding, like.dtype, get)
+        return self._stack(found, like, get)
+
+    def _array(self, slot: Slot, shape: tuple[int, ...], sharding: Any, dtype: Any, get: Get) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             wanted = tuple(slice(*one.indices(n)[:2]) for one, n in zip(index, shape, strict=True))
             return read(slot, get, wanted, np.dtype(dtype).type)
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    def _stack(self, found: list[Slot], like: Any) -> jax.Array:
+    def _stack(self, found: list[Slot], like: Any, get: Get) -> jax.Array:
         spec, mesh = like.sharding.spec, like.sharding.mesh
         one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:]))
         if spec and spec[0] is not None:  # layers are split too: read each device's own
-            return self._split_layers(found, like)
+            return self._split_layers(found, like, get)
         stack = jax.jit(partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
         put = _writer(like.sharding, one)
         for slot in found:
             assert slot.row is not None
-            stack = put(stack, self._array(slot, slot.shape, one, like.dtype), slot.row)
+            stack = put(stack, self._array(slot, slot.shape, one, like.dtype, get), slot.row)
         return stack
 
-    def _split_layers(self, found: list[Slot], like: Any) -> jax.Array:
+    def _split_layers(self, found: list[Slot], like: Any, get: Get) -> jax.Array:
         by_row = {slot.row: slot for slot in found}
-
-        def get(name: str) -> np.ndarray:
-            return self.tensors[self.named(name)]
 
         def part(index: Any) -> np.ndarray:
             rows, *inner = (slice(*one.indices(n)[:2]) for one, n in zip(index, like.shape, strict=True))
@@ -177,8 +209,10 @@ class Published:
         return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
-def _without_blocks(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json without the quantization that `Tensors` undoes: FP8 in blocks, as in DeepSeek-V3."""
+def _without_quantization(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without the quantization that is undone here: packed, or FP8 in blocks (DeepSeek-V3)."""
+    if is_packed(values):
+        return {key: value for key, value in values.items() if key not in PACKED_KEYS}
     about = values.get("quantization_config")
     undone = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
     if not isinstance(about, Mapping) or {key: about.get(key) for key in undone} != undone:

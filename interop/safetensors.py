@@ -154,12 +154,14 @@ def write_tensors(
     """Write arrays [shape] as they come, as `dtype`, in files of at most `shard` bytes; the files' names.
 
     shapes: of all that will come, in any order; each array lies where the tables say before any has come.
+    dtype: of all, or of each by name.
     """
-    kind = np.dtype(dtype)
+    own = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+    kinds = {name: np.dtype(own[name]) for name in shapes}
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(shapes, key=_in_order):
-        bytes_of = math.prod(shapes[name]) * kind.itemsize
+        bytes_of = math.prod(shapes[name]) * kinds[name].itemsize
         if groups[-1] and size + bytes_of > shard:
             groups.append([])
             size = 0
@@ -171,18 +173,18 @@ def write_tensors(
     ]
     places: dict[str, tuple[Path, int]] = {}
     for file, names in zip(files, groups, strict=True):
-        places |= _begin(directory / file, {name: shapes[name] for name in names}, kind)
+        places |= _begin(directory / file, {name: shapes[name] for name in names}, kinds)
     missing = set(shapes)
     for name, array in arrays:
         assert array.shape == shapes[name] and name in missing, (name, array.shape)
         path, offset = places[name]
         with path.open("r+b") as out:
             out.seek(offset)
-            out.write(buffer_of(array.astype(kind)))
+            out.write(buffer_of(array.astype(kinds[name])))
         missing.remove(name)
     assert not missing, missing
     if many:
-        total = sum(math.prod(shape) for shape in shapes.values()) * kind.itemsize
+        total = sum(math.prod(shape) * kinds[name].itemsize for name, shape in shapes.items())
         where = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         (directory / INDEX).write_text(text + "\n", "utf-8")
@@ -200,13 +202,13 @@ def _in_order(name: str) -> list[Any]:
 
 
 def _begin(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: np.dtype[Any]
+    path: Path, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, np.dtype[Any]]
 ) -> dict[str, tuple[Path, int]]:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * kind.itemsize
-        table[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * kinds[name].itemsize
+        table[name] = {"dtype": NAMES[kinds[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

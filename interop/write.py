@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from interop.config_out import write_config
 from interop.configs import FAMILIES, Family
-from interop.rules import Read, Slot, Stacked, arrays, slots, their_shape
+from interop.rules import Get, Read, Slot, Stacked, arrays, slots, their_shape
 from interop.rules import read as assemble
 from interop.safetensors import SHARD, Tensors, write_tensors
 from models.config import ModelConfig
@@ -34,26 +36,44 @@ def export(
     beside them, by name. extra: further keys of config.json. Raises ValueError where no class of theirs
     computes this model, or where `output` is taken.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={output} is there already; remove it or choose another")
+    refuse_taken(output)
     chosen, values = write_config(config, family)
     found = list(slots(model, chosen.rules(config)))
+    with publishing(output, values, dtype, extra or {}, files or {}) as aside:
+        shapes = {source.name: their_shape(source, slot.shape) for slot in found for source in slot.sources}
+        write_tensors(aside, shapes, arrays(found, read, shapes), dtype, shard)
+        check_written(aside, found, read, Tensors(aside).__getitem__, dtype)
+    return chosen
+
+
+def refuse_taken(output: Path) -> None:
+    """Raise ValueError where there is something of that name already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={output} is there already; remove it or choose another")
+
+
+@contextmanager
+def publishing(
+    output: Path,
+    values: Mapping[str, Any],
+    dtype: Any,
+    extra: Mapping[str, Any],
+    files: Mapping[str, bytes],
+) -> Iterator[Path]:
+    """A directory aside with config.json and the files beside it, that gets its name at the end."""
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         kind = str(np.dtype(dtype))  # transformers 5 calls it otherwise than 4
-        text = json.dumps({**values, "torch_dtype": kind, "dtype": kind, **(extra or {})}, indent=2)
+        text = json.dumps({**values, "torch_dtype": kind, "dtype": kind, **extra}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
-        shapes = {source.name: their_shape(source, slot.shape) for slot in found for source in slot.sources}
-        write_tensors(aside, shapes, arrays(found, read, shapes), dtype, shard)
-        for name, content in (files or {}).items():
+        for name, content in files.items():
             (aside / name).write_bytes(content)
-        _check(aside, found, read, dtype)
+        yield aside
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return chosen
 
 
 def reader(params: Any) -> Read:
@@ -68,15 +88,13 @@ def reader(params: Any) -> Read:
     return read
 
 
-def _check(directory: Path, found: list[Slot], read: Read, dtype: Any) -> None:
-    """Read every array back and compare: what was written must be what was meant, to the bit."""
-    tensors, kind = Tensors(directory), np.dtype(dtype)
+def check_written(where: Path, found: Sequence[Slot], read: Read, get: Get, dtype: Any) -> None:
+    """Compare every array with what is read back: what was written must be what was meant, to the bit."""
+    kind = np.dtype(dtype)
     for slot in found:
         ours = read(slot.path, slot.row).astype(kind)
-        if not np.array_equal(assemble(slot, tensors.__getitem__, dtype=kind.type), ours):
-            raise ValueError(
-                f"{directory}: {'/'.join(slot.path)} was not written as it is; is the disk sound?"
-            )
+        if not np.array_equal(assemble(slot, get, dtype=kind.type), ours):
+            raise ValueError(f"{where}: {'/'.join(slot.path)} was not written as it is; is the disk sound?")
 
 
 def families_for(config: ModelConfig) -> list[str]:

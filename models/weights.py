@@ -1,4 +1,4 @@
-"""Weights that are more than an array: `QTensor` in eight or four bits, `LowRank` with factors beside it.
+"""Weights that are more than an array: `QTensor` of few levels, `LowRank` with factors beside it.
 
 Both are pytree nodes that stand where an array would: a scan slices them, a checkpoint names their parts, and
 a module reads them by `[...]` and `astype`. Of each there is also the tree of its parts' birth certificates,
@@ -24,7 +24,9 @@ from kernels.einsum import Einsum, letters_of, multiply
 from kernels.names import PROJECTIONS
 from models.param import ParamInfo
 
-BITS = (8, 4)
+STORED = {8: "int8", 4: "uint8"}
+BITS = (8, 6, 5, 4, 3, 2)  # of a grid; it is stored in eight, or from four down in four
+FLOAT8 = jnp.dtype("float8_e4m3fn")  # the one grid of eight bits whose levels are not evenly spaced
 TABLES = ("embedding", "head")
 RANK = "Z"  # a letter that no projection uses
 
@@ -39,9 +41,10 @@ def static(**values: Any) -> Any:
 class QTensor:
     """A weight as integers on a grid: (levels - zero) * scale, a scale for each block of it.
 
-    q: int8 of the weight's shape; in four bits uint8, two along the dim `packed` in a byte, the even one
-    low, each plus 8. scale: float32, as many dims, each as long as there are blocks along it (1: one for all
-    of it). zero: int8 like scale; None: level 0. packed counts from the end: leading dims come and go.
+    q: int8 (or float8_e4m3fn) of the weight's shape; in four bits uint8, two along the dim `packed` in a
+    byte, the even one low, each plus 8. scale: float32, as many dims, each as long as there are blocks along
+    it (1: one for all of it). zero: int8 like scale; None: level 0. packed counts from the end: leading dims
+    come and go. grid: bits of the levels that are used, where they are fewer than those stored; None: all.
     """
 
     q: Any
@@ -49,6 +52,7 @@ class QTensor:
     zero: Any = None
     bits: int = static(default=8)
     packed: int = static(default=-1)
+    grid: int | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,8 +82,15 @@ class QTensor:
             levels = levels - in_blocks(self.zero.astype(jnp.float32), ones)
         return (levels * in_blocks(self.scale, ones)).reshape(shape).astype(dtype)
 
+    def bits_a_weight(self, *, stored: bool = False) -> float:
+        """What a weight takes with its share of scales and zeros: on its grid, or as it is stored."""
+        used = self.bits if stored or self.grid is None else self.grid
+        scales = math.prod(self.scale.shape) * jnp.dtype(self.scale.dtype).itemsize * 8
+        zeros = 0 if self.zero is None else math.prod(self.zero.shape) * (8 if stored else used)
+        return used + (scales + zeros) / math.prod(self.shape)
+
     def levels(self) -> Int8[Array, "..."]:
-        """int8 of the weight's shape."""
+        """Of the weight's shape: int8, or what float8 holds."""
         if self.bits == 8:
             return self.q
         # Neighbours share a byte: however the dim is split over devices, each unpacks its own.
@@ -296,15 +307,23 @@ def block_sizes(info: ParamInfo, group: int | None) -> tuple[int, ...]:
 
 
 def quantized_info(
-    info: ParamInfo, bits: int, group: int | None = None, *, symmetric: bool = True
+    info: ParamInfo,
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = True,
+    floating: bool = False,
 ) -> QTensor:
     """The birth certificates of what `quantize` makes, none of which trains.
 
-    Raises ValueError for bits other than 8 and 4, a group that does not divide, and a parameter whose readers
-    take an array alone (norms, biases, a router, balance).
+    Raises ValueError for bits that are none of BITS, a group that does not divide, and a parameter whose
+    readers take an array alone (norms, biases, a router, balance).
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits} is not one of {', '.join(map(str, BITS))}")
+    if floating and (bits != 8 or not symmetric):
+        raise ValueError(f"float8 is a grid of its own; use bits=8 symmetric=true, not bits={bits}")
+    used, bits = bits, 8 if bits > 4 else 4
     if not quantizable(info):
         raise ValueError(
             f"a {info.role} {info.shape} without a projection cannot be quantized; "
@@ -313,7 +332,7 @@ def quantized_info(
     dims, blocks = reduced(info), block_sizes(info, group)
     shape, packed = list(info.shape), dims[-1] - len(info.shape)
     if bits == 4:
-        require(shape[packed] % 2 == 0, "bits=4: a reduced dim", shape[packed], "even; use bits=8")
+        require(shape[packed] % 2 == 0, f"bits={used}: a reduced dim", shape[packed], "even; use bits=8")
         shape[packed] //= 2
     counts = tuple(size // block for size, block in zip(info.shape, blocks, strict=True))
     # One scale for a whole dim is everybody's; several lie with the numbers that they are of.
@@ -321,48 +340,79 @@ def quantized_info(
     part = replace(info, decay=False, trained=False)
     scale = replace(part, shape=counts, axes=axes)
     return QTensor(
-        q=replace(part, shape=tuple(shape), dtype=jnp.dtype("int8" if bits == 8 else "uint8")),
+        q=replace(part, shape=tuple(shape), dtype=FLOAT8 if floating else jnp.dtype(STORED[bits])),
         scale=scale,
         zero=None if symmetric else replace(scale, dtype=jnp.dtype("int8")),
         bits=bits,
         packed=packed,
+        grid=None if used == bits else used,
     )
 
 
 def quantize(
-    info: ParamInfo, w: Array, bits: int, group: int | None = None, *, symmetric: bool = True
+    info: ParamInfo,
+    w: Array,
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = True,
+    floating: bool = False,
 ) -> QTensor:
     """Round to the nearest level (RTN): at most half a scale from w, wherever it lies on its block's grid.
 
-    symmetric: levels to 127 (or 7) either side of 0, the largest magnitude of a block on the last. Else from
-    the least to the largest number of a block, 0 among them, over all 256 (or 16) levels.
+    symmetric: levels to 127 (of 8 bits; to 7 of 4, to 1 of 2) either side of 0, the largest magnitude of a
+    block on the last. Else from the least to the largest number of a block, 0 among them, over all 256 (or
+    16, or 4) levels. floating: the numbers of float8_e4m3fn, the largest magnitude on 448.
     Raises ValueError as `quantized_info`, and for what is quantized already.
     """
-    like = quantized_info(info, bits, group, symmetric=symmetric)
+    like = quantized_info(info, bits, group, symmetric=symmetric, floating=floating)
     if isinstance(w, QTensor | LowRank):
         raise ValueError(f"a {type(w).__name__} {w.shape} is no array to be quantized; merge it first")
     assert w.shape == info.shape, (w.shape, info.shape)
     blocks = in_blocks(w.astype(jnp.float32), block_sizes(info, group))
     within = tuple(range(1, blocks.ndim, 2))
+    scale, zero = grid_of(blocks, within, None if floating else bits, symmetric=symmetric)
+    if floating:
+        levels = (blocks / scale).astype(FLOAT8).reshape(w.shape)
+    else:
+        levels = levels_of(blocks, scale, zero, bits).astype(jnp.int8).reshape(w.shape)
+    return of_levels(like, levels, scale, zero)
+
+
+def grid_of(
+    blocks: Array, within: tuple[int, ...], bits: int | None, *, symmetric: bool = True
+) -> tuple[Array, Array | None]:
+    """Scale and zero (None: level 0), of length 1 along the dims `within` a block. bits: None for float8."""
+    largest = jnp.max(jnp.abs(blocks), axis=within, keepdims=True)
+    if bits is None:
+        return jnp.where(largest == 0, 1.0, largest / jnp.finfo(FLOAT8).max.astype(jnp.float32)), None
     top = 2 ** (bits - 1) - 1
     if symmetric:
-        largest = jnp.max(jnp.abs(blocks), axis=within, keepdims=True)
-        scale, zero, least = largest / top, None, -top
-    else:
-        low = jnp.minimum(jnp.min(blocks, axis=within, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(blocks, axis=within, keepdims=True), 0.0)
-        scale, least = (high - low) / (2 * top + 1), -top - 1
-    scale = jnp.where(scale == 0, 1.0, scale)  # a block of zeros
-    if not symmetric:
-        zero = jnp.clip(least - jnp.round(low / scale), least, top)
-    levels = jnp.round(blocks / scale) + (0.0 if zero is None else zero)
-    levels = jnp.clip(levels, least, top).astype(jnp.int8).reshape(w.shape)
-    return QTensor(
-        q=levels if bits == 8 else pack(levels, like.packed),
-        scale=scale.reshape(like.scale.shape),
-        zero=None if zero is None else zero.astype(jnp.int8).reshape(like.scale.shape),
-        bits=bits,
-        packed=like.packed,
+        scale = largest / top
+        return jnp.where(scale == 0, 1.0, scale), None  # a block of zeros
+    low = jnp.minimum(jnp.min(blocks, axis=within, keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(blocks, axis=within, keepdims=True), 0.0)
+    scale = (high - low) / (2 * top + 1)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return scale, jnp.clip(-top - 1 - jnp.round(low / scale), -top - 1, top)
+
+
+def levels_of(x: Array, scale: Array, zero: Array | None, bits: int) -> Array:
+    """The nearest levels of that grid, whole numbers in float32."""
+    top = 2 ** (bits - 1) - 1
+    if zero is None:
+        return jnp.clip(jnp.round(x / scale), -top, top)
+    return jnp.clip(jnp.round(x / scale) + zero, -top - 1, top)
+
+
+def of_levels(like: QTensor, levels: Array, scale: Array, zero: Array | None) -> QTensor:
+    """Levels of the weight's shape, int8 or float8, as the QTensor that the certificates `like` describe."""
+    shape = like.scale.shape
+    return replace(
+        like,
+        q=levels if like.bits == 8 else pack(levels, like.packed),
+        scale=scale.reshape(shape),
+        zero=None if like.zero is None or zero is None else zero.astype(jnp.int8).reshape(shape),
     )
 
 

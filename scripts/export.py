@@ -4,12 +4,16 @@
     output=PATH        the directory to make, or the file in .gguf
     format=hf          hf: config.json, safetensors, tokenizer, template, for transformers and vLLM
                        gguf: one file of all that, for llama.cpp
+                       compressed-tensors: as hf, projections rounded to integers (scripts/compress.py
+                       solves for them, and says what it costs)
                        peft: the adapters of a run with adapter.*, alone; the others write them merged
     base=null          peft: where the weights lie that they stand on; null: as init_from says
     family=null        hf: a model_type of transformers; null: the plainest whose class computes this model
     dtype=float32      float32, bfloat16 or float16; gguf: q8_0 too
     weights=raw        raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest        or a step that has a checkpoint
+    bits=8             compressed-tensors: of a weight, 2 to 8
+    group=null         compressed-tensors: inputs that share a scale; null: all
     trim=true          leave out the table's rows behind the tokenizer's last token; false: keep them
 
 Written aside, read back and compared, then named. Exit status: 0 done, 1 a checkpoint that cannot be trusted,
@@ -28,7 +32,7 @@ from artifacts.load import WEIGHTS, LoadedRun
 from common.checks import choice
 from scripts.command import parse, run
 
-FORMATS = ("hf", "gguf", "peft")
+FORMATS = ("hf", "gguf", "compressed-tensors", "peft")
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 TABLES = (("embed", "table"), ("head", "table"))
 
@@ -45,14 +49,23 @@ class PublishOptions:
     dtype: str = "float32"
     weights: str = "raw"
     step: str = "latest"
+    bits: int = 8
+    group: int | None = None
     trim: bool = True
 
 
 def do(arguments: Sequence[str]) -> int:
     """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
-    hub = options.format == "hf"
-    dtypes = {"hf": tuple(KINDS)[:-1], "gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, KINDS)
+    packed = options.format == "compressed-tensors"
+    hub = packed or options.format == "hf"
+    if not packed and (options.bits, options.group) != (8, None):
+        raise ValueError(
+            f"bits={options.bits} group={options.group} are of format=compressed-tensors, not of "
+            f"{options.format}; leave them out"
+        )
+    arrays = tuple(KINDS)[:-1]
+    dtypes = {"gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, arrays)
     for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):
         choice(key, getattr(options, key), known)
     import jax
@@ -65,6 +78,7 @@ def do(arguments: Sequence[str]) -> int:
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
     from interop.write_gguf import export_gguf
+    from interop.write_packed import export_packed
     from models.transformer import build_model
     from training.config import from_stored
     from training.opening.initial_weights import run_weights
@@ -90,16 +104,26 @@ def do(arguments: Sequence[str]) -> int:
     def read(path: tuple[str, ...], row: int | None) -> np.ndarray:
         return parameter(path, row)[:rows] if path in TABLES else parameter(path, row)
 
-    text = (found.path / "tokenizer.json").read_text("utf-8")
-    template, stop_id = _chat(found.path, tokenizer)
     model, kind = build_model(config), KINDS[options.dtype]
+    if packed:
+        from compress.steps import packed_by_rounding
+
+        tables = {
+            part: {**params[part], "table": params[part]["table"][:rows]}
+            for part, _ in TABLES
+            if part in params
+        }
+        params = packed_by_rounding(model, {**params, **tables}, options.bits, options.group)
+    text = (found.path / "tokenizer.json").read_text("utf-8")
+    template, stop_id = chat_of(found.path / "tokenizer.json", tokenizer)
     if hub:
         files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        family, dtype = options.family, STORED[kind].dtype
-        written = export(
-            options.output, config, model, read, family=family, dtype=dtype, files=files, extra=ids
-        ).architecture
+        words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype}
+        words |= {"files": files, "extra": ids}
+        given = (options.output, config, model)
+        family = export_packed(*given, params, **words) if packed else export(*given, read, **words)
+        written = family.architecture
     else:
         values = tokenizer_values(tokenizer, text, rows, template)
         written = export_gguf(options.output, config, model, read, kind=kind, values=values)
@@ -158,14 +182,14 @@ def _with_vocab(found: LoadedRun[Any], size: int) -> Any:
     return with_vocab(found.config, size).model
 
 
-def _chat(path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
+def chat_of(tokenizer_path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
     """The template that the run was taught, and what ends a turn by it; None for a run of plain text."""
     from data.tokens.chat import ChatEncoder
     from data.tokens.chat_template import find_template, has_template
 
-    if not has_template(path / "tokenizer.json"):
+    if not has_template(tokenizer_path):
         return None, None
-    template = find_template(None, path / "tokenizer.json", tokenizer)
+    template = find_template(None, tokenizer_path, tokenizer)
     return template.text, ChatEncoder(tokenizer, template).stop_id
 
 

@@ -111,7 +111,7 @@ def test_four_bits_hold_every_level_two_in_a_byte():
 @pytest.mark.parametrize(
     ("info", "bits", "group", "said"),
     [
-        (matrix((8, 4), (0,), (1,)), 3, None, "bits=3 is not one of 8, 4"),
+        (matrix((8, 4), (0,), (1,)), 7, None, "bits=7 is not one of 8, 6"),
         (
             matrix((8, 4), (0,), (1,)),
             8,

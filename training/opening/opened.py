@@ -103,8 +103,8 @@ def trained_model(
     Raises ValueError where there is no such checkpoint or not so many devices, RunFault where it is damaged.
     """
     config = with_vocab(run.config, tokenizer_size)
-    model, abstract, layout = _over_devices(config, fsdp, tensor)
-    mean_of = config.checkpoint.average_last
+    model, layout = _over_devices(config, fsdp, tensor)
+    abstract, mean_of = abstract_params(model.info, layout), config.checkpoint.average_last
     params = run_weights(run, model, abstract, step=step, weights=weights, mean_of=mean_of)
     return model, params, build_ops(config, layout), layout
 
@@ -117,18 +117,21 @@ def published_model(
     tensor: int = 1,
     precision: str = "auto",
 ) -> tuple[Model, Any, Ops, Layout]:
-    """The same of weights that others publish, split by these rules of a mesh; ValueError as above."""
+    """The same of weights that others publish, split by these rules of a mesh; ValueError as above.
+
+    What is packed there stays so: a QTensor.
+    """
     training, mesh = TrainingConfig(precision=precision), MeshConfig(rules=rules)
     config = Config(model=parent.published.config, training=training, mesh=mesh)
-    model, abstract, layout = _over_devices(config, fsdp, tensor)
+    model, layout = _over_devices(config, fsdp, tensor)
+    abstract = abstract_params(parent.published.infos(model), layout)
     return model, parent.weights(abstract, model), build_ops(config, layout), layout
 
 
-def _over_devices(config: Config, fsdp: int, tensor: int) -> tuple[Model, Any, Layout]:
+def _over_devices(config: Config, fsdp: int, tensor: int) -> tuple[Model, Layout]:
     wanted = f"fsdp={fsdp} tensor={tensor}" if fsdp > 1 else f"tensor={tensor}"
     if fsdp * tensor > len(jax.devices()):
         raise ValueError(f"{wanted} is more than the {len(jax.devices())} devices here; use fewer")
     mesh = MeshConfig(data=1, fsdp=fsdp, tensor=tensor, rules=config.mesh.rules)
     layout = build_layout(mesh, jax.devices()[: fsdp * tensor])
-    model = build_model(config.model)
-    return model, abstract_params(model.info, layout), layout
+    return build_model(config.model), layout
