@@ -206,7 +206,7 @@ class LowRank:
         named[self.reduction[0]] = RANK
         return "".join([*a, RANK]), "".join(c for d, c in named.items() if d not in self.reduction[1:])
 
-    def __getitem__(self, index: Any) -> "LowRank":
+    def __getitem__(self, index: Any) -> Any:
         """Itself for `...`, or an entry of the first dim."""
         if index is Ellipsis:
             return self
@@ -215,7 +215,7 @@ class LowRank:
         if self.reduction == (first,):
             raise TypeError(f"a LowRank {self.shape} has no entries along the one dim that it reduces")
         if first in self.reduction and self.m is not None:
-            raise TypeError(f"a LowRank {self.shape} with magnitudes has no entries along a dim of its norms")
+            return self.astype(jnp.float32)[index]  # an array: its norms are over all entries
         a = self.a if first in self.output else self.a[index]
         b = self.b if first in self.reduction else self.b[index]
         dims = ((d for d in group if d != first) for group in (self.reduction, self.output))

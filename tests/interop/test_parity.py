@@ -6,6 +6,7 @@ nothing of ours imports it. Every parameter is random, norms, biases and routers
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from data.tokens.tokenizer import load_tokenizer
 from interop.adapted import published
 from interop.gguf import KINDS
-from interop.peft import read_adapter, write_adapter
+from interop.peft import factor_reader, read_adapter, write_adapter
 from interop.read import Published
 from interop.write import export, reader
 from models.config import ModelConfig
@@ -24,7 +25,6 @@ from models.ops import Ops
 from models.transformer import build_model
 from scripts.export import main as export_run
 from tests.interop.test_peft import ADAPTERS, adapted, base_weights, rewrite
-from tests.interop.test_peft import reader as factor_reader
 from tests.interop.test_round_trip import MODELS
 from training.loop import fit
 
@@ -123,13 +123,15 @@ def test_a_run_that_was_exported_is_opened_by_transformers(ground, tmp_path):
     np.testing.assert_array_equal(np.load(directory / "ids.npy"), ours)
 
 
-def test_an_adapter_is_opened_and_saved_again_by_peft(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_opened_and_saved_again_by_peft(dora, tmp_path):
     """Its logits are ours to 1e-5 of their deviation, and what it saves is what it was given."""
     size = 0.25  # or attention looks at one token, and rounding decides at which
-    model, rules, weights = adapted("llama", size=size)
+    asked = replace(ADAPTERS, dora=dora)
+    model, rules, weights = adapted("llama", asked, size=size)
     base = base_weights(model, size)
     export(tmp_path / "base", ModelConfig(**MODELS["llama"]), model, reader(base))
-    write_adapter(tmp_path / "adapter", model, rules, ADAPTERS, factor_reader(weights))
+    write_adapter(tmp_path / "adapter", model, rules, asked, factor_reader(weights))
     tokens = np.random.default_rng(0).integers(3, 40, (1, 60))
     np.save(tmp_path / "tokens.npy", tokens)
     subprocess.run([PYTHON, "tests/interop/oracle.py", "peft", tmp_path], cwd=ROOT, check=True)

@@ -9,6 +9,7 @@ import pytest
 
 from interop.configs import FAMILIES
 from interop.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from interop.peft import factor_reader as reader
 from interop.safetensors import Tensors, write_tensors
 from models.config import ModelConfig
 from models.transformer import build_model
@@ -32,29 +33,21 @@ def adapted(name, adapters=ADAPTERS, size=1.0):
     def filled(leaf):
         if not isinstance(leaf, LowRank):
             return leaf
-        return replace(leaf, b=rng.normal(0.0, size, leaf.b.shape).astype(np.float32))
+        m = None if leaf.m is None else leaf.m * rng.uniform(0.5, 2.0, leaf.m.shape).astype(np.float32)
+        return replace(leaf, b=rng.normal(0.0, size, leaf.b.shape).astype(np.float32), m=m)
 
     weights = jax.tree.map(filled, weights, is_leaf=lambda leaf: isinstance(leaf, LowRank))
     return model, FAMILIES[name].rules(config), jax.device_get(weights)
 
 
-def reader(weights):
-    def read(path, row):
-        leaf = weights
-        for name in path[:-1]:
-            leaf = leaf[name]
-        factor = np.asarray(getattr(leaf, path[-1]))
-        return factor if row is None else factor[row]
-
-    return read
-
-
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "ernie4_5", "gemma2", "qwen2", "starcoder2"])
-def test_out_and_in_again_is_the_same_to_the_bit(name, tmp_path):
-    model, rules, weights = adapted(name)
-    write_adapter(tmp_path / "a", model, rules, ADAPTERS, reader(weights))
+def test_out_and_in_again_is_the_same_to_the_bit(name, dora, tmp_path):
+    wanted = replace(ADAPTERS, dora=dora)
+    model, rules, weights = adapted(name, wanted)
+    write_adapter(tmp_path / "a", model, rules, wanted, reader(weights))
     adapters, there = read_adapter(tmp_path / "a", model, rules)
-    assert adapters == replace(ADAPTERS, names=tuple(sorted(ADAPTERS.names)))
+    assert adapters == replace(wanted, names=tuple(sorted(wanted.names)))
     back = there.applied(model, adapters, random_weights(model))
     assert jax.tree.structure(back) == jax.tree.structure(weights)
     jax.tree.map(np.testing.assert_array_equal, back, weights)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from interop.adapted import is_published, published
-from interop.peft import WEIGHTS, write_adapter
+from interop.peft import WEIGHTS, factor_reader, write_adapter
 from interop.places import RemotePath, path_of
 from interop.read import Published
 from interop.write import export, reader
@@ -23,7 +23,6 @@ from models.weights import merged
 from scripts.export import main as export_run
 from tests.interop.test_gguf import NAMES
 from tests.interop.test_peft import ADAPTERS, adapted, base_weights, rewrite
-from tests.interop.test_peft import reader as factor_reader
 from tests.interop.test_round_trip import MODELS, placed, random_weights
 from training.loop import fit
 from training.opening.initial_weights import with_parent_model

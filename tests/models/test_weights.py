@@ -166,25 +166,30 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("einsum", [plain_einsum, fast_einsum])
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_projection_is_that_of_the_merged_weight_and_only_the_factors_learn(name, einsum, bits):
+@pytest.mark.parametrize(("bits", "dora"), [(None, False), (8, False), (4, False), (None, True), (8, True)])
+def test_a_projection_is_that_of_the_merged_weight_and_only_the_factors_learn(name, einsum, bits, dora):
     spec, shape, reduction, output = SPECS[name]
     info = matrix(shape, reduction, output, project=name)
     w, keys = drawn(info), jax.random.split(jax.random.key(2), 3)
     base = w if bits is None else quantize(info, w, bits)
-    weight = low_rank(info, base, 2, keys[0], 0.5)
-    np.testing.assert_array_equal(merge(weight), merge(base))  # b begins at zero
+    weight = low_rank(info, base, 2, keys[0], 0.5, dora=dora)
+    np.testing.assert_array_equal(merge(weight), merge(base))  # b begins at zero, magnitudes at the norms
     weight = dataclasses.replace(weight, b=jax.random.normal(keys[1], weight.b.shape))
+    if dora:
+        weight = dataclasses.replace(weight, m=2.0 * weight.m)
+        lengths = jnp.sqrt(jnp.sum(jnp.square(merge(weight)), reduction))
+        close(lengths, 2.0 * jnp.sqrt(jnp.sum(jnp.square(merge(base)), reduction)), 1e-5)
     x = 0.3 * jax.random.normal(keys[2], (2, 3, *(shape[d] for d in reduction)))
     project = dataclasses.replace(Ops().project, plain=einsum)
     close(project(name, spec, x, weight), jnp.einsum(spec, x, merge(weight), precision="highest"))
 
-    def by_factors(a, b, product):
-        return jnp.sum(jnp.sin(product(dataclasses.replace(weight, a=a, b=b))))
+    def by_factors(a, b, m, product):
+        return jnp.sum(jnp.sin(product(dataclasses.replace(weight, a=a, b=b, m=m))))
 
-    ours = jax.grad(by_factors, (0, 1))(weight.a, weight.b, partial(project, name, spec, x))
-    theirs = jax.grad(by_factors, (0, 1))(
-        weight.a, weight.b, lambda w: jnp.einsum(spec, x, merge(w), precision="highest")
+    factors = (weight.a, weight.b, weight.m)
+    ours = jax.grad(by_factors, (0, 1, 2))(*factors, partial(project, name, spec, x))
+    theirs = jax.grad(by_factors, (0, 1, 2))(
+        *factors, lambda w: jnp.einsum(spec, x, merge(w), precision="highest")
     )
     jax.tree.map(close, ours, theirs)
     if bits is None:
@@ -192,14 +197,16 @@ def test_a_projection_is_that_of_the_merged_weight_and_only_the_factors_learn(na
         assert not np.any(slope.w) and np.any(slope.a) and np.any(slope.b)
 
 
-@pytest.mark.parametrize("form", ["int8", "lora", "qlora"])
-def test_an_entry_of_a_weight_is_that_of_the_merged_one(form):
+@pytest.mark.parametrize(
+    ("form", "dora"), [("int8", False), ("lora", False), ("qlora", False), ("lora", True)]
+)
+def test_an_entry_of_a_weight_is_that_of_the_merged_one(form, dora):
     """As the layer for further tokens takes the two halves of its product, along a dim that is reduced."""
     info = matrix((2, 4, 6), (0, 1), (2,))
     bits, _, rank = FORMS[form]
     weight = drawn(info) if bits is None else quantize(info, drawn(info), bits)
     if rank:
-        weight = low_rank(info, weight, rank, jax.random.key(3))
+        weight = low_rank(info, weight, rank, jax.random.key(3), dora=dora)
         weight = dataclasses.replace(weight, b=jax.random.normal(jax.random.key(4), weight.b.shape))
     x = jax.random.normal(jax.random.key(5), (1, 3, 4))
     for i in range(2):
