@@ -47,17 +47,21 @@ class Projector:
     """The value of `Ops.project`: a named product of an activation and a weight.
 
     plain: what computes it, `(spec, x, w) -> y`. quantized: what does instead, but for the projections that
-    `keep` names; None: nothing does.
+    `keep` names; None: nothing does. rounded: `(spec, w) -> w`, what becomes of a weight that is an array
+    before, but for those; None: nothing.
     """
 
     plain: Einsum = plain_einsum
     quantized: Einsum | None = None
     keep: Collection[str] = ()
+    rounded: Callable[[str, Array], Array] | None = None
 
     def __call__(self, name: str, spec: str, x: Array, w: Array | CompoundWeight) -> Array:
         """The product in x's dtype; w is the float32 master. ValueError for a name that is not known."""
         choice("projection", name, PROJECTIONS)
         einsum = self.plain if self.quantized is None or name in self.keep else self.quantized
+        if self.rounded is not None and name not in self.keep and not isinstance(w, CompoundWeight):
+            w = self.rounded(spec, w)
         # Named outside of whatever computes it: a policy that keeps a projection keeps one array, rounded
         # and scaled, and does not ask which kernel made it.
         return checkpoint_name(multiply(w, einsum, self.plain, spec, x), product_name(name))

@@ -287,8 +287,13 @@ def block_sizes(info: ParamInfo, group: int | None) -> tuple[int, ...]:
 
     Raises ValueError where the group is no whole part of them.
     """
-    blocks, dims = [1] * len(info.shape), reduced(info)
-    sizes = [info.shape[dim] for dim in dims]
+    return blocks_along(info.shape, reduced(info), group)
+
+
+def blocks_along(shape: Sequence[int], dims: Sequence[int], group: int | None) -> tuple[int, ...]:
+    """The same of any shape, of which `dims` are reduced."""
+    blocks = [1] * len(shape)
+    sizes = [shape[dim] for dim in dims]
     left = math.prod(sizes) if group is None else group if group > 1 else 0
     for dim, size in zip(reversed(dims), reversed(sizes), strict=True):
         # From the last dim outwards, so that a block is a run of neighbours: part of a row, or whole rows.
@@ -377,6 +382,23 @@ def quantize(
     else:
         levels = levels_of(blocks, scale, zero, bits).astype(jnp.int8).reshape(w.shape)
     return of_levels(like, levels, scale, zero)
+
+
+def rounded_product(
+    spec: str, w: Float[Array, "..."], *, bits: int, group: int | None
+) -> Float[Array, "..."]:
+    """A projection's weight as `quantize` would keep it, to the bit; its gradient is the weight's own.
+
+    spec: the product's, which says along which dims it sums. The gradient goes through the rounding as if it
+    were none (Bengio et al. 2013, arXiv:1308.3432): quantization-aware training on the grid of the export.
+    """
+    left, right, out = letters_of(spec)
+    dims = [dim for dim, c in enumerate(right) if c in left and c not in out]
+    blocks = in_blocks(jax.lax.stop_gradient(w).astype(jnp.float32), blocks_along(w.shape, dims, group))
+    scale, zero = grid_of(blocks, tuple(range(1, blocks.ndim, 2)), bits)
+    near = (levels_of(blocks, scale, zero, bits) * scale).reshape(w.shape)
+    # A difference of the weight with itself: 0, and not the rounding's own error again.
+    return near + (w - jax.lax.stop_gradient(w))
 
 
 def grid_of(

@@ -190,9 +190,9 @@ class Generator:
 
 
 def masters_of(ops: Ops) -> set[str]:
-    """Projections whose weights stay in float32: eight-bit products round straight from the masters."""
+    """Projections whose weights stay in float32: what rounds them does so straight from the masters."""
     product = ops.project
-    eight_bit = isinstance(product, Projector) and product.quantized is not None
+    eight_bit = isinstance(product, Projector) and (product.quantized or product.rounded) is not None
     return {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
 
 

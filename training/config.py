@@ -19,6 +19,7 @@ Setting = int | float | bool | str | None  # a value of an objective: its own da
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 REMAT = ("none", "dots", "attention", "offload", "full")
 ATTENTION = ("auto", *BACKENDS)
+WEIGHT_BITS = (2, 3, 4, 5, 6, 8)  # grids of `models.weights`
 EXCHANGES = ("float32", "bfloat16", "int8")
 ADAPTERS = ("lora", "dora")
 TARGETS = (*PROJECTIONS, "experts")
@@ -35,6 +36,8 @@ class TrainingConfig:
     accumulation_steps: int = 1  # microbatches whose gradients add up to one step
     precision: str = "auto"  # float32 | bfloat16 | fp8 | int8 | auto: bfloat16, on CPU float32
     full_precision: list[str] = field(default_factory=list)  # projections left out of fp8 and int8: [o, down]
+    weight_bits: int | None = None  # 2 to 8: projections on that grid in every pass (QAT); null: as they are
+    weight_group: int | None = None  # inputs that share a scale; null: all of an output's
     remat: str = "none"  # what layers keep: none (all) | dots | attention | offload | full (their input)
     scan_layers: bool = True  # compile one layer and loop; false unrolls
     attention: str = "auto"  # auto: the fastest that can | reference | chunked | fused | xla | cudnn | splash
@@ -48,6 +51,14 @@ class TrainingConfig:
         choice("training.precision", self.precision, PRECISIONS)
         for name in self.full_precision:
             choice("training.full_precision", name, PROJECTIONS)
+        bits, group = self.weight_bits, self.weight_group
+        require(
+            bits is None or bits in WEIGHT_BITS,
+            "training.weight_bits",
+            bits,
+            f"one of {WEIGHT_BITS}, or null (off)",
+        )
+        require(group is None or group > 1, "training.weight_group", group, "2 or more, or null")
         choice("training.remat", self.remat, REMAT)
         choice("training.attention", self.attention, ATTENTION)
         for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):

@@ -4,6 +4,7 @@ Eight bits run where hardware multiplies them. Where it does not, XLA would quie
 slower than bfloat16 and no more exact: that is refused, but on the CPU, where it is for tests.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from kernels.einsum import Projector
 from kernels.einsum_8bit import PRODUCTS
 from models.ops import Ops
+from models.weights import rounded_product
 
 FP8_CAPABILITY = (8, 9)  # NVIDIA's Ada; Hopper is 9.0
 FP8_TPUS = ("TPU7x",)  # the first with such units: v5p and v6e multiply int8 and bfloat16
@@ -51,11 +53,20 @@ def build_projector(training: Any, device: Any) -> Projector:
     """The value of `Ops.project`. Raises ValueError where the device cannot multiply so."""
     if reason := precision_problem(training.precision, device):
         raise ValueError(reason)
-    if training.full_precision and training.precision not in PRODUCTS:
+    bits = training.weight_bits
+    if bits is not None and training.precision in PRODUCTS:
+        raise ValueError(
+            f"training.weight_bits={bits} and training.precision={training.precision} would both round "
+            "weights; use training.precision=bfloat16, or training.weight_bits=null"
+        )
+    if training.full_precision and training.precision not in PRODUCTS and bits is None:
         raise ValueError(
             f"training.full_precision={training.full_precision} has no effect under training.precision="
             f"{training.precision}; use fp8 or int8, or leave it []"
         )
+    if bits is not None:
+        rounded = partial(rounded_product, bits=bits, group=training.weight_group)
+        return Projector(keep=tuple(training.full_precision), rounded=rounded)
     if training.precision not in PRODUCTS:
         return Projector()
     return Projector(quantized=PRODUCTS[training.precision], keep=tuple(training.full_precision))
@@ -64,6 +75,11 @@ def build_projector(training: Any, device: Any) -> Projector:
 def precision_row(training: Any, ops: Ops, platform: str) -> str:
     """For the table at start-up: what multiplies in what."""
     dtype = jnp.dtype(ops.compute_dtype)
+    if training.weight_bits is not None:
+        kept = f", but for {', '.join(training.full_precision)}" if training.full_precision else ""
+        return (
+            f"projections' weights on a grid of {training.weight_bits} bits{kept}; {dtype}, float32 masters"
+        )
     if training.precision not in PRODUCTS:
         if ops.factor_dtype in (None, dtype):
             return f"{dtype} compute, float32 masters"
