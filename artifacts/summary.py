@@ -26,6 +26,7 @@ def summarize(run_dir: str | os.PathLike[str], figures: Mapping[str, Any]) -> di
 
     `figures`, all optional but `step`: step, num_steps, tokens, wall_seconds, compile_seconds,
     compile_cache {hits, misses}, parameters {total}, peak_flops, eval/loss, eval/bits_per_byte,
+    objective (its name, where the loss is no cross-entropy), eval/reward,
     goodput {seconds, categories, starts, redone_steps, input_wait_share, input_bottleneck}
     (`Recorder.goodput`),
     bigram_bits_per_byte, parse_share, parse_passed, parse_total, sample_text, packing, rows_full, mixture
@@ -151,7 +152,11 @@ def _lines(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "tokens_per_second" in s:
         yield "speed", f"{human(s['tokens_per_second'])} tokens/s{_mfu(s)}"
     if "train_loss" in s:
-        yield "training loss", f"{float(s['train_loss']):.4f} nats/token"
+        # Of an objective of its own the loss is no cross-entropy.
+        unit = f"(objective={s['objective']})" if "objective" in s else "nats/token"
+        yield "training loss", f"{float(s['train_loss']):.4f} {unit}"
+    if "eval/reward" in s:
+        yield "answers", f"reward {float(s['eval/reward']):.3f} on held-out prompts"
     if "eval/loss" in s:
         yield "held-out", f"{float(s['eval/loss']):.4f} nats/token{_bits(s)}"
     for kind, label in (("ema", "moving average"), ("mean", "last averaged")):

@@ -28,6 +28,7 @@ from training.config import Config, inner_steps
 from training.device_batches import arrived, of_all_hosts, placing, rows_here
 from training.evaluate import Evaluation, evaluate, weighed
 from training.legal.attention import documents_of
+from training.objectives.next_token import NextToken
 from training.opening.opened import open_model
 from training.profiling import Profile, plan
 from training.recorder import Recorder
@@ -348,6 +349,11 @@ def report(run: Run, recorder: Recorder, figures: dict[str, Any]) -> dict[str, A
             "step": config.training.num_steps,
             "num_steps": config.training.num_steps,
             "tokens": recorder.tokens,
+            **(
+                {}
+                if isinstance(setup.program.objective, NextToken)
+                else {"objective": config.objective["name"]}
+            ),
             "bigram_bits_per_byte": bigram,
             **packing_figures(run),
             **({"rollbacks": len(directory.rollbacks)} if directory.rollbacks else {}),
