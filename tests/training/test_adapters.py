@@ -276,6 +276,18 @@ def test_a_frozen_run_without_a_parent_keeps_all_of_it(ground):
     assert fit(ground.config("alone", *words, "training.num_steps=4")) == 0
 
 
+def test_in_stages_it_begins_at_its_parent_and_goes_on_on_another_mesh(ground):
+    two = (*TINY, "model.num_layers=2", "optim.learning_rate=1e-12")
+    assert fit(ground.config("two", *two, "tokenizer=byte", "training.num_steps=2")) == 0
+    words = (*two, f"init_from={ground.run('two')}", "adapter={rank: 2, bits: 4}")
+    stages = ("mesh.data=1", "mesh.fsdp=4", "mesh.pipeline=2", "pipeline.microbatches=2")
+    assert fit(ground.config("staged", *words, *stages, "training.num_steps=2")) == 0
+    staged = ground.summary("staged")["eval/loss"]
+    assert staged == pytest.approx(ground.summary("two")["eval/loss"], rel=1e-2)  # but for four bits
+    assert fit(ground.config("staged", *words, "training.num_steps=4")) == 0
+    assert ground.summary("staged")["eval/loss"] == pytest.approx(staged, rel=1e-6)
+
+
 def test_another_parent_than_the_one_it_began_at_is_refused(ground, base, tuned, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(base, runs / "below")
