@@ -20,7 +20,7 @@ SCORED = 4096  # tokens of a pass of rows with a text each, where a row is no lo
 LEAST_ROW = 32  # tokens of such a row
 Texts = Sequence[Sequence[int]]
 Batch = dict[str, Any]
-Place = tuple[int, int, Int[np.ndarray, " T"]]
+Place = tuple[int, int, Int[np.ndarray, "..."]]  # texts of one pass differ in length
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # microbatches whose gradients add up to one step
     precision: str = "auto"  # float32 | bfloat16 | fp8 | int8 | auto: bfloat16, on CPU float32
     full_precision: list[str] = field(default_factory=list)  # projections left out of fp8 and int8: [o, down]
-    weight_bits: int | None = None  # 2 to 8: projections on that grid in every pass (QAT); null: as they are
-    weight_group: int | None = None  # inputs that share a scale; null: all of an output's
+    weight_bits: str | None = None  # QAT: 3, or 4/64 (a scale for 64 inputs): projections' grid; null: none
     remat: str = "none"  # what layers keep: none (all) | dots | attention | offload | full (their input)
     scan_layers: bool = True  # compile one layer and loop; false unrolls
     attention: str = "auto"  # auto: the fastest that can | reference | chunked | fused | xla | cudnn | splash
@@ -51,14 +50,7 @@ class TrainingConfig:
         choice("training.precision", self.precision, PRECISIONS)
         for name in self.full_precision:
             choice("training.full_precision", name, PROJECTIONS)
-        bits, group = self.weight_bits, self.weight_group
-        require(
-            bits is None or bits in WEIGHT_BITS,
-            "training.weight_bits",
-            bits,
-            f"one of {WEIGHT_BITS}, or null (off)",
-        )
-        require(group is None or group > 1, "training.weight_group", group, "2 or more, or null")
+        weight_grid(self.weight_bits)
         choice("training.remat", self.remat, REMAT)
         choice("training.attention", self.attention, ATTENTION)
         for key in ("num_steps", "global_batch_size", "accumulation_steps", "loss_chunk", "max_documents"):
@@ -91,6 +83,23 @@ class AdapterConfig:
             choice("adapter.bits", str(self.bits), GRIDS)
         ok = self.group is None or self.bits is not None
         require(ok, "adapter.group", self.group, "null without adapter.bits")
+
+
+def weight_grid(text: str | None) -> tuple[int, int | None] | None:
+    """Bits, and inputs that share a scale (None: all), of `training.weight_bits`; ValueError for anything else."""
+    if text is None:
+        return None
+    bits, slash, group = str(text).partition("/")
+    ok = (
+        bits.isdecimal()
+        and int(bits) in WEIGHT_BITS
+        and (not slash or (group.isdecimal() and int(group) > 1))
+    )
+    limit = (
+        f"one of {', '.join(map(str, WEIGHT_BITS))}, with /GROUP behind it or without, as in 4/64; or null"
+    )
+    require(ok, "training.weight_bits", text, limit)
+    return int(bits), int(group) if slash else None
 
 
 @dataclass
@@ -192,9 +201,7 @@ class Config:
     profile: bool = False  # trace the steps of logging.profile_steps
     init_from: str | None = None  # a run's name or a checkpoint's path, whose weights this run starts from
     adapter: AdapterConfig | None = None  # thin factors that learn instead of all weights; null: these do
-    freeze: list[str] = field(
-        default_factory=list
-    )  # parameters that do not learn: [embed], [attention, norm*]
+    freeze: list[str] = field(default_factory=list)  # parameters that do not learn, as [embed, 'norm*']
     model: ModelConfig = field(default_factory=ModelConfig)  # what is computed
     data: DataConfig = field(default_factory=DataConfig)  # from what text
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # in what pieces

@@ -13,6 +13,7 @@ from kernels.einsum import Projector
 from kernels.einsum_8bit import PRODUCTS
 from models.ops import Ops
 from models.weights import rounded_product
+from training.config import weight_grid
 
 FP8_CAPABILITY = (8, 9)  # NVIDIA's Ada; Hopper is 9.0
 FP8_TPUS = ("TPU7x",)  # the first with such units: v5p and v6e multiply int8 and bfloat16
@@ -53,19 +54,19 @@ def build_projector(training: Any, device: Any) -> Projector:
     """The value of `Ops.project`. Raises ValueError where the device cannot multiply so."""
     if reason := precision_problem(training.precision, device):
         raise ValueError(reason)
-    bits = training.weight_bits
-    if bits is not None and training.precision in PRODUCTS:
+    bits, grid = training.weight_bits, weight_grid(training.weight_bits)
+    if grid is not None and training.precision in PRODUCTS:
         raise ValueError(
             f"training.weight_bits={bits} and training.precision={training.precision} would both round "
             "weights; use training.precision=bfloat16, or training.weight_bits=null"
         )
-    if training.full_precision and training.precision not in PRODUCTS and bits is None:
+    if training.full_precision and training.precision not in PRODUCTS and grid is None:
         raise ValueError(
             f"training.full_precision={training.full_precision} has no effect under training.precision="
             f"{training.precision}; use fp8 or int8, or leave it []"
         )
-    if bits is not None:
-        rounded = partial(rounded_product, bits=bits, group=training.weight_group)
+    if grid is not None:
+        rounded = partial(rounded_product, bits=grid[0], group=grid[1])
         return Projector(keep=tuple(training.full_precision), rounded=rounded)
     if training.precision not in PRODUCTS:
         return Projector()

@@ -29,7 +29,7 @@ from models.config import (
 from optim.config import OPTIMIZERS, SCHEDULES, AdamWConfig, OptimConfig, ScheduleConfig, WSDConfig
 from parallel.config import AutoscaleConfig
 from parallel.hardware import DeviceConfig, HardwareConfig, LinkConfig
-from training.config import Config, LocalSGDConfig
+from training.config import AdapterConfig, Config, LocalSGDConfig
 from training.setup import as_now
 
 CONFIG: dict[str, Any] = {
@@ -247,7 +247,7 @@ def test_differences_are_symmetric_and_absent_keys_count():
 
 def whole_configs():
     """A config of every optimizer, and of every schedule, with every optional group there."""
-    groups = {"autoscale": AutoscaleConfig(), "local_sgd": LocalSGDConfig()}
+    groups = {"autoscale": AutoscaleConfig(), "local_sgd": LocalSGDConfig(), "adapter": AdapterConfig()}
     sizes = {"num_kv_heads": 8, "head_dim": 192}
     parts = {"moe": MoEConfig(), "mla": MLAConfig(), "mtp": MTPConfig(), "rope_scaling": RopeScaling()}
     model = ModelConfig(**sizes, **parts, delta=DeltaConfig())

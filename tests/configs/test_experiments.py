@@ -101,9 +101,9 @@ def test_every_option_of_a_group_composes(group):
 
 
 @pytest.mark.parametrize("optim", options("optim"))
-def test_a_run_has_at_most_160_keys(optim):
+def test_a_run_has_at_most_163_keys(optim):
     composed = OmegaConf.to_container(raw("+experiment=quickstart", f"optim={optim}", "schedule=wsd"))
-    assert len(list(schema.leaves(composed))) <= 160
+    assert len(list(schema.leaves(composed))) <= 163  # 160, and what is frozen, adapted and rounded
 
 
 def schemas():

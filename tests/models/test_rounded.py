@@ -39,7 +39,7 @@ def model():
 @pytest.mark.parametrize(("bits", "group"), [(3, None), (4, 16), (8, None), (2, 8)])
 def test_what_is_trained_is_what_is_exported(model, bits, group):
     model, params, batch = model
-    trained = model.apply(params, batch, ops_of(weight_bits=bits, weight_group=group))
+    trained = model.apply(params, batch, ops_of(weight_bits=f"{bits}/{group}" if group else str(bits)))
     packed = jax.tree.map(
         lambda info, w: quantize(info, w, bits, group) if quantizable(info) and info.role == "matrix" else w,
         model.info,
@@ -67,7 +67,7 @@ def test_the_gradient_goes_through_as_if_nothing_were_rounded():
 
 
 def test_projections_that_are_named_stay_as_they_are():
-    projector = build_projector(TrainingConfig(weight_bits=2, full_precision=["o"]), jax.devices()[0])
+    projector = build_projector(TrainingConfig(weight_bits="2", full_precision=["o"]), jax.devices()[0])
     w, x = jax.random.normal(jax.random.key(0), (4, 2, 6)), jnp.ones((1, 2, 4, 2))
     spec = "BTNH,NHD->BTD"
     np.testing.assert_array_equal(projector("o", spec, x, w), Projector()("o", spec, x, w))
@@ -76,6 +76,7 @@ def test_projections_that_are_named_stay_as_they_are():
 
 def test_what_rounds_twice_is_refused():
     with pytest.raises(ValueError, match="would both round"):
-        build_projector(TrainingConfig(weight_bits=4, precision="int8"), jax.devices()[0])
-    with pytest.raises(ValueError, match="training.weight_bits=7"):
-        TrainingConfig(weight_bits=7)
+        build_projector(TrainingConfig(weight_bits="4", precision="int8"), jax.devices()[0])
+    for text in ("7", "3/", "4/1", "four"):
+        with pytest.raises(ValueError, match=f"training.weight_bits={text} must be one of"):
+            TrainingConfig(weight_bits=text)
