@@ -86,7 +86,7 @@ class AdapterConfig:
 
 
 def weight_grid(text: str | None) -> tuple[int, int | None] | None:
-    """Bits, and inputs that share a scale (None: all), of `training.weight_bits`; ValueError for anything else."""
+    """Bits, and inputs that share a scale (None: all), of `training.weight_bits`; ValueError for others."""
     if text is None:
         return None
     bits, slash, group = str(text).partition("/")
