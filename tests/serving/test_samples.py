@@ -33,6 +33,7 @@ class Recitation:
     """
 
     config = ModelConfig(vocab_size=VOCAB)
+    segments = ()
 
     def __init__(self, *texts):
         self.tokens = [[TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts]

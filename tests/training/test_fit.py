@@ -296,7 +296,8 @@ def test_the_time_of_a_run_is_told_apart_and_adds_up(ground, whole):
     assert min(categories.values()) >= 0 and sum(categories.values()) == pytest.approx(goodput["seconds"])
     timed = MetricsLog.read(ground.run("whole") / "metrics.jsonl")
     steps = sum(row["step_seconds"] for row in timed if "loss" in row)
-    assert categories["steps"] + categories["input_wait"] == pytest.approx(steps, rel=0.01)
+    # Two clocks, read one behind the other: on a busy machine others come in between.
+    assert categories["steps"] + categories["input_wait"] == pytest.approx(steps, rel=0.01, abs=0.1)
 
 
 def test_the_last_evaluation_is_not_done_twice(ground, sharded, monkeypatch):
