@@ -138,7 +138,7 @@ class Generator:
         found: list[Any] = [None] * len(texts)
         for part in self._passes([tuple(text[:-1]) for text in texts]):
             wanted = [
-                (row, place, token)
+                (row, int(place), token)
                 for number, row, places in part.texts
                 for place, token in zip(
                     places[starts[number] - 1 :], texts[number][starts[number] :], strict=True
