@@ -31,9 +31,8 @@ from training.objectives.distill import Distill, teacher_fields
 from training.program import Program
 
 ANNOTATE_SECONDS = 24 * 3600  # the others wait so long while the primary asks a teacher
-Scorer = Callable[
-    [dict[str, np.ndarray]], dict[str, np.ndarray]
-]  # a batch [B, T] to figures [B, T] or [K, B, T]
+# A batch [B, T] to figures [B, T] or [K, B, T].
+Scorer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def check_data(config: Config, program: Program) -> None:

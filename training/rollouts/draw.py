@@ -180,9 +180,12 @@ class Rollouts:
 
     def _chosen(self, number: int, count: int) -> Iterator[Prompt]:
         """Prompts of a draw's attempt: each epoch has all of them in another order."""
+        epoch, order = -1, np.zeros(0, int)
         for place in range(number * count, (number + 1) * count):
-            epoch, at = divmod(place, len(self.prompts))
-            yield self.prompts[permutation(len(self.prompts), self.config.seed, epoch, PROMPTS)[at]]
+            if place // len(self.prompts) != epoch:
+                epoch = place // len(self.prompts)
+                order = permutation(len(self.prompts), self.config.seed, epoch, PROMPTS)
+            yield self.prompts[order[place % len(self.prompts)]]
 
     def _rows(self, groups: list[Any], drawn: float) -> dict[str, np.ndarray]:
         """A batch [B, T] of these groups; rows without one count nothing."""
