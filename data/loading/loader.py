@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from data.config import DataConfig, components
 from data.errors import DataError
@@ -19,7 +20,7 @@ from data.loading.ahead import Ahead
 from data.loading.curriculum import cut_pieces, longest_piece
 from data.loading.input_timing import InputTiming, Seconds, copying, stage
 from data.loading.mixture import Interleaving
-from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan, permutation
+from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan, permutation, pieces_of
 from data.loading.plan_cache import kept_plan
 from data.loading.streaming import Shards, Stream, open_stream
 from data.prepared import Prepared
@@ -176,6 +177,22 @@ class Loader:
         """Raise DataError where a host that asks for these rows of each batch would split a virtual shard."""
         if isinstance(self._stream, Shards):
             self._stream.of_rows(rows)
+
+    def targets_of(self, steps: int) -> Bool[np.ndarray, " N"]:
+        """Return which entries of the store are targets of the first so many steps; of a corpus alone."""
+        (epochs,) = self._epochs
+        edges = np.zeros(epochs.store.num_addresses + 1, np.int64)
+        first, last = 0, (steps + self.left_out(steps)) * self.batch_size
+        while first < last:
+            plan, order, begin, end = epochs.containing(first)
+            rows = order[first - begin : last - begin]
+            pieces = pieces_of(plan, rows)
+            np.add.at(edges, plan.starts[pieces] + 1, 1)
+            np.add.at(edges, plan.starts[pieces] + plan.lengths[pieces] + 1, -1)
+            if len(rows) == len(order):
+                break  # a whole epoch has them all
+            first = end
+        return np.cumsum(edges[:-1]) > 0
 
     def shares(self, step: int) -> dict[str, float]:
         """Return each component's share of all rows before a step; nothing without a mixture."""

@@ -125,10 +125,15 @@ def fill(
     restart at each piece. `tokens` and `weights` have one entry per address; the loss weight of a target is
     that of its entry, 1 without `weights`.
     """
-    first, last = plan.row_offsets[rows], plan.row_offsets[rows + 1]
-    piece, counts = _ranges(first, last - first), last - first
+    piece, counts = pieces_of(plan, rows), plan.row_offsets[rows + 1] - plan.row_offsets[rows]
     starts, lengths = plan.starts[piece], plan.lengths[piece]
     write_rows(batch, where, tokens, (starts, lengths, counts), weights)
+
+
+def pieces_of(plan: PackingPlan, rows: Int[np.ndarray, " B"]) -> Int[np.ndarray, " Q"]:
+    """Return the numbers of the pieces that the plan's `rows` have, one row's behind the other's."""
+    first = plan.row_offsets[rows]
+    return _ranges(first, plan.row_offsets[rows + 1] - first)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 The reference of a preference is the run's own parent; a teacher is any model with the same tokenizer. Either
 becomes arrays of one value (or K) an entry of the token store, which a loader copies into batches as it does
-the tokens. They lie in the cache, named by the digests of the store and of the weights.
+the tokens. They lie in the cache, named by the digests of the store and of the weights. Windows of
+which no step has a target are not asked about: of a corpus that is read in part the rest costs nothing.
 
 N entries of a store, K values of an entry, B rows, T positions.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from common.checks import ConfigError
 from data.batch import REFERENCE, Field
 from data.cache import CorruptCache, building, digest_of, locked, verify
+from data.loading.loader import Loader
 from data.loading.packing import PackingPlan, empty_batch, fill
 from data.prepared import Prepared
 from data.tokens.forms import GROUPS
@@ -102,9 +105,10 @@ def with_reference(
     place = placing(batch, rows)
     whole = program.layout.replicated()
     size, length = batch["tokens"].shape
+    wanted = wanted_targets(prepared, config)
     inputs = {
         **{"kind": "reference", "data": prepared.digest, "parent": parent},
-        **{"precision": str(program.ops.compute_dtype), "row": length},
+        **{"precision": str(program.ops.compute_dtype), "row": length, "wanted": digest_of_mask(wanted)},
     }
 
     def scorer() -> Scorer:
@@ -124,7 +128,7 @@ def with_reference(
     directory = _kept(config, inputs)
     if not processes.from_primary("the reference", lambda: _is_sound(directory)):
         # All compute, since the mesh is all of theirs; the primary writes.
-        figures = _figures_of(store, REFERENCE, scorer(), (size, length))
+        figures = _figures_of(store, REFERENCE, scorer(), (size, length), wanted)
         processes.from_primary("the reference's file", lambda: _write(directory, figures, inputs))
     return _joined(prepared, directory, REFERENCE)
 
@@ -140,18 +144,19 @@ def with_teacher(
         )
     shape = (config.training.global_batch_size, config.data.seq_len)
     fields = teacher_fields(objective.targets)
+    wanted = wanted_targets(prepared, config)
 
     def make() -> str:
         teacher = open_teacher(config, objective, prepared.tokenizer, open_model)
         inputs = {
             **{"kind": "teacher", "data": prepared.digest, "teacher": teacher.version, "seed": config.seed},
             **{"support": objective.support, "targets": objective.targets, "row": shape[1]},
-            "precision": config.training.precision,
+            **{"precision": config.training.precision, "wanted": digest_of_mask(wanted)},
         }
         directory = _kept(config, inputs)
         if not _is_sound(directory):
             scorer = teacher_scorer(teacher, objective, config.seed)
-            _write(directory, _figures_of(store, fields, scorer, shape), inputs)
+            _write(directory, _figures_of(store, fields, scorer, shape, wanted), inputs)
         return str(directory)
 
     directory = processes.from_primary("the teacher's figures", make, ANNOTATE_SECONDS)
@@ -185,15 +190,39 @@ def _joined(prepared: Prepared, directory: Path, fields: dict[str, Field]) -> Pr
     return replace(prepared, train=replace(prepared.train, figures=figures))
 
 
+def wanted_targets(prepared: Prepared, config: Config) -> Bool[np.ndarray, " N"]:
+    """Which entries of the store the run's steps have as targets; all where a rollback may ask for others."""
+    store, training = prepared.train, config.training
+    assert store is not None
+    if config.guard.rollback_batches:
+        return np.ones(store.num_addresses, bool)
+    batch = training.global_batch_size
+    return Loader(prepared, config.data, global_batch_size=batch, seed=config.seed).targets_of(
+        training.num_steps
+    )
+
+
+def digest_of_mask(wanted: Bool[np.ndarray, " N"]) -> str:
+    """What was asked about, for the name of what was answered."""
+    return hashlib.sha256(np.packbits(wanted).tobytes()).hexdigest()
+
+
 def _figures_of(
-    store: TokenStore, fields: dict[str, Field], score: Scorer, shape: tuple[int, int]
+    store: TokenStore,
+    fields: dict[str, Field],
+    score: Scorer,
+    shape: tuple[int, int],
+    wanted: Bool[np.ndarray, " N"],
 ) -> dict[str, np.ndarray]:
-    """Of every entry as a target, its figures [N] or [K, N]; 0 where it is none."""
+    """Of every entry as a target, its figures [N] or [K, N]; 0 where it is none or is not asked about."""
     found = {
         name: np.zeros((*map(int, field.dims[2:]), store.num_addresses), field.dtype)
         for name, field in fields.items()
     }
     starts, lengths, skipped = windows(store.starts, store.lengths, shape[1])
+    before = np.concatenate([[0], np.cumsum(wanted)])
+    asked = before[starts + 1 + lengths] > before[starts + 1 + skipped]
+    starts, lengths, skipped = starts[asked], lengths[asked], skipped[asked]
     plan = PackingPlan(starts, lengths, np.arange(len(starts) + 1))
     for batch, rows in _batches(store, plan, shape):
         for name, values in score(batch).items():
