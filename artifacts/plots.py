@@ -80,6 +80,8 @@ def _draw_evaluation(axes: "Axes", rows: Sequence[Mapping[str, Any]], bigram: fl
     axes.plot(steps, losses, color=_EVAL, label=label, **style)
     low, high = axes.get_ylim()
     low = min(low, losses.min() - 0.05 * (high - low))
+    if steps[0] == 0 and losses[0] < 30:  # what a run began with
+        high = max(high, losses[0] + 0.05 * (high - low))
     if bigram is not None and len(bits):
         # Of the same held-out text: an evaluation's ratio turns bits per byte into nats per token.
         level = bigram * losses[-1] / bits[-1]

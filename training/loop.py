@@ -126,6 +126,8 @@ def train(
     stack.callback(setup.ledger.enter, "other")
     replicas, measured = replica_check(setup), tuple(evaluations(setup))
     postponed = False
+    if first == 0 and setup.parent is not None:  # what the weights that it begins with are worth
+        record_figures(run, 0, measured, state)
     recorder.start_clock()
     for step in range(first + 1, last + 1):
         if step > first + 1:  # the first batch may take an epoch's plan
@@ -155,11 +157,7 @@ def train(
                 say(f"profile: {profile.stop(setup.train_step.as_text() or '')}")
 
         if due := [one for one in measured if every(one.every, step, last)]:
-            with recorder.outside_steps("evaluation"):
-                figures = figures_of(due, setup.train_step.state_of(leaves)) | read_so_far(run, step)
-                check_finite(run, step, figures)
-                recorder.event(step, figures)
-                run.measured_at = step, figures
+            record_figures(run, step, due, setup.train_step.state_of(leaves))
 
         saving = leaving or postponed or every(config.checkpoint.every, step, last)
         if replicas is not None and (saving or every(config.guard.replica_every, step, last)):
@@ -255,6 +253,15 @@ def evaluations(setup: Setup) -> Iterator[Evaluation]:
         yield Evaluation(setup.config.eval.suite_every, setup.suite.measure)
     if setup.rewarded is not None:
         yield Evaluation(setup.config.eval.every, setup.rewarded)
+
+
+def record_figures(run: Run, step: int, due: Iterable[Evaluation], state: TrainState) -> None:
+    """Measure what is due after a step, and write it down. Raises RunFault where it is no number."""
+    with run.recorder.outside_steps("evaluation"):
+        figures = figures_of(due, state) | read_so_far(run, step)
+        check_finite(run, step, figures)
+        run.recorder.event(step, figures)
+        run.measured_at = step, figures
 
 
 def figures_of(wanted: Iterable[Evaluation], state: TrainState) -> dict[str, float]:
