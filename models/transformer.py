@@ -287,18 +287,19 @@ class Model:
         """The residual stream after the last layer, of stacked parameters or of `unstack`'s."""
         return self._layers(params, self.embed(params, batch, ops), batch, ops, None)[0]
 
-    def unstack(self, params: Tree, ops: Ops, masters: Collection[str] = ()) -> Tree:
+    def unstack(self, params: Tree, ops: Ops, masters: Collection[str] = (), *, packed: bool = False) -> Tree:
         """Parameters as `decode` takes them: a tree for each layer, its products' in the compute dtype.
 
         Done once, where a step would do it for every token. masters: projections whose weights stay in
         float32, because what multiplies them rounds by itself. What only predicts further tokens is left out.
         A token table is read in float32 and rounded behind its factor, so it stays; tied, it is there twice.
+        packed: what is quantized stays so, and is dequantized by every product: fewer bytes, more work.
         """
 
         def ready(info: ParamInfo, leaf: Array) -> Array:
             cast = info.role == "head" or "experts" in info.axes
             cast = cast or (info.projection is not None and info.projection not in masters)
-            if isinstance(leaf, QTensor | LowRank) and not cast:
+            if isinstance(leaf, QTensor | LowRank) and (not cast or (packed and isinstance(leaf, QTensor))):
                 return leaf  # several arrays, each where it lies
             # What an activation is rounded to where it is multiplied, its weight is here, once.
             factor = None if "experts" in info.axes else ops.factor_dtype

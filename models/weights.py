@@ -99,8 +99,22 @@ class QTensor:
         return both.reshape(self.shape)
 
     def multiply(self, product: Einsum, plain: Einsum, spec: str, x: Array) -> Array:
-        """The product with an activation, of the weight dequantized where it is read."""
-        return product(spec, x, self.astype(x.dtype))
+        """The product with an activation, of the weight dequantized where it is read.
+
+        With one scale an output it is behind the product, whose factors are then the levels, exact in any
+        dtype: of a text that is decoded, those are all that is read of the weight.
+        """
+        left, right, out = letters_of(spec)
+        inner = {c for c in right if c in left and c not in out}
+        whole = all(self.scale.shape[dim] == 1 for dim, c in enumerate(right) if c in inner)
+        if self.zero is not None or not whole:
+            return product(spec, x, self.astype(x.dtype))
+        y = product(spec, x, self.levels().astype(x.dtype))
+        made = [c for c in right if c not in inner]
+        scale = self.scale.reshape([self.scale.shape[right.index(c)] for c in made])
+        scale = jnp.transpose(scale, [made.index(c) for c in out if c in made])
+        scale = jnp.expand_dims(scale, [dim for dim, c in enumerate(out) if c not in made])
+        return (y.astype(jnp.float32) * scale).astype(y.dtype)
 
     def rows(self, ids: Int[Array, "..."], mode: str) -> Float[Array, "... D"]:
         """Rows of a table [V, D]: gathered as they are stored, dequantized behind that."""

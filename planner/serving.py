@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from common.text import GIB
+from models.weights import quantizable, quantize
 from parallel.axes import Layout
 from parallel.config import MeshConfig
 from parallel.hardware import Machine
@@ -179,8 +180,18 @@ class ServingModel:
 
     @cached_property
     def masters(self) -> Any:
-        """Parameters as a checkpoint has them."""
-        return jax.tree.map(self._placed, jax.eval_shape(self.model.init, jax.random.key(0)))
+        """Parameters as a checkpoint has them, or as an artifact of so many bits."""
+        bits = self.question.weight_bits
+
+        def made(key: Any) -> Any:
+            params = self.model.init(key)
+            if bits is None:
+                return params
+            return jax.tree.map(
+                lambda info, w: quantize(info, w, bits) if quantizable(info) else w, self.model.info, params
+            )
+
+        return jax.tree.map(self._placed, jax.eval_shape(made, jax.random.key(0)))
 
     @cached_property
     def weights(self) -> Any:
@@ -209,6 +220,7 @@ class ServingModel:
             page=q.page,
             chunk=q.chunk,
             pages=slots * -(-q.max_len // q.page),
+            packed=True,
         )
 
     def cost(self, slots: int) -> ServingCost:

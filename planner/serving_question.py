@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from common.checks import require, within
 from models.config import ModelConfig
+from models.weights import BITS
 from serving.settings import ServeConfig
 
 
@@ -17,6 +18,7 @@ class ServingQuestion:
     chunk: int = 128  # tokens of a prompt that are read at once, a multiple of page
     context: int = 0  # tokens of each text while a token is timed; 0: max_len, the longest
     prompt: int = 0  # tokens of a prompt that is timed; 0: half of max_len
+    weight_bits: int | None = None  # of projections and tables, a scale an output, read so; null: not rounded
     slo_ttft: float | None = None  # seconds to the first token, every other slot writing
     slo_gap: float | None = None  # seconds between two tokens
 
@@ -26,6 +28,8 @@ class ServingQuestion:
         ServeConfig(slots=max(1, self.slots), max_len=self.max_len, page=self.page, chunk=self.chunk)
         for key in ("context", "prompt"):
             within(key, getattr(self, key), 0)
+        bits = self.weight_bits
+        require(bits is None or bits in BITS, "weight_bits", bits, f"one of {', '.join(map(str, BITS))}")
         for key in ("slo_ttft", "slo_gap"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")

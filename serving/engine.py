@@ -73,6 +73,7 @@ class Engine:
             pages=pages,
             vocab_size=self.vocab_size,
             guesses=settings.guesses,
+            packed=settings.packed,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )
         self._schedule: Turns[Text] = Turns(settings.slots, settings.chunk, settings.prefill_every)

@@ -41,17 +41,19 @@ class Generator:
     on one device). What is written for a prompt depends on the weights, the prompt, `sampling` and its key
     alone: in float32 neither the batch around it nor the mesh changes a token. Over several processes all
     call alike, and all get the whole answer. Programs are compiled once for a shape and live as long as the
-    generator.
+    generator. packed: quantized weights stay so, and each product dequantizes its own.
     """
 
-    def __init__(self, model: Model, params: Tree, ops: Ops, layout: Layout | None = None) -> None:
+    def __init__(
+        self, model: Model, params: Tree, ops: Ops, layout: Layout | None = None, *, packed: bool = False
+    ) -> None:
         if layout is not None:
             # A token decoded has one position, which no axis can split; devices of `context` work alike.
             layout = replace(layout, rules={**layout.rules, "length": (), "act_length": ()})
         self.model = model
         self._ways = 1 if layout is None else layout.ways("batch")
         ops = decoding_ops(ops, layout)
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops)))
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
         self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
         self._hidden = jax.jit(partial(_hidden, model, ops))

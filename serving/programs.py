@@ -35,13 +35,14 @@ class Programs:
     Nothing is allocated before, so that `planner.serving` compiles them for devices that are not here.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages, guesses: as in `ServeConfig`. device: where weights lie that no layout spreads. vocab_size:
-    rows of the vocabulary that are a token's (None: all), and so an alternative's.
+    chunk, pages, guesses, packed: as in `ServeConfig`. device: where weights lie that no layout spreads.
+    vocab_size: rows of the vocabulary that are a token's (None: all), and so an alternative's.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
         chunk: int, pages: int, guesses: int = 0, device: Any = None, vocab_size: int | None = None,
+        packed: bool = False,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
@@ -50,7 +51,7 @@ class Programs:
         self._page, self._pages, self._chunk = page, pages, chunk
         self._device, self.guesses = device, guesses
         self._ops = ops = decoding_ops(ops, layout)
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops)))
+        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
         # Where it lies it stays: what a compiler chose for itself would be another program the next time.
         to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())

@@ -20,6 +20,7 @@ class ServeConfig:
     prefill_every: int = 1  # decodes between two chunks
     guesses: int = 0  # tokens that are guessed from the text itself and read with the next one
     prefix_cache: bool = True  # keep what prompts have in common
+    packed: bool = False  # quantized weights stay so in memory, and every product dequantizes its own
     queue_requests: int = 256  # that may wait
     queue_tokens: int = 1 << 20  # of prompts and answers that may wait
     queue_seconds: float = 60.0  # that one that waits has to wait, as predicted

@@ -119,8 +119,10 @@ def test_a_finished_run_learns_to_answer_and_goes_on_without_its_parent(ground, 
         *("data.validation_fraction=0.2", "sample.prompts=['what colour is thing 7?']"),
     )
     assert fit(ground.config("answers", *words, "training.num_steps=40")) == 0
-    held_out = [row["eval/loss"] for row in ground.rows("answers") if "eval/loss" in row]
-    assert held_out[1] < 0.7 * held_out[0] < 4
+    held_out = {row["step"]: row["eval/loss"] for row in ground.rows("answers") if "eval/loss" in row}
+    assert held_out[40] < 0.7 * held_out[20] < 4
+    # Before it learns it is as good as the weights that it begins with.
+    assert 5 < held_out.pop(0) and list(held_out) == [20, 40]
     manifest = json.loads((ground.run("answers") / "manifest.json").read_text())
     assert (
         manifest["parent"]["step"] == 2
