@@ -85,6 +85,8 @@ def split_question(words: Sequence[str]) -> tuple["ServingQuestion | None", list
     keys = {field.name for field in fields(ServingQuestion)}
     own = [word for word in words if word.partition("=")[0] in keys]
     rest = [word for word in words if word not in own and word != "serve=true"]
+    if not any(word.startswith(("run.name=", "+experiment=")) for word in rest):
+        rest.append("run.name=served")  # an engine has none, and a config wants one
     return parse(own, ServingQuestion, ()), rest
 
 

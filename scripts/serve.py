@@ -11,6 +11,7 @@
     pages=0               of the cache; 0: as many as all slots need for the longest texts
     guesses=0             tokens that are guessed from the text itself and read with the next one
     prefix_cache=true     keep what prompts have in common
+    packed=false          true: quantized weights stay so in memory, and every product dequantizes its own
     queue_requests=256    that may wait; behind them 503 with Retry-After
     queue_tokens=1048576  of prompts and answers that may wait
     queue_seconds=60      that one may have to wait, as predicted

@@ -245,21 +245,35 @@ def test_a_model_is_that_of_its_merged_weights(config, form):
     jax.tree.map(close, *both(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_decoding_gives_the_logits_of_a_forward_pass(form):
-    model = build_model(family(num_layers=1, tie_embeddings=False))
+PLAIN = family(num_layers=1, tie_embeddings=False)
+DECODED = [
+    *((PLAIN, form, False) for form in FORMS),
+    (PLAIN, "int4", True),
+    (FAMILIES["gpt2"], "int8", True),  # one table for both ends
+    (MIXTURES["mixtral"], "int8", True),
+]
+
+
+@pytest.mark.parametrize(("config", "form", "packed"), DECODED)
+def test_decoding_gives_the_logits_of_a_forward_pass(config, form, packed):
+    model = build_model(config)
     batch = {k: jnp.asarray(v) for k, v in make_batch([[6]], 6).items()}
-    tokens = batch["tokens"]
+    tokens, kept = batch["tokens"], list[int]()
+
+    def is_grid(leaf):
+        return isinstance(leaf, QTensor)
 
     @jax.jit
     def both(key):
         params = dress(model, model.init(key), form)
-        ready = model.unstack(params, Ops())
+        ready = model.unstack(params, Ops(), packed=packed)
+        kept.append(sum(isinstance(leaf, QTensor) for leaf in jax.tree.leaves(ready, is_leaf=is_grid)))
         first, cache = model.decode(ready, tokens[:, :5], model.init_cache(1, 6, Ops()), Ops())
         last, _ = model.decode(ready, tokens[:, 5:], cache, Ops())
         return jnp.stack([first, last], axis=1), model.apply(merged(params), batch, Ops())[:, 4:]
 
     close(*both(jax.random.key(0)))
+    assert kept[0] > 2 if packed else kept[0] == (form != "lora")  # a table is read by rows
 
 
 def test_adapters_name_their_parts_by_what_they_are():

@@ -136,17 +136,23 @@ def test_an_experiment_of_a_search_has_the_words_as_hydra_reads_them():
 def test_an_engine_is_planned_and_every_figure_is_in_the_file(tmp_path):
     path = tmp_path / "serving.json"
     words = ("model=llama_1b", "hardware=h200", "serve=true", "plan.compile=never", f"plan.output={path}")
-    said, wrong, status = plan("run.name=planned", *words, "max_len=1024", "slots=64", "slo_gap=0.5")
+    words += ("max_len=1024", "slots=64")
+    said, wrong, status = plan(*words, "slo_gap=0.5")
     assert status == 0, wrong
     assert "slo_gap       0.5 s holds" in said and len(said.splitlines()) <= 40  # one screen
     found = json.loads(path.read_text())
     assert found["fits"] and found["promises"]["slo_gap"]["holds"] and found["slots"] == 64
     assert found["cache_token"] == 32768  # 16 layers, 8 heads of 64, keys and values, bfloat16
+    assert plan(*words, "weight_bits=8")[2] == 0
+    eight = json.loads(path.read_text())
+    assert eight["weights"] < 0.55 * found["weights"]
+    assert eight["decode"][-1]["seconds"] < found["decode"][-1]["seconds"]
 
 
 def test_words_of_an_engine_are_taken_with_serve_alone():
     question, words = split_question(["model=llama_1b", "serve=true", "slots=4", "slo_ttft=0.5"])
-    assert words == ["model=llama_1b"]
+    assert words == ["model=llama_1b", "run.name=served"]
+    assert split_question(["serve=true", "run.name=mine"])[1] == ["run.name=mine"]
     assert question == ServingQuestion(slots=4, slo_ttft=0.5)
     assert split_question(["slots=4"]) == (None, ["slots=4"])  # Hydra refuses it by its name
     with pytest.raises(ValueError, match="slots=x is not a whole number"):
