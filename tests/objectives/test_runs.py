@@ -106,15 +106,22 @@ def test_answers_drawn_by_a_run_are_a_function_of_seed_and_step(ground, files, p
 
 
 @pytest.mark.parametrize(
-    "mesh", [(), ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")], ids=["one", "fsdp2-tensor2"]
+    ("mesh", "precision", "nats"),
+    [
+        ((), "float32", 1e-5),
+        (("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"), "float32", 1e-5),
+        ((), "bfloat16", 2e-3),
+    ],
+    ids=["one", "fsdp2-tensor2", "bfloat16"],
 )
-def test_sampler_and_trainer_agree_on_every_token(ground, files, parent, mesh):
-    """To 1e-5 nats in float32, whichever of them says it."""
+def test_sampler_and_trainer_agree_on_every_token(ground, files, parent, mesh, precision, nats):
+    """In nats of every token, whichever of them says it."""
     from parallel.mesh import build_layout
     from training.config import with_vocab
     from training.program import build_program
 
     own = ("objective.group=4", "objective.max_new_tokens=8", "objective.updates=2", "model.vocab_size=384")
+    own = (*own, f"training.precision={precision}")
     config = with_vocab(ground.config("never", *words_of(files, "sums", "grpo", *own, *mesh)), 257)
     program = build_program(config, build_layout(config.mesh, jax.devices()[: 4 if mesh else 1]))
     prepared = prepare(config.data, config.tokenizer.__class__(kind="byte"), progress=False)
@@ -141,7 +148,7 @@ def test_sampler_and_trainer_agree_on_every_token(ground, files, parent, mesh):
     for row, (scores, start) in enumerate(zip(generator.score(texts, starts), starts, strict=True)):
         counted = batch["loss_weights"][row] > 0
         assert counted.sum() == len(scores) and counted.argmax() == start - 1
-        np.testing.assert_allclose(trainers[row][counted], scores, atol=1e-5)
+        np.testing.assert_allclose(trainers[row][counted], scores, rtol=0, atol=nats)
     shutil.rmtree(Folder.path)
 
 
