@@ -25,7 +25,7 @@ from benchmarks.measure import arguments, publish, summary
 from benchmarks.workload import build, compose_config
 from common.host import keep_freed_memory
 from data.batch import TEXT
-from data.loading.loader import Prefetcher
+from data.loading.prefetch import Prefetcher
 from training.device_batches import placing, rows_here
 from training.flops import training_flops
 from training.program import Program

@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.measure import alternate, ratio, timed
 from data.config import DataConfig, TokenizerConfig
-from data.loading.loader import Loader, Prefetcher
+from data.loading.loader import Loader
+from data.loading.prefetch import Prefetcher
 from data.pipeline import follow, prepare
 from data.tokens.encoding import TextEncoding
 from data.tokens.store import TokenStore, write_store

@@ -2,6 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+Rows = slice | np.ndarray | None  # of a global batch: a range, increasing row numbers, or all
+
 
 class Field(NamedTuple):
     """One array of a batch: its dtype's name and its dims, rows first.

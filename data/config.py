@@ -9,7 +9,7 @@ from typing import Any
 
 from common.checks import choice, did_you_mean, require, within
 from data.curation.config import parse_steps
-from data.tokens.forms import FORMS, GROUPS
+from data.formats import FORMS, GROUPS
 
 # Kind of source → the class that answers for it (`data.sources.corpus.Source`), imported where it is asked.
 SOURCES = {

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,3 +116,14 @@ def _some(documents: Iterator[np.ndarray], limit: int = BIGRAM_TOKENS) -> Iterat
 def _blocks(documents: Documents) -> Iterator[list[str]]:
     for first in range(0, len(documents), BLOCK):
         yield documents.read(range(first, min(first + BLOCK, len(documents))))
+
+
+def stores_of(source: Prepared | TokenStore | Mapping[str, TokenStore], split: str) -> dict[str, TokenStore]:
+    """Return stores by the name of the component, in the order of names; "" is a corpus alone."""
+    if isinstance(source, TokenStore):
+        return {"": source}
+    if isinstance(source, Prepared):
+        parts = source.components or {"": source}
+        source = {name: getattr(part, split) for name, part in parts.items()}
+    assert all(store is not None for store in source.values())
+    return dict(sorted(source.items()))

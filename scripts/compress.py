@@ -135,7 +135,7 @@ def open_work(options: CompressOptions, first: "Recipe", folder: Path) -> Work:
     """The dense model without rows of padding, and the text that it is compressed and judged by."""
     from compress.measure import Judge
     from configs.groups import mesh_rules
-    from data.loading.loader import held_out_batches
+    from data.loading.held_out import held_out_batches
     from models.transformer import build_model
     from training.opening.opened import is_run, open_published, open_run
 

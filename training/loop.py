@@ -18,7 +18,7 @@ from artifacts.ledger import STEPPING, Ledger
 from artifacts.plots import plot_loss
 from artifacts.summary import print_summary, summarize
 from common.errors import RunFault
-from data.loading.loader import Prefetcher
+from data.loading.prefetch import Prefetcher
 from kernels.attention_cudnn import check_documents
 from parallel import processes
 from parallel.partition import join

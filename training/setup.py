@@ -24,7 +24,8 @@ from artifacts.metrics import MetricsLog
 from artifacts.tensorboard import TensorBoard
 from common.errors import RunFault
 from data.config import TokenizerConfig
-from data.loading.loader import EvalBatches, Loader, held_out_batches
+from data.loading.held_out import EvalBatches, held_out_batches
+from data.loading.loader import Loader
 from data.pipeline import follow, prepare
 from data.prepared import Prepared
 from models.config import regrouped
@@ -292,7 +293,11 @@ def with_figures(setup: Setup, fresh: TrainState | None, open_model: Callable[..
     def params() -> Any:
         return (fresh or fresh_state(setup)[0]).weights
 
-    return replace(setup, prepared=annotated(setup.prepared, config, program, parent, params, open_model))
+    def read(steps: int) -> Any:
+        return new_loader(config, setup.prepared).targets_of(steps)
+
+    prepared = annotated(setup.prepared, config, program, parent, params, open_model, read)
+    return replace(setup, prepared=prepared)
 
 
 def open_rollouts(setup: Setup, fresh: TrainState | None) -> Rollouts | None:

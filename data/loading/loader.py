@@ -1,37 +1,33 @@
-"""Batches: by step from a token store (`cached`), or in order from documents (`streaming`).
+"""Batches of training: by step from a token store (`cached`), or in order from documents (`streaming`).
 
 A batch is a dict of [B, T] arrays: tokens, targets, positions, segment_ids (int32; 0 pads, 1.. number a row's
 pieces) and loss_weights (float32).
 """
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from data.batch import Batch, Rows
 from data.config import DataConfig, components
 from data.errors import DataError
+from data.formats import GROUPS, UNWANTED, WANTED
 from data.loading.ahead import Ahead
 from data.loading.curriculum import cut_pieces, longest_piece
-from data.loading.input_timing import InputTiming, Seconds, copying, stage
+from data.loading.input_timing import stage
 from data.loading.mixture import Interleaving
 from data.loading.packing import FITS, PackingPlan, empty_batch, fill, make_plan, permutation, pieces_of
 from data.loading.plan_cache import kept_plan
 from data.loading.streaming import Shards, Stream, open_stream
-from data.prepared import Prepared
-from data.tokens.forms import GROUPS, UNWANTED, WANTED
+from data.prepared import Prepared, stores_of
 from data.tokens.store import TokenStore
 
 DOCUMENTS, ROWS = 0, 1  # what a permutation's key is for
 NEAR = 8  # in the last 1/8 of an epoch the next one's plan is made
 ALWAYS = [(0, 1.0)]  # the weight of a corpus alone
-Batch = dict[str, np.ndarray]
-Rows = slice | np.ndarray | None  # of a global batch: a range, increasing row numbers, or all
 
 
 class Loader:
@@ -65,8 +61,8 @@ class Loader:
         if isinstance(source, Prepared) and source.documents is not None and split == "train":
             self._stream = open_stream(source.documents, source.tokenizer, data, global_batch_size, seed)
             return
-        self._stores = _stores(source, split)
-        self._epochs = [_Epochs(store, data, seed) for store in self._stores.values()]
+        self._stores = stores_of(source, split)
+        self._epochs = [Epochs(store, data, seed) for store in self._stores.values()]
         self._parts = components(data) if data.mixture else {}
         assert not self._parts or list(self._parts) == list(self._stores), "stores are those of the mixture"
         self._order = Interleaving(
@@ -247,17 +243,6 @@ class Loader:
         return f"{name}: {line}"
 
 
-def _stores(source: Prepared | TokenStore | Mapping[str, TokenStore], split: str) -> dict[str, TokenStore]:
-    """Return stores by the name of the component, in the order of names; "" is a corpus alone."""
-    if isinstance(source, TokenStore):
-        return {"": source}
-    if isinstance(source, Prepared):
-        parts = source.components or {"": source}
-        source = {name: getattr(part, split) for name, part in parts.items()}
-    assert all(store is not None for store in source.values())
-    return dict(sorted(source.items()))
-
-
 def _judge(batch: Batch, where: np.ndarray) -> None:
     """Make labels of the marks of judged texts, all of whose answers count alike."""
     marks = batch["loss_weights"][where]
@@ -284,7 +269,7 @@ def _rounded_up(epochs: float) -> float:
     return float(np.ceil(epochs * 100) / 100)
 
 
-class _Epochs:
+class Epochs:
     """Plans by epoch, the last two kept: a step at an epoch's edge needs both."""
 
     def __init__(self, store: TokenStore, data: DataConfig, seed: int):
@@ -351,133 +336,3 @@ class _Epochs:
         order = permutation(self.store.num_documents, self.seed, epoch, DOCUMENTS)
         starts, lengths = self.store.starts[order], self.store.lengths[order]
         return make_plan(self.data.packing, starts, lengths, self.data.seq_len)
-
-
-class EvalBatches:
-    """Held-out batches in one fixed order, every target once; the last is padded with weight 0.
-
-    Documents are concatenated whatever the training's packing, so that figures compare; conversations are
-    packed whole, so that an answer keeps its question; of judged ones those that were wanted. Rows come
-    shuffled by a fixed key: the first few batches are a fair sample, not one long document. `num_tokens` and
-    `num_bytes` are what the batches cover of targets with weight: bits per byte = nll_sum / ln 2 / num_bytes.
-    max_batches: -1 for all. Raises DataError where there is none.
-    """
-
-    def __init__(self, store: TokenStore, data: DataConfig, *, batch_size: int, max_batches: int = -1):
-        self.store, self.batch_size, self.seq_len = store, batch_size, data.seq_len
-        packing = "concat" if store.weights is None else "best_fit"
-        wanted = store.wanted if data.format in GROUPS else slice(None)
-        self.plan = make_plan(packing, store.starts[wanted], store.lengths[wanted], data.seq_len)
-        rows = permutation(self.plan.num_rows, 0)
-        self.rows = rows if max_batches < 0 else rows[: max_batches * batch_size]
-        if len(self.rows) == self.plan.num_rows and store.weights is None:
-            self.num_tokens, self.num_bytes = store.num_tokens, store.num_bytes
-        else:
-            self.num_tokens, self.num_bytes = self._covered()
-        if not self.num_bytes:
-            raise DataError(
-                f"eval.batches={max_batches} batches of {batch_size} rows hold nothing of an assistant; "
-                "use more, or -1 for the whole split"
-            )
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
-
-    def batches(self, rows: Rows = None) -> Iterator[Batch]:
-        """All of them, or only the given rows of each."""
-        return (self.batch(index, rows) for index in range(len(self)))
-
-    def batch(self, index: int, rows: Rows = None) -> Batch:
-        """Return one batch of [batch_size, seq_len] arrays, or only the given rows of it."""
-        wanted = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        wanted = wanted if rows is None else wanted[rows]
-        batch = empty_batch(len(wanted), self.seq_len)
-        real = np.flatnonzero(wanted < len(self.rows))
-        if len(real):  # a process may hold nothing but the last batch's padding
-            here = self.rows[wanted[real]]
-            fill(batch, real, self.store.tokens, self.plan, here, weights=self.store.weights)
-        return batch
-
-    def _covered(self) -> tuple[int, int]:
-        tokens = num_bytes = 0
-        for batch in self:
-            real = batch["loss_weights"] > 0
-            tokens += int(real.sum())
-            num_bytes += int(self.store.token_bytes[batch["targets"][real]].sum())
-        # The bytes of a conversation are its JSON's: what is learnt of it is counted by its tokens alone.
-        return tokens, num_bytes if self.store.weights is not None else self.store.text_bytes(num_bytes)
-
-
-def held_out_batches(
-    prepared: Prepared, data: DataConfig, *, batch_size: int, max_batches: int = -1
-) -> dict[str, EvalBatches]:
-    """Return the held-out batches of each component of a mixture by name; "" is a corpus alone."""
-    stores = _stores(prepared, "validation")
-    return {
-        name: EvalBatches(store, data, batch_size=batch_size, max_batches=max_batches)
-        for name, store in stores.items()
-    }
-
-
-class Prefetcher:
-    """A thread that makes batches ahead, from step `start` on, `depth` at most waiting.
-
-    `place` (such as a copy to devices) is applied in the thread. What the thread raises, `next` raises.
-    `stages`: the seconds that the thread spent on the batch of the last `next`, by stage.
-    """
-
-    def __init__(
-        self,
-        loader: Loader,
-        *,
-        start: int,
-        depth: int = 2,
-        rows: Rows = None,
-        place: Callable[[Batch], Any] = lambda batch: batch,
-    ):
-        self._queue: queue.Queue = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self.stages: Seconds = {}
-        self._thread = threading.Thread(target=self._work, args=(loader, start, rows, place), daemon=True)
-        self._thread.start()
-
-    def _work(self, loader: Loader, step: int, rows: Rows, place: Callable[[Batch], Any]) -> None:
-        stages = InputTiming()
-        try:
-            while not self._closed.is_set():
-                with stages.watching():
-                    with copying(stages):
-                        batch = loader.batch(step, rows)
-                    with stage("place"):
-                        placed = place(batch)
-                self._put((placed, loader.state(), stages.take()))
-                step += 1
-        except (
-            BaseException
-        ) as error:  # whatever it is, the consumer must hear of it rather than wait for ever
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def next(self) -> tuple[Any, float, dict[str, Any]]:
-        """Return (batch, seconds waited for it, the loader's state after it)."""
-        began = time.perf_counter()
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # a second call must not wait for ever either
-            raise item
-        batch, state, self.stages = item
-        return batch, time.perf_counter() - began, state
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._closed.set()
-        self._thread.join()

@@ -18,11 +18,12 @@ from jaxtyping import Int
 
 from common.text import first_line
 from data.errors import DataError
+from data.formats import FORMS, MISMATCHED
 from data.sources.files import RECORDS, list_folder
 from data.sources.lines import BYTE_ORDER_MARK, file_lines, load_json
 from data.tokens.chat_template import ChatTemplate, Rendered, TemplateRefusal
 from data.tokens.encoding import Encoded
-from data.tokens.forms import FORMS, MISMATCHED, canonical_text, conversations, said_in
+from data.tokens.forms import canonical_text, conversations, said_in
 from data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -15,16 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from data.errors import DataError
+from data.formats import FORMS, UNWANTED, WANTED
 
-WANTED, UNWANTED, MISMATCHED = 1, 2, 3  # marks of an answer's tokens; the last is of another prompt
-# Rows that belong together, one behind the other: (better, worse), or (answer, another's answer).
-GROUPS = {"pairs": 2, "labels": 2}
-FORMS = {
-    "chat": '{"messages": [{"role": ..., "content": ...}, ...]} or ShareGPT\'s form',
-    "completion": '{"prompt": ..., "completion": ...}',
-    "pairs": '{"prompt": ..., "chosen": ..., "rejected": ...}',
-    "labels": '{"prompt": ..., "completion": ..., "label": true | false}',
-}
 Refuse = Callable[[str], DataError]
 Check = Callable[[Mapping[str, Any]], dict[str, Any]]  # a record's conversation, checked, its keys in order
 

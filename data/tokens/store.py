@@ -23,9 +23,9 @@ from jaxtyping import Bool, Int, Integer, Num, UInt8
 
 from data.cache import verify
 from data.errors import DataError
+from data.formats import WANTED
 from data.sources.documents import Documents
 from data.tokens.encoding import Encoding
-from data.tokens.forms import WANTED
 from data.tokens.joined_memmap import first_entries, mapped
 from data.tokens.shards import (
     BLOCK_BYTES,

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from common.files import file_digest
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loading.loader import EvalBatches, Loader
+from data.loading.held_out import EvalBatches
+from data.loading.loader import Loader
 from data.pipeline import follow, prepare
 from data.sources.corpus import Corpus
 from data.tokens.bigram import bigram_bits_per_byte

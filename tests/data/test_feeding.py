@@ -8,7 +8,8 @@ import pytest
 
 from data.loading.ahead import Ahead
 from data.loading.input_timing import InputTiming, copying, stage
-from data.loading.loader import Loader, Prefetcher
+from data.loading.loader import Loader
+from data.loading.prefetch import Prefetcher
 from tests.data.test_loader import cached, same, streaming
 
 SLOW = 0.03  # seconds: a hundred times what anything else here takes

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data.config import TokenizerConfig
-from data.loading.loader import EvalBatches
+from data.loading.held_out import EvalBatches
 from data.pipeline import follow, prepare
 from data.tokens.encoding import TextEncoding
 from data.tokens.tokenizer import CONFIG, train_tokenizer

@@ -7,7 +7,9 @@ import pytest
 
 from data.batch import TEXT
 from data.errors import DataError
-from data.loading.loader import EvalBatches, Loader, Prefetcher
+from data.loading.held_out import EvalBatches
+from data.loading.loader import Loader
+from data.loading.prefetch import Prefetcher
 from tests.data.corpora import documents_of, folder_config, train_of
 
 BATCH = 4

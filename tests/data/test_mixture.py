@@ -8,7 +8,8 @@ import pytest
 from data.config import DataConfig, components
 from data.errors import DataError
 from data.loading.curriculum import longest_piece
-from data.loading.loader import Loader, held_out_batches
+from data.loading.held_out import held_out_batches
+from data.loading.loader import Loader
 from data.loading.mixture import Interleaving
 from data.pipeline import follow, prepare
 from data.tokens.store import TokenStore

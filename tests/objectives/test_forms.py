@@ -7,7 +7,8 @@ import pytest
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loading.loader import EvalBatches, Loader
+from data.loading.held_out import EvalBatches
+from data.loading.loader import Loader
 from data.pipeline import prepare
 
 PAIRS = [{"prompt": f"thing {i}?", "chosen": f"good {i}", "rejected": f"a bad answer {i}"} for i in range(40)]

@@ -15,11 +15,11 @@ from serving.generator import Generator
 from tests.objectives.test_forms import LABELS, PAIRS, written
 from training.figures.teacher import teacher_scorer
 from training.loop import fit
+from training.objectives.base import build_objective
 from training.objectives.distill import Distill
 from training.opening.opened import open_run
 from training.rollouts.draw import Rollouts, prompts_of
 from training.rollouts.rewards import rewards_of
-from training.setup import build_objective
 
 TINY = (
     *("model.num_layers=1", "schedule=constant", "schedule.warmup_steps=1", "data.validation_fraction=0.2"),

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.errors import DataError
-from data.loading.loader import EvalBatches, Loader
+from data.loading.held_out import EvalBatches
+from data.loading.loader import Loader
 from data.pipeline import follow, prepare
 from tests.training.ground import ROOT
 from tests.training.test_resume import assert_few_redone

@@ -21,10 +21,9 @@ from jaxtyping import Bool, Int
 from common.checks import ConfigError
 from data.batch import REFERENCE, Field
 from data.cache import CorruptCache, building, digest_of, locked, verify
-from data.loading.loader import Loader
+from data.formats import GROUPS
 from data.loading.packing import PackingPlan, empty_batch, fill
 from data.prepared import Prepared
-from data.tokens.forms import GROUPS
 from data.tokens.store import TokenStore
 from parallel import processes
 from training.config import Config
@@ -76,22 +75,30 @@ def annotated(
     parent: Callable[[], str],
     params: Callable[[], Any],
     open_model: Callable[..., Any],
+    read: Callable[[int], Bool[np.ndarray, " N"]],
 ) -> Prepared:
     """The data with what the objective wants beside them; all processes call it alike.
 
     parent, params: the parent's digest, and its parameters as they lie in memory, asked for only where they
-    are wanted. open_model: what opens a teacher by its name (`training.opening.opened.open_model`).
+    are wanted. open_model: what opens a teacher by its name (`training.opening.opened.open_model`). read:
+    which entries of the store are targets of so many steps.
     """
     objective = program.objective
     if isinstance(objective, Distill):
-        return with_teacher(prepared, config, objective, open_model)
+        return with_teacher(prepared, config, objective, open_model, wanted_targets(prepared, config, read))
     if "reference_logprobs" in objective.fields and not objective.draws:
-        return with_reference(prepared, config, program, parent(), params)
+        wanted = wanted_targets(prepared, config, read)
+        return with_reference(prepared, config, program, parent(), params, wanted)
     return prepared
 
 
 def with_reference(
-    prepared: Prepared, config: Config, program: Program, parent: str, params: Callable[[], Any]
+    prepared: Prepared,
+    config: Config,
+    program: Program,
+    parent: str,
+    params: Callable[[], Any],
+    wanted: Bool[np.ndarray, " N"],
 ) -> Prepared:
     """The data with the parent's log-probability of every target; all processes call it alike.
 
@@ -105,7 +112,6 @@ def with_reference(
     place = placing(batch, rows)
     whole = program.layout.replicated()
     size, length = batch["tokens"].shape
-    wanted = wanted_targets(prepared, config)
     inputs = {
         **{"kind": "reference", "data": prepared.digest, "parent": parent},
         **{"precision": str(program.ops.compute_dtype), "row": length, "wanted": digest_of_mask(wanted)},
@@ -134,17 +140,17 @@ def with_reference(
 
 
 def with_teacher(
-    prepared: Prepared, config: Config, objective: Distill, open_model: Callable[..., Any]
+    prepared: Prepared,
+    config: Config,
+    objective: Distill,
+    open_model: Callable[..., Any],
+    wanted: Bool[np.ndarray, " N"],
 ) -> Prepared:
     """The data with a teacher's outcomes of every target; the primary asks it, on its own devices."""
     store = prepared.train
-    if store is None:
-        raise ConfigError(
-            "objective=distill needs data.mode=cached and no data.mixture: its figures lie beside tokens"
-        )
+    assert store is not None
     shape = (config.training.global_batch_size, config.data.seq_len)
     fields = teacher_fields(objective.targets)
-    wanted = wanted_targets(prepared, config)
 
     def make() -> str:
         teacher = open_teacher(config, objective, prepared.tokenizer, open_model)
@@ -190,16 +196,17 @@ def _joined(prepared: Prepared, directory: Path, fields: dict[str, Field]) -> Pr
     return replace(prepared, train=replace(prepared.train, figures=figures))
 
 
-def wanted_targets(prepared: Prepared, config: Config) -> Bool[np.ndarray, " N"]:
+def wanted_targets(
+    prepared: Prepared, config: Config, read: Callable[[int], Bool[np.ndarray, " N"]]
+) -> Bool[np.ndarray, " N"]:
     """Which entries of the store the run's steps have as targets; all where a rollback may ask for others."""
-    store, training = prepared.train, config.training
-    assert store is not None
+    if prepared.train is None:
+        raise ConfigError(
+            "objective=distill needs data.mode=cached and no data.mixture: its figures lie beside tokens"
+        )
     if config.guard.rollback_batches:
-        return np.ones(store.num_addresses, bool)
-    batch = training.global_batch_size
-    return Loader(prepared, config.data, global_batch_size=batch, seed=config.seed).targets_of(
-        training.num_steps
-    )
+        return np.ones(prepared.train.num_addresses, bool)
+    return read(config.training.num_steps)
 
 
 def digest_of_mask(wanted: Bool[np.ndarray, " N"]) -> str:
