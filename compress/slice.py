@@ -3,7 +3,8 @@
 Which dims a unit has is what the logical axes of the parameters say (`models.param`), so that width is one
 `take` along every dim of that name. What is left out is what the calibration text hears least of: units by
 their mean magnitude (Minitron, arXiv:2407.14679), experts by gate times output (REAP, arXiv:2510.13999),
-layers by how little they turn the stream (arXiv:2403.03853).
+layers by how little they turn the stream (arXiv:2403.03853). What units of feed-forwards and heads would have
+said is given to those that stay, as far as they go along: by least squares over the calibration text.
 
 D model, N query heads, K key/value heads, H head size, F feed-forward, E experts, L layers.
 """
@@ -14,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from common.checks import choice, require, within
 from compress.calibrate import STREAM, Layer, Tree, walk
+from compress.solve import DAMPING, DOT
 from compress.steps import Material
 from models.config import ModelConfig
 from models.param import ParamInfo
@@ -35,7 +38,7 @@ class Slice:
     """`slice: width | depth | experts`, and how much stays.
 
     mlp, heads, embed: the share of the width of feed-forwards, of key/value heads with their queries, of the
-    stream. keep: layers, or experts of each layer.
+    stream. keep: layers, or experts of each layer. refit: whether units that stay take over what goes.
     """
 
     method: str
@@ -43,6 +46,7 @@ class Slice:
     heads: float = 1.0
     embed: float = 1.0
     keep: int | None = None
+    refit: bool = True
 
     def __post_init__(self) -> None:
         choice("slice", self.method, KINDS)
@@ -60,14 +64,15 @@ class Slice:
         """The model without what says least, and its config; what predicts further tokens is left out."""
         _refuse(self, model, params)
         scores: Scores = {}
+        config = self.config(model.config)
 
         def look(layer: Layer) -> Tree:
-            for axis, found in scores_of(layer, model.config).items():
-                scores.setdefault(axis, {}).setdefault((layer.segment, layer.place), []).append(found)
-            return layer.weights
+            found = scores_of(layer, model.config)
+            for axis, score in found.items():
+                scores.setdefault(axis, {}).setdefault((layer.segment, layer.place), []).append(score)
+            return self.taken_over(layer, found, config) if self.refit else layer.weights
 
-        walk(model, params, material.batches, material.ops(model.config), look)
-        config = self.config(model.config)
+        params = walk(model, params, material.batches, material.ops(model.config), look)
         chosen = self.choose(scores, config)
         params = {name: tree for name, tree in params.items() if name != "mtp"}
         infos = {name: model.info[name] for name in params}
@@ -77,6 +82,21 @@ class Slice:
         if "embed" in chosen:
             smaller = _norms_scaled(smaller, model.config, config)
         return build_model(config), smaller
+
+    def taken_over(self, layer: Layer, scores: dict[str, np.ndarray], config: ModelConfig) -> Tree:
+        """The layer's weights as those units need them that will stay, the others silent already."""
+        weights, counts = layer.weights, {"mlp": config.d_ff, "kv_heads": config.num_kv_heads}
+        shares = {"mlp": self.mlp, "kv_heads": self.heads}
+        for axis, (part, name) in {"mlp": ("mlp", "down"), "kv_heads": ("attention", "o")}.items():
+            if shares[axis] == 1 or axis not in scores:
+                continue
+            w, h = weights[part][name], layer.recorded[name].second
+            stays = np.zeros(len(scores[axis]), bool)
+            stays[_best(scores[axis][None], counts[axis])[0]] = True
+            rows = w.reshape(len(h), -1)
+            new = refitted(rows, h, np.repeat(stays, len(h) // len(stays)))
+            weights = {**weights, part: {**weights[part], name: new.reshape(w.shape).astype(w.dtype)}}
+        return weights
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Of what is left. ValueError where it is no model."""
@@ -124,6 +144,19 @@ class Slice:
             total = sum(sum(own) for own in scores["embed"].values())
             chosen["embed"] = {(-1, -1): _best(np.asarray(total)[None], config.d_model)}
         return chosen
+
+
+def refitted(w: Float[Array, "I O"], h: Float[Array, "I I"], stays: Bool[np.ndarray, " I"]) -> Array:
+    """The matrix with zeros for inputs that go, and for the others what makes the least error without them.
+
+    h: the sum of xᵀx. With S those that stay and R the rest: W_S + H_SS⁻¹ H_SR W_R, H damped as in GPTQ.
+    """
+    kept, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
+    h = h + DAMPING * jnp.mean(jnp.diagonal(h)) * jnp.eye(len(h))
+    w = w.astype(jnp.float32)
+    factor = jax.scipy.linalg.cho_factor(h[kept][:, kept])
+    more = jax.scipy.linalg.cho_solve(factor, DOT(h[kept][:, gone], w[gone]))
+    return jnp.zeros_like(w).at[kept].set(w[kept] + more)
 
 
 def scores_of(layer: Layer, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 
 from compress.calibrate import STREAM, walk
 from compress.scale import find_factors, rescaled
-from compress.slice import Slice
+from compress.slice import Slice, refitted
 from compress.solve import Grid, fit, output_error, rounded
 from compress.steps import Material, Prune, Quantize
 from models.ops import Ops
@@ -205,7 +205,9 @@ def chosen_by(step, model, params, batch, monkeypatch):
 )
 def test_a_narrower_model_is_the_wide_one_with_silent_units(shares, monkeypatch):
     model, params, batch = opened(replace(LLAMA, norm_eps=1e-12))
-    narrow, smaller, kept = chosen_by(Slice("width", **shares), model, params, batch, monkeypatch)
+    narrow, smaller, kept = chosen_by(
+        Slice("width", refit=False, **shares), model, params, batch, monkeypatch
+    )
     config = narrow.config
     assert (config.d_ff < 48) == ("mlp" in shares) and (config.d_model < 32) == ("embed" in shares)
     assert (config.num_kv_heads, config.num_heads) == ((1, 2) if "heads" in shares else (2, 4))
@@ -213,6 +215,35 @@ def test_a_narrower_model_is_the_wide_one_with_silent_units(shares, monkeypatch)
     wanted = logits(model, silenced(model, params, kept), batch)
     got = logits(narrow, smaller, batch)
     assert float(jnp.abs(got - wanted).max()) <= 1e-4 * float(jnp.abs(wanted).max())
+
+
+def test_units_that_stay_take_over_from_those_that_go():
+    """No other matrix on the same inputs is nearer, and what goes along with them costs nothing."""
+    x = jax.random.normal(jax.random.key(1), (200, 6))
+    x = x.at[:, 4].set(x[:, 0] - 2 * x[:, 1])
+    w, stays = jax.random.normal(jax.random.key(2), (6, 3)), np.array([1, 1, 1, 1, 0, 1], bool)
+    new = refitted(w, x.T @ x, stays)
+    assert float(jnp.abs(x @ (new - w)).max()) < 0.05 * float(jnp.abs(x @ w).max())  # of the damping
+    stays[2] = False
+    new = refitted(w, x.T @ x, stays)
+    best = jnp.linalg.lstsq(x[:, stays], x @ w)[0]
+    assert not jnp.any(new[~stays])
+    np.testing.assert_allclose(new[stays], best, atol=0.1)  # of the damping
+
+
+@pytest.mark.parametrize("shares", [{"mlp": 0.5}, {"heads": 0.5}])
+def test_a_narrower_model_that_is_refitted_is_nearer_to_the_wide_one(shares):
+    model, params, batch = opened(LLAMA)
+    wanted = logits(model, params, batch)
+    far, near = (
+        error(
+            logits(*Slice("width", refit=refit, **shares).apply(model, params, material(batch)), batch),
+            wanted,
+            batch,
+        )
+        for refit in (False, True)
+    )
+    assert near < 0.9 * far
 
 
 def test_layers_that_turn_the_stream_least_are_left_out(monkeypatch):
