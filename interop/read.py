@@ -22,6 +22,7 @@ from interop.configs import Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
 from interop.gguf_model import read_model
+from interop.mxfp4 import Mxfp4Tensors, is_mxfp4
 from interop.places import Place, size_of
 from interop.rules import Get, Slot, Stacked, read, slots, their_shape
 from interop.safetensors import BLOCK, Tensors
@@ -45,7 +46,7 @@ class Published:
         self.config: ModelConfig
         self.family: Family
         self.rules: Rules
-        self.tensors: Tensors | PackedTensors | GGUF
+        self.tensors: Tensors | PackedTensors | Mxfp4Tensors | GGUF
         self.values: Mapping[str, Any]
         if path.is_file():
             self.format, self.tensors = "gguf", GGUF(path)
@@ -57,8 +58,7 @@ class Published:
             raise ValueError(f"{path / 'config.json'} cannot be read ({error}); fetch it again") from error
         self.values = values
         self.config, self.family = read_config(_without_quantization(values))
-        tensors = Tensors(path)
-        self.format, self.tensors = "hf", PackedTensors(tensors, values) if is_packed(values) else tensors
+        self.format, self.tensors = "hf", _tensors(path, values)
         further = f"model.layers.{self.config.num_layers}."
         if self.config.mtp is not None and not any(name.startswith(further) for name in self.tensors):
             # transformers keeps the key and writes no such layers: the next token is the same without them.
@@ -179,10 +179,16 @@ class Published:
             return self._array(found[0], like.shape, like.sharding, like.dtype, get)
         return self._stack(found, like, get)
 
+    def _read(self, slot: Slot, get: Get, wanted: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        tensors = self.tensors
+        if isinstance(tensors, Mxfp4Tensors) and tensors.packs(self.named(slot.sources[0].name)):
+            return tensors.read(slot, self.named, wanted, dtype)
+        return read(slot, get, wanted, dtype)
+
     def _array(self, slot: Slot, shape: tuple[int, ...], sharding: Any, dtype: Any, get: Get) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             wanted = tuple(slice(*one.indices(n)[:2]) for one, n in zip(index, shape, strict=True))
-            return read(slot, get, wanted, np.dtype(dtype).type)
+            return self._read(slot, get, wanted, np.dtype(dtype).type)
 
         return jax.make_array_from_callback(shape, sharding, part)
 
@@ -204,14 +210,24 @@ class Published:
         def part(index: Any) -> np.ndarray:
             rows, *inner = (slice(*one.indices(n)[:2]) for one, n in zip(index, like.shape, strict=True))
             kind = np.dtype(like.dtype).type
-            return np.stack([read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)])
+            return np.stack(
+                [self._read(by_row[r], get, tuple(inner), kind) for r in range(rows.start, rows.stop)]
+            )
 
         return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
-def _without_quantization(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json without the quantization that is undone here: packed, or FP8 in blocks (DeepSeek-V3)."""
+def _tensors(path: Place, values: Mapping[str, Any]) -> Tensors | PackedTensors | Mxfp4Tensors:
+    """A directory's arrays, of which those that are quantized stand for what they were."""
+    tensors = Tensors(path)
     if is_packed(values):
+        return PackedTensors(tensors, values)
+    return Mxfp4Tensors(tensors) if is_mxfp4(values) else tensors
+
+
+def _without_quantization(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without the quantization that is undone here: packed, MXFP4, FP8 in blocks (DeepSeek)."""
+    if is_packed(values) or is_mxfp4(values):
         return {key: value for key, value in values.items() if key not in PACKED_KEYS}
     about = values.get("quantization_config")
     undone = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}

@@ -3,6 +3,7 @@
 python tests/interop/oracle.py CASE DIRECTORY       config.json, weights, tokens, logits, greedy text
 python tests/interop/oracle.py open DIRECTORY       logits of tokens.npy, ids of text.txt
 python tests/interop/oracle.py blocks DIRECTORY     numbers.npz of blocks.npz
+python tests/interop/oracle.py mxfp4 DIRECTORY      numbers.npy of blocks.npy and scales.npy
 python tests/interop/oracle.py peft DIRECTORY       logits of tokens.npy by adapter/ over base/
 python tests/interop/oracle.py gguf FILE DIRECTORY  ids of text.txt, and their logits
 """
@@ -231,6 +232,14 @@ def read_blocks(directory: Path) -> None:
     np.savez(directory / "numbers.npz", **found)
 
 
+def read_mxfp4(directory: Path) -> None:
+    """What transformers makes of blocks and scales, [E, in, out]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    parts = (torch.from_numpy(np.load(directory / f"{name}.npy")) for name in ("blocks", "scales"))
+    np.save(directory / "numbers.npy", convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy())
+
+
 def read_adapter(directory: Path) -> None:
     """PEFT opens an adapter over base/, says its logits of tokens.npy, and saves it again as again/."""
     import peft
@@ -253,6 +262,8 @@ if __name__ == "__main__" and sys.argv[1] == "peft":
     read_adapter(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "blocks":
     read_blocks(Path(sys.argv[2]))
+elif __name__ == "__main__" and sys.argv[1] == "mxfp4":
+    read_mxfp4(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "open":
     read_ours(Path(sys.argv[2]))
 elif __name__ == "__main__" and sys.argv[1] == "gguf":

@@ -17,6 +17,7 @@ import pytest
 from data.tokens.tokenizer import load_tokenizer
 from interop.adapted import published
 from interop.gguf import KINDS
+from interop.mxfp4 import dequantized
 from interop.peft import factor_reader, read_adapter, write_adapter
 from interop.read import Published
 from interop.write import export, reader
@@ -24,6 +25,7 @@ from models.config import ModelConfig
 from models.ops import Ops
 from models.transformer import build_model
 from scripts.export import main as export_run
+from tests.interop.test_mxfp4 import packed_and_plain
 from tests.interop.test_peft import ADAPTERS, adapted, base_weights, rewrite
 from tests.interop.test_round_trip import MODELS
 from training.loop import fit
@@ -145,6 +147,28 @@ def test_an_adapter_is_opened_and_saved_again_by_peft(dora, tmp_path):
     adapters, there = read_adapter(tmp_path / "again", model, rules)
     back = there.applied(model, adapters, base)
     jax.tree.map(np.testing.assert_array_equal, back, weights)
+
+
+def test_experts_in_mxfp4_are_what_transformers_dequantizes(tmp_path):
+    """To the bit, of every byte; and the same logits of a directory that it opens itself."""
+    rng = np.random.default_rng(0)
+    scales = rng.integers(0, 255, (4, 40, 3), np.uint8)
+    scales[scales > 252] = 120  # or infinite
+    blocks = rng.integers(0, 256, (*scales.shape, 16), np.uint8)
+    np.save(tmp_path / "blocks.npy", blocks)
+    np.save(tmp_path / "scales.npy", scales)
+    directory = tmp_path / "there"
+    packed_and_plain(directory, tmp_path / "plain")
+    tokens = np.random.default_rng(0).integers(3, 40, (1, 60))
+    np.save(directory / "tokens.npy", tokens)
+    for mode, where in (("mxfp4", tmp_path), ("open", directory)):
+        subprocess.run([PYTHON, "tests/interop/oracle.py", mode, where], cwd=ROOT, check=True)
+    got = dequantized(np.moveaxis(blocks, 1, -1), np.moveaxis(scales, 1, -1))
+    np.testing.assert_array_equal(got.view(np.uint32), np.load(tmp_path / "numbers.npy").view(np.uint32))
+    wanted = np.load(directory / "logits.npy")
+    there = Published(directory)
+    apart = np.abs(np.asarray(forward_of(*weights_of(there))(jnp.asarray(tokens)))[0] - wanted)
+    assert np.median(apart.max(axis=-1)) < 2e-5 * wanted.std()
 
 
 def test_blocks_are_decoded_as_by_the_gguf_package(tmp_path):
