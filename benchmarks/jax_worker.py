@@ -52,7 +52,7 @@ def check_comparable(config: Config) -> None:
             )
     training, scaling = config.training, config.model.rope_scaling
     for key, value, needed in (
-        ("model.rope_scaling.kind", scaling is not None and scaling.kind == "yarn", "linear or llama3"),
+        ("model.rope_scaling.kind", scaling is not None and scaling.amplitude != 1.0, "linear or llama3"),
         ("optim.name", config.optim.name != "adamw", "adamw"),
         ("training.z_loss", training.z_loss != 0, "0"),
         ("training.ema_decay", training.ema_decay is not None, "null"),

@@ -113,10 +113,12 @@ def starcoder2(keys: Keys, model: dict[str, Any]) -> None:
 
 
 def phi3(keys: Keys, model: dict[str, Any]) -> None:
-    """A window; stretching by longrope is refused."""
-    keys.must_be("attention_bias", False)
-    keys.must_be("mlp_bias", False)
-    keys.get("original_max_position_embeddings")  # of longrope alone, which is refused
+    """A window; of longrope the length before, and what Phi-4-mini's files say beside it."""
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        keys.must_be(name, False)
+    for name in ("full_attn_mod", "interpolate_factor"):
+        keys.must_be(name, 1)
+    model["original_length"] = keys.get("original_max_position_embeddings", 4096)
     windows(keys, model)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from interop.configs import ACTIVATIONS, COMMON, FAMILIES, GPT2, Family, read_config
-from models.config import BIASES, ModelConfig, MultipliersConfig
+from models.config import BIASES, ModelConfig, MultipliersConfig, RopeScaling
 
 
 def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:
@@ -66,6 +66,8 @@ def difference(ours: ModelConfig, back: ModelConfig) -> str:
                 continue
         if field.name == "window_pattern":
             a, b = (_every_layer(model) for model in (ours, back))
+        if field.name == "rope_scaling":
+            a, b = (_stretched(model) for model in (ours, back))
         if field.name == "mixer_pattern":
             a, b = (_every_mixer(model) for model in (ours, back))
         if field.name == "delta" and a is not None and b is not None:
@@ -86,6 +88,15 @@ def _biased(config: ModelConfig, place: str) -> bool:
     return there.get(place, True) and config.has_bias(place)
 
 
+def _stretched(config: ModelConfig) -> Any:
+    """How rotations are stretched; longrope's factor says no more than its amplitude and its list do."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return scaling
+    is_long = config.max_seq_len > scaling.original_length
+    return dataclasses.replace(scaling, factor=1.0, attention_factor=scaling.amplitude), is_long
+
+
 def _every_mixer(config: ModelConfig) -> list[str]:
     return [config.mixers[n % len(config.mixers)] for n in range(config.num_layers)]
 
@@ -98,7 +109,8 @@ def _every_layer(config: ModelConfig) -> list[str]:
 def _refused_there(config: ModelConfig, family: Family) -> str:
     """Why the class itself would refuse a model that its config can say."""
     strict = ("llama", "gemma2", "gemma3_text", "vaultgemma", "arcee", "deepseek_v2", "granite", "jais2")
-    if family.name == "stablelm" and config.num_heads * config.head_dim != config.d_model:
+    of_width = family.name == "stablelm" or (family.name == "phi3" and config.rope_scaling is not None)
+    if of_width and config.num_heads * config.head_dim != config.d_model:
         return f"model.head_dim={config.head_dim} not being model.d_model / model.num_heads"
     if family.name == "olmo3" and config.rope_scaling is not None and config.rope_theta != family.theta:
         return f"model.rope_theta={config.rope_theta} of stretched layers, {family.theta:g} of windows"
@@ -143,6 +155,8 @@ def _their_scaling(config: ModelConfig) -> dict[str, Any] | None:
     scaling = config.rope_scaling
     if scaling is None:
         return None
+    if scaling.kind == "longrope":
+        return _their_longrope(scaling, config.max_seq_len)
     found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
         found["original_max_position_embeddings"] = scaling.original_length
@@ -161,6 +175,20 @@ def _their_scaling(config: ModelConfig) -> dict[str, Any] | None:
             x = (share - 1.0) / (0.1 * math.log(scaling.factor))
             found |= {"mscale_all_dim": x} if scaling.attention_factor else {"mscale": x, "mscale_all_dim": x}
     return found
+
+
+def _their_longrope(scaling: RopeScaling, length: int) -> dict[str, Any]:
+    """Three keys, of which transformers 4 knows no more; a fourth where the waves' factor does not follow."""
+    found: dict[str, Any] = {"type": "longrope"}
+    found |= {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
+    own = dataclasses.replace(scaling, factor=length / scaling.original_length, attention_factor=None)
+    return found | ({} if own.amplitude == scaling.amplitude else {"attention_factor": scaling.amplitude})
+
+
+def _phi3_values(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    found = {} if scaling is None else {"original_max_position_embeddings": scaling.original_length}
+    return {**_one_window(config), **found}
 
 
 KINDS = {"local": "sliding_attention", "global": "full_attention", "nope": "full_attention"}
@@ -386,7 +414,7 @@ _WRITERS: dict[str, tuple[Writer, ...]] = {
     "minimax_m2": (_local_expert_values,),
     "qwen3_5_text": (_delta_values,),
     "qwen3_5_moe_text": (_delta_values, _gated_shared_values),
-    "phi3": (_one_window,),
+    "phi3": (_phi3_values,),
     "gemma2": (_gemma_values,),
     "gemma3_text": (_gemma3_values,),
     "starcoder2": (_one_window, lambda config: {"use_bias": True}),

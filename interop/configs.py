@@ -130,7 +130,15 @@ def _read_rope(keys: Keys, family: Family, model: dict[str, Any]) -> None:
     scaling.pop("partial_rotary_factor", None)
     if family.name == "olmo3":  # windows are as they were before the text was stretched
         _unstretched_windows(model, stretched=kind != "default")
+    original = model.pop("original_length", None)
     if kind == "default":
+        return
+    if (
+        original is not None
+    ):  # Phi-3, whose class knows one kind; files before it had a name call it otherwise
+        if kind not in LONGROPE:
+            raise ValueError(f"config.json: rope_type={kind} is not supported in {family.name}; use longrope")
+        model["rope_scaling"] = _longrope(scaling, original, model.get("max_seq_len", 4096))
         return
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(f"config.json: rope_type={kind} is not supported; use linear, llama3 or yarn")
@@ -142,6 +150,36 @@ def _read_rope(keys: Keys, family: Family, model: dict[str, Any]) -> None:
         values.setdefault("original_length", length)
         values |= _yarn_factors(scaling, float(values["factor"]), model)
     model["rope_scaling"] = RopeScaling(kind=kind, **values)
+
+
+def _longrope(scaling: Mapping[str, Any], original: int, length: int) -> RopeScaling:
+    """Two factors a plane, and one on the waves that follows from how much longer texts have become."""
+    names = {"short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"}
+    if strange := sorted(set(scaling) - names):
+        raise ValueError(
+            f"config.json: rope_scaling.{strange[0]}={scaling[strange[0]]} of longrope is not supported"
+        )
+    # Where these disagree it hangs on the version of transformers which one counts.
+    fixed = {"original_max_position_embeddings": original}
+    if scaling.get("attention_factor") is None:
+        fixed["factor"] = length / original
+    for key, wanted in fixed.items():
+        value = scaling.get(key)
+        if value is not None and not math.isclose(value, wanted):
+            raise ValueError(f"config.json: rope_scaling.{key}={value} is not supported; only {wanted:g} is")
+    for key in ("short_factor", "long_factor"):
+        if not isinstance(scaling.get(key), list):
+            raise ValueError(
+                f"config.json: rope_scaling.{key}={scaling.get(key)} must be a list of longrope's"
+            )
+    return RopeScaling(
+        kind="longrope",
+        factor=length / original,
+        original_length=original,
+        attention_factor=scaling.get("attention_factor"),
+        short_factor=[float(x) for x in scaling["short_factor"]],
+        long_factor=[float(x) for x in scaling["long_factor"]],
+    )
 
 
 def _yarn_factors(scaling: Mapping[str, Any], factor: float, model: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +220,7 @@ JOINT = {"qk_norm": "joint"}
 NEXT = {"qk_norm": True, "norm_unit_offset": True, "output_gate": True}
 OSS = {"attention_sinks": True, "activation": "clamped_swiglu"}  # its hidden_act says nothing
 TANH = "gelu_pytorch_tanh"
+LONGROPE = ("longrope", "su", "yarn")
 F, A, X = families, config_in, config_in_experts
 _ALL = (
     Family("llama", "LlamaForCausalLM", F.llama, read=A.llama),

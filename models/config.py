@@ -1,5 +1,6 @@
 """What a decoder-only transformer is made of: a family (GPT-2, Llama, Gemma, ...) is a set of values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +11,14 @@ from common.checks import choice, require
 NORMS = ("rmsnorm", "layernorm")
 POSITIONS = ("rope", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2", "clamped_swiglu")
-ROPE_SCALINGS = ("linear", "llama3", "yarn")
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+# Which kinds of stretching a key is of, and what it is for the others.
+OF_KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "attention_factor": (("yarn", "longrope"), None),
+    "truncate": (("yarn",), True),
+    "short_factor": (("longrope",), []),
+    "long_factor": (("longrope",), []),
+}
 WINDOW_KINDS = ("global", "local", "nope")  # nope: global, and not rotated
 BIASES = ("o", "mlp", "norm", "experts")  # places of their own; with experts the router has one too
 SCORES = ("softmax", "sigmoid")
@@ -107,17 +115,24 @@ class DeltaConfig:
 
 @dataclass
 class RopeScaling:
-    """Rotary positions stretched over texts `factor` times as long as the `original_length` before."""
+    """Rotary positions stretched over texts `factor` times as long as the `original_length` before.
 
-    kind: str = "linear"  # linear | llama3 | yarn (arXiv:2309.00071)
+    Of longrope's two lists a model takes the long one where `model.max_seq_len` is above `original_length`,
+    and the short one else, for texts of any length: numbers hang neither on a text's length nor on what it
+    is padded to, and no cache has to be made again in the middle of a text.
+    """
+
+    kind: str = "linear"  # linear | llama3 | yarn (arXiv:2309.00071) | longrope (arXiv:2402.13753)
     factor: float = 1.0  # how many times longer
     original_length: int = 8192  # tokens, before scaling
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn, on the waves; null: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn and longrope, on the waves; null: as `amplitude` says
     truncate: bool = True  # yarn: the ramp's ends are whole planes
+    short_factor: list[float] = field(default_factory=list)  # longrope: how much slower each plane turns
+    long_factor: list[float] = field(default_factory=list)  # the same, of models for longer texts
 
     def __post_init__(self) -> None:
         choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
@@ -125,17 +140,44 @@ class RopeScaling:
             _check_positive(f"model.rope_scaling.{key}", getattr(self, key))
         if self.attention_factor is not None:
             _check_positive("model.rope_scaling.attention_factor", self.attention_factor, "null for its own")
-        if self.kind != "yarn" and (self.attention_factor is not None or not self.truncate):
-            raise ValueError(
-                "model.rope_scaling.attention_factor and model.rope_scaling.truncate are of yarn, "
-                f"not of {self.kind}; leave them out"
-            )
+        for key, (kinds, default) in OF_KINDS.items():
+            if self.kind not in kinds and getattr(self, key) != default:
+                raise ValueError(
+                    f"model.rope_scaling.{key} is of {' and '.join(kinds)}, not of {self.kind}; leave it out"
+                )
+        if self.kind == "longrope":
+            self._check_planes()
         low, high = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and not low < high:
             raise ValueError(
                 f"model.rope_scaling.low_freq_factor={low} must be below "
                 f"model.rope_scaling.high_freq_factor={high}; Llama 3 has 1 and 4"
             )
+
+    def _check_planes(self) -> None:
+        ok = self.original_length > 1  # its logarithm divides
+        require(ok, "model.rope_scaling.original_length", self.original_length, "above 1; use 4096")
+        for key in ("short_factor", "long_factor"):
+            values = getattr(self, key)
+            count, wanted = len(values), len(self.short_factor)
+            if not count or count != wanted:
+                raise ValueError(
+                    f"model.rope_scaling.{key} has {count} numbers, and short_factor {wanted}; "
+                    "longrope needs one a plane in each"
+                )
+            for value in values:
+                _check_positive(f"model.rope_scaling.{key}", value)
+
+    @property
+    def amplitude(self) -> float:
+        """The factor on rotated vectors, which makes up for what softmax loses over longer texts."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1.0 + math.log(max(self.factor, 1.0)) / math.log(self.original_length))
 
 
 @dataclass
@@ -172,7 +214,8 @@ class ModelConfig:
     `vocab_size=-1` takes the tokenizer's size, rounded up by `padded_vocab`.
     `window_pattern` is the repeating order of layer kinds: `["local", "global"]` is Gemma 2, `["global"]` is
     Llama; it may list every layer. A `nope` layer is global, and neither queries nor keys are rotated in it.
-    `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained.
+    `max_seq_len` is the rows of a learned position table; with RoPE it only says what was trained, but for
+    longrope, which by it takes one of its two lists.
     """
 
     name: str = "llama"  # the family, for tables and logs
@@ -260,6 +303,13 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError(
             f"model.rope_fraction={config.rope_fraction} of model.head_dim={config.head_dim} must be an even "
             "number of elements, at most all; use 1.0"
+        )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope" and 2 * len(scaling.short_factor) != rotated:
+        raise ValueError(
+            f"model.rope_scaling.short_factor has {len(scaling.short_factor)} numbers, and "
+            f"model.head_dim={config.head_dim} with model.rope_fraction={config.rope_fraction} "
+            f"{rotated / 2:g} planes; give one a plane"
         )
     if "local" in config.window_pattern and config.window is None:
         raise ValueError(
@@ -363,6 +413,8 @@ def _check_parts(config: ModelConfig) -> None:
         )
     if mla is None:
         return
+    if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+        raise ValueError("model.rope_scaling.kind=longrope cannot be had with model.mla; use yarn")
     if "nope" in config.window_pattern:
         raise ValueError("model.window_pattern has nope layers, which model.mla has not; use global")
     if "o" in config.biases:

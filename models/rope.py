@@ -14,7 +14,7 @@ from models.spec import LayerSpec
 def rope_frequencies(
     config: ModelConfig, spec: LayerSpec, size: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """Radians per position of each of the H/2 planes (float64), and the factor on rotated vectors (yarn).
+    """Radians per position of each of the H/2 planes (float64), and the factor on rotated vectors.
 
     size: H, where it is not the whole head that is rotated.
     """
@@ -26,11 +26,16 @@ def rope_frequencies(
     if scaling is None or not spec.rope_scaled:
         return frequencies, 1.0
     if scaling.kind == "llama3":
-        return _llama3(frequencies, scaling), 1.0
-    if scaling.kind == "yarn":
-        own = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-        return _yarn(frequencies, scaling, spec.rope_theta, size), own
-    return frequencies / scaling.factor, 1.0
+        frequencies = _llama3(frequencies, scaling)
+    elif scaling.kind == "yarn":
+        frequencies = _yarn(frequencies, scaling, spec.rope_theta, size)
+    elif scaling.kind == "longrope":
+        # By what the model is for and not by the text at hand, which grows while it is written.
+        is_long = config.max_seq_len > scaling.original_length
+        frequencies = frequencies / np.asarray(scaling.long_factor if is_long else scaling.short_factor)
+    else:
+        frequencies = frequencies / scaling.factor
+    return frequencies, scaling.amplitude
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:

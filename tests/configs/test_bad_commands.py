@@ -10,6 +10,7 @@ from configs.cli import main
 from configs.groups import CONFIG_DIR
 
 DEBUG = "+experiment=debug"
+PLANES = "{kind: longrope, short_factor: [1, 1, 1, 1], long_factor: [1, 2, 3, 4]}"
 DEBUG_8 = (DEBUG, "mesh.data=8")
 
 # What was typed after `train.py`, and what the one line must contain.
@@ -80,6 +81,10 @@ BAD = {
     "scaling without rope": (
         [DEBUG, "model.position=none", "model.rope_scaling.kind=yarn"],
         ["model.rope_scaling.kind=yarn", "model.position=rope"],
+    ),
+    "longrope beyond its length": (
+        [DEBUG, "model.max_seq_len=32", f"model.rope_scaling={PLANES}"],
+        ["data.seq_len=64", "model.max_seq_len=32", "longrope"],
     ),
     "positions": (
         [DEBUG, "model.position=learned", "model.max_seq_len=32"],

@@ -74,6 +74,7 @@ OSS = {
     "rope_parameters": {**YARN, "truncate": False},
 }
 OWN_YARN = {**YARN, "rope_theta": 5e5, "attention_factor": 1.3, "truncate": False}
+PLANES = {"short_factor": [1.0, 1.25, 1.5], "long_factor": [1.25, 4.0, 8.0]}
 MULTIPLIED = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 5.0,
@@ -134,6 +135,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jais2": ("jais2", {}),
     "vaultgemma": ("vaultgemma", {"sliding_window": 70, "query_pre_attn_scalar": 24}),
     "phi3_partial": ("phi3", {"partial_rotary_factor": 0.75}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            **{"original_max_position_embeddings": 128, "partial_rotary_factor": 0.75},
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **PLANES},
+        },
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 32, "mlp_only_layers": [0]},

@@ -5,6 +5,7 @@ nothing of ours imports it. Every parameter is random, norms, biases and routers
 """
 
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_logits_and_greedy_text_are_those_of_transformers(name, tmp_path):
     scores = np.asarray(forward(jnp.asarray(greedy)))[0, 15:-1]
     np.testing.assert_array_equal(scores.argmax(axis=-1), greedy[0, 16:])
     print(f"{name}: median {np.median(apart):.2e}, largest {apart.max():.2e} deviations")
+
+
+def test_longrope_is_that_of_transformers_for_short_and_for_long_texts(tmp_path):
+    """Theirs takes a list by the text at hand, ours by the length that the model is for."""
+    directory = case("phi3_longrope", tmp_path / "kept")
+    long = Published(directory)
+    _, params = weights_of(long)
+    texts = {512: (directory, np.load(directory / "logits.npy"))}
+    shutil.copytree(directory, tmp_path / "short")
+    np.save(tmp_path / "short/tokens.npy", np.load(directory / "tokens.npy")[:, :128])
+    subprocess.run([PYTHON, "tests/interop/oracle.py", "open", tmp_path / "short"], cwd=ROOT, check=True)
+    texts[128] = (tmp_path / "short", np.load(tmp_path / "short/logits.npy"))
+    for length, (where, wanted) in texts.items():
+        tokens = jnp.asarray(np.load(where / "tokens.npy"))
+        for size in texts:
+            forward = forward_of(build_model(replace(long.config, max_seq_len=size)), params)
+            apart = np.abs(np.asarray(forward(tokens))[0] - wanted).max() / wanted.std()
+            assert apart < 2e-5 if size == length else apart > 1e-2
+            if length == size == 128:  # and what is written while a text is short
+                greedy = np.load(directory / "greedy.npy")
+                scores = np.asarray(forward(jnp.asarray(greedy)))[0, 15:-1]
+                np.testing.assert_array_equal(scores.argmax(axis=-1), greedy[0, 16:])
+            print(f"longrope, {length} tokens by the list for {size}: {apart:.2e} deviations")
 
 
 def test_a_run_that_was_exported_is_opened_by_transformers(ground, tmp_path):

@@ -58,6 +58,7 @@ SCALED: Any = {
 }
 NORMED = {"norm": "layernorm", "biases": ["norm"], "norm_eps": 1e-5}
 OWN: Any = {"attention_factor": 1.3, "truncate": False}
+PLANES: Any = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 6.0]}
 GATED = replace(EXPERTS, num_shared_experts=1, shared_gate=True)
 CHOSEN = replace(EXPERTS, score="sigmoid", selection_bias=True)
 HYBRID = {
@@ -106,7 +107,7 @@ MODELS = {
     "seed_oss": {**SMALL, "qkv_bias": True},
     "ernie4_5": SMALL,
     "arcee": {**SAME, "activation": "relu2"},
-    "phi3": {**SMALL, "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_length=32)},
+    "phi3": {**SAME, "rope_scaling": RopeScaling(kind="longrope", factor=4.0, original_length=16, **PLANES)},
     "gemma": {**SMALL, **GEMMA},
     "gemma2": {**SAME, **POST, "attention_softcap": 50.0, "logit_softcap": 30.0, "attention_scale": 0.25},
     "gemma3_text": {**SAME, **POST, "qk_norm": True, "rope_local_theta": 1000.0},

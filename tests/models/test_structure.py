@@ -15,6 +15,8 @@ from tests.configs.composing import config as composed
 from tests.models.decoders import FAMILIES, LoopDecoder, family, lively, loop_frequencies, make_batch
 from tests.models.mixtures import MIXTURES
 
+PLANES = RopeScaling("longrope", short_factor=[1.0, 2.0], long_factor=[1.0, 4.0])
+
 
 def layers_in_order(config: ModelConfig) -> list:
     return [spec for segment in make_segments(config) for spec in segment.period * segment.count]
@@ -178,6 +180,10 @@ def test_values_that_make_no_model_are_one_clear_line(values, parts):
     [
         (lambda: RopeScaling("llama3", low_freq_factor=4.0), ["low_freq_factor=4.0", "high_freq_factor=4.0"]),
         (lambda: RopeScaling("linear", truncate=False), ["truncate", "yarn, not of linear"]),
+        (lambda: RopeScaling("yarn", long_factor=[2.0]), ["long_factor", "longrope, not of yarn"]),
+        (lambda: RopeScaling("longrope"), ["short_factor has 0 numbers", "one a plane"]),
+        (lambda: RopeScaling("longrope", original_length=1), ["original_length=1", "use 4096"]),
+        (lambda: family(rope_scaling=PLANES), ["short_factor has 2 numbers", "model.head_dim=8", "4 planes"]),
         (lambda: MultipliersConfig(logits=0.0), ["model.multipliers.logits=0.0", "1.0"]),
         (lambda: RopeScaling("ntk"), ["model.rope_scaling.kind=ntk", "yarn"]),
         (lambda: RopeScaling(factor=0.0), ["model.rope_scaling.factor=0.0", "positive"]),

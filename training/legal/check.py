@@ -45,6 +45,12 @@ def _check_model(config: Config) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the learned position table, "
             f"model.max_seq_len={m.max_seq_len}; lower the one or raise the other"
         )
+    is_longrope = m.rope_scaling is not None and m.rope_scaling.kind == "longrope"
+    if is_longrope and config.data.seq_len > m.max_seq_len:
+        _refuse(
+            f"data.seq_len={config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}, by which "
+            "longrope takes its factors; lower the one or raise the other"
+        )
     if m.rope_scaling is not None and m.position != "rope":
         _refuse(f"model.rope_scaling.kind={m.rope_scaling.kind} needs model.position=rope, not {m.position}")
 
