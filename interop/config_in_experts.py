@@ -18,10 +18,11 @@ def qwen_experts(
     keys: Keys, model: dict[str, Any], *, experts: int, chosen: int, width: int
 ) -> MoEConfig | None:
     """Qwen's keys for experts; None where no layer has any. The defaults are the class's."""
-    keys.must_be("decoder_sparse_step", 1)
-    dense = sorted(keys.get("mlp_only_layers", []))
-    if dense != list(range(len(dense))):
-        raise ValueError(f"config.json: mlp_only_layers={dense} is not supported; only the first layers are")
+    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    if step < 1:
+        raise ValueError(f"config.json: decoder_sparse_step={step} must be 1 or more; fetch it again")
+    kinds = ["mlp" if (n + 1) % step or n in dense else "experts" for n in range(model["num_layers"])]
+    first = kinds.index("experts") if "experts" in kinds else len(kinds)
     # Files of transformers 5 call it by the other name.
     count = keys.get("num_experts", keys.get("num_local_experts", experts))
     keys.asked.add("num_local_experts")
@@ -29,10 +30,13 @@ def qwen_experts(
         "experts_per_token": keys.get("num_experts_per_tok", chosen),
         "d_expert": keys.get("moe_intermediate_size", width),
         "normalize_gates": bool(keys.get("norm_topk_prob", False)),
-        "first_dense_layers": len(dense),
     }
-    if not count or len(dense) >= model["num_layers"]:
+    if not count or first == len(kinds):
         return None
+    if "mlp" in kinds[first:]:
+        moe["layer_pattern"] = period_of(kinds)
+    else:
+        moe["first_dense_layers"] = first
     return MoEConfig(num_experts=count, **moe)
 
 

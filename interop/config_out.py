@@ -11,6 +11,7 @@ from typing import Any
 
 from interop.configs import ACTIVATIONS, COMMON, FAMILIES, GPT2, Family, read_config
 from models.config import BIASES, ModelConfig, MultipliersConfig, RopeScaling
+from models.spec import make_segments
 
 
 def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:
@@ -52,9 +53,11 @@ def difference(ours: ModelConfig, back: ModelConfig) -> str:
         if field.name == "moe" and a is not None and b is not None:
             if (a.selection_bias or a.bias_update_rate > 0) != (b.selection_bias or b.bias_update_rate > 0):
                 return "model.moe.selection_bias"
-            same = {key: getattr(a, key) for key in FREE_OF_EXPERTS | {"selection_bias"}}
+            if (dense := _dense_layers(ours)) != _dense_layers(back):
+                return f"layers {dense} having no experts (model.moe.layer_pattern={a.layer_pattern})"
+            same = {key: getattr(a, key) for key in FREE_OF_EXPERTS | {"selection_bias", *DENSE}}
             b = dataclasses.replace(b, **same)
-        if field.name == "d_ff" and ours.moe is not None and not ours.moe.first_dense_layers:
+        if field.name == "d_ff" and not _dense_layers(ours):
             continue
         if field.name == "mla" and a is not None and b is not None and a.norm_eps is None:
             a = dataclasses.replace(a, norm_eps=ours.norm_eps)
@@ -79,6 +82,7 @@ def difference(ours: ModelConfig, back: ModelConfig) -> str:
     return ""
 
 
+DENSE = ("first_dense_layers", "layer_pattern")  # two ways to say the same
 PLACES = ("qkv", *BIASES)
 
 
@@ -95,6 +99,12 @@ def _stretched(config: ModelConfig) -> Any:
         return scaling
     is_long = config.max_seq_len > scaling.original_length
     return dataclasses.replace(scaling, factor=1.0, attention_factor=scaling.amplitude), is_long
+
+
+def _dense_layers(config: ModelConfig) -> list[int]:
+    """The layers that have no experts."""
+    specs = [spec for s in make_segments(config) for spec in s.period * s.count]
+    return [n for n, spec in enumerate(specs) if not spec.moe]
 
 
 def _every_mixer(config: ModelConfig) -> list[str]:
@@ -269,7 +279,7 @@ def _qwen_expert_values(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": moe.d_expert,
         "norm_topk_prob": moe.normalize_gates,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(moe.first_dense_layers)),
+        "mlp_only_layers": _dense_layers(config),
     }
 
 

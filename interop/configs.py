@@ -160,7 +160,7 @@ def _longrope(scaling: Mapping[str, Any], original: int, length: int) -> RopeSca
             f"config.json: rope_scaling.{strange[0]}={scaling[strange[0]]} of longrope is not supported"
         )
     # Where these disagree it hangs on the version of transformers which one counts.
-    fixed = {"original_max_position_embeddings": original}
+    fixed: dict[str, float] = {"original_max_position_embeddings": original}
     if scaling.get("attention_factor") is None:
         fixed["factor"] = length / original
     for key, wanted in fixed.items():

@@ -53,6 +53,8 @@ class Mxfp4Tensors:
             if name == whole:
                 self.entries[name] = entry
                 continue
+            if whole in there:
+                raise ValueError(f"{tensors.path} holds {whole} twice, packed and plain; fetch it again")
             entries = [there.get(whole + ending) for ending in (BLOCKS, SCALES)]
             blocks, scales = (entry and entry[2] for entry in entries)
             if blocks is None or scales is None or len(scales) != 3 or blocks != (*scales, BYTES):
@@ -62,7 +64,8 @@ class Mxfp4Tensors:
                     f"they must be [E, out, G, {BYTES}] and [E, out, G]; fetch them again"
                 )
             experts, out, groups = scales
-            self.entries[whole] = (*there[whole + BLOCKS][:2], (experts, groups * GROUP, out), entry[3])
+            path, kind, _, offset = there[whole + BLOCKS]
+            self.entries[whole] = (path, kind, (experts, groups * GROUP, out), offset)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

@@ -23,6 +23,7 @@ WINDOW_KINDS = ("global", "local", "nope")  # nope: global, and not rotated
 BIASES = ("o", "mlp", "norm", "experts")  # places of their own; with experts the router has one too
 SCORES = ("softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
+FEED_FORWARDS = ("experts", "mlp")
 # Token mixers are known by their files, which load JAX and are not read for a config.
 MIXERS = tuple(sorted(p.stem for p in Path(__file__).with_name("mixers").glob("[!_]*.py")))
 VOCAB_MULTIPLE = 128  # so that tables split over devices and fill matrix units
@@ -47,6 +48,7 @@ class MoEConfig:
     d_expert: int = 256  # width inside one expert
     num_shared_experts: int = 0  # that every token goes through too: one feed-forward of their joint width
     first_dense_layers: int = 0  # layers that keep a feed-forward of width d_ff (DeepSeek)
+    layer_pattern: list[str] = field(default_factory=lambda: ["experts"])  # repeats: experts | mlp (Qwen)
     score: str = "softmax"  # softmax (Mixtral) | sigmoid (DeepSeek-V3), of the router's logits
     normalize_gates: bool = True  # the chosen experts' scores are made to sum to one
     gate_scale: float = 1.0  # times the gates, after that
@@ -356,6 +358,13 @@ def check_moe(moe: MoEConfig) -> None:
         require(0 <= value < float("inf"), f"model.moe.{key}", value, "0 (off) or more")
     for key in ("capacity_factor", "gate_scale"):
         _check_positive(f"model.moe.{key}", getattr(moe, key))
+    for name in moe.layer_pattern:
+        choice("model.moe.layer_pattern", name, FEED_FORWARDS)
+    if moe.first_dense_layers and "mlp" in moe.layer_pattern:
+        raise ValueError(
+            f"model.moe.first_dense_layers={moe.first_dense_layers} and mlp in model.moe.layer_pattern both "
+            "say which layers are dense; use model.moe.first_dense_layers=0 and list every layer"
+        )
     experts, groups, chosen = moe.num_experts, moe.num_groups, moe.groups_per_token
     if experts % groups:
         fits = [n for n in range(1, experts + 1) if experts % n == 0]
@@ -398,6 +407,16 @@ def _check_parts(config: ModelConfig) -> None:
             f"model.moe.first_dense_layers={moe.first_dense_layers} leaves no layer of "
             f"model.num_layers={config.num_layers} with experts; use at most {config.num_layers - 1}, "
             "or model.moe=null"
+        )
+    if moe is not None and "experts" not in moe.layer_pattern[: config.num_layers]:
+        raise ValueError(
+            f"model.moe.layer_pattern={list(moe.layer_pattern)} leaves no layer of "
+            f"model.num_layers={config.num_layers} with experts; use [experts], or model.moe=null"
+        )
+    if moe is not None and "mlp" in moe.layer_pattern and config.mtp is not None:
+        raise ValueError(
+            "model.moe.layer_pattern with mlp cannot be had with model.mtp; use model.mtp=null, or "
+            "model.moe.first_dense_layers"
         )
     if moe is not None and config.bias:
         raise ValueError("model.bias=true has no biases for experts; use model.bias=false with model.moe")

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from models.config import ModelConfig
 
-Kind = tuple[str, str]  # of a layer: "local", "global" or "nope", and its mixer
+Kind = tuple[str, ...]  # of a layer: "local", "global" or "nope", its mixer, and "experts" or "mlp"
 Kinds = tuple[Kind, ...]  # of layers, in order
 Repeated = tuple[int, Kinds]  # how many times, and what
 
@@ -33,23 +33,27 @@ class Segment:
 
 
 def kinds_of(config: ModelConfig) -> Kinds:
-    """The repeating order of layer kinds: `window_pattern` and `mixer_pattern` beside each other."""
-    windows, mixers = config.window_pattern, config.mixers
-    length = math.lcm(len(windows), len(mixers))
-    return tuple((windows[i % len(windows)], mixers[i % len(mixers)]) for i in range(length))
+    """The repeating order of layer kinds: windows', mixers' and the experts' patterns beside each other."""
+    feed_forwards = ["mlp"] if config.moe is None else config.moe.layer_pattern
+    patterns = (config.window_pattern, config.mixers, feed_forwards)
+    length = math.lcm(*map(len, patterns))
+    return tuple(tuple(pattern[i % len(pattern)] for pattern in patterns) for i in range(length))
 
 
-def layer_spec(config: ModelConfig, window: str, mixer: str = "attention") -> LayerSpec:
-    """The spec of a layer that is "local", "global" or "nope", with this mixer."""
+def layer_spec(
+    config: ModelConfig, window: str, mixer: str = "attention", feed_forward: str = "mlp"
+) -> LayerSpec:
+    """The spec of a layer that is "local", "global" or "nope", with this mixer, and experts or none."""
     own_theta = window == "local" and config.rope_local_theta is not None
     theta = config.rope_local_theta if own_theta else config.rope_theta
     assert theta is not None
     seen = config.window if window == "local" else None
-    return LayerSpec(seen, float(theta), not own_theta, mixer=mixer, rope=window != "nope")
+    moe = feed_forward == "experts"
+    return LayerSpec(seen, float(theta), not own_theta, moe, mixer, rope=window != "nope")
 
 
 def make_segments(config: ModelConfig, num_layers: int | None = None) -> tuple[Segment, ...]:
-    """The layers as `cut_layers` cuts them; those from `first_dense_layers` on have experts, if any have.
+    """The layers as `cut_layers` cuts them; of the first `first_dense_layers` none has experts.
 
     num_layers: instead of the config's own.
     """
@@ -60,7 +64,7 @@ def make_segments(config: ModelConfig, num_layers: int | None = None) -> tuple[S
     specs = {kind: layer_spec(config, *kind) for kind in pattern}
     segments, first = [], 0
     for count, kinds in cut_layers(pattern, num_layers, dense):
-        period = tuple(replace(specs[kind], moe=first >= dense) for kind in kinds)
+        period = tuple(specs[kind] if first >= dense else replace(specs[kind], moe=False) for kind in kinds)
         segments.append(Segment(count, period))
         first += count * len(period)
     return tuple(segments)

@@ -263,7 +263,7 @@ class Model:
         # Known statically, so every layer can report its share at once: a pipeline's stages never compare
         # notes.
         routers = self.config.mtp_depth + sum(
-            s.count * len(s.period) for s in self.segments if s.period[0].moe
+            s.count * sum(spec.moe for spec in s.period) for s in self.segments
         )
         return {name: s if name in ("loss", LOAD) else s / routers for name, s in sums.items()}
 

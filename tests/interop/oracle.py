@@ -146,6 +146,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 32, "mlp_only_layers": [0]},
     ),
+    "qwen2_moe_sparse": (
+        "qwen2_moe",
+        {
+            **{**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 32, "num_hidden_layers": 6},
+            **{"decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        },
+    ),
     "qwen3_next_moe": ("qwen3_next", GATED_EXPERTS),
     "qwen3_5": ("qwen3_5_text", {k: v for k, v in LINEAR.items() if "experts" not in k and "mlp" not in k}),
     "qwen3_5_moe": ("qwen3_5_moe_text", GATED_EXPERTS),

@@ -127,6 +127,10 @@ def wider_blocks(arrays, name):
     arrays[name + "_blocks"] = np.tile(arrays[name + "_blocks"], 2)
 
 
+def plain_too(arrays, name):
+    arrays[name] = np.zeros((4, 64, 64), np.float32)
+
+
 def no_number(arrays, name):
     arrays[name + "_scales"][1, 2, 0] = 255
 
@@ -137,6 +141,7 @@ DAMAGED = {
     "fewer scales": (fewer_scales, r"gate_up_proj_scales \[4, 64, 1\]; they must be"),
     "fewer groups": (fewer_groups, r"gate_up_proj is \[4, 32, 64\], and this model's is \[4, 64, 64\]"),
     "wider": (wider_blocks, r"gate_up_proj_blocks is \[4, 64, 2, 32\]"),
+    "plain too": (plain_too, "gate_up_proj twice, packed and plain"),
     "no number": (no_number, "a scale of mxfp4 is 255"),
 }
 

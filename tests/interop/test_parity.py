@@ -41,7 +41,7 @@ CASES = [
     *("granite", "granitemoe", "granitemoeshared", "olmo2", "olmo3", "olmoe", "flex_olmo", "exaone4"),
     *("exaone4_global", "glm", "glm4", "helium", "stablelm", "nemotron", "jais2", "vaultgemma"),
     *("phi3_partial", "qwen2_moe", "qwen3_next_moe", "qwen3_5", "qwen3_5_moe", "minimax_m2"),
-    *("ernie4_5_moe", "deepseek_mscales", "gpt_oss"),
+    *("ernie4_5_moe", "deepseek_mscales", "gpt_oss", "qwen2_moe_sparse"),
 ]
 pytestmark = [
     pytest.mark.slow,

@@ -60,6 +60,7 @@ NORMED = {"norm": "layernorm", "biases": ["norm"], "norm_eps": 1e-5}
 OWN: Any = {"attention_factor": 1.3, "truncate": False}
 PLANES: Any = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 6.0]}
 GATED = replace(EXPERTS, num_shared_experts=1, shared_gate=True)
+EVERY_OTHER: Any = {"layer_pattern": ["mlp", "experts"]}
 CHOSEN = replace(EXPERTS, score="sigmoid", selection_bias=True)
 HYBRID = {
     **{**SMALL, "num_layers": 5, "head_dim": 8},
@@ -85,7 +86,7 @@ MODELS = {
     "nemotron": {**HALF, **NORMED, "norm_unit_offset": True, "activation": "relu2"},
     "jais2": {**SAME, **NORMED, "activation": "relu2", "biases": ["norm", "o", "mlp"], "qkv_bias": True},
     "vaultgemma": {**SAME, **GEMMA, "window": 8, "window_pattern": ["local", "global"]},
-    "qwen2_moe": {**SMALL, "qkv_bias": True, "moe": replace(GATED, num_shared_experts=3)},
+    "qwen2_moe": {**SMALL, "qkv_bias": True, "moe": replace(GATED, num_shared_experts=3, **EVERY_OTHER)},
     "gpt_oss": {
         **{**SMALL, "d_ff": 8, "moe": EXPERTS, "qkv_bias": True, "biases": ["o", "experts"]},
         **{"window": 8, "window_pattern": ["local", "global"], "attention_sinks": True},

@@ -50,6 +50,7 @@ MIXTURES = {
         biases=["experts"],
         num_layers=1,
     ),
+    "qwen2": mixture({"layer_pattern": ["mlp", "experts"], "router_z_weight": 0.02}, num_layers=4),
     "deepseek": latent(moe=MoEConfig(**({"d_expert": 8} | DEEPSEEK)), mtp=MTPConfig(2, 0.4), num_layers=2),
 }
 

@@ -441,6 +441,8 @@ def test_further_tokens_cost_a_layer_and_a_head_each():
         (dict(capacity_factor=0.0), ["model.moe.capacity_factor=0.0", "above 0"]),
         (dict(load_balance_weight=-1.0), ["model.moe.load_balance_weight=-1.0", "0 (off) or more"]),
         (dict(bias_update_rate=float("nan")), ["model.moe.bias_update_rate=nan"]),
+        (dict(layer_pattern=["dense"]), ["model.moe.layer_pattern=dense", "experts, mlp"]),
+        (dict(layer_pattern=["mlp", "experts"], first_dense_layers=1), ["first_dense_layers=1", "use"]),
     ],
 )
 def test_values_that_make_no_mixture_are_one_clear_line(values, parts):
@@ -453,6 +455,12 @@ def test_values_that_make_no_mixture_are_one_clear_line(values, parts):
     ("values", "parts"),
     [
         (dict(moe=MoEConfig(first_dense_layers=4)), ["model.moe.first_dense_layers=4", "at most 3"]),
+        (dict(moe=MoEConfig(layer_pattern=["mlp"] * 9 + ["experts"])), ["model.num_layers=4", "[experts]"]),
+        (dict(moe=MoEConfig(layer_pattern=[])), ["model.moe.layer_pattern=[]", "[experts]"]),
+        (
+            dict(moe=MoEConfig(layer_pattern=["mlp", "experts"]), mtp=MTPConfig()),
+            ["model.moe.layer_pattern", "use model.mtp=null"],
+        ),
         (dict(moe=MoEConfig(), bias=True), ["model.bias=true", "model.bias=false"]),
         (dict(mla=MLAConfig(), head_dim=64), ["model.head_dim=64", "use 192"]),
         (dict(mla=MLAConfig(), head_dim=192, num_kv_heads=2), ["model.num_kv_heads=2", "model.num_heads=8"]),

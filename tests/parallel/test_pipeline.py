@@ -119,6 +119,13 @@ SEVERAL = {
             num_experts=4, experts_per_token=2, d_expert=32, first_dense_layers=1, load_balance_weight=0.01
         ),
     },
+    "layers with experts lie between dense ones": {
+        "num_layers": 5,
+        "moe": MoEConfig(
+            **{"num_experts": 4, "experts_per_token": 2, "d_expert": 32, "load_balance_weight": 0.01},
+            layer_pattern=["mlp", "experts"],
+        ),
+    },
 }
 
 

@@ -150,7 +150,8 @@ def _layers(case: MeshCase) -> str | None:
     inside = f" (its largest segment: {count} periods of {period})" if period > 1 else ""
     if period == 1 and count < model.num_layers:
         inside = f" (its largest segment: {count})"
-    dense = 0 if model.moe is None else model.moe.first_dense_layers
+    moe = model.moe
+    dense = 0 if moe is None else moe.first_dense_layers or list(moe.layer_pattern).index("experts")
     chunks = f" * pipeline.virtual_stages={p.virtual_stages}" if p.virtual_stages > 1 else ""
     numbers = around(model.num_layers, lambda n: _layers_split(case, layers=n), least=dense + 1)
     return (
