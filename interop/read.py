@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.compressed_tensors import KEYS as PACKED_KEYS
-from interop.compressed_tensors import PackedTensors, is_packed
 from interop.configs import Family, read_config
 from interop.families import Rules
 from interop.gguf import GGUF
 from interop.gguf_model import read_model
-from interop.mxfp4 import Mxfp4Tensors, is_mxfp4
+from interop.packed.compressed_tensors import KEYS as PACKED_KEYS
+from interop.packed.compressed_tensors import PackedTensors, is_packed
+from interop.packed.mxfp4 import Mxfp4Tensors, is_mxfp4
 from interop.places import Place, size_of
 from interop.rules import Get, Slot, Stacked, read, slots, their_shape
 from interop.safetensors import BLOCK, Tensors

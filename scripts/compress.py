@@ -284,9 +284,9 @@ def write(work: Work, path: Path, model: Any, params: Any) -> None:
     import jax
 
     from interop.gguf import KINDS as STORED
+    from interop.packed.write_packed import export_packed
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
-    from interop.write_packed import export_packed
     from models.weights import QTensor
     from scripts.export import KINDS, chat_of
 

@@ -75,10 +75,10 @@ def do(arguments: Sequence[str]) -> int:
     from interop.configs import FAMILIES
     from interop.gguf import KINDS as STORED
     from interop.gguf_tokenizer import tokenizer_values
+    from interop.packed.write_packed import export_packed
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
     from interop.write_gguf import export_gguf
-    from interop.write_packed import export_packed
     from models.transformer import build_model
     from training.config import from_stored
     from training.opening.initial_weights import run_weights

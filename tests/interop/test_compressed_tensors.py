@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interop.compressed_tensors import CONFIG, GRIDS
+from interop.packed.compressed_tensors import CONFIG, GRIDS
+from interop.packed.write_packed import export_packed
 from interop.read import Published
 from interop.safetensors import Tensors, write_tensors
-from interop.write_packed import export_packed
 from models.config import ModelConfig
 from models.transformer import build_model
 from models.weights import QTensor, merged, quantizable, quantize

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interop.mxfp4 import dequantized
+from interop.packed.mxfp4 import dequantized
 from interop.read import Published
 from interop.safetensors import Tensors
 from interop.write import export, reader

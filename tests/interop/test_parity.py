@@ -18,7 +18,7 @@ import pytest
 from data.tokens.tokenizer import load_tokenizer
 from interop.adapted import published
 from interop.gguf import KINDS
-from interop.mxfp4 import dequantized
+from interop.packed.mxfp4 import dequantized
 from interop.peft import factor_reader, read_adapter, write_adapter
 from interop.read import Published
 from interop.write import export, reader

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.compressed_tensors import (
+from interop.config_out import write_config
+from interop.configs import Family
+from interop.packed.compressed_tensors import (
     CONFIG,
     FLOATS,
     GRIDS,
@@ -25,8 +27,6 @@ from interop.compressed_tensors import (
     PackedTensors,
     Scheme,
 )
-from interop.config_out import write_config
-from interop.configs import Family
 from interop.rules import Read, Slot, Stacked, arrays, letters, slots, their_shape
 from interop.safetensors import SHARD, Tensors, write_tensors
 from interop.write import check_written, publishing, reader, refuse_taken

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from interop.compressed_tensors import CONFIG
 from interop.rules import Slot, read
 from interop.safetensors import Tensors
 
+CONFIG = "quantization_config"  # of config.json
 METHOD, BLOCKS, SCALES = "mxfp4", "_blocks", "_scales"
 KNOWN = {"quant_method", "modules_to_not_convert", "dequantize"}  # the files' names say what is plain
 GROUP, BYTES = 32, 16

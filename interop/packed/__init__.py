@@ -1,0 +1,1 @@
+"""Weights of few bits, as the files of others keep them."""
