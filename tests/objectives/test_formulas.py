@@ -42,12 +42,18 @@ def batch():
     }, near
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_are_trls(case):
-    name, settings = CASES[case]
+def judged(name):
+    """The batch as an objective has it, and log-probabilities: of pairs, the better one and the worse one."""
     given, logprobs = batch()
     if name != "kto":
         given = {**given, "labels": np.resize([1, -1], ROWS)[:, None] * given["loss_weights"]}
+    return given, logprobs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradient_are_those_of_the_formulae(case):
+    name, settings = CASES[case]
+    given, logprobs = judged(name)
     own = {k: v for k, v in settings.items() if k != "updates"}
     formula = functools.partial(getattr(formulas, name), batch=given, **own)
     if name == "kto":  # to which no gradient goes

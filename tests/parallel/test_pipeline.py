@@ -122,7 +122,10 @@ SEVERAL = {
     "layers with experts lie between dense ones": {
         "num_layers": 5,
         "moe": MoEConfig(
-            **{"num_experts": 4, "experts_per_token": 2, "d_expert": 32, "load_balance_weight": 0.01},
+            num_experts=4,
+            experts_per_token=2,
+            d_expert=32,
+            load_balance_weight=0.01,
             layer_pattern=["mlp", "experts"],
         ),
     },
