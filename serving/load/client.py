@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from serving.load.plan import PlannedRequest
+from serving.load.plan import PROBE, PlannedRequest
 
 REFUSED = (429, 503)
 LINE = 1 << 20  # bytes of a line that is no longer one
@@ -156,6 +156,8 @@ async def _stream(target: Target, request: PlannedRequest, attempt: SentRequest)
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        # Probes stand for somebody else than whoever makes the load, and servers are fair by users.
+        **({"user": "probe"} if request.stage == PROBE else {}),
     }
     reply, writer = await ask(target, "POST", "/v1/completions", body)
     try:
