@@ -240,6 +240,8 @@ def test_a_whole_load_test_leaves_its_report(tmp_path):
     assert len(found.idle) == 3 and len(found.probes) == 8 and found.samples
     assert all(a.due <= a.sent <= a.first <= a.end for a in found.load)
     assert {"ignore_eos": True, "stream": True}.items() <= server.bodies[-1].items()
+    # The first of the idle server is not counted.
+    assert sum("user" in body for body in server.bodies) == 1 + len(found.idle) + len(found.probes)
     figures = write_report(tmp_path / "out", made, found, "Load test: $x_1$")
     stored = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert (
