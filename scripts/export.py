@@ -72,6 +72,7 @@ def do(arguments: Sequence[str]) -> int:
     import numpy as np
 
     from artifacts.load import load
+    from data.tokens.turns import give_chat
     from interop.configs import FAMILIES
     from interop.gguf import KINDS as STORED
     from interop.gguf_tokenizer import tokenizer_values
@@ -115,7 +116,8 @@ def do(arguments: Sequence[str]) -> int:
         }
         params = packed_by_rounding(model, {**params, **tables}, options.bits, options.group)
     text = (found.path / "tokenizer.json").read_text("utf-8")
-    template, stop_id = chat_of(found.path / "tokenizer.json", tokenizer)
+    chat = give_chat(tokenizer, found.path / "tokenizer.json", found.config.data)
+    template, stop_id = (chat.template.text, chat.stop_id) if chat else (None, None)
     if hub:
         files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -180,17 +182,6 @@ def _with_vocab(found: LoadedRun[Any], size: int) -> Any:
     from training.config import with_vocab
 
     return with_vocab(found.config, size).model
-
-
-def chat_of(tokenizer_path: Path, tokenizer: Any) -> tuple[str | None, int | None]:
-    """The template that the run was taught, and what ends a turn by it; None for a run of plain text."""
-    from data.tokens.chat import ChatEncoder
-    from data.tokens.chat_template import find_template, has_template
-
-    if not has_template(tokenizer_path):
-        return None, None
-    template = find_template(None, tokenizer_path, tokenizer)
-    return template.text, ChatEncoder(tokenizer, template).stop_id
 
 
 def main(arguments: Sequence[str]) -> int:

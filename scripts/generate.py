@@ -10,7 +10,7 @@
     seed=0                the same seed writes the same texts
     weights=raw           raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest           or a step that has a checkpoint
-    chat=auto             true: the prompt is a user's turn; auto: where the run learnt conversations
+    chat=auto             true: the prompt is a user's turn; auto: where a chat template taught the run
     tensor=1              devices to split the model over
 
 The text goes to stdout, what was loaded to stderr. Exit status: 0 done, 1 a checkpoint that cannot be
@@ -19,17 +19,14 @@ trusted, 2 bad input.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     import command
 
 from artifacts.load import WEIGHTS
 from common.checks import as_text, choice, within
+from data.tokens.turns import CHAT, give_chat
 from scripts.command import parse, run
-
-CHAT = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ def generate_text(options: GenerateOptions) -> list[str]:
 
     config = loaded.config
     tokenizer = loaded.tokenizer(lambda: prepare(config.data, config.tokenizer, progress=False).tokenizer)
-    wanted = options.chat == "true" or (options.chat == "auto" and config.data.format == "chat")
-    give_chat(tokenizer, loaded.path / "tokenizer.json", wanted)
+    give_chat(tokenizer, loaded.path / "tokenizer.json", config.data, options.chat)
     trained = trained_model(
         loaded, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
     )
@@ -91,14 +87,6 @@ def generate_text(options: GenerateOptions) -> list[str]:
         stop_id=stop_id(tokenizer),
     )
     return [shown(tokenizer, options.prompt, prompt, tail) for tail in tails]
-
-
-def give_chat(tokenizer: Any, path: Path, wanted: bool) -> None:
-    """Give the tokenizer the template that lies beside its file, or take away the one that it has."""
-    from data.tokens.chat import ChatEncoder
-    from data.tokens.chat_template import find_template
-
-    tokenizer.chat = ChatEncoder(tokenizer, find_template(None, path, tokenizer)) if wanted else None
 
 
 def print_texts(arguments: Sequence[str]) -> int:

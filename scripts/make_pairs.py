@@ -11,7 +11,8 @@
     skip=0
     max_new_tokens=64   of an answer
     temperature=1.0     they are drawn at
-    chat=auto           true: the prompt is a user's turn; auto: where a template lies beside the weights
+    chat=auto           true: the prompt is a user's turn; auto: where a chat template taught a run, or
+                        lies beside published weights
     seed=0              the same seed draws the same answers
     rival=MODEL         no pairs: whose answers the rule prefers, MODEL's or the rival's, one for each prompt
                         and key, with the error of the share; ties count half
@@ -31,6 +32,7 @@ if __name__ == "__main__":
 
 from common.checks import choice, within
 from common.files import write_text
+from data.tokens.turns import CHAT, give_chat
 from scripts.command import parse, run
 
 ROWS = 32  # answers that are written at a time
@@ -108,18 +110,14 @@ def answers_of(
 ) -> list[Answer]:
     """One answer to each prompt, by the key of its number."""
     from configs.groups import mesh_rules
-    from data.tokens.chat_template import has_template
-    from scripts.generate import give_chat
     from serving.generator import Generator
     from serving.sampling import Sampling, sample_keys
     from serving.text import encode_prompt, stop_id
     from training.opening.opened import open_model
 
     opened = open_model(model, mesh_rules())
-    taught = opened.config.data.format != "text" if opened.config else has_template(opened.tokenizer_path)
-    give_chat(
-        opened.tokenizer, opened.tokenizer_path, options.chat == "true" or (options.chat == "auto" and taught)
-    )
+    data = opened.config.data if opened.config else None
+    give_chat(opened.tokenizer, opened.tokenizer_path, data, options.chat)
     tokenizer, found = opened.tokenizer, list[Answer]()
     generator = Generator(*opened.trained)
     sampling = Sampling(options.temperature, vocab_size=tokenizer.vocab_size)
@@ -140,7 +138,7 @@ def make_pairs(arguments: Sequence[str]) -> int:
     """Write the pairs, or say whose answers are preferred."""
     options = parse(arguments, PairsOptions, ("model", "asked", "pairs"))
     choice("prefer", options.prefer, RULES)
-    choice("chat", options.chat, ("auto", "true", "false"))
+    choice("chat", options.chat, CHAT)
     for key in ("samples", "prompts", "max_new_tokens"):
         within(key, getattr(options, key), 1)
     questions = asked(options.asked, options.skip, options.prompts)

@@ -19,7 +19,7 @@
     weights=raw           of a run: raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest           of a run: or a step that has a checkpoint
     follow=false          of a run: go on with each newer checkpoint, once it is verified
-    chat=auto             true, false; auto: where a run learnt turns, or a template lies beside
+    chat=auto             true, false; auto: where a chat template taught a run, or lies beside weights
     bos=auto              begin texts with bos: true, false; auto: as published weights do, and true for runs
     name=null             what clients call the model; null: the directory's name
     api_key_file=null     a file whose first line clients must send as their key
@@ -51,8 +51,8 @@ from artifacts.load import BOS, LATEST, PRECISIONS, WEIGHTS
 from common.checks import choice, within
 from common.errors import Requeue
 from common.files import write_text
+from data.tokens.turns import CHAT, give_chat
 from scripts.command import parse, run
-from scripts.generate import CHAT, give_chat
 from serving.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -110,7 +110,6 @@ def parse_options(arguments: Sequence[str]) -> ServeOptions:
 def open_model(options: ServeOptions, step: str | None = None) -> "OpenedModel":
     """The model to serve, its tokenizer with a template where it speaks in turns."""
     from configs.groups import mesh_rules
-    from data.tokens.chat_template import has_template
     from training.opening.opened import is_run, open_published, open_run
 
     if is_run(options.run):
@@ -118,9 +117,8 @@ def open_model(options: ServeOptions, step: str | None = None) -> "OpenedModel":
         opened = open_run(options.run, step=step, weights=options.weights, precision=options.precision)
     else:
         opened = open_published(options.run, mesh_rules(), precision=options.precision)
-    beside = opened.tokenizer_path
-    taught = opened.config.data.format == "chat" if opened.config else has_template(beside)
-    give_chat(opened.tokenizer, beside, options.chat == "true" or (options.chat == "auto" and taught))
+    data = opened.config.data if opened.config else None
+    give_chat(opened.tokenizer, opened.tokenizer_path, data, options.chat)
     add_bos = opened.add_bos if options.bos == "auto" else options.bos == "true"
     return replace(opened, add_bos=add_bos)
 

@@ -8,7 +8,7 @@ record may hold says `data.tokens.forms`.
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,9 @@ class ChatEncoder:
     def stop_id(self) -> int:
         """The token that ends an assistant's turn; the tokenizer's eos where the template has none."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, weights = self.encode_batch([json.dumps({"messages": turns})])[0]
+        # Whatever form the records of the data have: this one is ours.
+        encoder = ChatEncoder(self.tokenizer, replace(self.template, form="chat"))
+        ids, weights = encoder.encode_batch([json.dumps({"messages": turns})])[0]
         assert weights is not None
         last = int(ids[np.flatnonzero(weights)[-1]])
         return last if last in self.tokenizer.specials_by_id else self.eos_id
