@@ -138,10 +138,10 @@ class MTPBlock(nnx.Module):
         batch: dict[str, Array],
         spec: LayerSpec,
         ops: Ops,
-    ) -> tuple[Float[Array, "B T D"], Sums]:
-        """The residual stream for the next token further, and what the layer reports."""
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Sums]:
+        """The residual stream for the next token further, its cache as a layer's, what the layer reports."""
         project = self.project[...]
         x = ops.project("further", "BTD,DE->BTE", self.hidden_norm(x), project[0])
         x = x + ops.project("further", "BTD,DE->BTE", self.embed_norm(embedded), project[1])
-        x, _, sums = self.block(ops.constrain(x, RESIDUAL), batch, spec, ops)
-        return x, sums
+        return self.block(ops.constrain(x, RESIDUAL), batch, spec, ops, cache)

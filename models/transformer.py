@@ -243,7 +243,7 @@ class Model:
         def deepen(params: Tree, tokens: Array, x: Array, mtp: Tree) -> tuple[Array, Array, Tree]:
             embedded = self.embed(params, {**batch, "tokens": tokens}, ops)
             module = self._module("mtp", mtp)
-            x, sums = module(x, embedded, batch, spec, ops)
+            x, _, sums = module(x, embedded, batch, spec, ops)
             return x, module.final_norm(x), sums
 
         for depth in range(settings.depth):
@@ -269,7 +269,9 @@ class Model:
 
     def logits(self, params: Tree, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T V"]:
         """Float32 next-token logits of the residual stream after the last layer."""
-        x = self._module("final_norm", params["final_norm"])(x)
+        return self._logits(params, self._module("final_norm", params["final_norm"])(x), ops)
+
+    def _logits(self, params: Tree, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T V"]:
         # Summed in float32 from factors in the compute dtype, as in the loss: sampling compares logits that
         # differ in their last bits.
         table = self._output_table(params)
@@ -287,11 +289,20 @@ class Model:
         """The residual stream after the last layer, of stacked parameters or of `unstack`'s."""
         return self._layers(params, self.embed(params, batch, ops), batch, ops, None)[0]
 
-    def unstack(self, params: Tree, ops: Ops, masters: Collection[str] = (), *, packed: bool = False) -> Tree:
+    def unstack(
+        self,
+        params: Tree,
+        ops: Ops,
+        masters: Collection[str] = (),
+        *,
+        packed: bool = False,
+        further: bool = False,
+    ) -> Tree:
         """Parameters as `decode` takes them: a tree for each layer, its products' in the compute dtype.
 
         Done once, where a step would do it for every token. masters: projections whose weights stay in
-        float32, because what multiplies them rounds by itself. What only predicts further tokens is left out.
+        float32, because what multiplies them rounds by itself. What only predicts further tokens is left out
+        unless `further`.
         A token table is read in float32 and rounded behind its factor, so it stays; tied, it is there twice.
         packed: what is quantized stays so, and is dequantized by every product: fewer bytes, more work.
         """
@@ -309,7 +320,7 @@ class Model:
         def layer(info: ParamInfo, stack: Array, i: int) -> Array:
             return ready(replace(info, axes=info.axes[1:]), stack[i])
 
-        names = set(params) - {"segments", "mtp"}
+        names = set(params) - ({"segments"} if further else {"segments", "mtp"})
         tree = {name: jax.tree.map(ready, self.info[name], params[name]) for name in names}
         if self.config.tie_embeddings:
             info = replace(self.info["embed"]["table"], role="head")
@@ -345,6 +356,11 @@ class Model:
 
         return {str(s): [of(segment)] * segment.count for s, segment in enumerate(self.segments)}
 
+    def further_arrays(self, capacity: int) -> Tree:
+        """The same of the first layer for further tokens."""
+        spec = self.segments[-1].period[-1]
+        return dict(mixer(spec.mixer).cache_arrays(self.config, spec, capacity))
+
     def decode(
         self,
         params: Tree,
@@ -362,8 +378,61 @@ class Model:
         caller keeps them within the cache's capacity (and, with learned positions, max_seq_len): what is
         beyond is lost.
         """
+        counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if counts is None else counts
+        x, cache = self.extend(params, tokens, cache, ops, counts)
+        if every:
+            return self.logits(params, x, ops), cache
+        return self.logits(params, _last(x, counts), ops)[:, 0], cache
+
+    def extend(
+        self, params: Tree, tokens: Int[Array, "B T"], cache: Tree, ops: Ops, counts: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], Tree]:
+        """The residual stream after the last layer of each row's next tokens, and the cache with them."""
+        batch, filled = self._behind(tokens, cache, counts)
+        x = self.embed(params, batch, ops)
+        x, segments = self._layers(params, x, batch, ops, cache["segments"])
+        return x, {**cache, "lengths": filled, "segments": segments}
+
+    def further_input(self, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Of the stream after the last layer, what the first layer for further tokens reads."""
+        assert self.config.mtp is not None
+        return self._module("final_norm", params["final_norm"])(x) if self.config.mtp.normed_stream else x
+
+    @jax.named_scope("further")
+    def further(
+        self,
+        params: Tree,
+        x: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        cache: Tree,
+        ops: Ops,
+        counts: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B 1 D"], Tree]:
+        """What the first layer for further tokens expects, by the tokens that `decode` reads next.
+
+        x: of the next positions of each row, `further_input`; tokens: that follow each in the text. Returns
+        the logits of the token behind the last of a row's `counts`, what the same layer reads to go on from
+        there as if it were right, and the cache, in which `further` is as `further_arrays` says.
+        """
+        spec, settings = self.segments[-1].period[-1], self.config.mtp
+        assert settings is not None
+        batch, filled = self._behind(tokens, cache, counts)
+        module = self._module("mtp", params["mtp"]["0"])
+        x, arrays, _ = module(x, self.embed(params, batch, ops), batch, spec, ops, cache["further"])
+        x = _last(x, counts)
+        normed = module.final_norm(x)
+        logits = self._logits(params, normed, ops)[:, 0]
+        return (
+            logits,
+            normed if settings.normed_stream else x,
+            {**cache, "lengths": filled, "further": arrays},
+        )
+
+    def _behind(
+        self, tokens: Int[Array, "B T"], cache: Tree, counts: Int[Array, " B"]
+    ) -> tuple[dict[str, Array], Int[Array, " B"]]:
+        """The batch of tokens that follow what the cache has, and how many it has with them."""
         rows, size = tokens.shape
-        counts = jnp.full(rows, size, jnp.int32) if counts is None else counts
         lengths, filled = cache["lengths"], cache["lengths"] + counts
         # A place in the cache is the position of its token: a row begins at 0. There is one static number of
         # places, so that every token of a text runs the same program; those not yet filled are segment 0.
@@ -376,14 +445,7 @@ class Model:
             "kv_segment_ids": (places < filled[:, None]).astype(jnp.int32),
             **{name: cache[name] for name in ("pages",) if name in cache},
         }
-        x = self.embed(params, batch, ops)
-        x, segments = self._layers(params, x, batch, ops, cache["segments"])
-        cache = {**cache, "lengths": filled, "segments": segments}
-        if every:
-            return self.logits(params, x, ops), cache
-        # One row of the head for each text, and not T: only behind the last token is anything drawn.
-        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        return self.logits(params, last, ops)[:, 0], cache
+        return batch, filled
 
     def num_params(self) -> dict[str, int]:
         """How many parameters: all, without embedding tables and head, those that a token passes through.
@@ -467,6 +529,11 @@ class Model:
                 x, out = period(x, (layer, caches and caches[str(s)][i]))
                 filled[str(s)].append(out)
         return x, filled
+
+
+def _last(x: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    # One row of the head for each text, and not T: only behind the last token is anything drawn.
+    return jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
 
 
 def _size(info: ParamInfo) -> int:

@@ -9,7 +9,8 @@
     chunk=128             tokens of a prompt that are read at once, a multiple of page
     prefill_every=1       tokens of every text that are written between two chunks
     pages=0               of the cache; 0: as many as all slots need for the longest texts
-    guesses=0             tokens that are guessed from the text itself and read with the next one
+    guesses=0             tokens that are guessed and read with the next one
+    speculate=ngram       guessed from the text itself; mtp: by the model's own layer for further tokens
     prefix_cache=true     keep what prompts have in common
     packed=false          true: quantized weights stay so in memory, and every product dequantizes its own
     queue_requests=256    that may wait; behind them 503 with Retry-After

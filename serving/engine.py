@@ -59,9 +59,14 @@ class Engine:
                 f"guesses={settings.guesses} cannot be taken back from the state of {config.mixer_pattern}; "
                 "use guesses=0"
             )
-        self._pool = PagePool(
-            pages, settings.page, settings.chunk, share=settings.prefix_cache and not arrays
-        )
+        further = settings.speculate == "mtp"
+        if further and not config.mtp_depth:
+            raise ValueError(
+                f"speculate=mtp needs a layer for further tokens, and {config.name} has none "
+                "(model.mtp=null); use speculate=ngram"
+            )
+        share = settings.prefix_cache and not arrays
+        self._pool = PagePool(pages, settings.page, settings.chunk, share=share, further=further)
         self._programs = Programs(
             model,
             ops,
@@ -74,6 +79,7 @@ class Engine:
             vocab_size=self.vocab_size,
             guesses=settings.guesses,
             packed=settings.packed,
+            further=further,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )
         self._schedule: Turns[Text] = Turns(settings.slots, settings.chunk, settings.prefill_every)
@@ -312,8 +318,10 @@ class Engine:
             seat, begin, end = self._schedule.read()
             text = seat.item
         assert text.held is not None
-        tokens, row = np.zeros(self.settings.chunk, np.int32), self._programs.row(text.held.pages)
-        tokens[: end - begin] = text.request.prompt[begin:end]
+        further, row = self._programs.further, self._programs.row(text.held.pages)
+        tokens = np.zeros(self.settings.chunk + further, np.int32)
+        # Behind a chunk of it a prompt has at least one token more.
+        tokens[: end - begin + further] = text.request.prompt[begin : end + further]
         weights = self._tree(text.version)
         args = np.int32(seat.slot), row, tokens, np.int32(begin), np.int32(end - begin)
         self._state = self._programs.prefill(weights, self._state, *args)
@@ -381,9 +389,12 @@ class Engine:
         """Wait for what has been dispatched, and tell everybody what came of it."""
         pending, self._pending = self._pending, []
         for made in pending:
-            token, logprob, ran = (np.asarray(made.out[name]) for name in ("token", "logprob", "ran"))
+            names = ("token", "logprob", "ran", "guessed")
+            token, logprob, ran, guessed = (np.asarray(made.out[name]) for name in names)
             top = None if made.top is None else tuple(map(np.asarray, made.top))
             with self._lock:
+                self._counts.guessed += int(guessed.sum())
+                self._counts.accepted += int(ran[:, 1:].sum())
                 for slot, text in made.texts.items():
                     for at in np.flatnonzero(ran[slot]):
                         if not text.over:

@@ -27,14 +27,18 @@ class PagePool:
 
     A chunk is what is computed at once, always from a multiple of `chunk` on, so that what a page holds is
     the same to the bit whoever has it computed. Pages that nobody holds keep what they have until their place
-    is needed, the least recently held first. Raises ValueError where a chunk is no whole number of pages.
+    is needed, the least recently held first. further: what a chunk's pages hold depends on the token behind
+    it as well, so that only who goes on with the same one shares them. Raises ValueError where a chunk is no
+    whole number of pages.
     """
 
-    def __init__(self, count: int, page: int, chunk: int, *, share: bool = True) -> None:
+    def __init__(
+        self, count: int, page: int, chunk: int, *, share: bool = True, further: bool = False
+    ) -> None:
         within("pages", count, 1)
         within("page", page, 1)
         require(chunk >= page and chunk % page == 0, "chunk", chunk, f"a multiple of page={page}")
-        self.page, self.chunk, self.share = page, chunk, share
+        self.page, self.chunk, self.share, self.further = page, chunk, share, further
         self._held = [0] * count  # by how many texts
         self._free = list(range(count - 1, -1, -1))
         self._of_key: dict[bytes, list[int]] = {}
@@ -66,7 +70,7 @@ class PagePool:
         What stands in the cache is of weights `version`. The last token of a prompt is never taken from
         there: it is the one behind which something is drawn.
         """
-        keys = self._keys(prompt[:-1], version) if self.share else []
+        keys = self._keys(prompt, version) if self.share else []
         found: list[int] = []
         for key in keys:
             if key not in self._of_key:
@@ -126,10 +130,12 @@ class PagePool:
             self._free.append(page)
 
     def _keys(self, prompt: Sequence[int], version: str) -> list[bytes]:
-        """Of each whole chunk: a digest of the weights and of all tokens up to its end."""
+        """Of each whole chunk before the last token: a digest of the weights and of all that decides it."""
         tokens = np.asarray(prompt, np.int32)
         digest, keys = hashlib.blake2b(version.encode(), digest_size=16), []
-        for end in range(self.chunk, len(tokens) + 1, self.chunk):
+        for end in range(self.chunk, len(tokens), self.chunk):
             digest.update(tokens[end - self.chunk : end].tobytes())
-            keys.append(digest.copy().digest())
+            key = digest.copy()
+            key.update(tokens[end : end + self.further].tobytes())
+            keys.append(key.digest())
         return keys

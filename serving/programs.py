@@ -22,7 +22,7 @@ from serving.drawing import REALS, draw
 from serving.generator import decoding_ops, masters_of
 from serving.request import TOP, Request
 from serving.sampling import keys_at
-from serving.speculate import guess
+from serving.speculate import draft, guess
 
 STOPS = 16  # ids that end a text
 HEAD = 128  # positions whose logits exist at once while a text is scored
@@ -35,23 +35,26 @@ class Programs:
     Nothing is allocated before, so that `planner.serving` compiles them for devices that are not here.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages, guesses, packed: as in `ServeConfig`. device: where weights lie that no layout spreads.
-    vocab_size: rows of the vocabulary that are a token's (None: all), and so an alternative's.
+    chunk, pages, guesses, packed: as in `ServeConfig`. further: the model's first layer for further tokens
+    guesses, and not the text; then a chunk is given with the token behind it. device: where weights lie that
+    no layout spreads. vocab_size: rows of the vocabulary that are a token's (None: all), so an alternative's.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
-        chunk: int, pages: int, guesses: int = 0, device: Any = None, vocab_size: int | None = None,
-        packed: bool = False,
+        chunk: int, pages: int, guesses: int = 0, packed: bool = False, further: bool = False,
+        device: Any = None, vocab_size: int | None = None,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
             layout = replace(layout, rules={**layout.rules, **whole})
         self.model, self.slots, self.max_len, self._layout = model, slots, max_len, layout
         self._page, self._pages, self._chunk = page, pages, chunk
-        self._device, self.guesses = device, guesses
+        self._device, self.guesses, self.further = device, guesses, further
         self._ops = ops = decoding_ops(ops, layout)
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
+        self._unstack = jax.jit(
+            partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed, further=further)
+        )
         # Where it lies it stays: what a compiler chose for itself would be another program the next time.
         to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
@@ -83,7 +86,12 @@ class Programs:
             rows = self._pages if "length" in array.axes else slots
             return array.grown(None, rows=rows, ops=ops)
 
+        drafts = {
+            "drafts": jnp.zeros((slots, self.guesses), jnp.int32),
+            "drafted": jnp.zeros(slots, jnp.int32),
+        }
         return {
+            **(drafts if self.further else {}),
             **{name: jnp.zeros(slots, jnp.int32) for name in INTEGERS},
             **{name: jnp.zeros(slots, jnp.float32) for name in REALS},
             "active": jnp.zeros(slots, bool),
@@ -92,8 +100,13 @@ class Programs:
             "pages": jnp.tile(self.row(), (slots, 1)),
             "text": jnp.zeros((slots, self.max_len), jnp.int32),
             "written": jnp.zeros((slots, vocabulary), jnp.int32),
-            "segments": jax.tree.map(made, self.model.cache_arrays(self._page)),
+            **jax.tree.map(made, self.arrays()),
         }
+
+    def arrays(self) -> Tree:
+        """What is kept of texts by pages: of the model's layers and, where that guesses, of one more."""
+        arrays = {"segments": self.model.cache_arrays(self._page)}
+        return arrays | ({"further": self.model.further_arrays(self._page)} if self.further else {})
 
     def abstract(self) -> Tree:
         """The shapes of `empty`, each with the devices that it lies on where there is a layout."""
@@ -105,9 +118,9 @@ class Programs:
             return x.update(sharding=layout.sharding(axes, x.shape))
 
         whole = jax.tree.map(lambda x: placed(x, (None,) * x.ndim), state)
-        arrays, ops = self.model.cache_arrays(self._page), replace(self._ops, constrain=placed)
-        segments = jax.tree.map(lambda array, x: array.placed(x, ops), arrays, state["segments"])
-        return {**whole, "segments": segments}
+        arrays, ops = self.arrays(), replace(self._ops, constrain=placed)
+        kept = {name: state[name] for name in arrays}
+        return {**whole, **jax.tree.map(lambda array, x: array.placed(x, ops), arrays, kept)}
 
     def values(self, request: Request | None, pages: Sequence[int]) -> Tree:
         """What `place` puts into a slot: of a request whose prompt is read up to its last token, or of none.
@@ -134,6 +147,7 @@ class Programs:
             stops[: len(request.stop_ids)] = sorted(request.stop_ids)
             text[:size] = request.prompt
         return {
+            **({"drafted": np.int32(0)} if self.further else {}),
             **{
                 name: np.uint32(value) if name == "seed" else np.int32(value)
                 for name, value in integers.items()
@@ -162,7 +176,7 @@ class Programs:
 
     def prefill_of_none(self) -> tuple[Any, ...]:
         """What `prefill` takes behind weights and state, of a chunk without a token."""
-        row, tokens = self.row(), np.zeros(self._chunk, np.int32)
+        row, tokens = self.row(), np.zeros(self._chunk + self.further, np.int32)
         return np.int32(0), row, tokens, np.int32(0), np.int32(0)
 
     def decode_of_none(self) -> tuple[np.ndarray, np.ndarray]:
@@ -203,8 +217,11 @@ def _prefill(
     begin: Int[Array, ""],
     count: Int[Array, ""],
 ) -> Tree:
-    """The state with `count` tokens of a prompt, from `begin` on, in the pages of a slot."""
-    arrays = self.model.cache_arrays(self._page)
+    """The state with `count` tokens of a prompt, from `begin` on, in the pages of a slot.
+
+    tokens: with the one behind the chunk where the layer for further tokens reads it, else the chunk alone.
+    """
+    arrays = self.arrays()
 
     def own(array: Any, x: Array) -> Array:
         return x if "length" in array.axes else jax.lax.dynamic_slice_in_dim(x, slot, 1)
@@ -212,12 +229,17 @@ def _prefill(
     def put(array: Any, x: Array, new: Array) -> Array:
         return new if "length" in array.axes else jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0)
 
-    segments = jax.tree.map(own, arrays, state["segments"])
-    cache = _cache(self, begin[None], pages[None], segments)
+    kept = {name: state[name] for name in arrays}
+    cache = _cache(self, begin[None], pages[None], jax.tree.map(own, arrays, kept))
     ops = replace(self._ops, attention=partial(paged_attention, pages=pages[None]))
-    _, cache = self.model.decode(weights, tokens[None], cache, ops, count[None])  # nothing is drawn
-    segments = jax.tree.map(put, arrays, state["segments"], cache["segments"])
-    return {**state, "segments": segments}
+    read = tokens[: self._chunk] if self.further else tokens
+    x, filled = self.model.extend(weights, read[None], cache, ops, count[None])  # nothing is drawn
+    if self.further:
+        x = self.model.further_input(weights, x)
+        further = self.model.further(weights, x, tokens[None, 1:], cache, ops, count[None])[-1]
+        filled["further"] = further["further"]
+    filled = {name: filled[name] for name in arrays}
+    return {**state, **jax.tree.map(put, arrays, kept, filled)}
 
 
 def _decode(
@@ -234,12 +256,15 @@ def _decode(
     text = state["text"].at[slots, length].set(state["token"])
     # None is read at or behind the last place that the text may have: there it has no page.
     most = jnp.clip(state["ends"] - length - 2, 0, state["guesses"])
-    guesses, known = guess(text, length + 1, most, self.guesses)
-    cache = _cache(self, length, state["pages"], state["segments"])
+    if self.further:
+        guesses, known = state["drafts"], jnp.minimum(most, state["drafted"])
+    else:
+        guesses, known = guess(text, length + 1, most, self.guesses)
+    cache = _cache(self, length, state["pages"], {name: state[name] for name in self.arrays()})
     tokens = jnp.concatenate([state["token"][:, None], guesses], axis=1)
     counts = jnp.where(runs, 1 + known, 0)
-    logits, cache = self.model.decode(weights, tokens, cache, ops, counts, every=True)
-    logits = ops.constrain(logits, (None, None, None))
+    x, filled = self.model.extend(weights, tokens, cache, ops, counts)
+    logits = ops.constrain(self.model.logits(weights, x, ops), (None, None, None))
     total = jax.nn.logsumexp(logits, axis=-1)
     keys, stops, written = jax.random.wrap_key_data(state["key"]), state["stops"], state["written"]
     drawn, wrote, ended = [], [], jnp.zeros(self.slots, bool)
@@ -263,20 +288,24 @@ def _decode(
     logprob = jnp.take_along_axis(logits, token_[..., None], axis=-1)[..., 0] - total
     state = {
         **state,
-        "segments": cache["segments"],
+        "segments": filled["segments"],
         "lengths": length + jnp.sum(ran, axis=1),
         "token": token,
         "text": text,
         "active": state["active"] & ~ended,
         "written": written,
     }
-    return state, {"token": token_, "logprob": logprob, "ran": ran, "logits": logits, "total": total}
+    if self.further:
+        moved = jnp.sum(ran, axis=1)
+        state |= draft(self.model, weights, state, cache, x, token_, moved, bias, ops, count=self.guesses)
+    out = {"token": token_, "logprob": logprob, "ran": ran, "logits": logits, "total": total}
+    return state, {**out, "guessed": jnp.maximum(counts - 1, 0)}
 
 
-def _cache(self: Programs, lengths: Array, pages: Array, segments: Tree) -> Tree:
-    """The cache as `Model.decode` takes it: of rows whose pages are these."""
+def _cache(self: Programs, lengths: Array, pages: Array, arrays: Tree) -> Tree:
+    """The cache as `Model.decode` takes it: of rows whose pages are these, with `arrays` by name."""
     places = jnp.arange(pages.shape[1] * self._page, dtype=jnp.int32)
-    return {"lengths": lengths, "places": places, "pages": pages, "segments": segments}
+    return {"lengths": lengths, "places": places, "pages": pages, **arrays}
 
 
 def _top(size: int, logits: Float[Array, "*S V"], total: Float[Array, "*S"]) -> tuple[Array, Array]:

@@ -146,6 +146,8 @@ class Load:
     decode_steps: int
     prefill_chunks: int
     version: str
+    guessed: int = 0  # tokens that were read as guesses
+    accepted: int = 0  # those of them that came true
 
 
 class Answering(Protocol):

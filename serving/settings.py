@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from common.checks import require
+from common.checks import choice, require
+
+SPECULATE = ("ngram", "mtp")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,10 @@ class ServeConfig:
     chunk: int = 128  # tokens of a prompt that are read at once
     pages: int = 0  # of the cache; 0: as many as all slots need for the longest texts
     prefill_every: int = 1  # decodes between two chunks
-    guesses: int = 0  # tokens that are guessed from the text itself and read with the next one
+    guesses: int = 0  # tokens that are guessed and read with the next one
+    speculate: str = (
+        "ngram"  # ngram: guessed from the text itself | mtp: by the model's layer for further ones
+    )
     prefix_cache: bool = True  # keep what prompts have in common
     packed: bool = False  # quantized weights stay so in memory, and every product dequantizes its own
     queue_requests: int = 256  # that may wait
@@ -31,4 +36,7 @@ class ServeConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("max_len", "pages", "guesses", "queue_requests", "queue_tokens", "queue_seconds"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        choice("speculate", self.speculate, SPECULATE)
+        needed = self.speculate == "ngram" or self.guesses > 0
+        require(needed, "guesses", self.guesses, f"1 or more with speculate={self.speculate}")
         require(self.chunk % self.page == 0, "chunk", self.chunk, f"a multiple of page={self.page}")

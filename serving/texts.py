@@ -85,6 +85,8 @@ class Counts:
     prefix_hits: int = 0
     decode_steps: int = 0
     prefill_chunks: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
 
 @dataclass

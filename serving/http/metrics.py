@@ -127,5 +127,7 @@ def _counters(load: Load) -> Iterator[tuple[str, str, int]]:
     yield "vllm:prefix_cache_queries", "tokens looked for in the prefix cache", load.prefix_queries
     yield "vllm:prefix_cache_hits", "tokens found there", load.prefix_hits
     yield "vllm:num_preemptions", "requests put back into the queue: none ever is", 0
+    yield "vllm:spec_decode_num_draft_tokens", "tokens that were read as guesses", load.guessed
+    yield "vllm:spec_decode_num_accepted_tokens", "guesses that came true", load.accepted
     yield "cambrian_serving_decode_steps", "steps that wrote a token in each running slot", load.decode_steps
     yield "cambrian_serving_prefill_chunks", "chunks of prompts that were read", load.prefill_chunks

@@ -15,7 +15,7 @@ import pytest
 
 from artifacts.config import RunConfig
 from benchmarks.serving.purity import differing
-from models.config import DeltaConfig
+from models.config import DeltaConfig, MTPConfig
 from models.ops import Ops
 from models.transformer import build_model
 from parallel.config import MeshConfig
@@ -44,11 +44,17 @@ FAMILIES = {
     "softcap": replace(CONFIG, attention_softcap=5.0, logit_softcap=5.0),
     "hybrid": replace(CONFIG, delta=DELTA, mixer_pattern=["gated_delta", "attention"]),
 }
+FURTHER = {
+    "plain and further": replace(CONFIG, mtp=MTPConfig()),
+    "moe and further": replace(MODELS["moe"], mtp=MTPConfig()),
+    "latent and further": replace(MODELS["latent"], mtp=MTPConfig(2, normed_stream=False)),
+}
+DRAFTING = replace(SETTINGS, guesses=3, speculate="mtp")
 LONG = tuple((7 * i) % 64 for i in range(30))
 
 
 def lively(name):
-    model = build_model(FAMILIES[name])
+    model = build_model((FAMILIES | FURTHER)[name])
     params = model.init(jax.random.key(0))
     return model, jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params)
 
@@ -132,6 +138,100 @@ def test_guesses_need_a_state_that_can_be_taken_back():
         Engine(*lively("hybrid"), OPS, replace(SETTINGS, guesses=2))
 
 
+@pytest.mark.parametrize("name", FURTHER)
+def test_nor_do_guesses_of_the_model_s_own_layer_change_it(name):
+    model, params = lively(name)
+    found = differing(model, params, OPS, DRAFTING, schedules=6, count=9)
+    assert found == {kind: (18, 0) for kind in found}
+
+
+def test_what_is_guessed_decides_the_steps_and_not_a_bit_of_the_answer():
+    """Whatever its layer for further tokens has learnt: the same tokens and log-probabilities."""
+    model, params = lively("plain and further")
+    plain, drafting = Engine(model, params, OPS, SETTINGS), Engine(model, params, OPS, DRAFTING)
+    for engine in (plain, drafting):
+        engine.warm()
+    draws = (Draw(0), Draw(0.5), Draw(1), Draw(0, frequency=1), Draw(1, bias={7: 8.0}))
+    asked = [Request(LONG[: 6 * n], 30, draw, seed=4, logprobs=2) for n, draw in enumerate(draws, 1)]
+    answers = [complete(engine, asked) for engine in (plain, drafting)]
+    assert list(map(tokens, answers[0])) == list(map(tokens, answers[1]))
+    for one, other in zip(*answers, strict=True):
+        np.testing.assert_allclose(
+            [event.logprob for event in one[0]], [event.logprob for event in other[0]], rtol=1e-4, atol=1e-5
+        )
+    guessed = np.asarray(drafting._state["drafts"])
+    drafting.update({**params, "mtp": model.init(jax.random.key(9))["mtp"]}, "another layer")
+    again = complete(drafting, asked)
+    assert [answer for answer, _ in again] == [answer for answer, _ in answers[1]]
+    assert np.any(np.asarray(drafting._state["drafts"]) != guessed)
+    for engine in (plain, drafting):
+        engine.forget()
+        assert tokens(complete(engine, [Request(LONG, 30, Draw(1, bias={7: 1e9}))])[0]) == [7] * 30
+    # The first step has no guess yet, all of the others' come true; one more was on its way at the end.
+    assert (plain.load().decode_steps, drafting.load().decode_steps) == (30, 1 + 8 + 1)
+    assert (plain.load().guessed, plain.load().accepted) == (0, 0)
+    assert drafting.load().guessed == drafting.load().accepted == 30 - 9
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_the_layer_guesses_what_it_was_trained_to(name):
+    """By a prompt's chunks and a text's steps as by one pass over the whole text, without a cache."""
+    model, params = lively(name)
+    engine, spec = Engine(model, params, OPS, DRAFTING), model.segments[-1].period[-1]
+    module, size = model._module("mtp", params["mtp"]["0"]), DRAFTING.max_len
+
+    def batch_of(text, count):
+        segments = (jnp.arange(size) < count).astype(jnp.int32)[None]
+        return {"tokens": text, "positions": jnp.arange(size)[None], "segment_ids": segments}
+
+    @jax.jit
+    def stream_of(text, count):
+        return model.further_input(params, model.hidden(params, batch_of(text, count), OPS))
+
+    @jax.jit
+    def further(stream, following, count):
+        batch = batch_of(following, count)
+        x, _, _ = module(stream, model.embed(params, batch, OPS), batch, spec, OPS)
+        normed = module.final_norm(x)
+        logits = model._logits(params, normed, OPS)[0, count - 1]
+        return jnp.argmax(logits), (normed if model.config.mtp.normed_stream else x)[0, count - 1]
+
+    def expected(text):
+        count = len(text) - 1
+        row = np.zeros((1, size + 1), np.int32)
+        row[0, : len(text)] = text
+        stream, following, found = stream_of(row[:, :-1], count), row[:, 1:].copy(), []
+        for number in range(DRAFTING.guesses):
+            token, more = further(stream, following, count + number)
+            found.append(int(token))
+            following[0, count + number] = token
+            stream = stream.at[0, count + number].set(more)
+        return found
+
+    engine.warm()
+    engine.submit(Request(LONG, 12, Draw(0)), lambda number, event: None)
+    compared = set()
+    while engine.step():
+        state = {name: np.asarray(engine._state[name]) for name in ("drafted", "drafts", "text", "lengths")}
+        for slot in np.flatnonzero(state["drafted"]):
+            text = state["text"][slot, : state["lengths"][slot] + 1].tolist()
+            if len(text) not in compared and len(text) + DRAFTING.guesses < len(LONG) + 12:
+                assert state["drafts"][slot].tolist() == expected(text)
+                compared.add(len(text))
+    assert len(compared) >= 3
+
+
+def test_what_cannot_guess_is_refused():
+    with pytest.raises(ValueError, match="speculate=mtp needs a layer for further tokens, and .* has none"):
+        Engine(*lively("plain"), OPS, DRAFTING)
+    for words, message in (
+        ({"guesses": 0}, "guesses=0 must be 1 or more with speculate=mtp"),
+        ({"speculate": "eagle"}, "speculate=eagle is not one of ngram, mtp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(DRAFTING, **words)
+
+
 @pytest.mark.slow
 def test_nor_with_the_compiler_s_own_flags_and_a_model_of_a_real_size(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -162,13 +262,16 @@ def test_it_is_what_the_generator_writes(name):
     assert engine.compiled == 5
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("plain", 1), ("moe", 2), ("latent", 2)])
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("plain", 1), ("moe", 2), ("latent", 2), ("plain and further", 2)]
+)
 def test_on_a_mesh_it_writes_what_one_device_does(name, tensor):
     model, params = lively(name)
     layout = build_layout(MeshConfig(data=1, tensor=tensor, rules=RULES), jax.devices()[:tensor])
     spread = jax.device_put(params, layout.tree(model.info, is_info))
     config = Config(run=RunConfig(name="t"), model=model.config, mesh=MeshConfig(data=1, tensor=tensor))
-    engine = Engine(model, spread, build_ops(config, layout), SETTINGS, layout)
+    settings = DRAFTING if name in FURTHER else SETTINGS
+    engine = Engine(model, spread, build_ops(config, layout), settings, layout)
     engine.warm()
     asked = [Request(LONG[: 9 * n], 16, Draw(0.8), seed=2, choice=n) for n in (1, 2, 3)]
     answers = complete(engine, asked)

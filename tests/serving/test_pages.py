@@ -60,6 +60,17 @@ def test_no_page_is_lost_or_held_by_two_that_differ(share):
     assert pool.cached == 0 and pool.take([1], COUNT * PAGE, "0") is not None
 
 
+def test_chunks_that_depend_on_the_token_behind_them_are_shared_by_those_who_go_on_with_it():
+    pool, prompt = PagePool(COUNT, PAGE, CHUNK, further=True), list(range(20))
+    held = pool.take(prompt, 24, "0")
+    pool.written(held, 19)
+    pool.release(held)
+    for other, cached in ((prompt, 16), (prompt[:17], 16), ([*prompt[:16], 99], 8), (prompt[:16], 8)):
+        found = pool.take(other, 24, "0")
+        assert found.cached == cached
+        pool.release(found)
+
+
 def test_the_least_recently_held_beginning_is_forgotten_first():
     pool = PagePool(8, PAGE, CHUNK)
     for token in (1, 2, 3):
