@@ -58,7 +58,7 @@ from serving.settings import ServeConfig
 
 if TYPE_CHECKING:
     from serving.engine import Engine
-    from serving.follow import Follower
+    from serving.follow import Followed, Follower
     from serving.http.server import Service
     from training.opening.opened import OpenedModel
 
@@ -138,9 +138,12 @@ def follower(options: ServeOptions, engine: "Engine") -> "Follower":
     from artifacts.load import find_run, open_saved, steps_until
     from serving.follow import Follower
 
-    def load(mark: int) -> tuple[Any, str]:
+    def saved_at(step: int) -> float:
+        return open_saved(find_run(options.run)).saved_at(step)
+
+    def load(mark: int) -> tuple[Any, str, float]:
         opened = open_model(options, str(mark % LINE))
-        return opened.trained[1], opened.version
+        return opened.trained[1], opened.version, saved_at(mark % LINE)
 
     def mark(step: int) -> int:
         # Of a line (scripts/retrain.py) the run in use is one of a growing number, whose steps begin anew.
@@ -151,7 +154,13 @@ def follower(options: ServeOptions, engine: "Engine") -> "Follower":
     def newest() -> int:
         return mark(steps_until(open_saved(find_run(options.run)))[-1])
 
-    return Follower(engine, mark(int(engine.version.partition("-")[0])), newest, load, FOLLOW_SECONDS)
+    step = int(engine.version.partition("-")[0])
+    return Follower(engine, mark(step), saved_at(step), newest, load, FOLLOW_SECONDS)
+
+
+def steps_of_a_run(followed: "Followed") -> "Followed":
+    """The same by the steps that a run counts, whichever of its line it is."""
+    return replace(followed, step=followed.step % LINE, newest=followed.newest % LINE)
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -176,8 +185,8 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-def service_of(options: ServeOptions) -> tuple["Service", "Engine"]:
-    """A service and its engine: alive, and not ready before `make_ready`."""
+def service_of(options: ServeOptions) -> tuple["Service", "Engine", "Follower | None"]:
+    """A service and its engine: alive, and not ready before `make_ready`; what follows the run, if asked."""
     from artifacts.config import RunConfig
     from serving.http.server import Service
     from training.compile_cache import start_compile_cache
@@ -187,7 +196,11 @@ def service_of(options: ServeOptions) -> tuple["Service", "Engine"]:
     name = options.name or opened.path.resolve().name
     engine = build_engine(options, opened)
     made = Service(engine, opened.tokenizer, name, add_bos=opened.add_bos, api_key=key, page=options.page)
-    return made, engine
+    if not options.follow:
+        return made, engine, None
+    following = follower(options, engine)
+    made.metrics.followed = lambda: steps_of_a_run(following.followed)
+    return made, engine, following
 
 
 def make_ready(service: "Service", engine: "Engine") -> "Service":
@@ -212,7 +225,7 @@ def serve(arguments: Sequence[str]) -> int:
     read_key(options.api_key_file)  # before anything that takes long
     listener, url = listen(options.host, options.port)
     with listener:
-        service, engine = service_of(options)
+        service, engine, following = service_of(options)
         server = server_of(service)
         over, faults = threading.Event(), list[BaseException]()
 
@@ -222,8 +235,8 @@ def serve(arguments: Sequence[str]) -> int:
                 if options.url_file is not None:
                     write_text(options.url_file, f"{url}\n")
                 print(f"{url} serves {service.name}, {engine.version}", file=sys.stderr)
-                if options.follow:
-                    follower(options, engine).follow(over)
+                if following is not None:
+                    following.follow(over)
             except BaseException as error:  # told by the main thread
                 faults.append(error)
                 server.should_exit = True
@@ -257,7 +270,9 @@ def serve_replicas(arguments: Sequence[str]) -> int:
         raise ValueError(
             "follow=true and url_file= do not go with ray=true; the same command again takes newer weights"
         )
-    run_replicas(lambda: make_ready(*service_of(options)), config, options.run, options.host, options.port)
+    run_replicas(
+        lambda: make_ready(*service_of(options)[:2]), config, options.run, options.host, options.port
+    )
     return 0
 
 

@@ -233,6 +233,14 @@ class Checkpoints:
             raise CorruptCheckpoint(f"{self.directory}/{step} is the checkpoint of step {record['step']}")
         return record
 
+    def saved_at(self, step: int) -> float:
+        """When it was written, in seconds since 1970 by its writer's clock. Raises as `record` does."""
+        with corruption(step):
+            written = self._checkpointer.checkpointables_metadata(step).commit_timestamp_nsecs
+        if written is None:
+            raise CorruptCheckpoint(f"{self.directory}/{step} does not say when it was written")
+        return written / 1e9
+
     def restore(self, step: int, abstract: StateT) -> tuple[StateT, dict[str, Any]]:
         """The verified state at `step`, placed as `abstract` says, and its record.
 

@@ -3,10 +3,12 @@
 Gauges and counters are read from the engine's load at each scrape; times are observed as answers end.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving.follow import Followed
 from serving.request import Answering, Finished, Load
 
 # Upper edges of buckets. A token on one CPU core takes some 10 ms, on a GPU less than one.
@@ -36,7 +38,12 @@ class Timing:
 
 
 class Metrics:
-    """One registry of one engine's figures, all with the label model_name."""
+    """One registry of one engine's figures, all with the label model_name.
+
+    followed: where a server stands that follows a run; None where it does not.
+    """
+
+    followed: Callable[[], Followed] | None = None
 
     def __init__(self, engine: Answering, model_name: str, page: int = 0) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -94,7 +101,8 @@ class Metrics:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         load = self._engine.load()
-        for name, says, value in _gauges(load):
+        behind = () if self.followed is None else _behind(self.followed())
+        for name, says, value in (*_gauges(load), *behind):
             gauge = GaugeMetricFamily(name, says, labels=["model_name"])
             gauge.add_metric([self._name], value)
             yield gauge
@@ -115,6 +123,13 @@ def _gauges(load: Load) -> Iterator[tuple[str, str, float]]:
     yield "cambrian_serving_slots", "requests that can run at once", load.slots
     yield "cambrian_serving_waiting_tokens", "tokens of prompts that wait", load.waiting_tokens
     yield "cambrian_serving_cached_pages", "pages that the prefix cache alone holds", load.pages_cached
+
+
+def _behind(followed: Followed) -> Iterator[tuple[str, str, float]]:
+    age = max(0.0, time.time() - followed.saved)  # two machines' clocks
+    yield "cambrian_serving_weights_step", "step of the weights that answer new requests", followed.step
+    yield "cambrian_serving_newest_step", "newest step that the run has a checkpoint of", followed.newest
+    yield "cambrian_serving_weights_age_seconds", "since the weights in use were saved", age
 
 
 def _share(load: Load) -> float:

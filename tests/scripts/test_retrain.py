@@ -133,11 +133,11 @@ def test_a_server_follows_the_line(line):
     link = line.path / "runs/linked.live"
     link.symlink_to("base")
     follow = follower(parse_options([str(link), "follow=true"]), Engine())
-    assert not follow.look() and follow._step == 40
+    assert not follow.look() and follow.followed.step == 40
     shutil.copytree(line.run("base"), line.run("linked.7"))
     shutil.rmtree(line.run("linked.7") / "checkpoints/40")
     errand.point(link, "linked.7")
-    assert follow.look() and follow._step == 7 * LINE + 30  # fewer steps than the run before it
+    assert follow.look() and follow.followed.step == 7 * LINE + 30  # fewer steps than the run before it
     assert follow._engine.served.startswith("30-")
 
 

@@ -123,6 +123,11 @@ def test_it_follows_a_run_and_answers_to_the_end_of_a_job(run, tmp_path):
         until(lambda: ready() == "3-", 60)
         then = json.loads(ask("/v1/completions", {"prompt": "a", "temperature": 0}))
         assert then["system_fingerprint"].startswith("3-") and then["choices"] != first["choices"]
+        behind = dict(
+            re.findall(rb"^cambrian_serving_(\w+_step|\w+_age_seconds)\{.*\} (.*)$", ask("/metrics"), re.M)
+        )
+        assert float(behind[b"weights_step"]) == float(behind[b"newest_step"]) == 3
+        assert 0 <= float(behind[b"weights_age_seconds"]) < 600
 
         asked = {"prompt": "a", "max_tokens": 62, "ignore_eos": True, "stream": True}
         streams = []
