@@ -20,6 +20,7 @@ from parallel.axes import Layout
 from serving.pages import PagePool
 from serving.programs import STOPS, Programs
 from serving.request import Failed, Finished, FinishReason, Load, Refused, Request, Sink, Written
+from serving.rescore import Rescored
 from serving.schedule import Seat, Turns
 from serving.settings import ServeConfig
 from serving.texts import Counts, Pace, Pending, Queued, ReadyWeights, Text
@@ -92,6 +93,7 @@ class Engine:
         self._pending: list[Pending] = []
         self._texts: dict[int, Text] = {}
         self._next, self._queued, self._counts, self._pace = 0, Queued(), Counts(), Pace()
+        self._rescored = Rescored()
         self._lock, self._work = threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._ending = self._draining = False
@@ -135,6 +137,7 @@ class Engine:
             self._next += 1
             text = Text(self._next, request, sink, time.monotonic())
             self._texts[text.number] = text
+            self._rescored.begin(text)
             self._queued.add(text, self.settings.chunk)
             self._schedule.add(text, request.client)
         self._work.set()
@@ -161,21 +164,32 @@ class Engine:
 
     def forget(self) -> None:
         """Count from nothing, with an empty prefix cache; for an engine in which nobody writes."""
-        self._counts, self._pace = Counts(), Pace()
+        self._counts, self._pace, self._rescored = Counts(), Pace(), Rescored()
         self._pool.forget()
 
     def score(self, tokens: tuple[int, ...], top: int) -> list[Written]:
         """As `serving.request.Answering` says."""
         within("tokens", len(tokens), 1, self.max_len)
-        text = np.zeros((1, self.max_len), np.int32)
-        text[0, : len(tokens)] = tokens
-        weights = self._weights[-1].tree
-        own, values, names = map(np.asarray, self._programs.score(weights, text, np.int32(len(tokens))))
+        own, values, names = self._scores(self._weights[-1].tree, tokens)
         found = [Written(tokens[0])]
         for at, token in enumerate(tokens[1:]):
             pairs = zip(names[at, :top].tolist(), values[at, :top].tolist(), strict=True)
             found.append(Written(token, float(own[at]), tuple(pairs)))
         return found
+
+    def _scores(self, weights: Tree, tokens: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        text = np.zeros((1, self.max_len), np.int32)
+        text[0, : len(tokens)] = tokens
+        return tuple(map(np.asarray, self._programs.score(weights, text, np.int32(len(tokens)))))
+
+    def rescore(self) -> bool:
+        """Score an answer again that waits for it (`serving.rescore`); whether there was one."""
+
+        def logprobs(text: Text, tokens: tuple[int, ...]) -> list[float] | None:
+            trees = [weights.tree for weights in self._weights if weights.version == text.version]
+            return self._scores(trees[0], tokens)[0][: len(tokens) - 1].tolist() if trees else None
+
+        return self._rescored.score(logprobs)
 
     def load(self) -> Load:
         """As `serving.request.Answering` says."""
@@ -190,6 +204,8 @@ class Engine:
                 pages_used=pool.used,
                 pages_cached=pool.cached,
                 version=self.version,
+                rescored=self._rescored.answers,
+                trainer_gap=self._rescored.gap,
                 **vars(counts),
             )
 
@@ -257,7 +273,8 @@ class Engine:
                 if not self.step():
                     if self._ending:
                         return
-                    self._work.wait(0.5)
+                    if not self._work.wait(0.5):
+                        self.rescore()  # nobody is here
         except BaseException as error:  # whoever waits for an answer is told, and health says so
             with self._lock:
                 self._error = error
@@ -413,6 +430,8 @@ class Engine:
         if top is not None and request.logprobs:
             values, names = (part[: request.logprobs].tolist() for part in top)
             pairs = tuple(zip(names, values, strict=True))
+        if text.noted is not None:
+            text.noted.append((token, logprob))
         if request.grammar is not None:
             try:
                 request.grammar.accept(token)
@@ -443,6 +462,7 @@ class Engine:
         now = time.monotonic()
         if text.seat is not None:
             self._pace.ended(text.written, text.request.max_tokens)
+            self._rescored.end(text)
         began, first = text.began or now, text.first or now
         self._end(
             text,

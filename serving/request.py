@@ -148,6 +148,8 @@ class Load:
     version: str
     guessed: int = 0  # tokens that were read as guesses
     accepted: int = 0  # those of them that came true
+    rescored: int = 0  # answers that evaluation's program has scored again
+    trainer_gap: float | None = None  # nats at most between both, of the last of these
 
 
 class Answering(Protocol):

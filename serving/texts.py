@@ -29,6 +29,7 @@ class Text:
     written: int = 0
     cancelled: bool = False
     over: bool = False
+    noted: list[tuple[int, float]] | None = None  # tokens and log-probabilities, where they are scored again
 
     @property
     def tokens(self) -> int:

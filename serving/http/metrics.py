@@ -123,6 +123,9 @@ def _gauges(load: Load) -> Iterator[tuple[str, str, float]]:
     yield "cambrian_serving_slots", "requests that can run at once", load.slots
     yield "cambrian_serving_waiting_tokens", "tokens of prompts that wait", load.waiting_tokens
     yield "cambrian_serving_cached_pages", "pages that the prefix cache alone holds", load.pages_cached
+    if load.trainer_gap is not None:
+        says = "nats at most between log-probabilities as written and as evaluation has them, last answer"
+        yield "cambrian_serving_trainer_gap", says, load.trainer_gap
 
 
 def _behind(followed: Followed) -> Iterator[tuple[str, str, float]]:
@@ -145,4 +148,5 @@ def _counters(load: Load) -> Iterator[tuple[str, str, int]]:
     yield "vllm:spec_decode_num_draft_tokens", "tokens that were read as guesses", load.guessed
     yield "vllm:spec_decode_num_accepted_tokens", "guesses that came true", load.accepted
     yield "cambrian_serving_decode_steps", "steps that wrote a token in each running slot", load.decode_steps
+    yield "cambrian_serving_rescored_answers", "answers scored again for trainer_gap", load.rescored
     yield "cambrian_serving_prefill_chunks", "chunks of prompts that were read", load.prefill_chunks

@@ -321,6 +321,33 @@ def test_what_a_request_asks_for_is_done(engine):
     assert all(event.logprob is None and event.top == () for event in plain)
 
 
+def test_an_answer_of_a_hundred_is_scored_again(monkeypatch):
+    engine = Engine(*make("plain"), OPS, SETTINGS)
+    engine.warm()
+    assert not engine.rescore() and engine.load().trainer_gap is None
+    asked = [Request(LONG, 12, Draw(0.8), seed=seed, logprobs=0) for seed in range(101)]
+    answers = complete(engine, asked)
+    gaps = []
+    while engine.rescore():
+        gaps.append(engine.load().trainer_gap)
+    for gap, (written, _) in zip(gaps, (answers[0], answers[100]), strict=True):
+        scored = engine.score((*LONG, *(event.token for event in written)), 0)[len(LONG) :]
+        pairs = zip(written, scored, strict=True)
+        assert gap == max(abs(one.logprob - other.logprob) for one, other in pairs) < 1e-4
+    assert engine.load().rescored == 2
+    # By another program, and by weights that are gone.
+    score = engine._programs.score
+    engine.forget()
+    monkeypatch.setattr(
+        engine._programs, "score", lambda *given: (score(*given)[0] + 1.5, *score(*given)[1:])
+    )
+    complete(engine, [Request(LONG, 4)] * 100)
+    assert engine.rescore() and engine.load().trainer_gap == pytest.approx(1.5, abs=1e-3)
+    complete(engine, [Request(LONG, 4)] * 100)
+    engine.update(make("plain", 7)[1], "newer")
+    assert engine.rescore() and engine.load().rescored == 1 and not engine.rescore()
+
+
 def test_choices_and_seeds_differ(engine):
     asked = [Request((5, 6), 12, seed=seed, choice=choice) for seed in (0, 1) for choice in (0, 1, 2)]
     assert len({tuple(tokens(answer)) for answer in complete(engine, asked)}) == 6
