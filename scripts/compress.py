@@ -283,16 +283,19 @@ def write(work: Work, path: Path, model: Any, params: Any) -> None:
     """The directory that others open: packed where a weight is quantized."""
     import jax
 
+    from data.tokens.turns import give_chat
     from interop.gguf import KINDS as STORED
     from interop.packed.write_packed import export_packed
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
     from models.weights import QTensor
-    from scripts.export import KINDS, chat_of
+    from scripts.export import KINDS
 
     tokenizer, options = work.opened.tokenizer, work.options
     text = work.opened.tokenizer_path.read_text("utf-8")
-    template, stop_id = chat_of(work.opened.tokenizer_path, tokenizer)
+    config = work.opened.config
+    chat = give_chat(tokenizer, work.opened.tokenizer_path, config.data if config else None)
+    template, stop_id = (chat.template.text, chat.stop_id) if chat else (None, None)
     files = hub_files(text, tokenizer, template, stop_id, model.config.max_seq_len)
     words: dict[str, Any] = {
         "family": options.family,

@@ -10,6 +10,7 @@ together.
 import sys
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def grpo(given, logprobs, kind, clip, clip_high, kl, most):
     return GRPOTrainer._compute_loss(self, None, inputs)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "dpo": (direct, ("sigmoid", 0.1)),
     "ipo": (direct, ("ipo", 0.2)),
     "simpo": (simpo, (2.5, 0.7)),
