@@ -17,7 +17,10 @@ from tests.test_layering import ROOMS, ROOT, imports, module_name, sources
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 LOCKS = ("requirements.lock", "requirements-test.lock", "requirements-cuda.lock")
 # What we are compared with runs in an environment of its own, and no other files may know it.
-PEERS = [ROOT / "benchmarks" / name for name in ("torch_baseline.py", "torch_generation.py")]
+PEERS = [
+    ROOT / "benchmarks" / name
+    for name in ("torch_baseline.py", "torch_generation.py", "serving/torch_serving.py")
+]
 PEER_PINS = ROOT / "benchmarks/requirements-torch.txt"
 PYTHONS = ("3.11.9", "3.12.1", "3.13.0")
 
