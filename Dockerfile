@@ -6,7 +6,11 @@
 #   docker run --rm -v cambrian-runs:/cambrian/runs -v cambrian-cache:/cambrian/.cache \
 #       cambrian:cpu +experiment=quickstart
 #
-# What follows the image's name are train.py's words; `docker stop -t 300` leaves it time to save.
+# What follows the image's name are train.py's words; `docker stop -t 300` leaves it time to save. It serves too:
+#
+#   docker run --rm -p 8000:8000 --entrypoint tini -v cambrian-runs:/cambrian/runs \
+#       cambrian:cpu -- python scripts/serve.py quickstart host=0.0.0.0
+#
 # `make test-docker` runs these instructions in a root of their own.
 
 # Python 3.11, on which the whole suite runs
@@ -28,7 +32,7 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /cambrian
 
-ARG LOCK=requirements.lock
+ARG LOCK=requirements-serve.lock
 COPY ${LOCK} /opt/packages.lock
 RUN pip install --no-cache-dir --require-hashes -r /opt/packages.lock
 COPY . .

@@ -96,7 +96,7 @@ test-docker: $(TEST)
 	@$(BIN)/python tests/docker/clean_root.py $(ARGS)
 
 # LOCK=requirements-cuda.lock for NVIDIA GPUs. The image names the commit that it was built from.
-LOCK ?= requirements.lock
+LOCK ?= requirements-serve.lock
 TAG ?= $(if $(findstring cuda,$(LOCK)),cuda,cpu)
 image:
 	docker build --build-arg LOCK=$(LOCK) --tag cambrian:$(TAG) $(ARGS) \
@@ -200,7 +200,9 @@ UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes
 lock:
 	@$(UV) $(ARGS) -o requirements.lock
 	@$(UV) $(ARGS) -c requirements.lock --extra test -o requirements-test.lock
-	@$(UV) $(ARGS) -c requirements.lock --extra cuda -o requirements-cuda.lock
+	@$(UV) $(ARGS) -c requirements-test.lock --extra serve -o requirements-serve.lock
+	@$(UV) $(ARGS) -c requirements.lock -c requirements-serve.lock --extra cuda --extra serve \
+		-o requirements-cuda.lock
 	@$(UV) $(ARGS) --extra hf --extra beam --extra tensorflow --extra s3 --extra gcs --extra filters --extra test \
 		--extra test-data -o requirements-data.lock
 	@$(UV) $(ARGS) -c requirements.lock -c requirements-cuda.lock --extra test --extra plan-gpu --extra plan-tpu \

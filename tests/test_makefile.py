@@ -103,7 +103,9 @@ def test_pytorch_has_an_environment_of_its_own(checkout):
     assert not (checkout.root / ".venv").exists()
 
 
-@pytest.mark.parametrize(("lock", "tag"), [("requirements.lock", "cpu"), ("requirements-cuda.lock", "cuda")])
+@pytest.mark.parametrize(
+    ("lock", "tag"), [("requirements-serve.lock", "cpu"), ("requirements-cuda.lock", "cuda")]
+)
 def test_an_image_is_named_for_its_lock_and_told_its_commit(checkout, lock, tag):
     said = checkout.make("--dry-run", "image", f"LOCK={lock}").stdout
     assert f"docker build --build-arg LOCK={lock} --tag cambrian:{tag} " in said

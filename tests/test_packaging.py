@@ -15,7 +15,9 @@ from packaging.utils import canonicalize_name
 from tests.test_layering import ROOMS, ROOT, imports, module_name, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-LOCKS = ("requirements.lock", "requirements-test.lock", "requirements-cuda.lock")
+LOCKS = (
+    *("requirements.lock", "requirements-test.lock", "requirements-serve.lock", "requirements-cuda.lock"),
+)
 # What we are compared with runs in an environment of its own, and no other files may know it.
 PEERS = [
     ROOT / "benchmarks" / name

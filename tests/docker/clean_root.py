@@ -234,6 +234,20 @@ def check_run(image: Image) -> None:
     assert [row["step"] for row in after if "loss" in row] == list(range(1, steps + 6))
 
 
+def check_server(image: Image) -> None:
+    """The same image serves the run: all is compiled, it is ready, and ends when asked to."""
+    url = image.root / "cambrian/runs/url"
+    words = [*image.entry[:-1], "scripts/serve.py", "debug", "port=0", "slots=2", "url_file=runs/url"]
+    process = image.start(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 600
+    while not url.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.2)
+    os.kill(first_inside(process.pid), signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, (process.returncode, said[-2000:])
+
+
 def first_inside(launcher: int) -> int:
     """The process that is number 1 inside, by its number out here."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text("utf-8").split()
@@ -257,7 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lock", default="requirements.lock")
+    parser.add_argument("--lock", default="requirements-serve.lock")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
@@ -272,9 +286,11 @@ def main() -> int:
         image = builder.build((ROOT / "Dockerfile").read_text("utf-8"))
         with timed("contents"):
             check_contents(image)
-        if options.lock == "requirements.lock":
+        if options.lock == "requirements-serve.lock":
             with timed("train, SIGTERM, go on"):
                 check_run(image)
+            with timed("serve what was trained"):
+                check_server(image)
     print(f"the Dockerfile's instructions came out right in a clean root: {time.monotonic() - began:.0f} s")
     return 0
 
