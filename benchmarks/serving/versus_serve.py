@@ -41,6 +41,7 @@ from serving.load.plan import PlannedRequest
 VLLM_PYTHON = "CAMBRIAN_VLLM_PYTHON"
 NAME = "versus"  # of the model, as clients call it
 VOCABULARY, SLOTS = 4096, 8
+SMOLLM2_VOCABULARY = 49152
 QUICKSTART = ("+experiment=quickstart", "mesh=single", "model.zero_init=false", "model.head_dim=32")
 SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = ("quickstart", "smollm2")
@@ -258,29 +259,12 @@ def export_quickstart(words: Sequence[str], output: Path) -> int:
 
 def export_smollm2(output: Path) -> int:
     """SmolLM2-135M-Instruct from its GGUF file; the size of its vocabulary. ValueError where it is absent."""
-    import jax
-
-    from data.tokens.tokenizer import load_tokenizer
-    from interop.gguf import GGUF
-    from interop.gguf_tokenizer import write_tokenizer
-    from interop.read import Published
-    from interop.tokenizer_out import hub_files
-    from interop.write import export, reader
-    from models.transformer import build_model
+    from benchmarks.serving.versus_lmeval import export_published
 
     if not SMOLLM2.exists():
         raise ValueError(f"no {SMOLLM2.relative_to(ROOT)}; run `make smollm2`")
-    there = Published(SMOLLM2)
-    assert isinstance(there.tensors, GGUF)
-    model = build_model(there.config)
-    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.info)
-    path = write_tokenizer(there.tensors.metadata, output.parent / "tokenizer", str(SMOLLM2))
-    tokenizer = load_tokenizer(path)
-    files = hub_files(path.read_text("utf-8"), tokenizer, None, None, there.config.max_seq_len)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    export(output, there.config, model, reader(there.weights(like, model)), files=files, extra=ids)
-    return tokenizer.vocab_size
+    export_published(SMOLLM2, output)
+    return SMOLLM2_VOCABULARY
 
 
 def write_model(model: str, words: Sequence[str], output: Path) -> None:
@@ -410,7 +394,7 @@ def main(argv: Sequence[str]) -> int:
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "model")
         measure.in_new_process(write_model, asked.model, words, directory, JAX_PLATFORMS="cpu")
-        vocabulary = VOCABULARY if asked.model == "quickstart" else 49152
+        vocabulary = VOCABULARY if asked.model == "quickstart" else SMOLLM2_VOCABULARY
         found = measure_all(asked, directory, vocabulary, users)
     machine = measure.describe_machine()
     result = {
