@@ -81,4 +81,4 @@ def test_no_command_decides_for_itself():
     commands = {path.name: path.read_text("utf-8") for path in (ROOT / "scripts").glob("*.py")}
     assert not [name for name, source in commands.items() if "chat_template import" in source]
     doors = {name for name, source in commands.items() if "give_chat(" in source}
-    assert doors == {"generate.py", "serve.py", "make_pairs.py", "export.py"}
+    assert doors == {"generate.py", "serve.py", "make_pairs.py", "export.py", "compress.py"}
