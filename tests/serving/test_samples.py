@@ -38,7 +38,7 @@ class Recitation:
     def __init__(self, *texts):
         self.tokens = [[TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts]
 
-    def unstack(self, params, ops, masters):
+    def unstack(self, params, ops, masters, *, packed):
         return params
 
     def init_cache(self, batch_size, capacity, ops):
