@@ -294,7 +294,7 @@ def with_figures(setup: Setup, fresh: TrainState | None, open_model: Callable[..
         return (fresh or fresh_state(setup)[0]).weights
 
     def read(steps: int) -> Any:
-        return new_loader(config, setup.prepared).targets_of(steps)
+        return positioned_loader(setup, None).targets_of(steps)  # with what rollbacks have left out
 
     prepared = annotated(setup.prepared, config, program, parent, params, open_model, read)
     return replace(setup, prepared=prepared)
