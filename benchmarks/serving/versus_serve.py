@@ -134,7 +134,7 @@ class Server:
         self.target = replace(Target.of(f"127.0.0.1:{free_port()}"), model=NAME)
         words = command(case, directory, self.target.port)
         print(f"starting {case.side} {case.precision}, {case.slots} slots", file=sys.stderr)
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             # A session of its own: vLLM's engine is a child, and ends with it.
             self.process = subprocess.Popen(
                 words, stdout=out, stderr=out, cwd=ROOT, env=environment(case.threads), start_new_session=True
