@@ -53,6 +53,19 @@ def refuse_taken(output: Path) -> None:
 
 
 @contextmanager
+def whole(output: Path) -> Iterator[Path]:
+    """A directory aside that gets its name at the end, or goes."""
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
 def publishing(
     output: Path,
     values: Mapping[str, Any],
@@ -60,20 +73,14 @@ def publishing(
     extra: Mapping[str, Any],
     files: Mapping[str, bytes],
 ) -> Iterator[Path]:
-    """A directory aside with config.json and the files beside it, that gets its name at the end."""
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    """Such a directory with config.json and the files beside it."""
+    with whole(output) as aside:
         kind = str(np.dtype(dtype))  # transformers 5 calls it otherwise than 4
         text = json.dumps({**values, "torch_dtype": kind, "dtype": kind, **extra}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
         for name, content in files.items():
             (aside / name).write_bytes(content)
         yield aside
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def reader(params: Any) -> Read:

@@ -6,6 +6,7 @@
                        gguf: one file of all that, for llama.cpp
                        compressed-tensors: as hf, projections rounded to integers (scripts/compress.py
                        solves for them, and says what it costs)
+                       stablehlo: programs that JAX alone runs, with their weights (docs/interop.md)
                        peft: the adapters of a run with adapter.*, alone; the others write them merged
     base=null          peft: where the weights lie that they stand on; null: as init_from says
     family=null        hf: a model_type of transformers; null: the plainest whose class computes this model
@@ -14,6 +15,9 @@
     step=latest        or a step that has a checkpoint
     bits=8             compressed-tensors: of a weight, 2 to 8
     group=null         compressed-tensors: inputs that share a scale; null: all
+    rows=1             stablehlo: texts at a time
+    max_len=0          stablehlo: tokens of the longest; 0: as many as the model was made for
+    platforms=cpu,cuda,tpu    stablehlo: what it can run on
     trim=true          leave out the table's rows behind the tokenizer's last token; false: keep them
 
 Written aside, read back and compared, then named. Exit status: 0 done, 1 a checkpoint that cannot be trusted,
@@ -32,7 +36,8 @@ from artifacts.load import WEIGHTS, LoadedRun
 from common.checks import choice
 from scripts.command import parse, run
 
-FORMATS = ("hf", "gguf", "compressed-tensors", "peft")
+FORMATS = ("hf", "gguf", "compressed-tensors", "stablehlo", "peft")
+PLATFORMS = "cpu,cuda,tpu"
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 TABLES = (("embed", "table"), ("head", "table"))
 
@@ -51,6 +56,9 @@ class PublishOptions:
     step: str = "latest"
     bits: int = 8
     group: int | None = None
+    rows: int = 1
+    max_len: int = 0
+    platforms: str = PLATFORMS
     trim: bool = True
 
 
@@ -58,14 +66,19 @@ def do(arguments: Sequence[str]) -> int:
     """Write the directory or the file, and say what it is. Raises ValueError for what cannot be."""
     options = parse(arguments, PublishOptions)
     packed = options.format == "compressed-tensors"
+    programs = options.format == "stablehlo"
     hub = packed or options.format == "hf"
     if not packed and (options.bits, options.group) != (8, None):
         raise ValueError(
             f"bits={options.bits} group={options.group} are of format=compressed-tensors, not of "
             f"{options.format}; leave them out"
         )
+    if not programs and (options.rows, options.max_len, options.platforms) != (1, 0, PLATFORMS):
+        raise ValueError(
+            f"rows, max_len and platforms are of format=stablehlo, not of {options.format}; leave them out"
+        )
     arrays = tuple(KINDS)[:-1]
-    dtypes = {"gguf": tuple(KINDS), "peft": ("float32",)}.get(options.format, arrays)
+    dtypes = {"gguf": tuple(KINDS), "peft": ("float32",), "stablehlo": arrays[:2]}.get(options.format, arrays)
     for key, known in (("format", FORMATS), ("dtype", dtypes), ("weights", WEIGHTS)):
         choice(key, getattr(options, key), known)
     import jax
@@ -106,29 +119,38 @@ def do(arguments: Sequence[str]) -> int:
         return parameter(path, row)[:rows] if path in TABLES else parameter(path, row)
 
     model, kind = build_model(config), KINDS[options.dtype]
-    if packed:
-        from compress.steps import packed_by_rounding
-
+    if packed or programs:
         tables = {
             part: {**params[part], "table": params[part]["table"][:rows]}
             for part, _ in TABLES
             if part in params
         }
-        params = packed_by_rounding(model, {**params, **tables}, options.bits, options.group)
+        params = {**params, **tables}
+    if packed:
+        from compress.steps import packed_by_rounding
+
+        params = packed_by_rounding(model, params, options.bits, options.group)
     text = (found.path / "tokenizer.json").read_text("utf-8")
     chat = give_chat(tokenizer, found.path / "tokenizer.json", found.config.data)
     template, stop_id = (chat.template.text, chat.stop_id) if chat else (None, None)
+    files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    given = (options.output, config, model)
     if hub:
-        files = hub_files(text, tokenizer, template, stop_id, config.max_seq_len)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype}
         words |= {"files": files, "extra": ids}
-        given = (options.output, config, model)
         family = export_packed(*given, params, **words) if packed else export(*given, read, **words)
         written = family.architecture
+    elif programs:
+        from compress.stablehlo import export_programs
+
+        sizes = {"rows": options.rows, "max_len": options.max_len, "dtype": options.dtype}
+        platforms = options.platforms.split(",")
+        export_programs(options.output, model, params, platforms=platforms, files=files, extra=ids, **sizes)
+        written = f"programs for {', '.join(platforms)}"
     else:
         values = tokenizer_values(tokenizer, text, rows, template)
-        written = export_gguf(options.output, config, model, read, kind=kind, values=values)
+        written = export_gguf(*given, read, kind=kind, values=values)
     padding = f", without {whole.vocab_size - rows} rows of padding" if rows < whole.vocab_size else ""
     print(f"{options.output}: {written}, {options.dtype}, a vocabulary of {rows}{padding}")
     return 0
