@@ -76,7 +76,7 @@ def export_programs(
         weights: dict[str, Array], cache: Tree, tokens: Int[Array, "B C"], counts: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Tree]:
         leaves = [weights[name] for name in arrays]
-        return model.decode(treedef.unflatten(leaves), tokens, cache, ops, counts)
+        return model.decode(jax.tree.unflatten(treedef, leaves), tokens, cache, ops, counts)
 
     made = partial(_serialized, platforms=tuple(platforms))
     given = jax.eval_shape(lambda: (arrays, begin()))

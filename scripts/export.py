@@ -144,7 +144,7 @@ def do(arguments: Sequence[str]) -> int:
     elif programs:
         from compress.stablehlo import export_programs
 
-        sizes = {"rows": options.rows, "max_len": options.max_len, "dtype": options.dtype}
+        sizes: dict[str, Any] = {"rows": options.rows, "max_len": options.max_len, "dtype": options.dtype}
         platforms = options.platforms.split(",")
         export_programs(options.output, model, params, platforms=platforms, files=files, extra=ids, **sizes)
         written = f"programs for {', '.join(platforms)}"
