@@ -30,6 +30,7 @@ GIB = 2**30
 # What decides the speed of matrix products on a CPU.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
 Returned = TypeVar("Returned")
+Case = TypeVar("Case")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu", "jax-cuda13-plugin")
 
 
@@ -91,12 +92,12 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3, "min": min(samples), "n": len(samples)}
 
 
-def alternate(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(cases: Mapping[Case, Callable[[], float]], rounds: int) -> dict[Case, list[float]]:
     """What each case measures, each asked once a round, in turn: what slows the machine slows them all.
 
     Every other round goes backwards, so that no case always follows the same one.
     """
-    samples: dict[str, list[float]] = {name: [] for name in cases}
+    samples: dict[Case, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         order = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in order:
