@@ -290,15 +290,21 @@ def wanda(w: Float[Array, "I O"], h: Float[Array, "I I"], sparsity: Sparsity) ->
 
 @partial(jax.jit, static_argnames=("rank", "damping"))
 def factors(
-    w: Float[Array, "I O"], h: Float[Array, "I I"], rank: int, *, damping: float = DAMPING
+    w: Float[Array, "I O"], h: Float[Array, "I I"] | None, rank: int, *, damping: float = DAMPING
 ) -> tuple[Float[Array, "I R"], Float[Array, "R O"]]:
     """The product of that rank whose output is nearest to the matrix's: an SVD behind H's root.
 
     With H = L Lᵀ the error is |Lᵀ(w - a b)|², whose best b and a are those of Lᵀ w (arXiv:2403.07378).
+    h: None for the product that is nearest to the matrix itself.
     """
-    diagonal = jnp.diagonal(h)
-    lower = jnp.linalg.cholesky(h + jnp.diag(jnp.where(diagonal == 0, 1.0, damping * jnp.mean(diagonal))))
-    left, sizes, right = jnp.linalg.svd(DOT(lower.T, w.astype(jnp.float32)), full_matrices=False)
+    w, lower = w.astype(jnp.float32), None
+    if h is not None:
+        diagonal = jnp.diagonal(h)
+        added = jnp.where(diagonal == 0, 1.0, damping * jnp.mean(diagonal))
+        lower = jnp.linalg.cholesky(h + jnp.diag(added))
+    left, sizes, right = jnp.linalg.svd(w if lower is None else DOT(lower.T, w), full_matrices=False)
     half = jnp.sqrt(sizes[:rank])
-    a = jax.scipy.linalg.solve_triangular(lower.T, left[:, :rank] * half, lower=False)
+    a = left[:, :rank] * half
+    if lower is not None:
+        a = jax.scipy.linalg.solve_triangular(lower.T, a, lower=False)
     return a, half[:, None] * right[:rank]

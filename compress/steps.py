@@ -178,13 +178,18 @@ def change_matrices(
     """The layer's weights with the matrices of projections (but those of `keep`) and experts changed."""
 
     def of(path: Any, info: ParamInfo, w: Any) -> Any:
-        if info.role != "matrix" or not quantizable(info) or kind_of(info) in keep:
+        if not changes(info, keep):
             return w
         if isinstance(w, QTensor):
             raise ValueError("a step changes weights that an earlier one has quantized; quantize last")
         return change(info, w, layer.recorded.get(key_of(path, info) or ""))
 
     return jax.tree_util.tree_map_with_path(of, layer.infos, layer.weights)
+
+
+def changes(info: ParamInfo, keep: Sequence[str]) -> bool:
+    """Whether a parameter is one of those matrices."""
+    return info.role == "matrix" and quantizable(info) and kind_of(info) not in keep
 
 
 def as_matrix(info: ParamInfo, w: Array) -> Array:

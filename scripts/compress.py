@@ -202,8 +202,10 @@ def _placed(batch: Any) -> dict[str, Any]:
 def artifact(work: Work, recipe: "Recipe", dense: float) -> dict[str, Any]:
     """Follow the recipe, write what comes of it, and its row."""
     import jax
+    import jax.numpy as jnp
 
     from common.files import write_text
+    from compress.low_rank import Factorize
     from compress.measure import megabytes
     from compress.report import ROW
     from compress.steps import Material
@@ -224,6 +226,9 @@ def artifact(work: Work, recipe: "Recipe", dense: float) -> dict[str, Any]:
     path = work.folder / recipe.name
     write(work, path, model, params)
     row = {"name": recipe.name, **figures(work, other), "megabytes": megabytes(path), "seconds": seconds}
+    if isinstance(last := recipe.steps[-1], Factorize):  # counted as factors; files have their products
+        bits = 8 * jnp.dtype(work.options.dtype).itemsize
+        row["bits_a_weight"] -= last.spared(model) * bits / row["weights"]
     row |= {"rise": row["bits_per_byte"] / dense - 1.0, "calibration_tokens": material.tokens}
     row |= {"recipe": [{"step": type(step).__name__, **asdict(step)} for step in recipe.steps]}  # type: ignore[call-overload]
     write_text(path / ROW, json.dumps(row, indent=2) + "\n")
