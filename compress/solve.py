@@ -28,7 +28,8 @@ DOT = partial(jnp.matmul, precision="highest")  # elsewhere than on a CPU float3
 class Grid:
     """Which levels a weight may have: bits of each, inputs that share a scale (None: all), 0 in the middle.
 
-    floating: float8_e4m3fn. clip: look for the scale with the least error, by how large each input is.
+    floating: float8_e4m3fn. clip: look for the scale with the least error, by how large each input is. half:
+    scales are numbers of float16.
     """
 
     bits: int = 4
@@ -36,6 +37,7 @@ class Grid:
     symmetric: bool = True
     floating: bool = False
     clip: bool = False
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -97,13 +99,14 @@ def fit(w: Float[Array, "I O"], grid: Grid, weight: Float[Array, " I"] | None = 
         raise ValueError(f"group={size} does not divide {inputs} inputs; use one of {divisors(inputs)}")
     blocks = w.astype(jnp.float32).reshape(-1, size, outputs)
     bits = None if grid.floating else grid.bits
+    of = partial(grid_of, within=(1,), bits=bits, symmetric=grid.symmetric, half=grid.half)
     if not grid.clip:
-        return Fitted(grid, *grid_of(blocks, (1,), bits, symmetric=grid.symmetric))
+        return Fitted(grid, *of(blocks))
     of_input = jnp.ones(inputs) if weight is None else weight
     of_input = of_input.reshape(-1, size, 1)
     best: tuple[Array, Array, Array | None] | None = None
     for share in SHRUNK:  # the whole range first: of equals the widest stays
-        scale, zero = grid_of(share * blocks, (1,), bits, symmetric=grid.symmetric)
+        scale, zero = of(share * blocks)
         error = jnp.square(nearest(blocks, scale, zero, grid) - blocks) * of_input
         total = jnp.sum(error, axis=1, keepdims=True)
         if best is None:
