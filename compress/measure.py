@@ -147,5 +147,6 @@ def sizes(params: Tree, dtype: Any) -> dict[str, float]:
 
 
 def megabytes(directory: Path) -> float:
-    """Of the arrays' files in a directory, 10^6 bytes each."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+    """Of the files with arrays in a directory, 10^6 bytes each."""
+    files = [path for kind in ("safetensors", "gguf") for path in directory.glob(f"*.{kind}")]
+    return sum(path.stat().st_size for path in files) / 1e6

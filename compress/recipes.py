@@ -5,6 +5,7 @@
     steps:
       - {prune: sparsegpt, pattern: "2:4"}            # magnitude, wanda, sparsegpt
       - {slice: width, mlp: 0.67}                     # width, depth, experts
+      - {factorize: whitened, share: 0.5}             # svd, whitened
       - {quantize: gptq, bits: 4, group: 64}          # rtn, gptq, awq, smooth
 
 A step that trains, such as distilling a sliced model, is an ordinary run: what is written is a directory that
@@ -19,11 +20,12 @@ from typing import Any
 import yaml
 
 from common.checks import ConfigError, did_you_mean, within
+from compress.low_rank import Factorize
 from compress.slice import Slice
 from compress.steps import Prune, Quantize, Step
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "compress"
-STEPS: dict[str, Any] = {"quantize": Quantize, "prune": Prune, "slice": Slice}
+STEPS: dict[str, Any] = {"quantize": Quantize, "prune": Prune, "slice": Slice, "factorize": Factorize}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ DOT = partial(jnp.matmul, precision="highest")  # elsewhere than on a CPU float3
 class Grid:
     """Which levels a weight may have: bits of each, inputs that share a scale (None: all), 0 in the middle.
 
-    floating: float8_e4m3fn. clip: look for the scale with the least error, by how large each input is.
+    floating: float8_e4m3fn. clip: look for the scale with the least error, by how large each input is. half:
+    scales are numbers of float16.
     """
 
     bits: int = 4
@@ -36,6 +37,7 @@ class Grid:
     symmetric: bool = True
     floating: bool = False
     clip: bool = False
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -97,13 +99,14 @@ def fit(w: Float[Array, "I O"], grid: Grid, weight: Float[Array, " I"] | None = 
         raise ValueError(f"group={size} does not divide {inputs} inputs; use one of {divisors(inputs)}")
     blocks = w.astype(jnp.float32).reshape(-1, size, outputs)
     bits = None if grid.floating else grid.bits
+    of = partial(grid_of, within=(1,), bits=bits, symmetric=grid.symmetric, half=grid.half)
     if not grid.clip:
-        return Fitted(grid, *grid_of(blocks, (1,), bits, symmetric=grid.symmetric))
+        return Fitted(grid, *of(blocks))
     of_input = jnp.ones(inputs) if weight is None else weight
     of_input = of_input.reshape(-1, size, 1)
     best: tuple[Array, Array, Array | None] | None = None
     for share in SHRUNK:  # the whole range first: of equals the widest stays
-        scale, zero = grid_of(share * blocks, (1,), bits, symmetric=grid.symmetric)
+        scale, zero = of(share * blocks)
         error = jnp.square(nearest(blocks, scale, zero, grid) - blocks) * of_input
         total = jnp.sum(error, axis=1, keepdims=True)
         if best is None:
@@ -290,15 +293,21 @@ def wanda(w: Float[Array, "I O"], h: Float[Array, "I I"], sparsity: Sparsity) ->
 
 @partial(jax.jit, static_argnames=("rank", "damping"))
 def factors(
-    w: Float[Array, "I O"], h: Float[Array, "I I"], rank: int, *, damping: float = DAMPING
+    w: Float[Array, "I O"], h: Float[Array, "I I"] | None, rank: int, *, damping: float = DAMPING
 ) -> tuple[Float[Array, "I R"], Float[Array, "R O"]]:
     """The product of that rank whose output is nearest to the matrix's: an SVD behind H's root.
 
     With H = L Lᵀ the error is |Lᵀ(w - a b)|², whose best b and a are those of Lᵀ w (arXiv:2403.07378).
+    h: None for the product that is nearest to the matrix itself.
     """
-    diagonal = jnp.diagonal(h)
-    lower = jnp.linalg.cholesky(h + jnp.diag(jnp.where(diagonal == 0, 1.0, damping * jnp.mean(diagonal))))
-    left, sizes, right = jnp.linalg.svd(DOT(lower.T, w.astype(jnp.float32)), full_matrices=False)
+    w, lower = w.astype(jnp.float32), None
+    if h is not None:
+        diagonal = jnp.diagonal(h)
+        added = jnp.where(diagonal == 0, 1.0, damping * jnp.mean(diagonal))
+        lower = jnp.linalg.cholesky(h + jnp.diag(added))
+    left, sizes, right = jnp.linalg.svd(w if lower is None else DOT(lower.T, w), full_matrices=False)
     half = jnp.sqrt(sizes[:rank])
-    a = jax.scipy.linalg.solve_triangular(lower.T, left[:, :rank] * half, lower=False)
+    a = left[:, :rank] * half
+    if lower is not None:
+        a = jax.scipy.linalg.solve_triangular(lower.T, a, lower=False)
     return a, half[:, None] * right[:rank]

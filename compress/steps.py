@@ -26,6 +26,7 @@ from models.weights import TABLES, QTensor, kind_of, of_levels, quantizable, qua
 ENOUGH = 256  # tokens that an expert must have seen to be solved for; with fewer it is rounded
 ROUNDING = ("rtn", "gptq", "awq", "smooth")
 PRUNING = ("magnitude", "wanda", "sparsegpt")
+SCALES = ("float32", "float16")
 KEEP = (*PROJECTIONS, "experts")
 
 
@@ -56,6 +57,7 @@ class Quantize:
 
     tables: bits of token tables and heads, which are rounded by rows; null: they stay as they are. keep:
     projections (or "experts") that stay. ordered: GPTQ takes the inputs that count most first.
+    scales: float16 for those that GGUF's blocks can hold, float32 for any.
     """
 
     method: str
@@ -67,9 +69,11 @@ class Quantize:
     ordered: bool = True
     tables: int | None = None
     keep: list[str] = field(default_factory=list)
+    scales: str = "float32"
 
     def __post_init__(self) -> None:
         choice("quantize", self.method, ROUNDING)
+        choice("scales", self.scales, SCALES)
         for name in self.keep:
             choice("keep", name, KEEP)
         assert self.grid  # or it would have been refused
@@ -77,7 +81,8 @@ class Quantize:
     @property
     def grid(self) -> Grid:
         """Of every matrix."""
-        return Grid(self.bits, self.group, self.symmetric, self.floating, self.clip)
+        half = self.scales == "float16"
+        return Grid(self.bits, self.group, self.symmetric, self.floating, self.clip, half)
 
     def apply(self, model: Model, params: Tree, material: Material) -> tuple[Model, Tree]:
         """Tables first, so that what reads them is calibrated behind them."""
@@ -86,7 +91,7 @@ class Quantize:
             if info.role not in TABLES or not quantizable(info):
                 return w
             assert self.tables is not None
-            return jax.jit(partial(quantize, info, bits=self.tables))(w)
+            return jax.jit(partial(quantize, info, bits=self.tables, half=self.grid.half))(w)
 
         if self.tables is not None:
             there = [name for name in ("embed", "head") if name in params]
@@ -178,13 +183,18 @@ def change_matrices(
     """The layer's weights with the matrices of projections (but those of `keep`) and experts changed."""
 
     def of(path: Any, info: ParamInfo, w: Any) -> Any:
-        if info.role != "matrix" or not quantizable(info) or kind_of(info) in keep:
+        if not changes(info, keep):
             return w
         if isinstance(w, QTensor):
             raise ValueError("a step changes weights that an earlier one has quantized; quantize last")
         return change(info, w, layer.recorded.get(key_of(path, info) or ""))
 
     return jax.tree_util.tree_map_with_path(of, layer.infos, layer.weights)
+
+
+def changes(info: ParamInfo, keep: Sequence[str]) -> bool:
+    """Whether a parameter is one of those matrices."""
+    return info.role == "matrix" and quantizable(info) and kind_of(info) not in keep
 
 
 def as_matrix(info: ParamInfo, w: Array) -> Array:

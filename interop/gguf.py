@@ -123,6 +123,39 @@ def quantized(x: np.ndarray) -> np.ndarray:
     return blocks.reshape(*x.shape[:-1], -1)
 
 
+class OnGrid(NamedTuple):
+    """Numbers [..., multiple of 32] that are steps times a scale, of which 32 neighbours have one."""
+
+    steps: np.ndarray  # int8
+    scale: np.ndarray  # float32, of the same shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.steps.shape
+
+    def numbers(self) -> np.ndarray:
+        """What they are, in float32."""
+        return self.steps.astype(np.float32) * self.scale
+
+    def blocks(self, kind: str) -> np.ndarray:
+        """As blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, uint8 [..., bytes], which must have room for them."""
+        steps, scale = (part.reshape(-1, 32) for part in self)
+        scale = scale[:, :1]
+        parts = [scale.astype("<f2").view(np.uint8)]
+        bits = int(kind[1])
+        least: Any = -(2 ** (bits - 1))
+        if kind.endswith("_1"):
+            least = steps.min(axis=1, keepdims=True).astype(np.int16)
+            parts.append((least * scale).astype("<f2").view(np.uint8))
+        levels = (steps - least).astype(np.uint8)
+        if bits == 5:
+            parts.append(np.packbits(levels >> 4, axis=1, bitorder="little"))
+        low = levels & 15
+        parts.append(steps.view(np.uint8) if bits == 8 else low[:, :16] | low[:, 16:] << 4)
+        return np.concatenate(parts, axis=1).reshape(*self.shape[:-1], -1)
+
+
 class Kind(NamedTuple):
     """How an array is stored."""
 
@@ -261,12 +294,12 @@ def write_gguf(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     kinds: Mapping[str, str],
-    arrays: Iterable[tuple[str, np.ndarray]],
+    arrays: Iterable[tuple[str, np.ndarray | OnGrid]],
 ) -> None:
     """Write a file of these values and arrays [shape], each as it comes, stored as `kinds` says.
 
-    Of blocks only Q8_0 is written. A whole number becomes uint32, a fraction float32, a list one of int32, of
-    float32 or of strings.
+    Of numbers on no grid only blocks of Q8_0 are written. A whole number becomes uint32, a fraction float32,
+    a list one of int32, of float32 or of strings.
     """
     table, end = b"", 0
     offsets = {}
@@ -290,13 +323,17 @@ def write_gguf(
     assert not missing, missing
 
 
-def stored(array: np.ndarray, kind: str) -> np.ndarray:
+def stored(array: np.ndarray | OnGrid, kind: str) -> np.ndarray:
     """What lies in the file for it."""
+    if isinstance(array, OnGrid):
+        return array.blocks(kind)
     return quantized(array) if kind == "Q8_0" else array.astype(KINDS[kind].dtype)
 
 
-def restored(array: np.ndarray, kind: str) -> np.ndarray:
+def restored(array: np.ndarray | OnGrid, kind: str) -> np.ndarray:
     """What reading gives back for it."""
+    if isinstance(array, OnGrid):
+        return array.numbers()
     content, decode = stored(array, kind), KINDS[kind].decode
     return content if decode is None else decode(content.reshape(-1, KINDS[kind].bytes)).reshape(array.shape)
 

@@ -1,7 +1,9 @@
 """A model's parameters as one GGUF file, with its tokenizer, as llama.cpp opens it."""
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from interop.gguf_model import (
     read_model,
     stretches_of,
 )
+from interop.packed.gguf_blocks import Packed, grids, kinds_of
 from interop.rules import Read, Stacked, arrays, slots, their_shape
 from models.config import ModelConfig
 
 # What files say and llama.cpp leaves out: it looks further back. Read as the family has it, and not written.
 UNHEEDED = {("phi3", "attention.sliding_window")}
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # what llama.cpp calls a file by most of its arrays
+# What llama.cpp calls a file by most of its numbers.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
 
 
 def export_gguf(
@@ -38,32 +42,47 @@ def export_gguf(
     *,
     kind: str = "F32",
     values: Mapping[str, Any] | None = None,
+    packed: Packed | None = None,
 ) -> str:
     """Write a file that gets its name when it is whole and read back; the architecture's name.
 
     kind: of matrices; vectors and routers stay F32, and of Q8_0 rows that are no blocks of 32 are F16.
-    values: of the tokenizer. Raises ValueError where llama.cpp computes no such model, or `output` is taken.
+    values: of the tokenizer. packed: parameters whose levels are written as they are, of which `read` is not
+    asked. Raises ValueError where llama.cpp computes no such model, GGUF has no blocks of such levels, or
+    `output` is taken.
     """
     if output.exists():
         raise ValueError(f"output={output} is there already; remove it or choose another")
     found = describe(config)
+    packed = packed or {}
     places = list(slots(model, found.architecture.rules(config)))
+    levels = [slot for slot in places if slot.path in packed]
+    plain = [slot for slot in places if slot.path not in packed]
     shapes = {source.name: their_shape(source, slot.shape) for slot in places for source in slot.sources}
     every = {name: array.shape for name, array in found.extra.items()} | shapes
-    kinds = {name: _kind(name, shape, kind) for name, shape in every.items()}
+    blocks = kinds_of(model, levels, packed)
+    if both := sorted(blocks.keys() & {source.name for slot in plain for source in slot.sources}):
+        raise ValueError(f"{both[0]} would be quantized in part; quantize all projections in it, or keep all")
+    kinds = {name: _kind(name, shape, kind) for name, shape in every.items()} | blocks
+    numbers: Counter[str] = Counter()
+    for name, shape in every.items():
+        numbers[kinds[name]] += math.prod(shape)
     metadata = {
         **found.values,
         "general.name": config.name,
-        "general.file_type": FILE_TYPES[kind],
+        "general.file_type": FILE_TYPES[numbers.most_common(1)[0][0] if blocks else kind],
         "general.quantization_version": 2,
         **(values or {}),
     }
+
+    def content() -> Iterator[tuple[str, Any]]:
+        return itertools.chain(arrays(plain, read, shapes), grids(levels, packed, shapes))
+
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as path:
-        content = itertools.chain(found.extra.items(), arrays(places, read, shapes))
-        write_gguf(path, metadata, every, kinds, content)
+        write_gguf(path, metadata, every, kinds, itertools.chain(found.extra.items(), content()))
         file = GGUF(path)
-        for name, array in arrays(places, read, shapes):
+        for name, array in content():
             if not np.array_equal(file[name], restored(array, kinds[name])):
                 raise ValueError(f"{output}: {name} was not written as it is; is the disk sound?")
     return found.architecture.name

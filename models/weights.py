@@ -29,6 +29,7 @@ BITS = (8, 6, 5, 4, 3, 2)  # of a grid; it is stored in eight, or from four down
 FLOAT8 = jnp.dtype("float8_e4m3fn")  # the one grid of eight bits whose levels are not evenly spaced
 TABLES = ("embedding", "head")
 RANK = "Z"  # a letter that no projection uses
+HALF = 11  # significant bits of float16
 
 
 def static(**values: Any) -> Any:
@@ -376,6 +377,7 @@ def quantize(
     *,
     symmetric: bool = True,
     floating: bool = False,
+    half: bool = False,
 ) -> QTensor:
     """Round to the nearest level (RTN): at most half a scale from w, wherever it lies on its block's grid.
 
@@ -390,7 +392,7 @@ def quantize(
     assert w.shape == info.shape, (w.shape, info.shape)
     blocks = in_blocks(w.astype(jnp.float32), block_sizes(info, group))
     within = tuple(range(1, blocks.ndim, 2))
-    scale, zero = grid_of(blocks, within, None if floating else bits, symmetric=symmetric)
+    scale, zero = grid_of(blocks, within, None if floating else bits, symmetric=symmetric, half=half)
     if floating:
         levels = (blocks / scale).astype(FLOAT8).reshape(w.shape)
     else:
@@ -416,21 +418,43 @@ def rounded_product(
 
 
 def grid_of(
-    blocks: Array, within: tuple[int, ...], bits: int | None, *, symmetric: bool = True
+    blocks: Array, within: tuple[int, ...], bits: int | None, *, symmetric: bool = True, half: bool = False
 ) -> tuple[Array, Array | None]:
-    """Scale and zero (None: level 0), of length 1 along the dims `within` a block. bits: None for float8."""
+    """Scale and zero (None: level 0), of length 1 along the dims `within` a block. bits: None for float8.
+
+    half: scales are numbers of float16, of `half_digits`.
+    """
+
+    def scale_of(size: Array) -> Array:
+        scale = in_half(size, half_digits(bits, symmetric)) if half else size
+        return jnp.where(scale == 0, 1.0, scale)  # a block of zeros, or of what float16 takes for them
+
     largest = jnp.max(jnp.abs(blocks), axis=within, keepdims=True)
     if bits is None:
-        return jnp.where(largest == 0, 1.0, largest / jnp.finfo(FLOAT8).max.astype(jnp.float32)), None
+        return scale_of(largest / jnp.finfo(FLOAT8).max.astype(jnp.float32)), None
     top = 2 ** (bits - 1) - 1
     if symmetric:
-        scale = largest / top
-        return jnp.where(scale == 0, 1.0, scale), None  # a block of zeros
+        return scale_of(largest / top), None
     low = jnp.minimum(jnp.min(blocks, axis=within, keepdims=True), 0.0)
     high = jnp.maximum(jnp.max(blocks, axis=within, keepdims=True), 0.0)
-    scale = (high - low) / (2 * top + 1)
-    scale = jnp.where(scale == 0, 1.0, scale)
+    scale = scale_of((high - low) / (2 * top + 1))
     return scale, jnp.clip(-top - 1 - jnp.round(low / scale), -top - 1, top)
+
+
+def half_digits(bits: int | None, symmetric: bool) -> int:
+    """Significant bits of a float16 scale: all, but with zeros so few that its multiples are float16 as well.
+
+    Blocks that have a least value in place of a zero (llama.cpp's of four and five bits) hold it in float16.
+    """
+    return HALF if symmetric or bits is None or bits > 5 else HALF - bits
+
+
+def in_half(x: Float[Array, "..."], digits: int = HALF) -> Float[Array, "..."]:
+    """The nearest numbers of float16 with so many significant bits, in float32; x is positive, or 0."""
+    # By no casts there and back, which a compiler may take for nothing.
+    least = 2.0**-24
+    x = jnp.where(x < 2.0**-14, jnp.round(x / least) * least, x)
+    return jax.lax.reduce_precision(x, 8, digits - 1)
 
 
 def levels_of(x: Array, scale: Array, zero: Array | None, bits: int) -> Array:

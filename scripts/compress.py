@@ -6,6 +6,8 @@
     output=null        the folder to write into; null: RUN/compressed, of published weights compressed/NAME
     data=null          a folder of texts (.txt, .md, .py, .jsonl, .parquet) to calibrate and to judge by;
                        null: a run's own, for published weights the standard library's sources
+    format=hf          hf: a directory for transformers and vLLM; gguf: a file for llama.cpp of the same
+                       levels, for which steps that quantize have scales: float16
     dtype=float32      of arrays that no step has quantized: float32, bfloat16 or float16
     family=null        a model_type of transformers; null: the plainest whose class computes this model
     suite=null         tasks to score each artifact by, as in scripts/evaluate.py; limit=N documents of each
@@ -15,9 +17,10 @@
     speed=true         time decoding too
 
 An artifact is OUTPUT/RECIPE: a directory of Hugging Face's layout, of compressed-tensors where weights are
-quantized, which `init_from=`, scripts/serve.py, scripts/evaluate.py and transformers open, with its row in
-compression.json. OUTPUT/report.{json,md,html} have all artifacts of the folder beside the dense model. Exit
-status: 0 done, 1 a checkpoint that cannot be trusted, 2 bad input, before anything is written.
+quantized, which `init_from=`, scripts/serve.py, scripts/evaluate.py and transformers open, or its model.gguf,
+which llama.cpp opens in their place; with its row in compression.json. OUTPUT/report.{json,md,html} have all
+artifacts of the folder beside the dense model. Exit status: 0 done, 1 a checkpoint that cannot be trusted, 2
+bad input, before anything is written.
 """
 
 import json
@@ -32,7 +35,7 @@ if __name__ == "__main__":
     import command
 
 from artifacts.load import PRECISIONS, WEIGHTS
-from common.checks import choice, within
+from common.checks import choice, require, within
 from scripts.command import parse, run
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from models.ops import Ops
     from training.opening.opened import OpenedModel
 
+FORMATS = ("hf", "gguf")
+FILE = "model.gguf"  # in an artifact's folder
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = 8  # of text at once
 
@@ -55,6 +60,7 @@ class CompressOptions:
     recipe: str
     output: Path | None = None
     data: str | None = None
+    format: str = "hf"
     dtype: str = "float32"
     family: str | None = None
     suite: str | None = None
@@ -92,8 +98,9 @@ class Work:
 def do(arguments: Sequence[str]) -> int:
     """Write an artifact a recipe and the report. Raises ValueError for what cannot be."""
     options = parse(arguments, CompressOptions)
-    for key, known in (("dtype", DTYPES), ("weights", WEIGHTS), ("precision", PRECISIONS)):
-        choice(key, getattr(options, key), known)
+    known = {"format": FORMATS, "dtype": DTYPES, "weights": WEIGHTS, "precision": PRECISIONS}
+    for key, values in known.items():
+        choice(key, getattr(options, key), values)
     within("limit", options.limit, 0)
     from compress.recipes import load_recipe
     from evaluation.suites import load_suite
@@ -101,6 +108,7 @@ def do(arguments: Sequence[str]) -> int:
 
     if options.family is not None:
         choice("family", options.family, FAMILIES)
+        require(options.format == "hf", "format", options.format, "hf for family; leave family out")
     if options.suite is not None:
         load_suite(options.suite)
     recipes = [load_recipe(name) for name in options.recipe.split(",")]
@@ -108,7 +116,13 @@ def do(arguments: Sequence[str]) -> int:
     for recipe in recipes:
         if (folder / recipe.name).exists():
             raise ValueError(f"{folder / recipe.name} is there already; remove it or choose another output")
+        if options.format == "gguf":
+            refuse_unwritable(recipe)
     work = open_work(options, recipes[0], folder)
+    if options.format == "gguf":
+        from interop.write_gguf import describe
+
+        describe(work.dense[0].config)
     from compress.report import markdown, write_report
 
     row = {**figures(work, work.dense), "name": "dense", "rise": 0.0}
@@ -122,6 +136,18 @@ def do(arguments: Sequence[str]) -> int:
     print((folder / "report.md").read_text("utf-8"), end="")
     print(", ".join(map(str, files)), file=sys.stderr)
     return 0
+
+
+def refuse_unwritable(recipe: "Recipe") -> None:
+    """Raise ValueError for a recipe whose levels no blocks of GGUF hold, before anything is computed."""
+    from compress.steps import Quantize
+    from interop.packed.gguf_blocks import block_kind
+
+    for step in recipe.steps:
+        if isinstance(step, Quantize):
+            remedy = f"float16 for format=gguf; write so in {recipe.name}'s step"
+            require(step.scales == "float16", "scales", step.scales, remedy)
+            block_kind(step.bits, symmetric=step.symmetric, floating=step.floating, group=step.group)
 
 
 def _folder(name: str) -> Path:
@@ -202,8 +228,10 @@ def _placed(batch: Any) -> dict[str, Any]:
 def artifact(work: Work, recipe: "Recipe", dense: float) -> dict[str, Any]:
     """Follow the recipe, write what comes of it, and its row."""
     import jax
+    import jax.numpy as jnp
 
     from common.files import write_text
+    from compress.low_rank import Factorize
     from compress.measure import megabytes
     from compress.report import ROW
     from compress.steps import Material
@@ -224,6 +252,11 @@ def artifact(work: Work, recipe: "Recipe", dense: float) -> dict[str, Any]:
     path = work.folder / recipe.name
     write(work, path, model, params)
     row = {"name": recipe.name, **figures(work, other), "megabytes": megabytes(path), "seconds": seconds}
+    if work.options.format == "gguf":
+        row["bits_stored"] = bits_of(path / FILE) / row["weights"]
+    if isinstance(last := recipe.steps[-1], Factorize):  # counted as factors; files have their products
+        bits = 8 * jnp.dtype(work.options.dtype).itemsize
+        row["bits_a_weight"] -= last.spared(model) * bits / row["weights"]
     row |= {"rise": row["bits_per_byte"] / dense - 1.0, "calibration_tokens": material.tokens}
     row |= {"recipe": [{"step": type(step).__name__, **asdict(step)} for step in recipe.steps]}  # type: ignore[call-overload]
     write_text(path / ROW, json.dumps(row, indent=2) + "\n")
@@ -280,14 +313,14 @@ def scores(work: Work, weights: "Weights") -> dict[str, Any]:
 
 
 def write(work: Work, path: Path, model: Any, params: Any) -> None:
-    """The directory that others open: packed where a weight is quantized."""
-    import jax
-
+    """What others open: packed where a weight is quantized."""
     from data.tokens.turns import give_chat
     from interop.gguf import KINDS as STORED
-    from interop.packed.write_packed import export_packed
+    from interop.gguf_tokenizer import tokenizer_values
+    from interop.packed.write_packed import export_packed, leaves_by_path
     from interop.tokenizer_out import hub_files
     from interop.write import export, reader
+    from interop.write_gguf import export_gguf
     from models.weights import QTensor
     from scripts.export import KINDS
 
@@ -296,19 +329,28 @@ def write(work: Work, path: Path, model: Any, params: Any) -> None:
     config = work.opened.config
     chat = give_chat(tokenizer, work.opened.tokenizer_path, config.data if config else None)
     template, stop_id = (chat.template.text, chat.stop_id) if chat else (None, None)
+    packed = {name: leaf for name, leaf in leaves_by_path(params) if isinstance(leaf, QTensor)}
+    kind = KINDS[options.dtype]
+    if options.format == "gguf":
+        values = tokenizer_values(tokenizer, text, model.config.vocab_size, template)
+        given = (path / FILE, model.config, model, reader(params))
+        export_gguf(*given, kind=kind, values=values, packed=packed)
+        return
     files = hub_files(text, tokenizer, template, stop_id, model.config.max_seq_len)
-    words: dict[str, Any] = {
-        "family": options.family,
-        "dtype": STORED[KINDS[options.dtype]].dtype,
-        "files": files,
-    }
+    words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype, "files": files}
     words["extra"] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     path.parent.mkdir(parents=True, exist_ok=True)
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    if any(isinstance(leaf, QTensor) for leaf in leaves):
+    if packed:
         export_packed(path, model.config, model, params, **words)
     else:
         export(path, model.config, model, reader(params), **words)
+
+
+def bits_of(path: Path) -> int:
+    """Of a GGUF's arrays."""
+    from interop.gguf import GGUF, KINDS
+
+    return 8 * sum(KINDS[kind].bytes_of(shape) for _, kind, shape, _ in GGUF(path).entries.values())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -54,12 +54,12 @@ def export_packed(
     refuse_taken(output)
     chosen, values = write_config(config, family)
     found = list(slots(model, chosen.rules(config)))
-    leaves = {path: leaf for path, leaf in _leaves(params)}
+    leaves = {path: leaf for path, leaf in leaves_by_path(params)}
     schemes: dict[str, Scheme] = {}  # by the template of a name
     for slot in found:
         leaf = leaves[slot.path]
         if isinstance(leaf, QTensor):
-            info = _info(model, slot.path)
+            info = info_at(model, slot.path)
             for source in slot.sources:
                 _check_layout(source, slot, info)
                 template = source.rule.names[source.pair if len(source.rule.names) > 1 else 0]
@@ -185,12 +185,14 @@ def _expression(template: str) -> str:
     return "re:^" + re.escape(template).replace(r"\{n\}", r"\d+").replace(r"\{e\}", r"\d+") + "$"
 
 
-def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves_by_path(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Parameters with their paths, QTensors whole."""
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))[0]
     return ((tuple(entry.key for entry in path), leaf) for path, leaf in flat)
 
 
-def _info(model: Stacked, path: tuple[str, ...]) -> ParamInfo:
+def info_at(model: Stacked, path: tuple[str, ...]) -> ParamInfo:
+    """The certificate of a parameter, stacked as it is."""
     info = model.info
     for name in path:
         info = info[name]

@@ -105,6 +105,27 @@ def test_an_artifact_is_opened_as_it_was_made(made):
     assert row["bits_a_weight"] < row["bits_stored"] < 12 and row["nonzero"] < 0.8
 
 
+def test_a_file_for_llama_cpp_is_what_was_judged(run, tmp_path):
+    levels = {"quantize": "rtn", "bits": 4, "group": 32, "symmetric": False, "tables": 8, "scales": "float16"}
+    steps = {"levels": levels, "thin": {"factorize": "svd", "share": 0.5}}
+    for name, step in steps.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**ROWS, "steps": [step]}))
+    words = ",".join(str(tmp_path / f"{name}.yaml") for name in steps)
+    out = tmp_path / "out"
+    assert main([str(run), f"recipe={words}", f"output={out}", "speed=false", "format=gguf"]) == 0
+    rows = {row["name"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
+    assert 4.5 < rows["levels"]["bits_stored"] < 8.5 and rows["thin"]["bits_stored"] == 32
+    assert 16 < rows["thin"]["bits_a_weight"] < 32
+    for name in steps:
+        assert rows[name]["megabytes"] == pytest.approx((out / name / "model.gguf").stat().st_size / 1e6)
+    opened = open_published(str(out / "levels/model.gguf"), mesh_rules())
+    model, params, _, _ = opened.trained
+    assert model.config.vocab_size == opened.tokenizer.vocab_size
+    from compress.measure import sizes
+
+    assert sizes(params, "float32")["nonzero"] == rows["levels"]["nonzero"]
+
+
 def test_a_sliced_model_is_what_a_run_may_begin_with(ground, made):
     words = (f"init_from={made / 'narrow'}", "model=parent", "tokenizer=inherit")
     assert fit(with_parent_model(ground.config("distilled", *STEPS, *words))) == 0
@@ -156,6 +177,8 @@ def test_the_front_is_what_nothing_beats():
         (["recipe=int8", "dtype=int8"], "dtype=int8 is not one of"),
         (["recipe=int8", "suite=tiny"], "suite=tiny is no suite"),
         (["recipe=int8", "family=lama"], "family=lama is not one of"),
+        (["recipe=int8", "family=llama", "format=gguf"], "format=gguf must be hf for family"),
+        (["recipe=int4", "format=gguf"], "scales=float32 must be float16 for format=gguf"),
         ([], "recipe=... is missing"),
     ],
 )
