@@ -9,7 +9,7 @@ SPECULATE = ("ngram", "mtp")
 
 def check_cache_bits(bits: int | None) -> None:
     """Raise ValueError for a number of bits that no cache is kept in."""
-    require(bits in (None, 8), "cache_bits", bits, "8, or null for a cache as products are computed")
+    require(bits in (None, 8), "cache_bits", bits, "8, or null: as they are computed")
 
 
 @dataclass(frozen=True)
