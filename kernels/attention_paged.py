@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from kernels.attention import Masks, Scores, sinks_of_rows
 from kernels.attention_cpu import LOWEST, TINY, UNSEEN
+from kernels.int8_vectors import Int8Vectors
 
 F32 = jnp.float32
 
 
 def paged_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "P S K H"],
-    v: Float[Array, "P S K V"],
+    k: Float[Array, "P S K H"] | Int8Vectors,
+    v: Float[Array, "P S K V"] | Int8Vectors,
     masks: Masks,
     scores: Scores,
     sinks: Float[Array, " N"] | None = None,
@@ -30,13 +31,19 @@ def paged_attention(
 
     Of `masks` the queries' half counts. The loop goes to the last page of the longest row; to a row that ends
     before, what is behind adds exact zeros. So a row's numbers do not depend on what other rows hold, nor on
-    how long they are. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    how long they are. Pages in eight bits are made numbers one by one, as they are read.
+    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
-    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    keys = jax.tree.map(lambda x: x.transpose(0, 2, 3, 1), k)
+    values = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), v)
+
+    def of(pool: Array | Int8Vectors, page: Array) -> Array:
+        found = jax.tree.map(lambda x: x[page], pool)
+        return found.floats(q.dtype) if isinstance(found, Int8Vectors) else found
 
     def fetch(number: Array) -> tuple[Array, Array]:
         page = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
-        return keys[page], values[page]
+        return of(keys, page), of(values, page)
 
     return online_attention(q, fetch, masks, scores, sinks)
 

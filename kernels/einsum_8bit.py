@@ -14,7 +14,6 @@ in the compute dtype, because eight bits on one scale lose what is small in them
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.einsum import Einsum, letters_of
+from kernels.int8_vectors import largest, to_levels
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
-INT8_TOP = 127.0
 
 
 def dot(spec: str, x: Array, w: Array, dtype: Any) -> Array:
@@ -39,15 +38,6 @@ def dot(spec: str, x: Array, w: Array, dtype: Any) -> Array:
     y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=dtype)
     letters = [c for c in left + right if c not in shared]
     return jnp.transpose(y, [letters.index(c) for c in out])
-
-
-def largest(x: Array, axes: Sequence[int] | None = None) -> Array:
-    """The largest magnitude, dims kept where `axes` are given; inf where any is nan.
-
-    XLA's maximum on a CPU may pass over a nan.
-    """
-    size = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
-    return jnp.max(size, axis=axes, keepdims=axes is not None).astype(jnp.float32)
 
 
 # -- fp8 ------------------------------------------------------------------------------------------------
@@ -106,10 +96,8 @@ def _fp8_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple[Arr
 def to_int8(x: Float[Array, "*shape"], letters: str, contracted: str) -> tuple[Array, Array]:
     """Eight bits for each of x, and scales: one for each slice along the dims that are contracted."""
     axes = [letters.index(c) for c in contracted]
-    x = x.astype(jnp.float32)
-    top = largest(x, axes)
-    scale = jnp.where(top == 0, 1.0, top / INT8_TOP)  # of inf: nan
-    return jnp.clip(jnp.round(x / scale), -INT8_TOP, INT8_TOP).astype(jnp.int8), jnp.squeeze(scale, axes)
+    levels, scale = to_levels(x, axes)
+    return levels, jnp.squeeze(scale, axes)
 
 
 def _int8(spec: str, x: Array, w: Array) -> Array:

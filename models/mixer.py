@@ -7,7 +7,7 @@ by what its tensors are split. A new one is a file whose `MIXER` is its class; `
 B batch, T query position, D model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -17,25 +17,29 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from common.checks import choice
+from kernels.int8_vectors import Int8Vectors, to_vectors
 from kernels.names import Axes
 from models.config import MIXERS, ModelConfig
 from models.ops import Ops
 from models.spec import LayerSpec
 
 Cache = dict[str, Array]
+SCALE = "_scale"  # behind the name of an array whose levels are kept
 
 
 @dataclass(frozen=True)
 class CacheArray:
     """One array that a layer keeps of a row while it is decoded, without the dim of the rows.
 
-    axes: a logical axis a dim, of which `length` are the places of tokens, if it has any. dtype: None for
-    the compute dtype.
+    axes: a logical axis a dim, of which `length` are the places of tokens, if it has any; the dim without an
+    axis is then a token's vector. dtype: None for the compute dtype. parts: sizes of what a vector consists
+    of, each with a scale of its own in eight bits; none: it is one.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     dtype: Any = None
+    parts: tuple[int, ...] = ()
 
     def grown(self, x: Array | None, rows: int, ops: Ops) -> Array:
         """`x` of that many rows, or zeros, with zeros behind it up to this shape, where it belongs."""
@@ -50,6 +54,26 @@ class CacheArray:
         # Fewer K/V heads than devices of tensor lie whole on each, and are repeated where they are used.
         whole = "act_kv_heads" if ops.repeat_kv > 1 else None
         return ops.constrain(x, ("batch", *(None if axis == whole else axis for axis in self.axes)))
+
+    @property
+    def vector(self) -> int:
+        """The dim that is a token's vector."""
+        return self.axes.index(None)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the parts of a vector."""
+        return self.parts or (self.shape[self.vector],)
+
+    @property
+    def scales(self) -> "CacheArray":
+        """Float32 scales of these vectors, the parts in front: a last dim of one would be padded on TPUs."""
+
+        def without(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+            return dims[: self.vector] + dims[self.vector + 1 :]
+
+        shape, axes = (len(self.sizes), *without(self.shape)), (None, *without(self.axes))
+        return CacheArray(shape, axes, jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -125,14 +149,46 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
 
+def kept(arrays: dict[str, CacheArray], bits: int | None) -> dict[str, CacheArray]:
+    """The arrays as they are kept: of 8 bits, what has places of tokens as int8 levels, beside their scales.
+
+    A state that no token adds a place to is no sum of vectors, and stays as it is.
+    """
+    found = dict(arrays)
+    for name, array in arrays.items():
+        if bits is not None and "length" in array.axes:
+            found |= {name: replace(array, dtype=jnp.int8), name + SCALE: array.scales}
+    return found
+
+
+def vectors(cache: Cache, name: str, array: CacheArray, batch: dict[str, Array], ops: Ops) -> Any:
+    """What the cache has of `name`, as attention takes it: an array in the compute dtype.
+
+    Of pages in eight bits `Int8Vectors`: whoever reads a page makes numbers of it, and not of all of them.
+    """
+    if name + SCALE not in cache:
+        return cache[name]
+    scale = jnp.moveaxis(cache[name + SCALE], 1, 1 + array.vector)
+    found = Int8Vectors(cache[name], scale, array.sizes)
+    return found if "pages" in batch else found.floats(ops.compute_dtype)
+
+
 def extend_cache(
     cache: Cache, new: Cache, arrays: dict[str, CacheArray], batch: dict[str, Array], ops: Ops
 ) -> Cache:
     """The cache with what is new of a batch [B, T] at its tokens' own places; padding has none.
 
     new: arrays as `arrays` describes them, of T places. Of a cache in pages, [pages, ...] with the places of
-    a page as its length, `batch["pages"]` [B, M] says which a row has, in order.
+    a page as its length, `batch["pages"]` [B, M] says which a row has, in order. A cache in eight bits gets
+    them so, and what it once has is never rounded again.
     """
+    if ops.cache_bits is not None:
+        rounded: Cache = {}
+        for name, part in new.items():
+            dim = 1 + arrays[name].vector
+            found = to_vectors(part, dim, arrays[name].sizes)
+            rounded |= {name: found.levels, name + SCALE: jnp.moveaxis(found.scale, dim, 1)}
+        new, arrays = rounded, kept(arrays, ops.cache_bits)
     filled = {}
     for name, part in new.items():
         place = arrays[name].axes.index("length")

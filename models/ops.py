@@ -40,6 +40,7 @@ class Ops:
     loss_chunk: tokens whose logits exist at once. parts: devices that rows and positions are split over.
     z_loss: weight of log²(sum exp logits).
     repeat_kv: copies of each K/V head in the activations, so that `tensor` > num_kv_heads divides them.
+    cache_bits: of a number that decoding keeps of a token; None: as the compute dtype has it.
     """
 
     # The defaults are the definitions, in float32: what every faster form is tested against.
@@ -56,3 +57,4 @@ class Ops:
     parts: tuple[int, int] = (1, 1)
     z_loss: float = 0.0
     repeat_kv: int = 1
+    cache_bits: int | None = None

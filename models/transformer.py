@@ -21,7 +21,7 @@ from kernels.token_losses import LOGIT_AXES, chunked_cross_entropy, chunked_logp
 from models.blocks import Block, MTPBlock
 from models.config import ModelConfig, check_model
 from models.layers import WHOLE, Embedding, FinalNorm, Head
-from models.mixer import CacheArray, mixer
+from models.mixer import CacheArray, kept, mixer
 from models.moe import LOAD
 from models.mtp import next_targets
 from models.ops import Ops
@@ -337,29 +337,30 @@ class Model:
         [S], and of each layer what its mixer keeps.
         """
         grown = partial(CacheArray.grown, x=None, rows=batch_size, ops=ops)
-        segments = jax.tree.map(grown, self.cache_arrays(capacity))
+        segments = jax.tree.map(grown, self.cache_arrays(capacity, ops.cache_bits))
         lengths = jnp.zeros(batch_size, jnp.int32)
         return {"lengths": lengths, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
 
     def grow(self, cache: Tree, capacity: int, ops: Ops) -> Tree:
         """The cache with room for `capacity` tokens, at least as many as it had."""
         grown = partial(CacheArray.grown, rows=len(cache["lengths"]), ops=ops)
-        segments = jax.tree.map(grown, self.cache_arrays(capacity), cache["segments"])
+        segments = jax.tree.map(grown, self.cache_arrays(capacity, ops.cache_bits), cache["segments"])
         return {**cache, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
 
-    def cache_arrays(self, capacity: int) -> Tree:
-        """What each layer's mixer keeps of a row of `capacity` tokens, as a tree of `CacheArray`."""
+    def cache_arrays(self, capacity: int, bits: int | None = None) -> Tree:
+        """What each layer keeps of a row of `capacity` tokens (`models.cache.kept`), of `CacheArray`s."""
 
         def of(segment: Segment) -> Tree:
-            specs = {str(p): spec for p, spec in enumerate(segment.period)}
-            return {p: mixer(s.mixer).cache_arrays(self.config, s, capacity) for p, s in specs.items()}
+            return {str(p): self._kept(spec, capacity, bits) for p, spec in enumerate(segment.period)}
 
         return {str(s): [of(segment)] * segment.count for s, segment in enumerate(self.segments)}
 
-    def further_arrays(self, capacity: int) -> Tree:
+    def further_arrays(self, capacity: int, bits: int | None = None) -> Tree:
         """The same of the first layer for further tokens."""
-        spec = self.segments[-1].period[-1]
-        return dict(mixer(spec.mixer).cache_arrays(self.config, spec, capacity))
+        return self._kept(self.segments[-1].period[-1], capacity, bits)
+
+    def _kept(self, spec: LayerSpec, capacity: int, bits: int | None) -> dict[str, CacheArray]:
+        return kept(mixer(spec.mixer).cache_arrays(self.config, spec, capacity), bits)
 
     def decode(
         self,

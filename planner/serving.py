@@ -221,6 +221,7 @@ class ServingModel:
             chunk=q.chunk,
             pages=slots * -(-q.max_len // q.page),
             packed=True,
+            cache_bits=q.cache_bits,
         )
 
     def cost(self, slots: int) -> ServingCost:
@@ -311,7 +312,7 @@ class ServingModel:
     @cached_property
     def cache_bytes(self) -> tuple[int, int]:
         """(bytes a token, bytes a slot whatever its length) of what the mixers keep."""
-        arrays = jax.tree.leaves(self.model.cache_arrays(self.question.page))
+        arrays = jax.tree.leaves(self.model.cache_arrays(self.question.page, self.question.cache_bits))
         token = fixed = 0
         for array in arrays:
             size = math.prod(array.shape) * np.dtype(array.dtype or self.ops.compute_dtype).itemsize

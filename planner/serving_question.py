@@ -19,13 +19,15 @@ class ServingQuestion:
     context: int = 0  # tokens of each text while a token is timed; 0: max_len, the longest
     prompt: int = 0  # tokens of a prompt that is timed; 0: half of max_len
     weight_bits: int | None = None  # of projections and tables, a scale an output, read so; null: not rounded
+    cache_bits: int | None = None  # 8: keys and values as int8 levels and scales; null: as they are computed
     slo_ttft: float | None = None  # seconds to the first token, every other slot writing
     slo_gap: float | None = None  # seconds between two tokens
 
     def __post_init__(self) -> None:
         """Each value by itself; sizes as the engine refuses them."""
         within("slots", self.slots, 0)
-        ServeConfig(slots=max(1, self.slots), max_len=self.max_len, page=self.page, chunk=self.chunk)
+        sizes = {key: getattr(self, key) for key in ("max_len", "page", "chunk", "cache_bits")}
+        ServeConfig(slots=max(1, self.slots), **sizes)
         for key in ("context", "prompt"):
             within(key, getattr(self, key), 0)
         bits = self.weight_bits

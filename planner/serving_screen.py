@@ -45,7 +45,8 @@ def memory_rows(plan: ServingPlan) -> Iterator[tuple[str, str]]:
         f"{'total':12}{plan.total / GIB:>9.2f} GiB  {share:.0f} % of {plan.capacity / GIB:.1f}: {verdict}",
     )
     yield "", f"{'at start':12}{plan.start / GIB:>9.2f} GiB  float32 masters and weights, before any cache"
-    yield "cache", f"{plan.cache_token:,} bytes a token, {plan.cache_slot:,} a slot"
+    bits = ", int8 levels and scales" if plan.question.cache_bits else ""
+    yield "cache", f"{plan.cache_token:,} bytes a token, {plan.cache_slot:,} a slot{bits}"
     about = "about " if plan.question.slots else ""
     yield "slots", f"{about}{plan.fit:,} fit; planned are {plan.slots:,}"
 

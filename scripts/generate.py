@@ -11,6 +11,7 @@
     weights=raw           raw, ema (training.ema_decay), or mean (of the last checkpoints)
     step=latest           or a step that has a checkpoint
     chat=auto             true: the prompt is a user's turn; auto: where a chat template taught the run
+    cache_bits=null       8: keys and values as int8 levels and a scale a vector; null: as they are computed
     tensor=1              devices to split the model over
 
 The text goes to stdout, what was loaded to stderr. Exit status: 0 done, 1 a checkpoint that cannot be
@@ -27,6 +28,7 @@ from artifacts.load import WEIGHTS
 from common.checks import as_text, choice, within
 from data.tokens.turns import CHAT, give_chat
 from scripts.command import parse, run
+from serving.settings import check_cache_bits
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class GenerateOptions:
     weights: str = "raw"
     step: str = "latest"
     chat: str = "auto"
+    cache_bits: int | None = None
     tensor: int = 1
 
 
@@ -56,6 +59,7 @@ def parse_options(arguments: Sequence[str]) -> GenerateOptions:
     within("seed", options.seed, 0, 2**31 - 1)
     choice("weights", options.weights, WEIGHTS)
     choice("chat", options.chat, CHAT)
+    check_cache_bits(options.cache_bits)
     return options
 
 
@@ -79,7 +83,7 @@ def generate_text(options: GenerateOptions) -> list[str]:
         loaded, tokenizer.vocab_size, tensor=options.tensor, step=options.step, weights=options.weights
     )
     prompt = encode_prompt(tokenizer, options.prompt)
-    tails = Generator(*trained).complete(
+    tails = Generator(*trained, cache_bits=options.cache_bits).complete(
         [prompt] * options.samples,
         Sampling(options.temperature, options.top_k, options.top_p, tokenizer.vocab_size),
         sample_keys(options.seed, range(options.samples)),

@@ -13,6 +13,7 @@
     speculate=ngram       guessed from the text itself; mtp: by the model's own layer for further tokens
     prefix_cache=true     keep what prompts have in common
     packed=false          true: quantized weights stay so in memory, and every product dequantizes its own
+    cache_bits=null       8: keys and values as int8 levels and a scale a vector; null: as they are computed
     queue_requests=256    that may wait; behind them 503 with Retry-After
     queue_tokens=1048576  of prompts and answers that may wait
     queue_seconds=60      that one may have to wait, as predicted

@@ -80,6 +80,7 @@ class Engine:
             vocab_size=self.vocab_size,
             guesses=settings.guesses,
             packed=settings.packed,
+            cache_bits=settings.cache_bits,
             further=further,
             device=next(iter(jax.tree.leaves(params)[0].devices())),
         )

@@ -26,6 +26,7 @@ from parallel.axes import Layout
 from parallel.experts import expert_dispatch
 from serving.passes import Texts, row_passes, tree_passes
 from serving.sampling import Sampling, first_largest, keys_at, sample
+from serving.settings import check_cache_bits
 
 SHORT = 16  # a prompt up to so long is fed token by token: a program less to compile
 LENGTH_STEP = 32  # longer ones, and texts, are padded to multiples: few shapes, so few compilations
@@ -41,18 +42,26 @@ class Generator:
     on one device). What is written for a prompt depends on the weights, the prompt, `sampling` and its key
     alone: in float32 neither the batch around it nor the mesh changes a token. Over several processes all
     call alike, and all get the whole answer. Programs are compiled once for a shape and live as long as the
-    generator. packed: quantized weights stay so, and each product dequantizes its own.
+    generator. packed: quantized weights stay so, and each product dequantizes its own. cache_bits: as in
+    `serving.settings.ServeConfig`; scores need no cache.
     """
 
     def __init__(
-        self, model: Model, params: Tree, ops: Ops, layout: Layout | None = None, *, packed: bool = False
+        self,
+        model: Model,
+        params: Tree,
+        ops: Ops,
+        layout: Layout | None = None,
+        *,
+        packed: bool = False,
+        cache_bits: int | None = None,
     ) -> None:
         if layout is not None:
             # A token decoded has one position, which no axis can split; devices of `context` work alike.
             layout = replace(layout, rules={**layout.rules, "length": (), "act_length": ()})
         self.model = model
         self._ways = 1 if layout is None else layout.ways("batch")
-        ops = decoding_ops(ops, layout)
+        ops = decoding_ops(ops, layout, cache_bits)
         self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
         self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
         self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
@@ -198,8 +207,12 @@ def masters_of(ops: Ops) -> set[str]:
     return {*PROJECTIONS} - {*getattr(product, "keep", ())} if eight_bit else set()
 
 
-def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
-    """Training's operations for queries beside a cache: what its kernels are not made for is replaced."""
+def decoding_ops(ops: Ops, layout: Layout | None, cache_bits: int | None = None) -> Ops:
+    """Training's operations for queries beside a cache: what its kernels are not made for is replaced.
+
+    Raises ValueError for bits that no cache has.
+    """
+    check_cache_bits(cache_bits)
     dispatch = run_experts if layout is None else expert_dispatch(layout, run_experts)
 
     def experts(*arrays: Array, spec: Any, **rest: Any) -> Any:
@@ -208,7 +221,14 @@ def decoding_ops(ops: Ops, layout: Layout | None) -> Ops:
 
     constrain = identity_constrain if layout is None else layout.constrain
     parts = (1, 1) if layout is None else (layout.ways("batch"), 1)
-    return replace(ops, attention=chunked_attention, experts=experts, constrain=constrain, parts=parts)
+    return replace(
+        ops,
+        attention=chunked_attention,
+        experts=experts,
+        constrain=constrain,
+        parts=parts,
+        cache_bits=cache_bits,
+    )
 
 
 # -- on the devices ----------------------------------------------------------------------------------------

@@ -35,15 +35,16 @@ class Programs:
     Nothing is allocated before, so that `planner.serving` compiles them for devices that are not here.
 
     model, ops, layout: as `Generator` takes them; rows are not split, heads may be. slots, max_len, page,
-    chunk, pages, guesses, packed: as in `ServeConfig`. further: the model's first layer for further tokens
-    guesses, and not the text; then a chunk is given with the token behind it. device: where weights lie that
-    no layout spreads. vocab_size: rows of the vocabulary that are a token's (None: all), so an alternative's.
+    chunk, pages, guesses, packed, cache_bits: as in `ServeConfig`. further: the model's first layer for
+    further tokens guesses, and not the text; then a chunk is given with the token behind it. device: where
+    weights lie that no layout spreads. vocab_size: rows of the vocabulary that are a token's (None: all), so
+    an alternative's.
     """
 
     def __init__(
         self, model: Model, ops: Ops, layout: Layout | None, *, slots: int, max_len: int, page: int,
-        chunk: int, pages: int, guesses: int = 0, packed: bool = False, further: bool = False,
-        device: Any = None, vocab_size: int | None = None,
+        chunk: int, pages: int, guesses: int = 0, packed: bool = False, cache_bits: int | None = None,
+        further: bool = False, device: Any = None, vocab_size: int | None = None,
     ) -> None:  # fmt: skip
         if layout is not None:
             whole = dict.fromkeys(("length", "act_length", "batch"), ())
@@ -51,7 +52,7 @@ class Programs:
         self.model, self.slots, self.max_len, self._layout = model, slots, max_len, layout
         self._page, self._pages, self._chunk = page, pages, chunk
         self._device, self.guesses, self.further = device, guesses, further
-        self._ops = ops = decoding_ops(ops, layout)
+        self._ops = ops = decoding_ops(ops, layout, cache_bits)
         self._unstack = jax.jit(
             partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed, further=further)
         )
@@ -105,8 +106,9 @@ class Programs:
 
     def arrays(self) -> Tree:
         """What is kept of texts by pages: of the model's layers and, where that guesses, of one more."""
-        arrays = {"segments": self.model.cache_arrays(self._page)}
-        return arrays | ({"further": self.model.further_arrays(self._page)} if self.further else {})
+        size = self._page, self._ops.cache_bits
+        arrays = {"segments": self.model.cache_arrays(*size)}
+        return arrays | ({"further": self.model.further_arrays(*size)} if self.further else {})
 
     def abstract(self) -> Tree:
         """The shapes of `empty`, each with the devices that it lies on where there is a layout."""

@@ -7,6 +7,11 @@ from common.checks import choice, require
 SPECULATE = ("ngram", "mtp")
 
 
+def check_cache_bits(bits: int | None) -> None:
+    """Raise ValueError for a number of bits that no cache is kept in."""
+    require(bits in (None, 8), "cache_bits", bits, "8, or null: as they are computed")
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """How many texts an engine writes at a time, of what length, and how many may wait.
@@ -26,6 +31,7 @@ class ServeConfig:
     )
     prefix_cache: bool = True  # keep what prompts have in common
     packed: bool = False  # quantized weights stay so in memory, and every product dequantizes its own
+    cache_bits: int | None = None  # 8: of keys and values int8 levels and scales; null: as they are computed
     queue_requests: int = 256  # that may wait
     queue_tokens: int = 1 << 20  # of prompts and answers that may wait
     queue_seconds: float = 60.0  # that one that waits has to wait, as predicted
@@ -37,6 +43,7 @@ class ServeConfig:
         for key in ("max_len", "pages", "guesses", "queue_requests", "queue_tokens", "queue_seconds"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         choice("speculate", self.speculate, SPECULATE)
+        check_cache_bits(self.cache_bits)
         needed = self.speculate == "ngram" or self.guesses > 0
         require(needed, "guesses", self.guesses, f"1 or more with speculate={self.speculate}")
         require(self.chunk % self.page == 0, "chunk", self.chunk, f"a multiple of page={self.page}")

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal, zeros
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from kernels.attention import Masks, Scores
 from kernels.names import ATTENTION_K, ATTENTION_Q, ATTENTION_V
 from models.config import ModelConfig
 from models.layers import HEADS, Norm, add_bias, residual_init
-from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache, vectors
 from models.ops import Ops
 from models.param import param, vector
 from models.rope import rope_frequencies, rotate
@@ -79,9 +79,12 @@ class Attention(Mixer):
             arrays = self.cache_arrays(self.config, spec, batch["kv_positions"].shape[1])
             new = {"k": k.transpose(0, 2, 3, 1), "v": v.swapaxes(1, 2)}
             cache = extend_cache(cache, new, arrays, batch, ops)
-            k, v = cache["k"].transpose(0, 3, 1, 2), cache["v"].swapaxes(1, 2)
+            k, v = (vectors(cache, name, arrays[name], batch, ops) for name in ("k", "v"))
+            # Of eight bits levels and scales alike.
+            k = jax.tree.map(lambda x: x.transpose(0, 3, 1, 2), k)
+            v = jax.tree.map(lambda x: x.swapaxes(1, 2), v)
         # Behind the cache, which holds each head once.
-        k, v = repeat_heads(k, ops), repeat_heads(v, ops)
+        k, v = jax.tree.map(partial(repeat_heads, ops=ops), (k, v))
         # Named behind bias, norm and rotation, so that a policy that keeps them makes none of these again.
         q, k, v = name_inputs(q, k, v)
         sinks = () if self.sinks is None else (self.sinks[...],)
@@ -210,7 +213,7 @@ def name_inputs(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     )
 
 
-def repeat_heads(x: Float[Array, "B S K H"], ops: Ops) -> Float[Array, "B S R H"]:
+def repeat_heads(x: Num[Array, "B S K H"], ops: Ops) -> Num[Array, "B S R H"]:
     """Each K/V head `ops.repeat_kv` times in place, so that query head n still finds its own at n // G."""
     if ops.repeat_kv == 1:
         return ops.constrain(x, ("batch", "length", "act_kv_heads", None))

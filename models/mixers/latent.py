@@ -6,14 +6,16 @@ B batch, T query position, S key position, D model, N heads, R latent, H head si
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
+from kernels.int8_vectors import Int8Vectors
 from models.config import MLAConfig, ModelConfig
 from models.layers import HEADS, Norm, residual_init
-from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache
+from models.mixer import Activations, Cache, CacheArray, Dim, Mixer, extend_cache, vectors
 from models.mixers.attention import (
     attention_activations,
     attention_dims,
@@ -87,16 +89,22 @@ class LatentAttention(Mixer):
             arrays = self.cache_arrays(self.config, spec, batch["kv_positions"].shape[1])
             joined = jnp.concatenate([latent, k_rope], axis=-1)
             cache = extend_cache(cache, {"latent": joined}, arrays, batch, ops)
-            latent, k_rope = jnp.split(cache["latent"], [latent.shape[-1]], axis=-1)
+            joined = vectors(cache, "latent", arrays["latent"], batch, ops)
+            if not isinstance(joined, Int8Vectors):
+                latent, k_rope = jnp.split(joined, [latent.shape[-1]], axis=-1)
         if cache is not None and (x.shape[1] == 1 or "pages" in batch):  # of all pages nothing is expanded
-            mixed = self.absorb(q, cache["latent"], attend, ops)
+            mixed = self.absorb(q, joined, attend, ops)
         else:
             # The many queries of a prompt share what is expanded: less work than in a latent's width each.
             mixed = attend(*name_inputs(q, *self.expand(latent, k_rope, ops)))
         return ops.project("o", "BTNH,NHD->BTD", mixed, self.o[...]), cache
 
     def absorb(
-        self, q: Float[Array, "B T N H"], cache: Float[Array, "B S W"], attend: Callable[..., Array], ops: Ops
+        self,
+        q: Float[Array, "B T N H"],
+        cache: Float[Array, "B S W"] | Int8Vectors,
+        attend: Callable[..., Array],
+        ops: Ops,
     ) -> Float[Array, "B T N V"]:
         """Attention to the latents themselves, one key and value for all heads: the sums in another order.
 
@@ -106,7 +114,7 @@ class LatentAttention(Mixer):
         nope = self.mla.qk_nope_head_dim
         inner = jnp.einsum("BTNH,RNH->BTNR", q[..., :nope], self.k[...].astype(q.dtype))
         q = ops.constrain(jnp.concatenate([inner, q[..., nope:]], axis=-1), HEADS)
-        shared = cache[:, :, None]
+        shared = jax.tree.map(lambda x: x[:, :, None], cache)
         # Rotated parts are mixed as well and cut off again: a slice of the cache would be a copy of it.
         mixed = attend(q, shared, shared)[..., : self.mla.kv_lora_rank]
         return ops.constrain(jnp.einsum("BTNR,RNH->BTNH", mixed, self.v[...].astype(q.dtype)), HEADS)
@@ -147,7 +155,9 @@ class LatentAttention(Mixer):
         What keys and values are made of, instead of their 2 * N * H numbers a token.
         """
         mla = sizes_of(config)
-        return {"latent": CacheArray((length, mla.kv_lora_rank + mla.qk_rope_head_dim), ("length", None))}
+        # The rotated part passes no norm, and may be far larger: in eight bits each has a scale of its own.
+        parts = mla.kv_lora_rank, mla.qk_rope_head_dim
+        return {"latent": CacheArray((length, sum(parts)), ("length", None), parts=parts)}
 
     @staticmethod
     def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> tuple[float, float]:

@@ -39,9 +39,9 @@ def asked(model=PLAIN, precision="auto"):
     )
 
 
-def made(model=PLAIN, machine=H200, compiles=False):
+def made(model=PLAIN, machine=H200, compiles=False, question=QUESTION):
     """The engine's model at any number of slots, made on this machine's CPU."""
-    question, here = QUESTION.settled(model), machine.kind != "cpu"
+    question, here = question.settled(model), machine.kind != "cpu"
     return ServingModel(asked(model), machine, question, jax.devices("cpu")[0], here, compiles)
 
 
@@ -51,22 +51,25 @@ def cpu():
 
 
 @pytest.mark.parametrize(
-    ("model", "token", "fixed"),
+    ("model", "bits", "token", "fixed"),
     [
-        (PLAIN, 2 * 2 * 2 * 8 * 2, 0),  # L * (K, V) * K * H in bfloat16
-        (replace(PLAIN, num_kv_heads=4), 2 * 2 * 4 * 8 * 2, 0),
-        (replace(PLAIN, mla=LATENT, num_kv_heads=4, head_dim=12), 2 * (16 + 4) * 2, 0),
+        (PLAIN, None, 2 * 2 * 2 * 8 * 2, 0),  # L * (K, V) * K * H in bfloat16
+        (PLAIN, 8, 2 * 2 * 2 * (8 + 4), 0),  # a level a number, a float32 scale a vector
+        (replace(PLAIN, num_kv_heads=4), None, 2 * 2 * 4 * 8 * 2, 0),
+        (replace(PLAIN, mla=LATENT, num_kv_heads=4, head_dim=12), None, 2 * (16 + 4) * 2, 0),
+        (replace(PLAIN, mla=LATENT, num_kv_heads=4, head_dim=12), 8, 2 * (16 + 4 + 4 + 4), 0),
         # One layer of attention; of the other its state in float32 and three inputs of its convolutions.
         (
             replace(PLAIN, delta=DELTA, mixer_pattern=["gated_delta", "attention"]),
+            None,
             2 * 2 * 8 * 2,
             4 * 8 * 8 * 4 + 3 * (2 * 2 * 8 + 4 * 8) * 2,
         ),
     ],
-    ids=["grouped", "every head", "latent", "recurrent"],
+    ids=["grouped", "grouped in eight bits", "every head", "latent", "latent in eight bits", "recurrent"],
 )
-def test_bytes_of_a_token_and_of_a_slot_are_those_by_hand(model, token, fixed):
-    engine = made(model)
+def test_bytes_of_a_token_and_of_a_slot_are_those_by_hand(model, bits, token, fixed):
+    engine = made(model, question=replace(QUESTION, cache_bits=bits))
     assert engine.cache_bytes == (token, fixed)
     # 64 tokens are 16 pages of 4.
     segments = engine.programs(3).abstract()["segments"]
@@ -99,6 +102,8 @@ def test_longer_texts_and_more_of_them_take_longer():
     assert few.seconds < many.seconds and few.tokens_per_second < many.tokens_per_second
     short = plan_serving(asked(), H200, replace(QUESTION, slots=2, context=8), compile="never").decode[-1]
     assert short.seconds < few.seconds
+    small = plan_serving(asked(), H200, replace(QUESTION, slots=16, cache_bits=8), compile="never").decode[-1]
+    assert small.seconds < many.seconds
 
 
 def test_what_is_abstract_is_what_an_engine_begins_with():
@@ -154,6 +159,7 @@ def test_what_was_not_compiled_for_the_device_is_called_a_guess():
     [
         ({"chunk": 6, "page": 4}, "chunk=6 must be a multiple of page=4"),
         ({"slots": -1}, "slots=-1"),
+        ({"cache_bits": 4}, "cache_bits=4 must be 8, or null"),
         ({"slo_gap": 0.0}, "slo_gap=0.0 must be above 0"),
         ({"prompt": 64}, "prompt=64"),
         ({"max_len": 32, "context": 33}, "context=33"),

@@ -146,6 +146,7 @@ def test_a_prompt_may_hold_an_equals_sign():
         (["RUN", "temperature=-1"], "temperature=-1.0 must be "),
         (["RUN", "max_new_tokens=0"], "max_new_tokens=0 must be "),
         (["RUN", "samples=0"], "samples=0 must be "),
+        (["RUN", "cache_bits=4"], "cache_bits=4 must be 8, or null"),
         (["RUN", "seed=-1"], "seed=-1 must be "),
         (["RUN", "weights=best"], "weights=best is not one of raw, ema, mean"),
         (["RUN", "step=7"], "step=7 has no checkpoint; use latest or one of 1, 2"),

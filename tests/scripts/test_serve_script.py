@@ -49,6 +49,7 @@ def test_the_engine_s_words_are_its_settings():
         (["a", "slot=2"], "did you mean slots?"),
         (["a", "slots=0"], "slots=0 must be 1 or more"),
         (["a", "chunk=100"], "chunk=100 must be a multiple of page=64"),
+        (["a", "cache_bits=4"], "cache_bits=4 must be 8, or null"),
         (["a", "port=99999"], "port=99999"),
         (["a", "chat=maybe"], "chat=maybe"),
         (["a", "follow=true", "step=3"], "follow=true goes with a run and step=latest"),

@@ -71,12 +71,17 @@ def tokens(answer):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "float32") for name in FAMILIES), *((name, "bfloat16") for name in ("plain", "moe", "hybrid"))],
+    ("name", "dtype", "bits"),
+    [
+        *((name, "float32", None) for name in FAMILIES),
+        *((name, "bfloat16", None) for name in ("plain", "moe", "hybrid")),
+        *(("latent", "float32", 8), ("window", "bfloat16", 8), ("hybrid", "bfloat16", 8)),
+    ],
 )
-def test_an_answer_does_not_depend_on_the_load(name, dtype):
-    ops = Ops(compute_dtype=jnp.dtype(dtype))
-    found = differing(*lively(name), ops, SETTINGS, schedules=6, count=9)
+def test_an_answer_does_not_depend_on_the_load(name, dtype, bits):
+    """Whatever the cache's numbers are: with what others have in common in it, and without."""
+    ops, settings = Ops(compute_dtype=jnp.dtype(dtype)), replace(SETTINGS, cache_bits=bits)
+    found = differing(*lively(name), ops, settings, schedules=6, count=9)
     assert found == {kind: (18, 0) for kind in found}
 
 
@@ -138,10 +143,10 @@ def test_guesses_need_a_state_that_can_be_taken_back():
         Engine(*lively("hybrid"), OPS, replace(SETTINGS, guesses=2))
 
 
-@pytest.mark.parametrize("name", FURTHER)
-def test_nor_do_guesses_of_the_model_s_own_layer_change_it(name):
+@pytest.mark.parametrize(("name", "bits"), [*((name, None) for name in FURTHER), ("latent and further", 8)])
+def test_nor_do_guesses_of_the_model_s_own_layer_change_it(name, bits):
     model, params = lively(name)
-    found = differing(model, params, OPS, DRAFTING, schedules=6, count=9)
+    found = differing(model, params, OPS, replace(DRAFTING, cache_bits=bits), schedules=6, count=9)
     assert found == {kind: (18, 0) for kind in found}
 
 
@@ -244,11 +249,18 @@ def test_nor_with_the_compiler_s_own_flags_and_a_model_of_a_real_size(tmp_path):
     assert result["differing"] == 0 and sum(row["requests"] for row in result["table"]) == 96
 
 
-@pytest.mark.parametrize("name", ["plain", "learned", "window", "latent", "moe", "hybrid"])
-def test_it_is_what_the_generator_writes(name):
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *((name, None) for name in ("plain", "learned", "window", "latent", "moe", "hybrid")),
+        *(("window", 8), ("latent", 8)),
+    ],
+)
+def test_it_is_what_the_generator_writes(name, bits):
     """In float32 the same tokens: another program, other shapes, the same weights and keys."""
     model, params = lively(name)
-    engine, generator = Engine(model, params, OPS, SETTINGS), Generator(model, params, OPS)
+    engine = Engine(model, params, OPS, replace(SETTINGS, cache_bits=bits))
+    generator = Generator(model, params, OPS, cache_bits=bits)
     engine.warm()
     prompts = [LONG, LONG[:9], (5,), LONG[3:20]]
     for draw, sampling in (
@@ -263,25 +275,35 @@ def test_it_is_what_the_generator_writes(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor"), [("plain", 1), ("moe", 2), ("latent", 2), ("plain and further", 2)]
+    ("name", "tensor", "bits"),
+    [
+        ("plain", 1, None),
+        ("moe", 2, None),
+        ("latent", 2, None),
+        ("plain and further", 2, None),
+        ("plain and further", 2, 8),
+    ],
 )
-def test_on_a_mesh_it_writes_what_one_device_does(name, tensor):
+def test_on_a_mesh_it_writes_what_one_device_does(name, tensor, bits):
     model, params = lively(name)
     layout = build_layout(MeshConfig(data=1, tensor=tensor, rules=RULES), jax.devices()[:tensor])
     spread = jax.device_put(params, layout.tree(model.info, is_info))
     config = Config(run=RunConfig(name="t"), model=model.config, mesh=MeshConfig(data=1, tensor=tensor))
-    settings = DRAFTING if name in FURTHER else SETTINGS
+    settings = replace(DRAFTING if name in FURTHER else SETTINGS, cache_bits=bits)
     engine = Engine(model, spread, build_ops(config, layout), settings, layout)
     engine.warm()
     asked = [Request(LONG[: 9 * n], 16, Draw(0.8), seed=2, choice=n) for n in (1, 2, 3)]
     answers = complete(engine, asked)
-    wanted = Generator(model, params, OPS).complete(
+    wanted = Generator(model, params, OPS, cache_bits=bits).complete(
         [request.prompt for request in asked],
         Sampling(0.8),
         sample_keys(2, [1, 2, 3]),
         max_new_tokens=16,
     )
     assert list(map(tokens, answers)) == wanted and engine.compiled == 5
+    # A head's scales lie with its levels.
+    for path, x in jax.tree_util.tree_leaves_with_path(engine._state["segments"]):
+        assert x.sharding.is_fully_replicated == (tensor == 1 or name == "latent"), path
 
 
 def test_log_probabilities_are_a_full_forward_pass_s(engine):

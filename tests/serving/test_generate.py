@@ -201,23 +201,25 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "bits"),
     [
-        ("plain", "fsdp2-tensor2"),
-        ("latent", "fsdp2-tensor2"),
-        ("plain", "more devices than K/V heads"),
-        ("window", "context2-pipeline2-fsdp2"),
-        ("moe", "expert2-tensor2"),
+        ("plain", "fsdp2-tensor2", None),
+        ("latent", "fsdp2-tensor2", None),
+        ("plain", "more devices than K/V heads", None),
+        ("plain", "more devices than K/V heads", 8),
+        ("window", "context2-pipeline2-fsdp2", None),
+        ("moe", "expert2-tensor2", None),
     ],
 )
-def test_a_mesh_writes_and_scores_what_one_device_does(name, mesh):
+def test_a_mesh_writes_and_scores_what_one_device_does(name, mesh, bits):
     """Three rows, which no axis divides, by the layout and the operations of training."""
     model, params = make(name, 1)
     sizes = MeshConfig(**{"data": 1, **MESHES[mesh]}, rules=RULES)
     layout = build_layout(sizes, jax.devices()[: int(np.prod(list(MESHES[mesh].values())))])
     config = Config(run=RunConfig(name="test"), model=MODELS[name], mesh=sizes)
     placed = jax.device_put(params, layout.tree(model.info, is_info))
-    one, many = Generator(model, params, OPS), Generator(model, placed, build_ops(config, layout), layout)
+    one = Generator(model, params, OPS, cache_bits=bits)
+    many = Generator(model, placed, build_ops(config, layout), layout, cache_bits=bits)
     sampling = Sampling(0.8, top_k=30, top_p=0.9)
     assert write(many, PROMPTS[1:], 8, sampling) == write(one, PROMPTS[1:], 8, sampling)
     for found, expected in zip(many.score(PROMPTS), one.score(PROMPTS), strict=True):
