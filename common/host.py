@@ -104,6 +104,7 @@ def one_order(platform: str, devices: int) -> dict[str, str]:
     """Compiler options for a program of so many devices, without which those of a CPU wait for ever.
 
     XLA's default scheduler lets them reach independent collectives in different orders; each then waits in
-    another one.
+    another one. An executable of jaxlib 0.12 that comes from the compile cache takes them for the same one
+    instead: one execution in a hundred of a ring over two devices was wrong, or ended the process.
     """
     return dict(ONE_ORDER) if platform == "cpu" and devices > 1 else {}

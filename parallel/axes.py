@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from common.checks import choice
+from common.host import one_order
 from kernels.names import LOGICAL_AXES
 
 # Grouped-query attention may have fewer K/V heads than tensor devices; then every device keeps all of them
@@ -27,6 +28,11 @@ class Layout:
 
     mesh: Mesh
     rules: Mapping[str, Sequence[str]]
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What a program over the whole mesh is compiled with, at least (`common.host.one_order`)."""
+        return one_order(self.mesh.devices.flat[0].platform, self.mesh.size)
 
     def ways(self, name: str | None) -> int:
         """Into how many parts the rules split a logical axis."""

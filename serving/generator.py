@@ -62,11 +62,12 @@ class Generator:
         self.model = model
         self._ways = 1 if layout is None else layout.ways("batch")
         ops = decoding_ops(ops, layout, cache_bits)
-        self._unstack = jax.jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
-        self._prefill = jax.jit(partial(_prefill, model, ops), static_argnames="capacity")
-        self._advance = jax.jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
-        self._hidden = jax.jit(partial(_hidden, model, ops))
-        self._score = jax.jit(partial(_score, model, ops))
+        jit = partial(jax.jit, compiler_options=layout.compiler_options if layout else None)
+        self._unstack = jit(partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed))
+        self._prefill = jit(partial(_prefill, model, ops), static_argnames="capacity")
+        self._advance = jit(partial(_advance, model, ops), static_argnames=("capacity", "sampling"))
+        self._hidden = jit(partial(_hidden, model, ops))
+        self._score = jit(partial(_score, model, ops))
         self._learned = model.config.position == "learned"
         mixers = {spec.mixer for segment in model.segments for spec in segment.period}
         if any(mixer(name).whole_rows for name in mixers):

@@ -53,19 +53,20 @@ class Programs:
         self._page, self._pages, self._chunk = page, pages, chunk
         self._device, self.guesses, self.further = device, guesses, further
         self._ops = ops = decoding_ops(ops, layout, cache_bits)
-        self._unstack = jax.jit(
+        jit = partial(jax.jit, compiler_options=layout.compiler_options if layout else None)
+        self._unstack = jit(
             partial(model.unstack, ops=ops, masters=masters_of(ops), packed=packed, further=further)
         )
         # Where it lies it stays: what a compiler chose for itself would be another program the next time.
         to = self._to = None if layout is None else jax.tree.map(lambda x: x.sharding, self.abstract())
         rest = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
-        self.prefill = jax.jit(partial(_prefill, self), donate_argnums=1, out_shardings=to)
-        self.decode = jax.jit(partial(_decode, self), donate_argnums=1, out_shardings=to and (to, rest))
+        self.prefill = jit(partial(_prefill, self), donate_argnums=1, out_shardings=to)
+        self.decode = jit(partial(_decode, self), donate_argnums=1, out_shardings=to and (to, rest))
         # Functions of its own, so that its programs are counted.
-        self.place = jax.jit(partial(_place), donate_argnums=0, out_shardings=to)
+        self.place = jit(partial(_place), donate_argnums=0, out_shardings=to)
         size = model.config.vocab_size if vocab_size is None else vocab_size
-        self.top = jax.jit(partial(_top, size))
-        self.score = jax.jit(partial(_score, model, ops, size))
+        self.top = jit(partial(_top, size))
+        self.score = jit(partial(_score, model, ops, size))
 
     @property
     def compiled(self) -> int:

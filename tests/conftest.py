@@ -8,6 +8,7 @@ Bitwise equality is tested in runs of `train.py` itself, which are compiled as a
 import gc
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def endpoint():
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_compile_cache():
+    """What runs in this process kept of executables ends with their module: others compile with no options.
+
+    One with collectives that lacks those of `common.host.one_order` is not safe to come from there.
+    """
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.config.jax_compilation_cache_dir is not None:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import artifacts.directory
 import train
@@ -89,19 +88,12 @@ def files(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A corpus, a finished run and caches; jax forgets the compile cache in the end."""
-    before = {key: getattr(jax.config, key) for key in CACHE_KEYS}
+    """A corpus, a finished run and caches."""
     root = tmp_path_factory.mktemp("shared")
     (root / "texts").mkdir()
     for i in range(40):
         (root / "texts" / f"{i:02}.txt").write_text(f"document {i} " * (20 + i))
-    yield root
-    for key, value in before.items():
-        jax.config.update(key, value)
-    compilation_cache.reset_cache()
-
-
-CACHE_KEYS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    return root
 
 
 @pytest.fixture

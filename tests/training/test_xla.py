@@ -5,6 +5,8 @@ import pytest
 
 from common.host import ONE_ORDER
 from parallel.config import XLA_PROFILES
+from serving.generator import Generator
+from serving.programs import Programs
 from tests.parallel.small import DENSE, make_config, make_program
 from training.xla import (
     COMBINE,
@@ -67,6 +69,24 @@ def test_several_cpu_devices_keep_one_order_under_every_profile():
         config = make_config({"data": 2})
         config.hardware.xla = profile
         assert make_program(config).compiler_options == ONE_ORDER
+
+
+def test_so_does_what_writes_and_scores_on_a_mesh(monkeypatch):
+    program, made = make_program(make_config({"tensor": 2})), []
+    abstract = program.model.info
+    real = jax.jit
+
+    def noted(*arguments, **words):
+        made.append(words.get("compiler_options"))
+        return real(*arguments, **words)
+
+    monkeypatch.setattr(jax, "jit", noted)
+    for layout, wanted in ((program.layout, ONE_ORDER), (None, None)):
+        made.clear()
+        Programs(program.model, program.ops, layout, slots=2, max_len=16, page=8, chunk=8, pages=4)
+        monkeypatch.setattr(Generator, "update", lambda *_: None)
+        Generator(program.model, abstract, program.ops, layout)
+        assert len(made) > 8 and all(options == wanted for options in made)
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu_cluster", "gpu_tensor"])

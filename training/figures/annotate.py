@@ -11,6 +11,7 @@ N entries of a store, K values of an entry, B rows, T positions.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def with_reference(
     def scorer() -> Scorer:
         weights = params()
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=program.layout.compiler_options)
         def score(weights: Any, batch: Any) -> Any:
             found = program.strategy.score(program.model, weights, batch, program.ops)["logprobs"]
             return jax.lax.with_sharding_constraint(found, whole)

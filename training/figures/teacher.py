@@ -1,6 +1,7 @@
 """What a teacher says of every token: the K likeliest ones, or K drawn from its distribution."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ def teacher_scorer(teacher: Any, objective: Distill, seed: int) -> Callable[[Any
         ids = jax.random.categorical(key, logits[..., None, :], shape=(*logits.shape[:-1], count))
         return ids, jnp.full(ids.shape, -np.log(count), jnp.float32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=layout.compiler_options)
     def ask(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
         x = model.hidden(params, {n: batch[n] for n in ("tokens", "positions", "segment_ids")}, ops)
         length = x.shape[1]

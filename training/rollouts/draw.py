@@ -133,7 +133,8 @@ class Rollouts:
             lambda params, batch: jax.lax.with_sharding_constraint(
                 program.strategy.score(program.model, params, batch, program.ops)["logprobs"],
                 program.layout.replicated(),
-            )
+            ),
+            compiler_options=program.layout.compiler_options,
         )
         self._drawn: tuple[int, dict[str, np.ndarray]] | None = None
 
