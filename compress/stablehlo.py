@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def export_programs(
     made for. files: what lies beside, by name; extra: more for decode.json. ValueError for what cannot be.
     """
     refuse_taken(output)
+    require_writer()
     for platform in platforms:
         choice("platforms", platform, PLATFORMS)
     within("rows", rows, 1)
@@ -113,10 +115,13 @@ def export_programs(
     return about
 
 
-def _serialized(function: Any, *arguments: Any, platforms: tuple[str, ...]) -> bytearray:
-    try:
-        return export.export(function, platforms=platforms)(*arguments).serialize()
-    except ImportError as error:
+def require_writer() -> None:
+    """Raise ValueError where what JAX writes programs with is not installed."""
+    if find_spec("flatbuffers") is None:
         raise ValueError(
-            f"format=stablehlo needs a package that is not here ({error}); pip install -e '.[stablehlo]'"
-        ) from None
+            "format=stablehlo needs flatbuffers, which is not here; pip install -e '.[stablehlo]'"
+        )
+
+
+def _serialized(function: Any, *arguments: Any, platforms: tuple[str, ...]) -> bytearray:
+    return export.export(function, platforms=platforms)(*arguments).serialize()

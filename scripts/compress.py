@@ -7,7 +7,8 @@
     data=null          a folder of texts (.txt, .md, .py, .jsonl, .parquet) to calibrate and to judge by;
                        null: a run's own, for published weights the standard library's sources
     format=hf          hf: a directory for transformers and vLLM; gguf: a file for llama.cpp of the same
-                       levels, for which steps that quantize have scales: float16
+                       levels, for which steps that quantize have scales: float16; stablehlo: programs that
+                       JAX alone runs, weights quantized as they are, of one text at a time
     dtype=float32      of arrays that no step has quantized: float32, bfloat16 or float16
     family=null        a model_type of transformers; null: the plainest whose class computes this model
     suite=null         tasks to score each artifact by, as in scripts/evaluate.py; limit=N documents of each
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from models.ops import Ops
     from training.opening.opened import OpenedModel
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "stablehlo")
 FILE = "model.gguf"  # in an artifact's folder
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = 8  # of text at once
@@ -98,7 +99,8 @@ class Work:
 def do(arguments: Sequence[str]) -> int:
     """Write an artifact a recipe and the report. Raises ValueError for what cannot be."""
     options = parse(arguments, CompressOptions)
-    known = {"format": FORMATS, "dtype": DTYPES, "weights": WEIGHTS, "precision": PRECISIONS}
+    dtypes = DTYPES[:2] if options.format == "stablehlo" else DTYPES
+    known = {"format": FORMATS, "dtype": dtypes, "weights": WEIGHTS, "precision": PRECISIONS}
     for key, values in known.items():
         choice(key, getattr(options, key), values)
     within("limit", options.limit, 0)
@@ -118,6 +120,10 @@ def do(arguments: Sequence[str]) -> int:
             raise ValueError(f"{folder / recipe.name} is there already; remove it or choose another output")
         if options.format == "gguf":
             refuse_unwritable(recipe)
+    if options.format == "stablehlo":
+        from compress.stablehlo import require_writer
+
+        require_writer()
     work = open_work(options, recipes[0], folder)
     if options.format == "gguf":
         from interop.write_gguf import describe
@@ -314,6 +320,7 @@ def scores(work: Work, weights: "Weights") -> dict[str, Any]:
 
 def write(work: Work, path: Path, model: Any, params: Any) -> None:
     """What others open: packed where a weight is quantized."""
+    from compress.stablehlo import export_programs
     from data.tokens.turns import give_chat
     from interop.gguf import KINDS as STORED
     from interop.gguf_tokenizer import tokenizer_values
@@ -337,9 +344,13 @@ def write(work: Work, path: Path, model: Any, params: Any) -> None:
         export_gguf(*given, kind=kind, values=values, packed=packed)
         return
     files = hub_files(text, tokenizer, template, stop_id, model.config.max_seq_len)
-    words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype, "files": files}
-    words["extra"] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     path.parent.mkdir(parents=True, exist_ok=True)
+    if options.format == "stablehlo":
+        export_programs(path, model, params, dtype=options.dtype, files=files, extra=ids)
+        return
+    words: dict[str, Any] = {"family": options.family, "dtype": STORED[kind].dtype, "files": files}
+    words["extra"] = ids
     if packed:
         export_packed(path, model.config, model, params, **words)
     else:

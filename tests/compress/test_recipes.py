@@ -12,6 +12,7 @@ from compress.slice import Slice
 from compress.steps import Prune, Quantize
 from configs.groups import mesh_rules
 from interop.adapted import is_published
+from interop.safetensors import Tensors
 from models.weights import QTensor, merged
 from scripts.compress import main
 from scripts.evaluate import main as evaluate
@@ -126,6 +127,22 @@ def test_a_file_for_llama_cpp_is_what_was_judged(run, tmp_path):
     assert sizes(params, "float32")["nonzero"] == rows["levels"]["nonzero"]
 
 
+def test_programs_for_jax_alone_have_the_levels(run, tmp_path):
+    recipe = {**ROWS, "steps": [{"quantize": "rtn", "bits": 8, "tables": 8}]}
+    (tmp_path / "levels.yaml").write_text(json.dumps(recipe))
+    words = [f"recipe={tmp_path / 'levels.yaml'}", f"output={tmp_path / 'out'}", "speed=false"]
+    assert main([str(run), *words, "format=stablehlo"]) == 0
+    out = tmp_path / "out/levels"
+    kinds = [str(kind) for _, kind, _, _ in Tensors(out).entries.values()]
+    assert kinds.count("int8") > 4 and {path.name for path in out.glob("*.bin")} == {
+        "begin.bin",
+        "read.bin",
+        "next.bin",
+    }
+    row = json.loads((out / "compression.json").read_text())
+    assert row["megabytes"] == pytest.approx((out / "model.safetensors").stat().st_size / 1e6)
+
+
 def test_a_sliced_model_is_what_a_run_may_begin_with(ground, made):
     words = (f"init_from={made / 'narrow'}", "model=parent", "tokenizer=inherit")
     assert fit(with_parent_model(ground.config("distilled", *STEPS, *words))) == 0
@@ -178,6 +195,7 @@ def test_the_front_is_what_nothing_beats():
         (["recipe=int8", "suite=tiny"], "suite=tiny is no suite"),
         (["recipe=int8", "family=lama"], "family=lama is not one of"),
         (["recipe=int8", "family=llama", "format=gguf"], "format=gguf must be hf for family"),
+        (["recipe=int4", "format=stablehlo", "dtype=float16"], "dtype=float16"),
         (["recipe=int4", "format=gguf"], "scales=float32 must be float16 for format=gguf"),
         ([], "recipe=... is missing"),
     ],
