@@ -56,7 +56,10 @@ def parse(words: Sequence[str], options: type[OptionsT], positional: Sequence[st
 
 
 def _typed(key: str, text: str, kind: Any) -> Any:
-    (kind,) = (k for k in typing.get_args(kind) or (kind,) if k is not type(None))
+    kinds = typing.get_args(kind) or (kind,)
+    if text == "null" and type(None) in kinds:  # as every help says it
+        return None
+    (kind,) = (k for k in kinds if k is not type(None))
     if kind is bool:
         if text not in TRUTH:
             raise ValueError(f"{key}={text} is not true or false")

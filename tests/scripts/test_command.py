@@ -29,6 +29,7 @@ class Options:
         (["run=quick"], Options("quick")),
         (["--run", "quick", "--check", "--steps=3"], Options("quick", steps=3, check=True)),
         (["quick-seed=0,data=a"], Options("quick-seed=0,data=a")),
+        (["null", "steps=null", "output=null"], Options("null")),
         (["rate=1e-3", "quick", "check=true", "output=a=b"], Options("quick", None, 1e-3, True, Path("a=b"))),
     ],
 )
@@ -46,6 +47,7 @@ def test_words_become_what_the_dataclass_says(words, expected):
         (["quick", "--steps"], "--steps is without a value; as in steps=VALUE"),
         (["quick", "--stps", "3"], "stps is no key of this command; did you mean steps?"),
         (["quick", "steps=many"], "steps=many is not a whole number"),
+        (["quick", "rate=null"], "rate=null is not a number"),
         (["quick", "rate=fast"], "rate=fast is not a number"),
         (["quick", "check=yes"], "check=yes is not true or false"),
     ],
