@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from common.checks import require, within
-from models.weights import BITS, FLOAT8, grid_of, levels_of
+from models.grid import BITS, FLOAT8, grid_of, levels_of
 
 BLOCK = 128  # inputs whose errors are handed on together
 DAMPING = 0.01  # of the mean of H's diagonal, added to it

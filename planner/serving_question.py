@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from common.checks import require, within
 from models.config import ModelConfig
-from models.weights import BITS
+from models.grid import BITS
 from serving.settings import ServeConfig
 
 

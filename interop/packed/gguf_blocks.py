@@ -11,8 +11,9 @@ from common.checks import require
 from interop.gguf import OnGrid
 from interop.packed.write_packed import info_at
 from interop.rules import Slot, Stacked, arrays, letters
+from models.grid import FLOAT8, HALF, half_digits, in_half
 from models.param import ParamInfo
-from models.weights import FLOAT8, HALF, QTensor, half_digits, in_half, reduced
+from models.weights import QTensor, reduced
 
 BLOCK = 32
 LARGEST = 2**11  # scale, 31 times which is a number of float16

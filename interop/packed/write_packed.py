@@ -31,8 +31,9 @@ from interop.rules import Read, Slot, Stacked, arrays, letters, slots, their_sha
 from interop.safetensors import SHARD, Tensors, write_tensors
 from interop.write import check_written, publishing, reader, refuse_taken
 from models.config import ModelConfig
+from models.grid import FLOAT8
 from models.param import ParamInfo
-from models.weights import FLOAT8, QTensor, reduced
+from models.weights import QTensor, reduced
 
 
 def export_packed(

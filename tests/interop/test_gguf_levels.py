@@ -14,9 +14,10 @@ from interop.packed.write_packed import leaves_by_path
 from interop.write import reader
 from interop.write_gguf import export_gguf
 from models.config import ModelConfig, MoEConfig
+from models.grid import half_digits, in_half
 from models.ops import Ops
 from models.transformer import build_model
-from models.weights import QTensor, half_digits, in_half, merged
+from models.weights import QTensor, merged
 from tests.interop.test_gguf import read_back
 from tests.interop.test_parity import PYTHON
 from tests.interop.test_round_trip import random_weights
