@@ -348,7 +348,7 @@ class Model:
         return {**cache, "places": jnp.arange(capacity, dtype=jnp.int32), "segments": segments}
 
     def cache_arrays(self, capacity: int, bits: int | None = None) -> Tree:
-        """What each layer keeps of a row of `capacity` tokens (`models.cache.kept`), of `CacheArray`s."""
+        """What each layer keeps of a row of `capacity` tokens (`models.mixer.kept`), of `CacheArray`s."""
 
         def of(segment: Segment) -> Tree:
             return {str(p): self._kept(spec, capacity, bits) for p, spec in enumerate(segment.period)}

@@ -1,5 +1,6 @@
 """Quantized weights as GGUF: level by level what they were, for every grid, and what no blocks hold."""
 
+import os
 import subprocess
 
 import jax
@@ -121,7 +122,9 @@ def test_a_scale_is_the_nearest_number_of_float16():
     np.testing.assert_array_equal(jax.jit(in_half)(sizes), sizes.astype(np.float16).astype(np.float32))
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="make torch-env")
+@pytest.mark.skipif(
+    not PYTHON.exists() and "CAMBRIAN_REQUIRE_TORCH" not in os.environ, reason="make torch-env"
+)
 def test_the_package_of_the_format_reads_the_same_numbers(tmp_path):
     arrays, kinds = {}, {}
     for bits, symmetric in [(8, True), *((bits, s) for bits in (4, 5) for s in (True, False))]:
